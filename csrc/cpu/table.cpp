@@ -1,0 +1,14 @@
+// One ISA's kernels, as the bindings call them.
+#include "tables.h"
+
+namespace sae::SAE_ISA {
+
+const KernelTable& table() {
+  static const KernelTable kernels = {
+      &select_topk_workspace, &select_topk, &decode, &code_grad, &transpose_codes, &row_grad,
+      &row_update,
+  };
+  return kernels;
+}
+
+}  // namespace sae::SAE_ISA

@@ -1,0 +1,19 @@
+// The entry points that every source of this folder defines once per ISA, and the table of them.
+#pragma once
+
+#include "sae_kernels/simd.h"
+
+namespace sae {
+
+namespace SAE_ISA {
+size_t select_topk_workspace(const SelectTopkArgs&);
+void select_topk(const SelectTopkArgs&);
+bool decode(const DecodeArgs&);
+bool code_grad(const CodeGradArgs&);
+bool transpose_codes(const TransposeArgs&);
+void row_grad(const RowGradArgs&);
+void row_update(const RowUpdateArgs&);
+const KernelTable& table();
+}  // namespace SAE_ISA
+
+}  // namespace sae

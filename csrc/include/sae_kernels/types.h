@@ -1,0 +1,134 @@
+// What crosses from the bindings to the kernels: plain pointers and sizes, the same for every ISA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sae {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Sums, values, biases and thresholds of an operand type live in its accumulator type.
+template <class E>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class E>
+using Acc = typename AccOf<E>::type;
+
+// Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k].
+struct SelectTopkArgs {
+  DType dtype;
+  const void *x, *W, *b, *rank_scale;
+  void* values;
+  int32_t* indices;
+  int64_t B, D, F, k;
+  void* workspace;
+  int threads;
+};
+
+// Shapes: values and indices [B, K], W [F, D], b_dec [D] or null, group_ends [G] or null,
+// out [G, B, D]; the fused form adds target [B, D], sse [B] and code_grad [B, K].
+struct DecodeArgs {
+  DType dtype;
+  const void* values;
+  const int32_t* indices;
+  const void *W, *b_dec;
+  const int32_t* group_ends;
+  const void* target;
+  void *out, *sse, *code_grad;
+  int64_t B, K, D, F, G;
+  bool drop_zeros;
+  int threads;
+};
+
+// Shapes: grad [G, B, D], indices and out [B, K], W [F, D].
+struct CodeGradArgs {
+  DType dtype;
+  const void* grad;
+  const int32_t* indices;
+  const void* W;
+  const int32_t* group_ends;
+  void* out;
+  int64_t B, K, D, F, G;
+  int threads;
+};
+
+// Shapes: indices and values [N], offsets [F + 1], entries and rows [N], row_ids [N] or null
+// (then an entry's row is entry / entries_per_row), workspace [threads, F] of int32.
+struct TransposeArgs {
+  DType dtype;
+  const int32_t* indices;
+  const void* values;
+  const int32_t* row_ids;
+  int32_t *offsets, *entries, *rows, *workspace;
+  int64_t N, F, entries_per_row;
+  bool drop_zeros;
+  int threads;
+};
+
+// One set of codes seen from its latents: entry e = entries[j] of latent f, for j in
+// [offsets[f], offsets[f + 1]), adds coef[e] * source[rows[j]]; a null source is a row of ones.
+struct Term {
+  const int32_t *offsets, *entries, *rows;
+  const void *coef, *source;
+  DType source_dtype;
+};
+
+enum class Norm : int { none = 0, unit = 1, at_most_one = 2 };
+
+struct RowGradArgs {
+  DType dtype;  // of coef and out: f32 or f64
+  const Term* terms;
+  int64_t n_terms, F, width;
+  void* out;  // [F, width]
+  int threads;
+};
+
+// workspace: [threads, width] of the accumulator type.
+// hyper: lr, clip scale, 1 - beta1^t, 1 - beta2^t, skip (non-zero: leave everything as it is).
+struct RowUpdateArgs {
+  DType dtype, copy_dtype;
+  void *param, *m, *v, *copy;  // [F, width]; copy may be null
+  const Term* terms;
+  int64_t n_terms, F, width;
+  const void* row_coef;          // [F] or null
+  const void* dense_grad;        // [n_dense, width] or null
+  const int32_t* dense_slot;     // [F], row of dense_grad or -1; null without dense_grad
+  const double* hyper;
+  double beta1, beta2, eps;
+  Norm norm;
+  int64_t slices;
+  bool lazy;
+  void* sqnorm;  // [F]: when given, only the squared gradient norms are written
+  void* workspace;
+  int threads;
+};
+
+// The kernels of one ISA. Those that read indices return false when one lies outside [0, F).
+struct KernelTable {
+  size_t (*select_topk_workspace)(const SelectTopkArgs&);
+  void (*select_topk)(const SelectTopkArgs&);
+  bool (*decode)(const DecodeArgs&);
+  bool (*code_grad)(const CodeGradArgs&);
+  bool (*transpose_codes)(const TransposeArgs&);
+  void (*row_grad)(const RowGradArgs&);
+  void (*row_update)(const RowUpdateArgs&);
+};
+
+// Scratch is carved from one torch allocation; a cache line keeps neighbours apart.
+constexpr size_t kAlign = 64;
+inline constexpr size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+}  // namespace sae

@@ -1,0 +1,106 @@
+"""The host kernels of ``sae_kernels._C`` and what a call of them needs."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae_kernels.primitives.terms import Term
+
+ISA_VARIABLE = "SAE_KERNELS_CPU_ISA"
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@functools.cache
+def module() -> Any:
+    """The compiled module; a RuntimeError that names the remedy when it was not built."""
+    try:
+        # torch comes first on purpose: both then share torch's OpenMP runtime and thread pool.
+        from sae_kernels import _C
+    except ImportError as error:
+        raise RuntimeError(
+            f"the compiled module sae_kernels._C cannot be loaded ({error}); build it with a "
+            "C++17 compiler by `pip install .` from the source tree"
+        ) from error
+    return _C
+
+
+def reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the host kernels cannot run a call, or None."""
+    if device.type != "cpu":
+        return f"tensors are on {device}, its kernels run on the CPU"
+    if dtype not in _DTYPE_CODES and dtype != torch.int32:  # int32: indices decide, no operands
+        return f"no kernel for {dtype}, only for float32, float64, bfloat16 and float16"
+    try:
+        module()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
+    """ISA variants that are built and that this machine runs, fastest first."""
+    return tuple(name for name, supported in module().isas() if supported)
+
+
+def isa() -> str:
+    """The variant in use: the fastest, or the lower one that ``SAE_KERNELS_CPU_ISA`` forces."""
+    forced = os.environ.get(ISA_VARIABLE)
+    if not forced:
+        return supported_isas()[0]
+    if forced not in supported_isas():
+        raise ValueError(
+            f"{ISA_VARIABLE}: expected one of {', '.join(supported_isas())} on this machine, "
+            f"got {forced!r}"
+        )
+    return forced
+
+
+def threads() -> int:
+    """How many threads a kernel runs on: torch's own number."""
+    return torch.get_num_threads()
+
+
+def code(dtype: torch.dtype) -> int:
+    """The kernels' number for a dtype."""
+    return _DTYPE_CODES[dtype]
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's data starts; 0 stands for an argument that is not there."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in row-major order: what every kernel takes."""
+    return tensor.contiguous()
+
+
+def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    """Terms as the module takes them, and the tensors that must stay alive during the call."""
+    tuples, alive = [], []
+    for term in terms:
+        coef = term.coef.to(dtype).contiguous()
+        source = None if term.source is None else term.source.contiguous()
+        order = [t.contiguous() for t in (term.offsets, term.entries, term.rows)]
+        source_code = code(dtype if source is None else source.dtype)
+        tuples.append((*map(address, (*order, coef, source)), source_code))
+        alive += [*order, coef, source]
+    return tuples, alive
+
+
+def check_indices(in_range: bool, indices: torch.Tensor, n_latents: int) -> None:
+    """Turns a kernel's refusal into an error that names the first index out of range."""
+    if in_range:
+        return
+    wrong = indices[(indices < 0) | (indices >= n_latents)]
+    raise IndexError(
+        f"codes: expected latent indices in [0, {n_latents}), got {int(wrong.flatten()[0])}"
+    )

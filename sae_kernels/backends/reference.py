@@ -1,0 +1,13 @@
+"""The specification in plain torch: slow, dense in places, on any device and in any dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the reference cannot run (it always can)."""
+    return None

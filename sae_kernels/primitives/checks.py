@@ -1,0 +1,55 @@
+"""Argument checks shared by the primitives: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OPERAND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operand dtype's sums, values and biases are held."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shape(
+    name: str,
+    tensor: torch.Tensor | None,
+    expected: Sequence[int | str | torch.SymInt],
+    meaning: str,
+) -> None:
+    """Raises ValueError unless the tensor has the shape; a string stands for any size."""
+    if tensor is None:
+        return
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(e, str) or s == e for s, e in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}] ({meaning}), got {list(tensor.shape)}")
+
+
+def dtype(name: str, tensor: torch.Tensor | None, allowed: Sequence[torch.dtype]) -> None:
+    """Raises TypeError unless the tensor has one of the dtypes."""
+    if tensor is not None and tensor.dtype not in allowed:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        came = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected {wanted}, got {came}; convert it with .to()")
+
+
+def same_device(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError unless all tensors are on one device."""
+    present = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(present.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in present.items())
+        raise ValueError(f"expected all tensors on one device, got {where}; move them with .to()")
+
+
+def indices(name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError unless the tensor holds int32 indices."""
+    dtype(name, tensor, (torch.int32,))

@@ -1,0 +1,57 @@
+"""How a primitive becomes an operator of torch: one mechanism for all of them.
+
+A primitive is a folder: ``__init__.py`` holds the contract (schema, checks, fake), and each
+further module one implementation, ``run(*arguments)``, named after its backend. Which of them
+runs is decided when the operator runs, so a compiled graph follows the environment too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_kernels import backends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LIBRARY = torch.library.Library("sae_kernels", "DEF")
+
+
+class Operator:
+    """``torch.ops.sae_kernels.<name>`` with its argument checks in front.
+
+    Args:
+        schema: ``name(arguments, str backend) -> results`` in torch's schema language.
+        check: called with the arguments before the operator; raises ValueError or TypeError.
+        fake: called with the arguments; returns empty results of the right shape and dtype.
+        dtype_of: position of the argument whose device and dtype decide the backend.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        check: Callable[..., None],
+        fake: Callable[..., Any],
+        dtype_of: int = 0,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self._check = check
+        self._dtype_of = dtype_of
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"sae_kernels::{self.name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY
+        )
+        self.op = getattr(torch.ops.sae_kernels, self.name).default
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        self._check(*args)
+        return self.op(*args, backend or "")
+
+    def _run(self, *args: Any) -> Any:
+        *arguments, backend = args
+        like = arguments[self._dtype_of]
+        module = backends.implementation(self.name, like.device, like.dtype, backend)
+        return module.run(*arguments)

@@ -1,0 +1,32 @@
+"""row_grad in plain torch: the specification."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_kernels.primitives.terms import Gradient
+
+if TYPE_CHECKING:
+    from sae_kernels.primitives.terms import Term
+
+
+def run(coef: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Adds every entry's weighted row to its latent's."""
+    *columns, n_latents, width = arguments
+    out = coef.new_zeros((n_latents, width))
+    for term in Gradient.from_columns(*columns).terms:
+        add_term(out, term)
+    return out
+
+
+def add_term(out: torch.Tensor, term: Term) -> None:
+    """Adds one term to an [F, width] gradient, in place."""
+    n = int(term.offsets[-1])
+    latents = torch.arange(out.shape[0], device=out.device)
+    latents = latents.repeat_interleave(term.offsets.diff().long())
+    rows = term.coef.flatten()[term.entries[:n].long()].to(out.dtype)[:, None]
+    if term.source is not None:
+        rows = rows * term.source[term.rows[:n].long()].to(out.dtype)
+    out.index_add_(0, latents, rows.expand(n, out.shape[1]))

@@ -1,0 +1,22 @@
+"""row_sqnorm on the host kernels: row_update's kernel, stopped before Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sae_kernels.backends import cpu
+from sae_kernels.primitives.row_update.cpu import launch
+from sae_kernels.primitives.terms import Gradient
+
+
+def run(param: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Runs csrc/cpu/row_update.cpp."""
+    *columns, norm, slices = arguments
+    gradient = Gradient.from_columns(*columns)
+    out = param.new_empty(param.shape[0])
+    hyper = torch.ones(5, dtype=torch.float64)
+    row = (cpu.packed(param), None, None, None)
+    launch(row, gradient, hyper, (0.0, 0.0, 0.0), norm, slices, False, out)
+    return out

@@ -1,0 +1,116 @@
+"""row_update: gather a row's gradient, project, clip, Adam, renormalise, copy; one visit per row.
+
+For every row w of an [F, width] matrix with gradient g (never written to memory):
+
+1. with ``norm="unit"``: ``g -= <g, w> w``, the part that renormalising would undo;
+2. ``g *= clip_scale``;
+3. Adam (Kingma & Ba, arXiv 1412.6980): ``m = beta1 m + (1 - beta1) g``,
+   ``v = beta2 v + (1 - beta2) g^2``,
+   ``w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``;
+4. ``norm="unit"``: ``w /= |w|``; ``"at_most_one"``: only where ``|w| > 1``. A zero row stays.
+
+Projection and norm apply to each of ``slices`` equal parts of a row by itself (a crosscoder's
+layers). A per-latent vector is a matrix of width 1. ``lazy`` leaves rows without any gradient
+entry untouched (their m and v too), as torch.optim.SparseAdam does; the default is dense Adam.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_kernels.primitives import checks
+from sae_kernels.primitives.operator import Operator
+from sae_kernels.primitives.terms import SCHEMA, Gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NORMS = ("none", "unit", "at_most_one")
+HYPER = ("lr", "clip_scale", "bias_correction1", "bias_correction2", "skip")
+
+
+class AdamRow(NamedTuple):
+    """A matrix with its Adam state and the compute copy that follows it.
+
+    Attributes:
+        param, m, v: fp32 or fp64 [F, width].
+        copy: bf16 or fp16 [F, width], rewritten from ``param``; or None.
+    """
+
+    param: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+    copy: torch.Tensor | None = None
+
+
+def _check(
+    param: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    copy: torch.Tensor | None,
+    *arguments: Any,
+) -> None:
+    *columns, hyper, _beta1, _beta2, _eps, norm, slices, _lazy = arguments
+    checks.shape("param", param, ["F", "width"], "latents first")
+    for name, tensor in (("m", m), ("v", v), ("copy", copy)):
+        checks.shape(name, tensor, list(param.shape), "like param")
+    checks.dtype("param", param, (torch.float32, torch.float64))
+    checks.dtype("m", m, (param.dtype,))
+    checks.dtype("v", v, (param.dtype,))
+    checks.dtype("copy", copy, (torch.bfloat16, torch.float16))
+    checks.shape("hyper", hyper, [len(HYPER)], ", ".join(HYPER))
+    checks.dtype("hyper", hyper, (torch.float64,))
+    check_norm(norm, slices, param.shape[1])
+    Gradient.from_columns(*columns).check(*param.shape, param.dtype)
+    for name, tensor in (("param", param), ("m", m), ("v", v), ("copy", copy)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor to update in place")
+
+
+def check_norm(norm: str, slices: int, width: int) -> None:
+    """Raises ValueError for an unknown norm policy or slices that do not divide the width."""
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    if slices < 1 or width % slices:
+        raise ValueError(f"slices: expected a divisor of the width {width}, got {slices}")
+
+
+_operator = Operator(
+    "row_update(Tensor(a!) param, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? copy,"
+    f" {SCHEMA}, Tensor hyper, float beta1, float beta2, float eps, str norm, int slices,"
+    " bool lazy, str backend) -> ()",
+    _check,
+    lambda *_: None,
+)
+
+
+def row_update(
+    row: AdamRow,
+    gradient: Gradient,
+    hyper: torch.Tensor,
+    *,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    norm: str = "none",
+    slices: int = 1,
+    lazy: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Updates ``row`` in place.
+
+    Args:
+        row: the matrix, its state and its compute copy.
+        gradient: the gradient in parts.
+        hyper: fp64 [5] on the device: lr, clip scale, 1 - beta1^t, 1 - beta2^t and a skip flag
+            (non-zero: nothing is changed). A tensor, so that no step waits for the host.
+        betas, eps: of Adam.
+        norm: "none", "unit" or "at_most_one".
+        slices: equal parts of a row to which the norm applies by itself.
+        lazy: leave rows without a gradient entry as they are.
+        backend: see :mod:`sae_kernels.backends`.
+    """
+    _operator(
+        *row, *gradient.columns(), hyper, *betas, eps, norm, slices, lazy, backend=backend
+    )

@@ -1,0 +1,43 @@
+"""select_topk on the host kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_kernels.backends import cpu
+from sae_kernels.primitives.checks import accumulator
+
+
+def run(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs csrc/cpu/select_topk.cpp."""
+    x, W = cpu.packed(x), cpu.packed(W)
+    b = None if b is None else cpu.packed(b)
+    rank_scale = None if rank_scale is None else cpu.packed(rank_scale)
+    sizes = (x.shape[0], x.shape[1], W.shape[0], k)
+    values = x.new_empty((x.shape[0], k), dtype=accumulator(x.dtype))
+    indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
+    isa, code, threads = cpu.isa(), cpu.code(x.dtype), cpu.threads()
+    bytes_needed = cpu.module().select_topk_workspace(
+        isa, code, rank_scale is not None, *sizes, threads
+    )
+    workspace = torch.empty(bytes_needed, dtype=torch.uint8)
+    cpu.module().select_topk(
+        isa,
+        code,
+        cpu.address(x),
+        cpu.address(W),
+        cpu.address(b),
+        cpu.address(rank_scale),
+        cpu.address(values),
+        cpu.address(indices),
+        *sizes,
+        cpu.address(workspace),
+        threads,
+    )
+    return values, indices

@@ -1,0 +1,94 @@
+"""Terms: how a weight gradient is written down without ever being materialised."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_kernels.primitives import checks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Term(NamedTuple):
+    """One set of codes, in latent order, times rows of a source.
+
+    The gradient of latent ``f`` gets ``coef[entries[j]] * source[rows[j]]`` for every ``j`` in
+    ``[offsets[f], offsets[f + 1])``, added in that order.
+
+    Attributes:
+        offsets: int32 [F + 1].
+        entries: int32 [N], positions in the flattened codes.
+        rows: int32 [N], rows of the source.
+        coef: fp32 or fp64 [N], by entry.
+        source: [R, width] of any operand dtype; ``None`` stands for rows of ones.
+    """
+
+    offsets: torch.Tensor
+    entries: torch.Tensor
+    rows: torch.Tensor
+    coef: torch.Tensor
+    source: torch.Tensor | None
+
+
+class Gradient(NamedTuple):
+    """The gradient of an [F, width] matrix, in the parts it is known by.
+
+    Attributes:
+        terms: what the codes contribute.
+        row_coef: [F], adds ``row_coef[f] * w_f / |w_f|``: the gradient of a penalty on row norms.
+        dense: [A, width], whole gradient rows of a few latents.
+        dense_latents: int32 [A], the latents of ``dense``, each at most once; -1 marks an unused
+            row.
+    """
+
+    terms: Sequence[Term] = ()
+    row_coef: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    dense_latents: torch.Tensor | None = None
+
+    def columns(self) -> tuple[Any, ...]:
+        """The arguments that `SCHEMA` spells."""
+        lists = [list(c) for c in zip(*self.terms, strict=True)] if self.terms else [[]] * 5
+        return (*lists, self.row_coef, self.dense, self.dense_latents)
+
+    @classmethod
+    def from_columns(cls, *columns: Any) -> Gradient:
+        """The inverse of :meth:`columns`."""
+        *lists, row_coef, dense, dense_latents = columns
+        terms = [Term(*term) for term in zip(*lists, strict=True)]
+        return cls(terms, row_coef, dense, dense_latents)
+
+    def check(self, n_latents: int, width: int, dtype: torch.dtype) -> None:
+        """Raises ValueError or TypeError if it cannot be the gradient of such a matrix."""
+        for i, term in enumerate(self.terms):
+            _check_term(f"terms[{i}]", term, n_latents, width)
+        checks.shape("row_coef", self.row_coef, [n_latents], "one coefficient per latent")
+        checks.shape("dense", self.dense, ["A", width], "rows as wide as the matrix")
+        checks.dtype("row_coef", self.row_coef, (dtype,))
+        checks.dtype("dense", self.dense, (dtype,))
+        if (self.dense is None) != (self.dense_latents is None):
+            raise ValueError("dense and dense_latents: expected both or neither, got one of them")
+        if self.dense is not None and self.dense_latents is not None:
+            rows = self.dense.shape[0]
+            checks.shape("dense_latents", self.dense_latents, [rows], "a latent per row of dense")
+            checks.indices("dense_latents", self.dense_latents)
+
+
+# The schema's spelling of a Gradient.
+SCHEMA = (
+    "Tensor[] offsets, Tensor[] entries, Tensor[] rows, Tensor[] coefs, Tensor?[] sources,"
+    " Tensor? row_coef, Tensor? dense, Tensor? dense_latents"
+)
+
+
+def _check_term(name: str, term: Term, n_latents: int, width: int) -> None:
+    checks.shape(f"{name}.offsets", term.offsets, [n_latents + 1], "one more than n_latents")
+    checks.shape(f"{name}.rows", term.rows, list(term.entries.shape), "one row per entry")
+    for field in ("offsets", "entries", "rows"):
+        checks.indices(f"{name}.{field}", getattr(term, field))
+    checks.shape(f"{name}.source", term.source, ["R", width], "rows as wide as the matrix")
+    checks.dtype(f"{name}.coef", term.coef, (torch.float32, torch.float64))
+    checks.dtype(f"{name}.source", term.source, checks.OPERAND_DTYPES)
