@@ -1,0 +1,158 @@
+"""What is drawn in each figure, on matplotlib's object interface."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .data import CurvePoint
+from .plotstyle import BLUE, INK, ORANGE, count_axis, line, log_ticks, step_axis
+from .units import number, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from .data import RunReport
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How to draw one figure and what to say about it (see ``RenderedFigure``)."""
+
+    name: str
+    alt: str
+    caption: str
+    draw: Callable[[Figure], None]
+
+
+def drawings(report: RunReport) -> list[Drawing]:
+    """List the figures of a report, in the order of the page."""
+    density, cosine = (
+        t.detach().double().cpu() for t in (report.latent_density, report.decoder_cosine)
+    )
+    unknown = CurvePoint(0, math.nan, math.nan, math.nan, math.nan)
+    held_out_drawn = 0 < (report.held_out_fvu or 0) < math.inf
+    last = report.curve[-1] if report.curve else unknown
+    never = f"{report.never_fired:,} of {report.n_latents:,} latents never fired"
+    median = cosine[cosine.isfinite()].median().item() if cosine.isfinite().any() else None
+    return [
+        Drawing(
+            "reconstruction",
+            f"Loss and FVU against training step. Final FVU {number(last.fvu)}, "
+            f"held-out FVU {number(report.held_out_fvu)}.",
+            "FVU is the fraction of variance unexplained: 0 is a perfect reconstruction, "
+            "1 no better than the mean."
+            + (" The dashed line is data the training never saw." if held_out_drawn else ""),
+            lambda figure: _reconstruction(figure, report),
+        ),
+        Drawing(
+            "sparsity",
+            f"L0 and dead latents against training step. Final L0 {number(last.l0)}, "
+            f"dead {percent(last.dead_fraction)}.",
+            "L0 is how many latents fire on a token. Dead latents are capacity paid for and "
+            "not used.",
+            lambda figure: _sparsity(figure, report),
+        ),
+        Drawing(
+            "density",
+            f"Histogram of how often each latent fires on held-out tokens; {never}.",
+            "A latent far to the left is rare and specific; one near 100\u202f% fires on almost "
+            "everything and is seldom interpretable.",
+            lambda figure: _density(figure, density),
+        ),
+        Drawing(
+            "decoder_cosine",
+            f"Histogram of each latent's largest decoder cosine to another latent, median "
+            f"{number(median)}; {never}.",
+            "Latents near 1 are near-copies of another latent: the dictionary spends two "
+            "entries on one direction.",
+            lambda figure: _cosine(figure, density, cosine),
+        ),
+    ]
+
+
+def _reconstruction(figure: Figure, report: RunReport) -> None:
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    steps = [p.step for p in report.curve]
+    line(top, steps, [p.loss for p in report.curve], number)
+    top.set_title("Loss")
+    # A log axis has no place for 0 or below; those points are left out like missing ones.
+    fvu = [p.fvu if p.fvu > 0 else math.nan for p in report.curve]
+    bottom.set_yscale("log")
+    line(bottom, steps, fvu, number)
+    bottom.set_title("FVU, log scale")
+    held_out = report.held_out_fvu
+    if held_out is not None and 0 < held_out < math.inf:
+        bottom.axhline(held_out, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)))
+        # In the title line, where no curve can run through it.
+        bottom.set_title(
+            f"held-out {number(held_out)}", loc="right", color=ORANGE, fontsize="medium",
+            fontweight="normal",
+        )  # fmt: skip
+    log_ticks(bottom)
+    step_axis(bottom, steps)
+
+
+def _sparsity(figure: Figure, report: RunReport) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    steps = [p.step for p in report.curve]
+    line(top, steps, [p.l0 for p in report.curve], number)
+    top.set_title("L0, latents per token")
+    line(bottom, steps, [p.dead_fraction for p in report.curve], percent)
+    bottom.set_title("Dead latents, share of dictionary")
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    for axes in (top, bottom):
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-3))
+    step_axis(bottom, steps)
+
+
+def _density(figure: Figure, density: Tensor) -> None:
+    axes = figure.subplots()
+    never = int((density == 0).sum())
+    fired = density[(density > 0) & density.isfinite()]
+    logs = fired.clamp(max=1).log10()
+    low = min(-2, math.floor(logs.min())) if len(logs) else -4
+    dead_at = 1.2 * low
+    axes.hist(logs.numpy(), bins=torch.linspace(low, 0, -low * 5 + 1).tolist(), color=BLUE)
+    axes.bar([dead_at], [never], width=-0.05 * low, color=ORANGE)
+    count_axis(axes, density, "share of held-out tokens, log scale")
+    # Above the bars, not on its own bar, where it would cover those of rare latents.
+    axes.text(
+        0.02, 0.99, f"{never:,} of {len(density):,} never fired", color=ORANGE, va="top",
+        transform=axes.transAxes,
+    )  # fmt: skip
+    if len(logs):
+        median = float(logs.median())
+        axes.axvline(median, ymax=0.84, color=INK, linewidth=0.9)
+        axes.text(median, 0.855, f"median {percent(10**median)}", ha="center",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+    decades = range(0, low - 1, -1 if low >= -5 else -2)
+    labels = [f"{10.0 ** (d + 2):.{max(0, -d - 2)}f}\u202f%" for d in decades]
+    axes.set_xticks([dead_at, *decades], ["never", *labels])
+    axes.set_xlim(1.27 * low, -0.03 * low)
+    axes.set_title("How often latents fire")
+
+
+def _cosine(figure: Figure, density: Tensor, cosine: Tensor) -> None:
+    axes = figure.subplots()
+    known, dead = cosine.isfinite(), density == 0
+    lowest = float(cosine[known].min()) if known.any() else 0.0
+    edges = torch.linspace(min(0.0, math.floor(10 * lowest) / 10), 1.0, 51).tolist()
+    groups = [cosine[known & ~dead].clamp(max=1).numpy(), cosine[known & dead].clamp(max=1).numpy()]
+    axes.hist(groups, bins=edges, stacked=True, color=[BLUE, ORANGE])
+    count_axis(axes, cosine, "largest cosine to another decoder row")
+    for row, (text, colour) in enumerate(
+        ((f"{int((~dead).sum()):,} fired", BLUE), (f"{int(dead.sum()):,} never fired", ORANGE))
+    ):
+        axes.text(0.99, 0.97 - 0.075 * row, text, color=colour, transform=axes.transAxes,
+                  ha="right", va="top")  # fmt: skip
+    axes.set_xlim(edges[0], 1)
+    axes.set_title("Nearest neighbour in the dictionary")
