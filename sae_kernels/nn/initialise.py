@@ -1,0 +1,42 @@
+"""Where training starts."""
+
+from __future__ import annotations
+
+import torch
+
+
+def geometric_median(
+    x: torch.Tensor, *, iterations: int = 100, tolerance: float = 1e-6
+) -> torch.Tensor:
+    """The point with the least sum of distances to the rows of x, by Weiszfeld's algorithm.
+
+    Args:
+        x: [N, D].
+        iterations: at most this many.
+        tolerance: stop once the point moves by less than this, relative to its norm.
+
+    Returns:
+        [D] in fp32.
+
+    Example:
+        >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).round(decimals=3).tolist()
+        [0.0]
+    """
+    if x.dim() != 2 or x.shape[0] == 0:
+        raise ValueError(f"x: expected shape [N, D] with N > 0, got {list(x.shape)}")
+    x = x.float()
+    median = x.mean(0)
+    for _ in range(iterations):
+        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-12)
+        moved = (weights @ x) / weights.sum()
+        step = (moved - median).norm()
+        median = moved
+        if step <= tolerance * median.norm().clamp_min(1e-12):
+            break
+    return median
+
+
+def unit_rows(n_latents: int, d_in: int, generator: torch.Generator) -> torch.Tensor:
+    """Random directions, uniform on the sphere: [n_latents, d_in] with rows of norm 1."""
+    rows = torch.randn(n_latents, d_in, generator=generator)
+    return torch.nn.functional.normalize(rows, dim=1, out=rows)

@@ -1,0 +1,136 @@
+"""How to train: every setting with its default and where the default comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+_CHOICES = {
+    "loss": ("fvu", "mse"),
+    "compute": ("auto", "float32", "bfloat16", "float16"),
+    "route": ("fused", "composable"),
+    "adam": ("dense", "lazy"),
+    "on_nonfinite": ("stop", "skip"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: tokens per step.
+        lr: peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14) (sparsify,
+            dictionary_learning; scaling law of arXiv 2406.04093).
+        beta1, beta2, eps: of Adam (torch's and the peers' defaults).
+        adam: "dense", as torch.optim.Adam, or "lazy": latents that did not fire keep their row and
+            its moments untouched, as torch.optim.SparseAdam.
+        warmup_steps: linear warm-up; None is 1000 (sparsify, dictionary_learning) but at most a
+            twentieth of the run.
+        decay_fraction: the learning rate falls linearly to 0 over this last part of the run
+            (dictionary_learning: the last 20 %).
+        clip_norm: global gradient norm, after projection (dictionary_learning: 1.0); None is off
+            (sparsify, OpenAI).
+        loss: "fvu", squared error over the batch's variance (sparsify), or "mse", squared error
+            per token (dictionary_learning, SAELens).
+        multi_topk: adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify).
+        auxk_alpha: weight of AuxK, 1/32 (OpenAI, dictionary_learning); 0 is off.
+        k_aux: dead latents per token in AuxK; None is d_in / 2 (sparsify, dictionary_learning).
+        auxk_latents: at most this many dead latents take part, the longest dead first.
+        dead_after_tokens: a latent is dead after so many tokens without firing (10M: OpenAI,
+            sparsify, dictionary_learning).
+        k_start, k_anneal_steps: k falls linearly from k_start to k over these steps (sparsify's
+            k_decay_steps); None and 0 are off.
+        compute: dtype of the kernels' operands; master weights and states are fp32. "auto" is
+            bfloat16 where the CPU multiplies it natively (AMX), else float32.
+        route: "fused" (FusedStep) or "composable" (autograd and torch.optim.Adam).
+        activation_scale: "none", or "sqrt_d": activations are scaled to mean norm sqrt(d_in),
+            estimated on the first ones (SAELens' expected_average_only_in).
+        init_b_dec: "geometric_median" of a first sample (OpenAI, dictionary_learning), "mean"
+            (sparsify) or "zeros".
+        seed: of the weights and the order of the data.
+        on_nonfinite: "stop" with an error at a loss that is NaN or infinite, or "skip" the step
+            and count it.
+        log_every: steps between metric lines.
+    """
+
+    steps: int = 1000
+    batch_size: int = 2048
+    lr: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    adam: Literal["dense", "lazy"] = "dense"
+    warmup_steps: int | None = None
+    decay_fraction: float = 0.2
+    clip_norm: float | None = None
+    loss: Literal["fvu", "mse"] = "fvu"
+    multi_topk: bool = False
+    auxk_alpha: float = 1 / 32
+    k_aux: int | None = None
+    auxk_latents: int = 4096
+    dead_after_tokens: int = 10_000_000
+    k_start: int | None = None
+    k_anneal_steps: int = 0
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    route: Literal["fused", "composable"] = "fused"
+    activation_scale: Literal["none", "sqrt_d"] = "sqrt_d"
+    init_b_dec: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
+    seed: int = 0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "auxk_latents", "dead_after_tokens", "log_every"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip_norm"):
+            value = getattr(self, name)
+            self._expect(name, value is None or 0 < value < math.inf, "a positive number")
+        for name in ("k_aux", "k_start"):
+            value = getattr(self, name)
+            self._expect(name, value is None or value >= 1, "at least 1")
+        for name in ("beta1", "beta2"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._expect("eps", self.eps > 0, "a positive number")
+        self._expect("decay_fraction", 0 <= self.decay_fraction <= 1, "a number in [0, 1]")
+        self._expect("auxk_alpha", self.auxk_alpha >= 0, "at least 0")
+        self._expect("k_anneal_steps", self.k_anneal_steps >= 0, "at least 0")
+        for name, choices in _CHOICES.items():
+            self._expect(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+
+    def _expect(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they go into the run's config."""
+        return dataclasses.asdict(self)
+
+    def learning_rate(self, step: int, n_latents: int) -> float:
+        """The learning rate of a step (from 0): warm-up, plateau, linear decay to 0.
+
+        Example:
+            >>> config = TrainConfig(steps=100, lr=1.0, warmup_steps=10, decay_fraction=0.2)
+            >>> [round(config.learning_rate(s, 1), 2) for s in (0, 9, 50, 90, 99)]
+            [0.1, 1.0, 1.0, 0.5, 0.05]
+        """
+        peak = 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
+        warmup = self.warmup_steps
+        if warmup is None:
+            warmup = min(1000, self.steps // 20)
+        decay = max(1.0, self.decay_fraction * self.steps)
+        rising = (step + 1) / warmup if warmup else 1.0
+        return peak * max(0.0, min(1.0, rising, (self.steps - step) / decay))
+
+    def k_at(self, step: int, k: int) -> int:
+        """How many latents are kept at a step (from 0).
+
+        Example:
+            >>> [TrainConfig(k_start=8, k_anneal_steps=4).k_at(s, 4) for s in range(6)]
+            [8, 7, 6, 5, 4, 4]
+        """
+        if self.k_start is None or step >= self.k_anneal_steps:
+            return k
+        return round(self.k_start + (k - self.k_start) * step / self.k_anneal_steps)

@@ -1,0 +1,43 @@
+"""Which latents are dead: counters on the device, read without waiting for the host."""
+
+from __future__ import annotations
+
+import torch
+
+
+class DeadLatents:
+    """Tokens since each latent last fired.
+
+    A latent fires when an entry of it is kept with a value that ReLU did not zero.
+
+    Attributes:
+        since_fired: int64 [F].
+        after: tokens without firing that make a latent dead.
+
+    Example:
+        >>> dead = DeadLatents(3, after=2)
+        >>> dead.update(torch.tensor([1, 0, 0]), n_tokens=2, skip=torch.tensor(False))
+        >>> dead.mask().tolist()
+        [False, True, True]
+    """
+
+    def __init__(self, n_latents: int, after: int, device: torch.device | None = None) -> None:
+        self.after = after
+        self.since_fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+
+    def update(self, counts: torch.Tensor, n_tokens: int, skip: torch.Tensor) -> None:
+        """Takes in how often each latent fired in a batch, unless the step was skipped."""
+        aged = torch.where(counts > 0, 0, self.since_fired + n_tokens)
+        self.since_fired = torch.where(skip, self.since_fired, aged)
+
+    def mask(self) -> torch.Tensor:
+        """Which latents are dead, bool [F]."""
+        return self.since_fired >= self.after
+
+    def longest(self, at_most: int) -> torch.Tensor:
+        """The longest dead latents, at most so many, int64 in ascending order."""
+        dead = self.mask().nonzero().flatten()
+        if dead.numel() > at_most:
+            order = self.since_fired[dead].sort(descending=True, stable=True).indices
+            dead = dead[order[:at_most]].sort().values
+        return dead
