@@ -1,0 +1,48 @@
+"""The dense baselines: what SAE trainers do today, in plain torch, written from the formulas."""
+
+from __future__ import annotations
+
+import torch
+
+
+class DenseStep:
+    """A dense TopK training step: encode, topk, scatter, dense decode, autograd, Adam.
+
+    Unit-norm decoder with the parallel gradient removed, as FusedStep does it, so that both do the
+    same work.
+
+    Args:
+        W_enc, W_dec: [F, D] initial weights (copied).
+        k: latents kept per token.
+        optimizer: "foreach" or "fused".
+        autocast: bf16 autocast around the forward pass.
+    """
+
+    def __init__(
+        self, W_enc: torch.Tensor, W_dec: torch.Tensor, k: int, optimizer: str, autocast: bool
+    ) -> None:
+        self.k, self.autocast = k, autocast
+        n_latents, d_in = W_enc.shape
+        self.W_enc = W_enc.clone().requires_grad_()
+        self.W_dec = W_dec.clone().requires_grad_()
+        self.b_enc = torch.zeros(n_latents, requires_grad=True)
+        self.b_dec = torch.zeros(d_in, requires_grad=True)
+        self.parameters = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4, **{optimizer: True})
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """One step on [B, D]; returns the loss."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            h = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
+            values, indices = h.relu().topk(self.k, dim=1, sorted=False)
+            codes = torch.zeros_like(h).scatter(1, indices, values)
+            x_hat = codes @ self.W_dec + self.b_dec
+        loss = (x_hat.float() - x).square().sum() / (x - x.mean(0)).square().sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        with torch.no_grad():
+            grad = self.W_dec.grad
+            grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+            self.optimizer.step()
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        return loss.detach()

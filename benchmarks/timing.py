@@ -1,0 +1,75 @@
+"""Interleaved timing: every round runs every contestant once, so that drift hits all alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+import sae_kernels
+from sae_kernels.backends import cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one contestant."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Times each contestant once a round, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: _summary(times) for name, times in seconds.items()}
+
+
+def _summary(seconds: list[float]) -> Timing:
+    ms = sorted(1e3 * s for s in seconds)
+    return Timing(statistics.median(ms), ms[len(ms) // 5], ms[-1 - len(ms) // 5])
+
+
+def provenance() -> dict[str, object]:
+    """Where and how a result was measured."""
+    return {
+        "cpu": _cpu_name(),
+        "isa": cpu.isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sae_kernels": sae_kernels.__version__,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "malloc": os.environ.get("GLIBC_TUNABLES") or os.environ.get("LD_PRELOAD") or "default",
+        "command": " ".join(["python", "-m", "benchmarks.cpu_bars", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+        return f"{names[0]} x {len(names)}"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return result.stdout.strip()

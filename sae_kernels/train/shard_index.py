@@ -1,0 +1,179 @@
+"""index.json of a folder of activations: written last, believed only after checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+INDEX = "index.json"
+FORMAT = "sae_kernels.activations"
+VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = ("activations", "tokens", "documents")
+_SIZE_LIMIT = 64 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the data set: its plain name, rows, size and SHA-256."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What index.json says."""
+
+    d_in: int
+    dtype: torch.dtype
+    columns: tuple[str, ...]
+    metadata: dict[str, Any]
+    shards: tuple[Shard, ...]
+
+    def write(self, folder: Path) -> None:
+        """Make `folder` a data set."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "d_in": self.d_in,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "count": sum(shard.count for shard in self.shards),
+            "columns": self.columns,
+            "metadata": self.metadata,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        text = json.dumps(record, indent=1)
+        publish(folder / INDEX, lambda temporary: temporary.write_text(text, "utf-8"))
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """Read and check the index alone, no other file.
+
+        Raises:
+            DataError: no index, or one that is damaged, foreign or contradicts itself.
+        """
+        record = _load(folder)
+        kind, version = record.get("format"), record.get("version")
+        if kind != FORMAT or version != VERSION:
+            raise DataError(
+                f"{folder / INDEX}: expected {FORMAT} version {VERSION}, got {kind!r:.40} version "
+                f"{version!r:.40}; read it with the version of sae_kernels that wrote it"
+            )
+        dtype = _field(record, "dtype", str)
+        columns = _field(record, "columns", list)
+        index = cls(
+            d_in=_field(record, "d_in", int),
+            dtype=DTYPES.get(dtype, torch.int8),
+            columns=tuple(name for name in COLUMNS if name in columns),
+            metadata=_field(record, "metadata", dict),
+            shards=tuple(_shard(entry) for entry in _field(record, "shards", list)),
+        )
+        count = _field(record, "count", int)
+        held = sum(shard.count for shard in index.shards)
+        names = {shard.file for shard in index.shards}
+        for wrong, what in (
+            (dtype not in DTYPES, f"dtype one of {', '.join(DTYPES)}, got {dtype!r:.40}"),
+            (index.d_in < 1, f"d_in of at least 1, got {index.d_in}"),
+            ("activations" not in columns, "a column activations"),
+            (len(index.columns) != len(columns), f"columns among {COLUMNS}, got {columns!r:.80}"),
+            (len(names) != len(index.shards), "each shard named once"),
+            (count != held, f"the {held} rows of its shards as count, got {count}"),
+        ):
+            if wrong:
+                raise DataError(f"{folder / INDEX}: expected {what}; write the data set again")
+        return index
+
+
+def publish(path: Path, save: Callable[[Path], object]) -> None:
+    """Have `save` write a sibling of `path`, then make it `path`: whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and needs no flush of it
+        _sync(path.parent)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        size = path.stat().st_size
+        if size > _SIZE_LIMIT:
+            raise DataError(f"{path}: expected at most {_SIZE_LIMIT} bytes, got {size}")
+        record = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
+            "finished, and write an interrupted one again"
+        ) from None
+    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); write the data set again") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _field(record: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = record.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DataError(
+            f"{INDEX}: expected {name} of type {kind.__name__}, got {value!r:.80}; "
+            "write the data set again"
+        )
+    return value
+
+
+def _shard(entry: object) -> Shard:
+    if not isinstance(entry, dict):
+        raise DataError(f"{INDEX}: expected a JSON object for each shard, got {entry!r:.80}")
+    shard = Shard(
+        _field(entry, "file", str),
+        _field(entry, "count", int),
+        _field(entry, "bytes", int),
+        _field(entry, "sha256", str),
+    )
+    # A separator of another system counts too, and so do drive letters.
+    if shard.file in ("", ".", "..") or set(shard.file) & set("/\\:\0"):
+        raise DataError(
+            f"{INDEX}: expected the plain name of a file in its folder, got {shard.file!r:.80}; "
+            "do not use this data set if its origin is in doubt"
+        )
+    if shard.count < 1:
+        raise DataError(f"{INDEX}: expected {shard.file} of at least one row, got {shard.count}")
+    return shard
