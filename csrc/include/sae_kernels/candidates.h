@@ -48,11 +48,50 @@ SAE_INLINE T value_of_key(Key<T> key) {
 
 template <class T>
 SAE_INLINE int64_t count_at_least(const Key<T>* keys, int64_t padded, Key<T> bound) {
+#if defined(__AVX512F__)
+  int64_t count = 0;
+  for (int64_t i = 0; i < padded; i += kLanes<Key<T>>) {
+    const __m512i at = _mm512_loadu_si512(keys + i);
+    if constexpr (sizeof(T) == 4) {
+      count += __builtin_popcount(
+          _mm512_cmpge_epu32_mask(at, _mm512_set1_epi32(static_cast<int>(bound))));
+    } else {
+      count += __builtin_popcount(
+          _mm512_cmpge_epu64_mask(at, _mm512_set1_epi64(static_cast<int64_t>(bound))));
+    }
+  }
+  return count;
+#else
   Vec<Key<T>> sum{};
   for (int64_t i = 0; i < padded; i += kLanes<Key<T>>) {
     sum -= reinterpret_cast<Vec<Key<T>>>(load_raw(keys + i) >= bound);
   }
   return static_cast<int64_t>(horizontal_sum<Key<T>>(sum));
+#endif
+}
+
+template <class T>
+SAE_INLINE Key<T> largest(const Key<T>* keys, int64_t padded) {
+  Vec<Key<T>> best = load_raw(keys);
+  for (int64_t i = kLanes<Key<T>>; i < padded; i += kLanes<Key<T>>) {
+    const Vec<Key<T>> at = load_raw(keys + i);
+    best = at > best ? at : best;
+  }
+  Key<T> out = best[0];
+  for (int i = 1; i < kLanes<Key<T>>; ++i) out = best[i] > out ? best[i] : out;
+  return out;
+}
+
+template <class T>
+SAE_INLINE Key<T> smallest(const Key<T>* keys, int64_t n) {
+  Vec<Key<T>> best = load_raw(keys);
+  for (int64_t i = kLanes<Key<T>>; i < n; i += kLanes<Key<T>>) {
+    const Vec<Key<T>> at = load_raw(keys + i);
+    best = at < best ? at : best;
+  }
+  Key<T> out = best[0];
+  for (int i = 1; i < kLanes<Key<T>>; ++i) out = best[i] < out ? best[i] : out;
+  return out;
 }
 
 // Candidate lists of a block of tokens. `capacity` is a multiple of the vector length.
@@ -106,43 +145,85 @@ struct Candidates {
     Key<T>* key = keys + token * capacity;
     const int64_t n = counts[token];
     for (int64_t i = n; i < capacity; ++i) key[i] = 0;  // below every real key
-    Key<T> bound = 0;
+    // At least k entries are >= low, fewer than k are > high. Most often some bound in between has
+    // exactly k at or above it; otherwise low ends at the k-th key itself, which has ties.
+    Key<T> low = ordered_key(thresholds[token]), high = largest<T>(key, capacity);
     int64_t count = n;
-    for (int bit = 8 * sizeof(T) - 1; bit >= 0 && count != k; --bit) {
-      const Key<T> higher = bound | (Key<T>{1} << bit);
-      const int64_t above = count_at_least<T>(key, capacity, higher);
-      if (above < k) continue;
-      bound = higher;
-      count = above;
+    while (low < high && count != k) {
+      const Key<T> middle = high - (high - low) / 2;
+      const int64_t above = count_at_least<T>(key, capacity, middle);
+      if (above >= k) {
+        low = middle;
+        count = above;
+      } else {
+        high = middle - 1;
+      }
     }
-    // Stopping early leaves exactly k at or above the bound; else the bound is the k-th key itself.
-    int64_t ties = n;
-    if (count > k) ties = bound == ~Key<T>{0} ? k : k - count_at_least<T>(key, capacity, bound + 1);
-    keep(token, n, bound, ties);
+    Key<T> kth = low;
+    if (count == k) {
+      keep_at_least(token, low);
+      for (int64_t i = k; i % kLanes<Key<T>>; ++i) key[i] = ~Key<T>{0};
+      kth = smallest<T>(key, k);
+    } else {
+      keep_first(token, n, low);
+    }
+    counts[token] = static_cast<int32_t>(k);
+    // Once the k-th is NaN nothing but NaN could matter, and the lower latent already won.
+    thresholds[token] =
+        kth == ~Key<T>{0} ? std::numeric_limits<T>::infinity() : value_of_key<T>(kth);
   }
 
-  void keep(int64_t token, int64_t n, Key<T> bound, int64_t ties) {
+  // Moves the entries with keys from the bound on to the front, in their order.
+  SAE_INLINE void keep_at_least(int64_t token, Key<T> bound) {
     Key<T>* key = keys + token * capacity;
     int32_t* latent = latents + token * capacity;
     T* value = values + token * capacity;
-    Key<T> smallest = ~Key<T>{0};
     int64_t kept = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const bool tie = key[i] == bound;
-      const bool stays = key[i] > bound || (tie && ties > 0);
-      ties -= tie;
-      const Key<T> moved = key[i];
-      key[kept] = moved;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      const __m512i least = _mm512_set1_epi32(static_cast<int>(bound));
+      for (int64_t i = 0; i < capacity; i += 16) {
+        const __m512i at = _mm512_loadu_si512(key + i);
+        const __mmask16 stays = _mm512_cmpge_epu32_mask(at, least);
+        const auto move = [stays, i, kept](void* list) SAE_INLINE_LAMBDA {
+          int32_t* p = static_cast<int32_t*>(list);
+          _mm512_storeu_si512(p + kept,
+                              _mm512_maskz_compress_epi32(stays, _mm512_loadu_si512(p + i)));
+        };
+        move(key);
+        move(latent);
+        if (kScaled) move(value);
+        kept += __builtin_popcount(stays);
+      }
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < capacity; ++i) {
+      const bool stays = key[i] >= bound;
+      key[kept] = key[i];
       latent[kept] = latent[i];
       if (kScaled) value[kept] = value[i];
-      smallest = stays && moved < smallest ? moved : smallest;
       kept += stays;
     }
-    counts[token] = static_cast<int32_t>(kept);
-    // Once the k-th is NaN nothing but NaN could matter, and the lower latent already won.
-    thresholds[token] = smallest == ~Key<T>{0} ? std::numeric_limits<T>::infinity()
-                                               : value_of_key<T>(smallest);
   }
+
+  // The same down to the k-th key, which has more ties than fit: the first of them stay.
+  void keep_first(int64_t token, int64_t n, Key<T> kth) {
+    Key<T>* key = keys + token * capacity;
+    int64_t above = 0, kept = 0;
+    for (int64_t i = 0; i < n; ++i) above += key[i] > kth;
+    int64_t ties = k - above;
+    for (int64_t i = 0; i < n; ++i) {
+      if (key[i] < kth || (key[i] == kth && ties-- <= 0)) continue;
+      const int64_t from = token * capacity + i, to = token * capacity + kept++;
+      keys[to] = keys[from];
+      latents[to] = latents[from];
+      if (kScaled) values[to] = values[from];
+    }
+  }
+
+  // Up to here comparing all pairs by vectors beats sorting.
+  static constexpr int64_t kRankByCounting = 128;
 
   struct Entry {
     Key<T> key;
@@ -157,6 +238,19 @@ struct Candidates {
   void finish(int64_t token, Entry* entries, T* out_values, int32_t* out_latents) {
     if (counts[token] > k) compact(token);
     const int64_t at = token * capacity;
+    if (k <= kRankByCounting) {
+      Key<T>* key = keys + at;
+      for (int64_t i = k; i < capacity && i % kLanes<Key<T>>; ++i) key[i] = 0;
+      const int64_t padded = (k + kLanes<Key<T>> - 1) / kLanes<Key<T>> * kLanes<Key<T>>;
+      for (int64_t j = 0; j < k; ++j) {
+        // Not below j's key: those above it, itself, and its ties, the earlier of which rank first.
+        int64_t rank = count_at_least<T>(key, padded, key[j]) - 1;
+        for (int64_t i = j + 1; i < k; ++i) rank -= key[i] == key[j];
+        out_values[rank] = kScaled ? values[at + j] : value_of_key<T>(key[j]);
+        out_latents[rank] = latents[at + j];
+      }
+      return;
+    }
     for (int64_t j = 0; j < k; ++j) {
       const Key<T> key = keys[at + j];
       entries[j] = {key, latents[at + j], kScaled ? values[at + j] : value_of_key<T>(key)};

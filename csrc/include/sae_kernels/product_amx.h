@@ -1,9 +1,9 @@
 // The tile product of select_topk on AMX, for bf16 operands.
 //
 // Latents are the A operand, loaded straight from the row-major W; tokens are the B operand, packed
-// once a block into the pairs AMX wants. 2x2 tiles of 16x16 sums keep the unit busy. Where a row of
-// W cannot be loaded in whole 32-element steps (D % 32, the last latents), the few rows concerned
-// go through a zero-padded copy, so nothing outside W is ever read.
+// once a block into the pairs AMX wants. 2x2 tiles of 16x16 sums keep the unit busy. Where rows of W
+// cannot be loaded in whole tiles (D % 32, the last latents) they go through a zero-padded copy, so
+// nothing outside W is ever read.
 #pragma once
 
 #include <algorithm>
@@ -19,21 +19,21 @@ struct AmxProduct {
   using T = float;
   static constexpr int kGroup = 16;
   static constexpr int kTokenStep = 32;
-  static constexpr int kLatents = 128;
+  static constexpr int kLatents = 32;
   static constexpr int kDepth = 32;                  // elements of one tile row
   static constexpr int kTile = kGroup * kDepth;      // elements of one tile
-  static constexpr int64_t kPackedBytes = 800 << 10;  // of L2, for the packed tokens of a block
+  static constexpr int64_t kL1Bytes = 48 << 10;
+  static constexpr int64_t kPackedBytes = 1200 << 10;  // of L2, for the packed tokens of a block
 
   static int64_t steps(int64_t D) { return (D + kDepth - 1) / kDepth; }
   static int64_t max_tokens(int64_t D) {
     const int64_t fit = kPackedBytes / (2 * kDepth * steps(D)) / kTokenStep;
     return kTokenStep * std::min<int64_t>(std::max<int64_t>(fit, 1), 512 / kTokenStep);
   }
-  static size_t packed_bytes(int64_t tokens, int64_t D) {
-    return aligned(static_cast<size_t>(tokens * steps(D) * kDepth) * 2);
-  }
+  // Of one step of packed tokens.
+  static int64_t panel_bytes(int64_t D) { return kTokenStep * steps(D) * kDepth * 2; }
   static size_t scratch_bytes(int64_t D) {
-    return aligned(static_cast<size_t>(2 * kGroup * steps(D) * kDepth) * 2);
+    return aligned(static_cast<size_t>(kLatents * steps(D) * kDepth) * 2);
   }
 
   // Per thread and parallel region: other users of AMX (oneDNN) release the tiles when they finish.
@@ -69,50 +69,64 @@ struct AmxProduct {
     }
   }
 
-  // scores[group][kLatents][kGroup] = W tile times packed tokens.
-  static void tile(const void* packed, int64_t padded, const bf16* W, int64_t latents, int64_t D,
-                   float* scores, void* scratch) {
+  // The rows of a tile of W as `tile` takes them: in place, or padded where they do not fit.
+  static const bf16* rows(const bf16* W, int64_t latents, int64_t D, void* scratch) {
     const int64_t depth = steps(D) * kDepth;
-    for (int64_t first = 0; first < latents; first += 2 * kGroup) {
-      const int64_t rows = std::min<int64_t>(2 * kGroup, latents - first);
-      const bf16* a = W + first * D;
-      int64_t stride = D;
-      if (rows < 2 * kGroup || depth != D) {
-        a = pad(a, rows, D, depth, static_cast<bf16*>(scratch));
-        stride = depth;
-      }
-      const bf16* b = static_cast<const bf16*>(packed);
-      float* out = scores + first * kGroup;
-      for (int64_t token = 0; token < padded; token += kTokenStep) {
-        quad(a, stride, b, depth, out);
-        b += kTokenStep * depth;
-        out += 2 * kLatents * kGroup;
-      }
-    }
-  }
-
- private:
-  static const bf16* pad(const bf16* rows, int64_t n, int64_t D, int64_t depth, bf16* out) {
-    std::memset(out, 0, static_cast<size_t>(2 * kGroup * depth) * sizeof(bf16));
-    for (int64_t r = 0; r < n; ++r) {
-      std::memcpy(out + r * depth, rows + r * D, static_cast<size_t>(D) * sizeof(bf16));
+    const int64_t padded = (latents + 2 * kGroup - 1) / (2 * kGroup) * (2 * kGroup);
+    if (padded == latents && depth == D) return W;
+    bf16* out = static_cast<bf16*>(scratch);
+    std::memset(out, 0, static_cast<size_t>(padded * depth) * sizeof(bf16));
+    for (int64_t f = 0; f < latents; ++f) {
+      std::memcpy(out + f * depth, W + f * D, static_cast<size_t>(D) * sizeof(bf16));
     }
     return out;
   }
 
-  static void quad(const bf16* a, int64_t stride, const bf16* b, int64_t depth, float* out) {
-    const int64_t a_bytes = stride * static_cast<int64_t>(sizeof(bf16));
-    const bf16* a_low = a + kGroup * stride;
+  // scores[2][kLatents][kGroup] = rows of W times one step of packed tokens. Meanwhile `fetch` bytes
+  // from `ahead` on, the rows that come next, are brought near: waiting for them at their first
+  // use would cost half as much as the products.
+  static void tile(const void* panel, const bf16* rows, int64_t latents, int64_t D, float* scores,
+                   const char* ahead, int64_t fetch) {
+    const bf16* b = static_cast<const bf16*>(panel);
+    const int64_t depth = steps(D) * kDepth;
+    const int64_t quads = (latents + 2 * kGroup - 1) / (2 * kGroup);
+    const int64_t per_step = (fetch / (quads * steps(D)) + 63) / 64 * 64;
+    for (int64_t q = 0; q < quads; ++q) {
+      const bf16* a = rows + q * 2 * kGroup * depth;
+      float* out = scores + q * 2 * kGroup * kGroup;
+      if (2 * kGroup * depth * 2 <= kL1Bytes) {
+        quad<false>(a, b, depth, out, ahead, per_step);
+      } else {
+        quad<true>(a, b, depth, out, ahead, per_step);
+      }
+      ahead += per_step * steps(D);
+    }
+  }
+
+ private:
+  // Rows of W that do not stay in L1 are 32 streams at once, more than the hardware follows.
+  template <bool kFetchRows>
+  static void quad(const bf16* a, const bf16* b, int64_t depth, float* out, const char* ahead,
+                   int64_t per_step) {
+    const int64_t stride = depth * static_cast<int64_t>(sizeof(bf16));
+    const bf16* a_low = a + kGroup * depth;
     const bf16* b_right = b + kGroup * depth;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t d = 0; d < depth; d += kDepth) {
-      _tile_loadd(4, a + d, a_bytes);
+      for (int64_t byte = 0; byte < per_step; byte += 64) _mm_prefetch(ahead + byte, _MM_HINT_T1);
+      ahead += per_step;
+      if (kFetchRows) {
+        for (int r = 0; r < 2 * kGroup; ++r) {
+          _mm_prefetch(reinterpret_cast<const char*>(a + d + 2 * kDepth + r * depth), _MM_HINT_T0);
+        }
+      }
+      _tile_loadd(4, a + d, stride);
       _tile_loadd(6, b + d * kGroup, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a_low + d, a_bytes);
+      _tile_loadd(5, a_low + d, stride);
       _tile_dpbf16ps(1, 5, 6);
       _tile_loadd(7, b_right + d * kGroup, 64);
       _tile_dpbf16ps(2, 4, 7);

@@ -29,9 +29,8 @@ struct FmaProduct {
     const int64_t fit = kPackedBytes / (D * static_cast<int64_t>(sizeof(T))) / kTokenStep;
     return kTokenStep * std::min<int64_t>(std::max<int64_t>(fit, 1), 256 / kTokenStep);
   }
-  static size_t packed_bytes(int64_t tokens, int64_t D) {
-    return aligned(static_cast<size_t>(tokens * D) * sizeof(T));
-  }
+  // Of one step of packed tokens.
+  static int64_t panel_bytes(int64_t D) { return kTokenStep * D * static_cast<int64_t>(sizeof(T)); }
   static size_t scratch_bytes(int64_t D) {
     return kConverts ? aligned(static_cast<size_t>(kLatents * D) * sizeof(T)) : 0;
   }
@@ -59,25 +58,8 @@ struct FmaProduct {
     }
   }
 
-  // scores[group][kLatents][kGroup] = W tile times packed tokens.
-  static void tile(const void* packed, int64_t padded, const E* W, int64_t latents, int64_t D,
-                   T* scores, void* scratch) {
-    const T* rows = widen(W, latents, D, scratch);
-    for (int64_t first = 0; first < latents; first += kRows) {
-      const T* row[kRows];
-      for (int r = 0; r < kRows; ++r) row[r] = rows + std::min(first + r, latents - 1) * D;
-      const T* panel = static_cast<const T*>(packed);
-      T* out = scores + first * kGroup;
-      for (int64_t token = 0; token < padded; token += kTokenStep) {
-        micro(panel, row, D, out);
-        panel += D * kTokenStep;
-        out += kVectors * kLatents * kGroup;
-      }
-    }
-  }
-
- private:
-  static const T* widen(const E* W, int64_t latents, int64_t D, void* scratch) {
+  // The rows of a tile of W in the accumulator type: in place, or widened.
+  static const T* rows(const E* W, int64_t latents, int64_t D, void* scratch) {
     if constexpr (!kConverts) {
       return W;
     } else {
@@ -90,6 +72,18 @@ struct FmaProduct {
     }
   }
 
+  // scores[kVectors][kLatents][kGroup] = rows of W times one step of packed tokens. Enough is
+  // computed per row that fetching ahead is left to the hardware.
+  static void tile(const void* panel, const T* rows, int64_t latents, int64_t D, T* scores,
+                   const char*, int64_t) {
+    for (int64_t first = 0; first < latents; first += kRows) {
+      const T* row[kRows];
+      for (int r = 0; r < kRows; ++r) row[r] = rows + std::min(first + r, latents - 1) * D;
+      micro(static_cast<const T*>(panel), row, D, scores + first * kGroup);
+    }
+  }
+
+ private:
   static_assert(kLatents % kRows == 0);
 
   static void micro(const T* panel, const T* const (&row)[kRows], int64_t D, T* out) {

@@ -50,11 +50,13 @@ class SelectTopk {
   const SelectTopkArgs& a;
   int64_t capacity, tokens;
 
-  size_t scores_bytes() const {
-    return aligned(static_cast<size_t>(tokens * Product::kLatents) * sizeof(T));
+  static constexpr size_t kScoresBytes = sizeof(T) * Product::kTokenStep * Product::kLatents;
+
+  size_t packed_bytes() const {
+    return aligned(static_cast<size_t>(tokens / Product::kTokenStep * Product::panel_bytes(a.D)));
   }
   size_t thread_bytes() const {
-    return Product::packed_bytes(tokens, a.D) + Product::scratch_bytes(a.D) + scores_bytes() +
+    return packed_bytes() + Product::scratch_bytes(a.D) + aligned(kScoresBytes) +
            2 * aligned(Product::kLatents * sizeof(T)) + List::bytes(tokens, capacity) +
            aligned(static_cast<size_t>(a.k) * sizeof(typename List::Entry));
   }
@@ -68,9 +70,9 @@ class SelectTopk {
     const int64_t count = std::min(tokens, a.B - first);
     const int64_t step = Product::kTokenStep;
     const int64_t padded = (count + step - 1) / step * step;
-    void* packed = take(Product::packed_bytes(tokens, a.D));
+    void* packed = take(packed_bytes());
     void* scratch = take(Product::scratch_bytes(a.D));
-    T* scores = reinterpret_cast<T*>(take(scores_bytes()));
+    T* scores = reinterpret_cast<T*>(take(kScoresBytes));
     T* bias = reinterpret_cast<T*>(take(Product::kLatents * sizeof(T)));
     T* scale = reinterpret_cast<T*>(take(Product::kLatents * sizeof(T)));
     List list(take(List::bytes(tokens, capacity)), tokens, capacity, a.k);
@@ -81,10 +83,20 @@ class SelectTopk {
     list.reset(tokens);
     for (int64_t f = 0; f < a.F; f += Product::kLatents) {
       const int64_t latents = std::min<int64_t>(Product::kLatents, a.F - f);
-      Product::tile(packed, padded, W + f * a.D, latents, a.D, scores, scratch);
+      const auto* rows = Product::rows(W + f * a.D, latents, a.D, scratch);
       fill(bias, static_cast<const T*>(a.b), f, latents, T{0});
       if (kScaled) fill(scale, static_cast<const T*>(a.rank_scale), f, latents, T{1});
-      scan(scores, bias, scale, f, latents, count, list);
+      // The next tile of W is fetched in equal shares while this one is multiplied.
+      const char* ahead = reinterpret_cast<const char*>(W + (f + latents) * a.D);
+      const int64_t next = std::min<int64_t>(Product::kLatents, a.F - f - latents);
+      const int64_t share = next * a.D * static_cast<int64_t>(sizeof(E)) * step / padded;
+      const char* panel = static_cast<const char*>(packed);
+      for (int64_t token = 0; token < count; token += step) {
+        Product::tile(panel, rows, latents, a.D, scores, ahead, share);
+        scan(scores, bias, scale, f, latents, token, count, list);
+        panel += Product::panel_bytes(a.D);
+        ahead += share;
+      }
     }
     T* values = static_cast<T*>(a.values) + first * a.k;
     int32_t* indices = a.indices + first * a.k;
@@ -97,13 +109,14 @@ class SelectTopk {
     for (int64_t i = 0; i < latents; ++i) out[i] = from ? from[f + i] : missing;
   }
 
-  // Hands every score that is not below its token's threshold to the token's list. Four latents
-  // are tested by one branch; almost always nothing survives.
+  // Hands every score of one step of tokens that is not below its token's threshold to the token's
+  // list. Four latents are tested by one branch; almost always nothing survives.
   void scan(const T* scores, const T* bias, const T* scale, int64_t f, int64_t latents,
-            int64_t count, List& list) const {
+            int64_t token, int64_t count, List& list) const {
     constexpr int kGroup = Product::kGroup;
-    for (int64_t token = 0; token < count; token += kGroup, scores += Product::kLatents * kGroup) {
-      const uint32_t live = count - token >= kGroup ? ~0u : (1u << (count - token)) - 1;
+    const int64_t end = std::min<int64_t>(count, token + Product::kTokenStep);
+    for (; token < end; token += kGroup, scores += Product::kLatents * kGroup) {
+      const uint32_t live = end - token >= kGroup ? ~0u : (1u << (end - token)) - 1;
       Vec<T> threshold = load_raw(list.thresholds + token);
       for (int64_t i = 0; i < latents; i += 4) {
         uint32_t mask[4], any = 0;

@@ -18,7 +18,7 @@ bool transpose_codes(const TransposeArgs& a) {
   const auto for_each_entry = [&](int thread, auto&& body) {
     const int64_t end = std::min(a.N, (thread + 1) * stretch);
     for (int64_t e = thread * stretch; e < end; ++e) {
-      if (!(a.drop_zeros && values[e] == T{0})) body(e, a.indices[e]);
+      body(e, a.indices[e], !(a.drop_zeros && values[e] == T{0}));
     }
   };
 
@@ -26,11 +26,11 @@ bool transpose_codes(const TransposeArgs& a) {
   on_threads(a.threads, [&](int thread) {
     int32_t* counts = a.workspace + thread * a.F;
     std::fill(counts, counts + a.F, 0);
-    for_each_entry(thread, [&](int64_t, int32_t latent) {
+    for_each_entry(thread, [&](int64_t, int32_t latent, bool kept) {
       if (latent < 0 || latent >= a.F) {
         in_range = false;
       } else {
-        ++counts[latent];
+        counts[latent] += kept;
       }
     });
   });
@@ -50,7 +50,8 @@ bool transpose_codes(const TransposeArgs& a) {
 
   on_threads(a.threads, [&](int thread) {
     int32_t* places = a.workspace + thread * a.F;
-    for_each_entry(thread, [&](int64_t e, int32_t latent) {
+    for_each_entry(thread, [&](int64_t e, int32_t latent, bool kept) {
+      if (!kept) return;
       const int32_t place = places[latent]++;
       a.entries[place] = static_cast<int32_t>(e);
       a.rows[place] = a.row_ids ? a.row_ids[e] : static_cast<int32_t>(e / a.entries_per_row);
