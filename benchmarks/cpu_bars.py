@@ -1,4 +1,4 @@
-"""The CPU bars of the TopK path: ``python -m benchmarks.cpu_bars [--only encode ...] [--out FILE]``.
+"""The CPU bars of the TopK path: ``python -m benchmarks.cpu_bars [--only encode] [--out FILE]``.
 
 P is ``torch.mm(x_bf16, W_bf16.t(), out=preallocated)``, the one product that is necessary. Every
 ratio comes from one process with interleaved contestants; medians over the rounds.
@@ -138,10 +138,10 @@ def small(_kind: str, rounds: int) -> Iterator[Record]:
         contestants: dict[str, Callable[[], object]] = {}
         for optimizer in ("foreach", "fused"):
             dense = DenseStep(W, W, k, optimizer, autocast=False)
-            contestants[f"dense fp32 {optimizer}"] = lambda d=dense: d(x)
+            contestants[f"dense fp32 {optimizer}"] = lambda d=dense, x=x: d(x)
         for dtype in ("float32", "bfloat16"):
             fused = FusedStep(_sae(W, k), TrainConfig(compute=dtype, auxk_alpha=0.0))
-            contestants[f"FusedStep {dtype}"] = lambda f=fused: f(x, lr=1e-4)
+            contestants[f"FusedStep {dtype}"] = lambda f=fused, x=x: f(x, lr=1e-4)
         case = f"small B={tokens} D={d_in} F={n_latents} K={k}"
         yield from ratios(case, contestants, "FusedStep float32", 3 * rounds)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.utils import _pytree
 
-from sae_kernels.primitives.select_topk import select_topk
+from sae_kernels.primitives import checks
 from sae_kernels.primitives.terms import Term
 from sae_kernels.primitives.transpose_codes import transpose_codes
 
@@ -38,7 +38,7 @@ class LatentOrder(NamedTuple):
         return Term(*self, coef.flatten(), source)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SparseCodes:
     """The K kept latents of every token.
 
@@ -69,12 +69,16 @@ class SparseCodes:
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, k: int) -> SparseCodes:
-        """The k largest entries of each row of [..., F], ties to the lower latent."""
-        rows = dense.reshape(-1, dense.shape[-1])
-        identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        values, indices = select_topk(rows, identity, None, k, None)
-        shape = (*dense.shape[:-1], k)
-        return cls(values.reshape(shape), indices.reshape(shape), dense.shape[-1])
+        """The k largest entries of each row of [..., F], ties to the lower latent.
+
+        The values are differentiable.
+        """
+        n_latents = dense.shape[-1]
+        if not 1 <= k <= n_latents:
+            raise ValueError(f"k: expected 1 <= k <= n_latents = {n_latents}, got {k}")
+        key = dense.to(checks.accumulator(dense.dtype)) + 0.0  # -0 becomes +0
+        order = key.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        return cls(key.gather(-1, order), order.to(torch.int32), n_latents)
 
     def to_dense(self) -> torch.Tensor:
         """[..., F] with the values in place and zeros elsewhere; differentiable."""
@@ -93,9 +97,7 @@ class SparseCodes:
         """The entries by latent; ``drop_zeros`` leaves out dropped entries (codes after ReLU)."""
         values = self.values.detach().reshape(-1, self.k) if drop_zeros else None
         indices = self.indices.reshape(-1, self.k)
-        return LatentOrder(
-            *transpose_codes(indices, values, None, self.n_latents, backend=backend)
-        )
+        return LatentOrder(*transpose_codes(indices, values, None, self.n_latents, backend=backend))
 
 
 def joint_latent_order(
@@ -111,14 +113,18 @@ def joint_latent_order(
         torch.arange(codes.indices.numel() // codes.k, dtype=torch.int32, device=indices.device)
         for codes in sets
     ]
-    rows = torch.cat(
-        [t.repeat_interleave(codes.k) for t, codes in zip(tokens, sets, strict=True)]
-    )
-    return LatentOrder(
-        *transpose_codes(indices, values, rows, sets[0].n_latents, backend=backend)
-    )
+    rows = torch.cat([t.repeat_interleave(codes.k) for t, codes in zip(tokens, sets, strict=True)])
+    return LatentOrder(*transpose_codes(indices, values, rows, sets[0].n_latents, backend=backend))
 
 
-_pytree.register_dataclass(
-    SparseCodes, field_names=["values", "indices", "n_latents"]
+# n_latents is part of the structure, not a leaf: tree_map sees tensors only.
+_pytree.register_pytree_node(
+    SparseCodes,
+    lambda codes: ([codes.values, codes.indices], codes.n_latents),
+    lambda leaves, n_latents: SparseCodes(*list(leaves), n_latents=n_latents),
+    serialized_type_name="sae_kernels.SparseCodes",
+    flatten_with_keys_fn=lambda codes: (
+        [(_pytree.GetAttrKey(name), getattr(codes, name)) for name in ("values", "indices")],
+        codes.n_latents,
+    ),
 )

@@ -67,13 +67,19 @@ def encode_topk(
         >>> codes.values.tolist(), codes.indices.tolist()
         ([[3.0, 2.0]], [[2, 1]])
     """
+    for name, tensor in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc), ("b_dec", b_dec)):
+        checks.dtype(name, tensor, checks.OPERAND_DTYPES)
+    checks.same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec, rank_scale=rank_scale)
     dtype = compute_dtype or _autocast_dtype(x) or W_enc.dtype
     checks.dtype("compute_dtype", torch.empty(0, dtype=dtype), checks.OPERAND_DTYPES)
     checks.shape("W_enc", W_enc, ["F", "D"], "latents first")
+    checks.shape("b_enc", b_enc, [W_enc.shape[0]], "one bias per latent")
     if x.dim() < 1 or x.shape[-1] != W_enc.shape[1]:
         raise ValueError(
             f"x: expected shape [..., {W_enc.shape[1]}] (as wide as W_enc), got {list(x.shape)}"
         )
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
     checks.shape("b_dec", b_dec, [W_enc.shape[1]], "one bias per input")
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
@@ -132,6 +138,8 @@ def decode(
 
 def _autocast_dtype(like: torch.Tensor) -> torch.dtype | None:
     device = like.device.type
+    if like.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None  # autocast leaves fp64 alone everywhere
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -159,9 +167,7 @@ class _EncodeTopk(torch.autograd.Function):
         accumulator = checks.accumulator(dtype)
         b = None if b is None else b.to(accumulator)
         rank_scale = None if rank_scale is None else rank_scale.to(accumulator)
-        values, indices = select_topk(
-            x.to(dtype), W.to(dtype), b, k, rank_scale, backend=backend
-        )
+        values, indices = select_topk(x.to(dtype), W.to(dtype), b, k, rank_scale, backend=backend)
         return values.relu() if relu else values, indices
 
     @staticmethod
@@ -185,9 +191,7 @@ class _EncodeTopk(torch.autograd.Function):
         dx = dW = db = None
         if needs_W or needs_b:
             kept = values if ctx.relu else None
-            order = LatentOrder(
-                *transpose_codes(indices, kept, None, W.shape[0], backend=backend)
-            )
+            order = LatentOrder(*transpose_codes(indices, kept, None, W.shape[0], backend=backend))
             if needs_W:
                 term = order.term(dh, x.to(ctx.dtype))
                 dW = row_grad([term], *W.shape, backend=backend).to(W.dtype)

@@ -85,7 +85,9 @@ def implementation(
         module = _module(primitive, name)
         if module is not None and _reason(name, primitive, device, dtype) is None:
             return module
-    lines = [f"{c.backend}: {c.reason or 'available'}" for c in candidates(primitive, device, dtype)]
+    lines = [
+        f"{c.backend}: {c.reason or 'available'}" for c in candidates(primitive, device, dtype)
+    ]
     raise BackendUnavailableError(
         f"{primitive} on {device} in {dtype} cannot run on {choice or 'any backend'} "
         f"({origin}); " + "; ".join(lines)
@@ -97,12 +99,11 @@ def _check_name(name: str, origin: str) -> None:
         raise ValueError(f"{origin}: expected a backend among {', '.join(NAMES)}, got {name!r}")
 
 
-def _reason(
-    backend: str, primitive: str, device: torch.device, dtype: torch.dtype
-) -> str | None:
+def _reason(backend: str, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if _module(primitive, backend) is None:
         return f"{primitive} is not written for it"
-    return _BACKENDS[backend].reason(device, dtype)
+    reason: str | None = _BACKENDS[backend].reason(device, dtype)
+    return reason
 
 
 @functools.cache

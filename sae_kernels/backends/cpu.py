@@ -89,18 +89,10 @@ def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], 
     for term in terms:
         coef = term.coef.to(dtype).contiguous()
         source = None if term.source is None else term.source.contiguous()
+        if source is not None and torch.float64 in (dtype, source.dtype):
+            source = source.to(dtype)  # the kernels read fp64 rows for fp64 sums and only then
         order = [t.contiguous() for t in (term.offsets, term.entries, term.rows)]
         source_code = code(dtype if source is None else source.dtype)
         tuples.append((*map(address, (*order, coef, source)), source_code))
         alive += [*order, coef, source]
     return tuples, alive
-
-
-def check_indices(in_range: bool, indices: torch.Tensor, n_latents: int) -> None:
-    """Turns a kernel's refusal into an error that names the first index out of range."""
-    if in_range:
-        return
-    wrong = indices[(indices < 0) | (indices >= n_latents)]
-    raise IndexError(
-        f"codes: expected latent indices in [0, {n_latents}), got {int(wrong.flatten()[0])}"
-    )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sae_kernels._version import __version__
 from sae_kernels.errors import DataError
 from sae_kernels.nn.config import TopKConfig
+from sae_kernels.primitives.checks import OPERAND_DTYPES
 
 if TYPE_CHECKING:
     from sae_kernels.nn.topk import TopKSAE
@@ -24,21 +25,24 @@ ARCHITECTURE = "topk"
 
 
 def save(sae: TopKSAE, folder: str | Path) -> None:
-    """Writes both files, each complete or not at all."""
+    """Writes both files, each complete or not at all: a failed save leaves what was there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
-    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(weights, partial)
-    os.replace(partial, folder / WEIGHTS_FILE)
     config = {
         "architecture": ARCHITECTURE,
         "sae_kernels_version": __version__,
         **sae.config.to_dict(),
     }
-    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / CONFIG_FILE)
+    partial = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    try:
+        save_file(weights, partial[WEIGHTS_FILE])
+        partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
 def load(
@@ -55,18 +59,25 @@ def load(
     config_path, weights_path = _files(str(name_or_path), revision, local_files_only)
     config = _read_config(config_path)
     weights = _read_weights(weights_path)
-    with torch.device("meta"):
-        sae = TopKSAE(config)
-    expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
+    F, D = config.n_latents, config.d_in
+    expected = {"W_enc": [F, D], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
     came = {name: list(t.shape) for name, t in weights.items()}
     if expected != came:
         raise DataError(f"{weights_path}: expected tensors {expected}, got {came}")
+    dtypes = {str(tensor.dtype) for tensor in weights.values()}
+    if len(dtypes) > 1 or not dtypes <= {str(dtype) for dtype in OPERAND_DTYPES}:
+        raise DataError(
+            f"{weights_path}: expected weights of one floating point dtype, "
+            f"got {', '.join(sorted(dtypes))}"
+        )
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise DataError(
                 f"{weights_path}: expected finite weights, {name} holds NaN or infinity; "
                 "use an earlier checkpoint"
             )
+    with torch.device("meta"):
+        sae = TopKSAE(config)
     sae.load_state_dict(weights, assign=True)
     return sae
 
@@ -82,18 +93,14 @@ def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Pat
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise DataError(f"{name}: expected a folder with a saved SAE or a hub name owner/repo")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         config, weights = (
-            Path(
-                hf_hub_download(
-                    name, file, revision=revision, local_files_only=local_files_only
-                )
-            )
+            Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
             for file in (CONFIG_FILE, WEIGHTS_FILE)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{name}: no such folder, and the Hugging Face hub did not give it ({reason})"
@@ -103,8 +110,8 @@ def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Pat
 
 def _read_config(path: Path) -> TopKConfig:
     try:
-        values: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON object ({error})") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")

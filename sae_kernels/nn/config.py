@@ -47,10 +47,14 @@ class TopKConfig:
             raise ValueError(f"k: expected at most n_latents = {self.n_latents}, got {self.k}")
         if self.relu not in RELU_PLACES:
             raise ValueError(f"relu: expected one of {', '.join(RELU_PLACES)}, got {self.relu!r}")
-        if not 0 < self.activation_scale < float("inf"):
-            raise ValueError(
-                f"activation_scale: expected a positive finite number, got {self.activation_scale}"
-            )
+        for name in ("subtract_b_dec", "rank_by_decoder_norm", "unit_norm_decoder"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: expected true or false, got {value!r}")
+        scale = self.activation_scale
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not 0 < scale < float("inf"):
+            raise ValueError(f"activation_scale: expected a positive finite number, got {scale!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into config.json."""

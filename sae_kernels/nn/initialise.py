@@ -8,7 +8,10 @@ import torch
 def geometric_median(
     x: torch.Tensor, *, iterations: int = 100, tolerance: float = 1e-6
 ) -> torch.Tensor:
-    """The point with the least sum of distances to the rows of x, by Weiszfeld's algorithm.
+    """The point with the least sum of distances to the rows of x.
+
+    Weiszfeld's algorithm with the step of Vardi and Zhang (PNAS 2000), which does not get stuck
+    where it meets a row.
 
     Args:
         x: [N, D].
@@ -27,11 +30,16 @@ def geometric_median(
     x = x.float()
     median = x.mean(0)
     for _ in range(iterations):
-        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-12)
-        moved = (weights @ x) / weights.sum()
-        step = (moved - median).norm()
-        median = moved
-        if step <= tolerance * median.norm().clamp_min(1e-12):
+        away = x - median
+        distances = away.norm(dim=1)
+        apart = distances > 1e-12
+        weights = torch.where(apart, 1 / distances, 0)
+        pull = weights @ away
+        # Rows at the point itself hold it with a force of at most one each.
+        free = (1 - (~apart).sum() / pull.norm().clamp_min(1e-12)).clamp_min(0)
+        step = free * pull / weights.sum().clamp_min(1e-12)
+        median = median + step
+        if step.norm() <= tolerance * median.norm().clamp_min(1e-12):
             break
     return median
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from sae_kernels import functional
-from sae_kernels.nn.config import TopKConfig
 from sae_kernels.nn.initialise import geometric_median, unit_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.codes import SparseCodes
+    from sae_kernels.nn.config import TopKConfig
 
 
 class SAEOutput(NamedTuple):
@@ -44,6 +44,7 @@ class TopKSAE(nn.Module):
         backend: see :mod:`sae_kernels.backends`.
 
     Example:
+        >>> from sae_kernels.nn import TopKConfig, TopKSAE
         >>> sae = TopKSAE(TopKConfig(d_in=8, n_latents=32, k=4))
         >>> x = torch.randn(5, 8)
         >>> output = sae(x)
@@ -76,7 +77,10 @@ class TopKSAE(nn.Module):
 
     def encode(self, x: torch.Tensor, *, k: int | None = None) -> SparseCodes:
         """The k (default: of the configuration) largest latents of each token of [..., D]."""
-        return self.encode_scaled(x * self.config.activation_scale, k=k)
+        scale = self.config.activation_scale
+        if scale != 1:  # in fp32 at least: a scaled bf16 or fp16 number is rounded, or infinite
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+        return self.encode_scaled(x, k=k)
 
     def encode_scaled(self, x: torch.Tensor, *, k: int | None = None) -> SparseCodes:
         """:meth:`encode` for activations that already carry the activation scale."""
@@ -84,7 +88,7 @@ class TopKSAE(nn.Module):
             x,
             self.W_enc,
             self.b_enc,
-            k or self.config.k,
+            self.config.k if k is None else k,
             b_dec=self.b_dec if self.config.subtract_b_dec else None,
             relu=self.config.relu != "none",
             rank_scale=self.rank_scale(),
@@ -115,7 +119,8 @@ class TopKSAE(nn.Module):
         """What ranks the latents besides their value: the decoder norms, or nothing."""
         if not self.config.rank_by_decoder_norm:
             return None
-        return self.W_dec.detach().norm(dim=1)
+        norms: torch.Tensor = self.W_dec.detach().norm(dim=1)
+        return norms
 
     @torch.no_grad()
     def initialise_b_dec_(self, x: torch.Tensor) -> None:

@@ -53,3 +53,26 @@ def same_device(**tensors: torch.Tensor | None) -> None:
 def indices(name: str, tensor: torch.Tensor) -> None:
     """Raises TypeError unless the tensor holds int32 indices."""
     dtype(name, tensor, (torch.int32,))
+
+
+def latents_in_range(
+    indices: torch.Tensor, n_latents: int, name: str = "codes", lowest: int = 0
+) -> None:
+    """Raises IndexError with the first index that is no latent."""
+    wrong = indices[(indices < lowest) | (indices >= n_latents)]
+    if wrong.numel():
+        raise IndexError(
+            f"{name}: expected latent indices in [{lowest}, {n_latents}), "
+            f"got {int(wrong.flatten()[0])}"
+        )
+
+
+def groups_split_latents(group_ends: torch.Tensor | None, n_latents: int) -> None:
+    """Raises ValueError unless the ends ascend from 0 to n_latents."""
+    if group_ends is None:
+        return
+    ends = group_ends.tolist()
+    if not ends or ends[0] < 0 or ends[-1] != n_latents or ends != sorted(ends):
+        raise ValueError(
+            f"group_ends: expected ascending latent numbers, the last being {n_latents}, got {ends}"
+        )

@@ -54,4 +54,6 @@ class Operator:
         *arguments, backend = args
         like = arguments[self._dtype_of]
         module = backends.implementation(self.name, like.device, like.dtype, backend)
-        return module.run(*arguments)
+        # The dtypes were settled before the call: autocast must not round an operand a second time.
+        with torch.autocast(like.device.type, enabled=False):
+            return module.run(*arguments)

@@ -65,6 +65,10 @@ class Gradient(NamedTuple):
         """Raises ValueError or TypeError if it cannot be the gradient of such a matrix."""
         for i, term in enumerate(self.terms):
             _check_term(f"terms[{i}]", term, n_latents, width)
+            checks.same_device(**{f"terms[{i}]": term.coef, "row_coef": self.row_coef})
+        checks.same_device(
+            row_coef=self.row_coef, dense=self.dense, dense_latents=self.dense_latents
+        )
         checks.shape("row_coef", self.row_coef, [n_latents], "one coefficient per latent")
         checks.shape("dense", self.dense, ["A", width], "rows as wide as the matrix")
         checks.dtype("row_coef", self.row_coef, (dtype,))
@@ -86,9 +90,13 @@ SCHEMA = (
 
 def _check_term(name: str, term: Term, n_latents: int, width: int) -> None:
     checks.shape(f"{name}.offsets", term.offsets, [n_latents + 1], "one more than n_latents")
-    checks.shape(f"{name}.rows", term.rows, list(term.entries.shape), "one row per entry")
+    checks.shape(f"{name}.entries", term.entries, ["N"], "a position per entry")
+    for field in ("rows", "coef"):
+        shape = list(term.entries.shape)
+        checks.shape(f"{name}.{field}", getattr(term, field), shape, "one per entry")
     for field in ("offsets", "entries", "rows"):
         checks.indices(f"{name}.{field}", getattr(term, field))
     checks.shape(f"{name}.source", term.source, ["R", width], "rows as wide as the matrix")
     checks.dtype(f"{name}.coef", term.coef, (torch.float32, torch.float64))
     checks.dtype(f"{name}.source", term.source, checks.OPERAND_DTYPES)
+    checks.same_device(**term._asdict())

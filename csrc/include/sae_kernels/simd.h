@@ -46,7 +46,7 @@ using Vec = typename VectorOf<T, kLanes<T>>::type;
 
 template <class T>
 SAE_INLINE Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // unlike an addition, exact for -0 and so folded to a broadcast
 }
 
 template <class T>

@@ -6,11 +6,14 @@ an entry takes the row of its latent's group, the first whose end lies above the
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.decode import check_groups
 from sae_kernels.primitives.operator import Operator
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
+from sae_kernels.primitives import checks
 
 if TYPE_CHECKING:
     import torch
@@ -17,10 +18,9 @@ def run(
     group_ends: torch.Tensor | None,
 ) -> torch.Tensor:
     """Runs csrc/cpu/decode.cpp."""
+    checks.groups_split_latents(group_ends, W.shape[0])
     out = grad.new_empty(indices.shape)
-    alive = [
-        None if t is None else cpu.packed(t) for t in (grad, indices, W, group_ends, out)
-    ]
+    alive = [None if t is None else cpu.packed(t) for t in (grad, indices, W, group_ends, out)]
     (B, K), (F, D) = indices.shape, W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]
     in_range = cpu.module().code_grad(
@@ -34,5 +34,6 @@ def run(
         groups,
         cpu.threads(),
     )
-    cpu.check_indices(in_range, indices, F)
+    if not in_range:
+        checks.latents_in_range(indices, F)
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sae_kernels.primitives import checks
+
 
 def run(
     grad: torch.Tensor,
@@ -12,6 +14,8 @@ def run(
     group_ends: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gathers the K rows of every token and multiplies them with the token's gradient."""
+    checks.latents_in_range(indices, W.shape[0])
+    checks.groups_split_latents(group_ends, W.shape[0])
     rows = W[indices.long()].to(grad.dtype)  # [B, K, D]
     if group_ends is None:
         return (rows * grad[:, None]).sum(-1)

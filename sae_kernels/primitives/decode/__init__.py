@@ -8,10 +8,13 @@ value is 0 is a dropped one and adds nothing, whatever its row holds.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.operator import Operator
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_codes(values: torch.Tensor, indices: torch.Tensor, W: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
+from sae_kernels.primitives import checks
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,9 @@ def run(
     group_ends: torch.Tensor | None,
 ) -> torch.Tensor:
     """Runs csrc/cpu/decode.cpp."""
-    (B, K), (F, D) = values.shape, W.shape
+    checks.groups_split_latents(group_ends, W.shape[0])
     groups = 1 if group_ends is None else group_ends.shape[0]
-    out = values.new_empty((groups, B, D))
+    out = values.new_empty((groups, values.shape[0], W.shape[1]))
     launch(values, indices, W, b_dec, group_ends, None, out, None, None, False)
     return out[0] if group_ends is None else out
 
@@ -56,4 +57,5 @@ def launch(
         drop_zeros,
         cpu.threads(),
     )
-    cpu.check_indices(in_range, indices, F)
+    if not in_range:
+        checks.latents_in_range(indices, F)

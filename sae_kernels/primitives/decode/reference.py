@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sae_kernels.primitives import checks
+
 
 def run(
     values: torch.Tensor,
@@ -13,6 +15,8 @@ def run(
     group_ends: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gathers the K rows of every token and sums them."""
+    checks.latents_in_range(indices, W.shape[0])
+    checks.groups_split_latents(group_ends, W.shape[0])
     rows = W[indices.long()].to(values.dtype)  # [B, K, D]
     weighted = torch.where((values == 0)[..., None], 0, values[..., None] * rows)
     ends = [W.shape[0]] if group_ends is None else group_ends.tolist()

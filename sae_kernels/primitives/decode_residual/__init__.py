@@ -7,11 +7,14 @@ after a ReLU) an entry of value 0 is a dropped one and its gradient is 0.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.decode import check_codes
 from sae_kernels.primitives.operator import Operator
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _check(

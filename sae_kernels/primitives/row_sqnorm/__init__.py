@@ -21,7 +21,7 @@ def _check(param: torch.Tensor, *arguments: Any) -> None:
     checks.shape("param", param, ["F", "width"], "latents first")
     checks.dtype("param", param, (torch.float32, torch.float64))
     check_norm(norm, slices, param.shape[1])
-    Gradient.from_columns(*columns).check(*param.shape, param.dtype)
+    Gradient.from_columns(*columns).check(param.shape[0], param.shape[1], param.dtype)
 
 
 _operator = Operator(

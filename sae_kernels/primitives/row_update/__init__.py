@@ -36,7 +36,7 @@ class AdamRow(NamedTuple):
 
     Attributes:
         param, m, v: fp32 or fp64 [F, width].
-        copy: bf16 or fp16 [F, width], rewritten from ``param``; or None.
+        copy: bf16 or fp16 [F, width] beside an fp32 ``param``, rewritten from it; or None.
     """
 
     param: torch.Tensor
@@ -60,10 +60,15 @@ def _check(
     checks.dtype("m", m, (param.dtype,))
     checks.dtype("v", v, (param.dtype,))
     checks.dtype("copy", copy, (torch.bfloat16, torch.float16))
+    if copy is not None:
+        checks.dtype("param with a copy", param, (torch.float32,))
     checks.shape("hyper", hyper, [len(HYPER)], ", ".join(HYPER))
     checks.dtype("hyper", hyper, (torch.float64,))
     check_norm(norm, slices, param.shape[1])
-    Gradient.from_columns(*columns).check(*param.shape, param.dtype)
+    gradient = Gradient.from_columns(*columns)
+    gradient.check(param.shape[0], param.shape[1], param.dtype)
+    part = gradient.terms[0].coef if gradient.terms else gradient.dense
+    checks.same_device(param=param, m=m, v=v, copy=copy, hyper=hyper, gradient=part)
     for name, tensor in (("param", param), ("m", m), ("v", v), ("copy", copy)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place")
@@ -111,6 +116,4 @@ def row_update(
         lazy: leave rows without a gradient entry as they are.
         backend: see :mod:`sae_kernels.backends`.
     """
-    _operator(
-        *row, *gradient.columns(), hyper, *betas, eps, norm, slices, lazy, backend=backend
-    )
+    _operator(*row, *gradient.columns(), hyper, *betas, eps, norm, slices, lazy, backend=backend)

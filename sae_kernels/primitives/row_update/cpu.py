@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sae_kernels.backends import cpu
+from sae_kernels.primitives import checks
 from sae_kernels.primitives.row_update import NORMS
 from sae_kernels.primitives.terms import Gradient
 
@@ -50,6 +51,7 @@ def launch(
     row_coef = None if gradient.row_coef is None else cpu.packed(gradient.row_coef)
     dense = None if gradient.dense is None else cpu.packed(gradient.dense)
     slot = _slots(gradient.dense_latents, param.shape[0])
+    hyper = cpu.packed(hyper)
     workspace = param.new_empty((cpu.threads(), param.shape[1]))
     cpu.module().row_update(
         cpu.isa(),
@@ -73,11 +75,7 @@ def _slots(dense_latents: torch.Tensor | None, n_latents: int) -> torch.Tensor |
     """Per latent its row of the dense block, or -1."""
     if dense_latents is None:
         return None
-    wrong = dense_latents[(dense_latents < -1) | (dense_latents >= n_latents)]
-    if wrong.numel():
-        raise IndexError(
-            f"dense_latents: expected latents in [0, {n_latents}) or -1, got {int(wrong[0])}"
-        )
+    checks.latents_in_range(dense_latents, n_latents, "dense_latents", lowest=-1)
     slot = dense_latents.new_full((n_latents + 1,), -1)
     rows = torch.arange(dense_latents.numel(), dtype=torch.int32)
     slot[dense_latents.long()] = rows  # -1 lands in the extra last place

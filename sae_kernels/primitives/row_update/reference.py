@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sae_kernels.primitives import checks
 from sae_kernels.primitives.row_grad.reference import add_term
 from sae_kernels.primitives.terms import Gradient
 
@@ -18,8 +19,10 @@ def gather(param: torch.Tensor, gradient: Gradient) -> tuple[torch.Tensor, torch
         add_term(out, term)
         touched |= term.offsets.diff() > 0
     if gradient.dense is not None and gradient.dense_latents is not None:
-        used = gradient.dense_latents >= 0
-        latents = gradient.dense_latents[used].long()
+        latents = gradient.dense_latents
+        checks.latents_in_range(latents, param.shape[0], "dense_latents", lowest=-1)
+        used = latents >= 0
+        latents = latents[used].long()
         out.index_add_(0, latents, gradient.dense[used])
         touched[latents] = True
     if gradient.row_coef is not None:
@@ -34,7 +37,8 @@ def projected(param: torch.Tensor, grad: torch.Tensor, slices: int) -> torch.Ten
     """The gradient without its part along each unit slice."""
     w = param.unflatten(1, (slices, -1))
     g = grad.unflatten(1, (slices, -1))
-    return (g - (g * w).sum(-1, keepdim=True) * w).flatten(1)
+    result: torch.Tensor = (g - (g * w).sum(-1, keepdim=True) * w).flatten(1)
+    return result
 
 
 def renormalised(param: torch.Tensor, norm: str, slices: int) -> torch.Tensor:

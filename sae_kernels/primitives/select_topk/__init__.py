@@ -30,6 +30,8 @@ def _check(
     checks.dtype("b", b, (accumulator,))
     checks.dtype("rank_scale", rank_scale, (accumulator,))
     checks.same_device(x=x, W=W, b=b, rank_scale=rank_scale)
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
     if not 1 <= k <= W.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= n_latents = {W.shape[0]}, got {k}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sae_kernels.backends import cpu
+from sae_kernels.primitives import checks
 
 
 def run(
@@ -33,5 +34,6 @@ def run(
         values is not None,
         threads,
     )
-    cpu.check_indices(in_range, indices, n_latents)
+    if not in_range:
+        checks.latents_in_range(indices, n_latents)
     return offsets, entries, rows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sae_kernels.primitives import checks
+
 
 def run(
     indices: torch.Tensor,
@@ -12,12 +14,8 @@ def run(
     n_latents: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A stable sort of the kept entries by latent."""
+    checks.latents_in_range(indices, n_latents)
     flat = indices.flatten().long()
-    wrong = flat[(flat < 0) | (flat >= n_latents)]
-    if wrong.numel():
-        raise IndexError(
-            f"codes: expected latent indices in [0, {n_latents}), got {int(wrong[0])}"
-        )
     kept = torch.arange(flat.numel(), device=flat.device)
     if values is not None:
         kept = kept[values.flatten() != 0]
