@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-import sae_kernels
+from sae_kernels import machine
 from sae_kernels.backends import cpu
 
 if TYPE_CHECKING:
@@ -47,27 +46,16 @@ def _summary(seconds: list[float]) -> Timing:
 def provenance() -> dict[str, object]:
     """Where and how a result was measured."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": machine.cpu_model(),
         "isa": cpu.isa(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sae_kernels": sae_kernels.__version__,
+        **machine.versions(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "malloc": os.environ.get("GLIBC_TUNABLES") or os.environ.get("LD_PRELOAD") or "default",
         "command": " ".join(["python", "-m", "benchmarks.cpu_bars", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        return f"{names[0]} x {len(names)}"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

@@ -54,6 +54,7 @@ class Operator:
         *arguments, backend = args
         like = arguments[self._dtype_of]
         module = backends.implementation(self.name, like.device, like.dtype, backend)
-        # The dtypes were settled before the call: autocast must not round an operand a second time.
-        with torch.autocast(like.device.type, enabled=False):
+        # An implementation written in torch is a kernel like any other: autograd does not look
+        # into it, and autocast does not round operands whose dtype was settled before the call.
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             return module.run(*arguments)

@@ -41,9 +41,15 @@ def reconstruction_parts(k: int, n_latents: int, multi_topk: bool) -> list[tuple
     return [(k, 1.0), (min(_MULTI_TOPK * k, n_latents), _MULTI_TOPK_WEIGHT)]
 
 
-def loss_scale(x: torch.Tensor, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What multiplies the squared error, and the batch's total variance about its mean."""
-    variance = (x - x.mean(0)).square().sum()
+def loss_scale(
+    x: torch.Tensor, loss: str, scratch: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What multiplies the squared error, and the batch's total variance about its mean.
+
+    Sums go by token first, so that they do not depend on the number of threads.
+    """
+    deviation = torch.sub(x, x.mean(0), out=scratch)
+    variance = deviation.square_().sum(1).sum()
     return (1 / variance if loss == "fvu" else torch.ones_like(variance) / x.shape[0]), variance
 
 
@@ -79,7 +85,5 @@ def autograd_losses(
         rows = auxk.DeadRows(sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead])
         dtype = sae.compute_dtype or sae.W_enc.dtype
         x_centred = x - sae.b_dec if sae.config.subtract_b_dec else x
-        aux = auxk.loss(
-            x_centred, -errors[0], rows, k_aux, config.auxk_alpha, dtype, sae.backend
-        )
+        aux = auxk.loss(x_centred, -errors[0], rows, k_aux, config.auxk_alpha, dtype, sae.backend)
     return total + aux, aux, errors[0].square().sum() / variance, main

@@ -103,12 +103,14 @@ class FusedStep:
         self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
         self.n_updates = torch.zeros((), dtype=torch.int64, device=device)
         self.k_aux = config.k_aux or max(1, sae.config.d_in // 2)
+        self._scratch: torch.Tensor | None = None
+        self._all_latents = _all_latents(sae.config.n_latents, device)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, *, lr: float, k: int | None = None) -> StepResult:
         """One step on raw activations [B, D] with this learning rate and k."""
         x = checked_batch(x, self.sae.config)
-        forward = self._forward(x, k or self.sae.config.k)
+        forward = self._forward(x, self.sae.config.k if k is None else k)
         gradients, aux_loss = self._gradients(forward)
         loss = forward.loss + aux_loss
         clip, finite = self._clip(gradients, loss)
@@ -129,6 +131,12 @@ class FusedStep:
         l0 = forward.fired.sum() / x.shape[0]
         return StepResult(loss, forward.fvu, l0, aux_loss, ~finite)
 
+    def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
+        # Kept between steps: fresh pages for a few MiB cost more than the sums that go there.
+        if self._scratch is None or self._scratch.shape != x.shape:
+            self._scratch = torch.empty_like(x)
+        return self._scratch
+
     def _operand(self, name: str) -> torch.Tensor:
         row = self.rows[name]
         return row.param if row.copy is None else row.copy
@@ -141,13 +149,15 @@ class FusedStep:
         relu = sae.config.relu != "none"
         parts = reconstruction_parts(k, sae.config.n_latents, self.config.multi_topk)
         kept = max(count for count, _ in parts)
-        x_centred = (x - sae.b_dec if sae.config.subtract_b_dec else x).to(self.dtype)
+        scratch = self._scratch_like(x)
+        scale, variance = loss_scale(x, self.config.loss, scratch)
+        x_centred = torch.sub(x, sae.b_dec, out=scratch) if sae.config.subtract_b_dec else x
+        x_centred = x_centred.to(self.dtype)
         values, indices = select_topk(
             x_centred, self._operand("W_enc"), sae.b_enc, kept, sae.rank_scale(), backend=backend
         )
         if relu:
             values.relu_()
-        scale, variance = loss_scale(x, self.config.loss)
         loss, dh, reconstructions, fvu = x.new_zeros(()), None, [], None
         for count, weight in parts:
             residual, sse, grad = decode_residual(
@@ -224,12 +234,11 @@ class FusedStep:
 
     def _rows_weighted(self, W: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``W^T weights`` [D]: a decode of all latents, split over some pretended tokens."""
-        n_latents, parts = W.shape[0], min(64, W.shape[0])
-        width = -(-n_latents // parts)
-        indices = torch.arange(parts * width, dtype=torch.int32, device=W.device)
-        indices = indices.clamp_(max=n_latents - 1).view(parts, width)
+        n_latents, (parts, width) = W.shape[0], self._all_latents.shape
         values = pad(weights, (0, parts * width - n_latents)).view(parts, width)
-        partial: torch.Tensor = decode(values, indices, W, None, None, backend=self.sae.backend)
+        partial: torch.Tensor = decode(
+            values, self._all_latents, W, None, None, backend=self.sae.backend
+        )
         return partial.sum(0)
 
     def _clip(
@@ -254,6 +263,14 @@ class FusedStep:
         correction1, correction2 = 1 - self.config.beta1**t, 1 - self.config.beta2**t
         rate = torch.full_like(t, lr)
         return torch.stack([rate, clip.double(), correction1, correction2, (~finite).double()])
+
+
+def _all_latents(n_latents: int, device: torch.device) -> torch.Tensor:
+    """Every latent once, int32 [parts, width]; the last row is filled up with the last latent."""
+    parts = min(64, n_latents)
+    width = -(-n_latents // parts)
+    indices = torch.arange(parts * width, dtype=torch.int32, device=device)
+    return indices.clamp_(max=n_latents - 1).view(parts, width)
 
 
 def _adam_row(name: str, parameter: torch.Tensor, dtype: torch.dtype) -> AdamRow:
