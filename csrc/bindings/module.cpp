@@ -24,8 +24,19 @@ DType dtype_of(int code) { return static_cast<DType>(code); }
 SelectTopkArgs select_args(int dtype, Address x, Address W, Address b, Address rank_scale,
                            Address values, Address indices, int64_t B, int64_t D, int64_t F,
                            int64_t k, Address workspace, int threads) {
-  return {dtype_of(dtype), at(x), at(W), at(b), at(rank_scale), at(values), at<int32_t>(indices),
-          B, D, F, k, at(workspace), threads};
+  return {dtype_of(dtype),
+          at(x),
+          at(W),
+          at(b),
+          at(rank_scale),
+          at(values),
+          at<int32_t>(indices),
+          B,
+          D,
+          F,
+          k,
+          at(workspace),
+          threads};
 }
 
 // offsets, entries, rows, coef, source (0: ones), dtype of source
@@ -84,8 +95,8 @@ PYBIND11_MODULE(_C, module) {
                                int64_t D, int64_t F, int64_t k, Address workspace, int threads) {
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
-    table.select_topk(select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k,
-                                  workspace, threads));
+    table.select_topk(
+        select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k, workspace, threads));
   });
 
   module.def("decode", [](const std::string& isa, int dtype, Address values, Address indices,
@@ -108,18 +119,17 @@ PYBIND11_MODULE(_C, module) {
                             at<int32_t>(group_ends), at(out), B, K, D, F, G, threads});
   });
 
-  module.def("transpose_codes", [](const std::string& isa, int dtype, Address indices,
-                                   Address values, Address row_ids, Address offsets,
-                                   Address entries, Address rows, Address workspace, int64_t N,
-                                   int64_t F, int64_t entries_per_row, bool drop_zeros,
-                                   int threads) {
-    const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    return table.transpose_codes({dtype_of(dtype), at<int32_t>(indices), at(values),
-                                  at<int32_t>(row_ids), at<int32_t>(offsets), at<int32_t>(entries),
-                                  at<int32_t>(rows), at<int32_t>(workspace), N, F, entries_per_row,
-                                  drop_zeros, threads});
-  });
+  module.def("transpose_codes",
+             [](const std::string& isa, int dtype, Address indices, Address values, Address row_ids,
+                Address offsets, Address entries, Address rows, Address workspace, int64_t N,
+                int64_t F, int64_t entries_per_row, bool drop_zeros, int threads) {
+               const KernelTable& table = kernels(isa);
+               py::gil_scoped_release release;
+               return table.transpose_codes(
+                   {dtype_of(dtype), at<int32_t>(indices), at(values), at<int32_t>(row_ids),
+                    at<int32_t>(offsets), at<int32_t>(entries), at<int32_t>(rows),
+                    at<int32_t>(workspace), N, F, entries_per_row, drop_zeros, threads});
+             });
 
   module.def("row_grad", [](const std::string& isa, int dtype, const std::vector<TermTuple>& tuples,
                             Address out, int64_t F, int64_t width, int threads) {
@@ -130,19 +140,37 @@ PYBIND11_MODULE(_C, module) {
                     at(out), threads});
   });
 
-  module.def("row_update", [](const std::string& isa, int dtype, int copy_dtype, Address param,
-                              Address m, Address v, Address copy,
-                              const std::vector<TermTuple>& tuples, int64_t F, int64_t width,
-                              Address row_coef, Address dense_grad, Address dense_slot,
-                              Address hyper, double beta1, double beta2, double eps, int norm,
-                              int64_t slices, bool lazy, Address sqnorm, Address workspace,
-                              int threads) {
-    const KernelTable& table = kernels(isa);
-    const std::vector<Term> terms = terms_of(tuples);
-    py::gil_scoped_release release;
-    table.row_update({dtype_of(dtype), dtype_of(copy_dtype), at(param), at(m), at(v), at(copy),
-                      terms.data(), static_cast<int64_t>(terms.size()), F, width, at(row_coef),
-                      at(dense_grad), at<int32_t>(dense_slot), at<double>(hyper), beta1, beta2, eps,
-                      static_cast<Norm>(norm), slices, lazy, at(sqnorm), at(workspace), threads});
-  });
+  module.def("row_update",
+             [](const std::string& isa, int dtype, int copy_dtype, Address param, Address m,
+                Address v, Address copy, const std::vector<TermTuple>& tuples, int64_t F,
+                int64_t width, Address row_coef, Address dense_grad, Address dense_slot,
+                Address hyper, double beta1, double beta2, double eps, int norm, int64_t slices,
+                bool lazy, Address sqnorm, Address workspace, int threads) {
+               const KernelTable& table = kernels(isa);
+               const std::vector<Term> terms = terms_of(tuples);
+               py::gil_scoped_release release;
+               table.row_update({dtype_of(dtype),
+                                 dtype_of(copy_dtype),
+                                 at(param),
+                                 at(m),
+                                 at(v),
+                                 at(copy),
+                                 terms.data(),
+                                 static_cast<int64_t>(terms.size()),
+                                 F,
+                                 width,
+                                 at(row_coef),
+                                 at(dense_grad),
+                                 at<int32_t>(dense_slot),
+                                 at<double>(hyper),
+                                 beta1,
+                                 beta2,
+                                 eps,
+                                 static_cast<Norm>(norm),
+                                 slices,
+                                 lazy,
+                                 at(sqnorm),
+                                 at(workspace),
+                                 threads});
+             });
 }

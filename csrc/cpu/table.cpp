@@ -5,8 +5,8 @@ namespace sae::SAE_ISA {
 
 const KernelTable& table() {
   static const KernelTable kernels = {
-      &select_topk_workspace, &select_topk, &decode, &code_grad, &transpose_codes, &row_grad,
-      &row_update,
+      &select_topk_workspace, &select_topk, &decode,     &code_grad,
+      &transpose_codes,       &row_grad,    &row_update,
   };
   return kernels;
 }

@@ -22,7 +22,8 @@ void on_threads(int threads, const Body& body) {
   for (int thread = 0; thread < threads; ++thread) body(thread);
 #else
   std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; ++thread) others.emplace_back([&, thread] { body(thread); });
+  for (int thread = 1; thread < threads; ++thread)
+    others.emplace_back([&, thread] { body(thread); });
   body(0);
   for (auto& other : others) other.join();
 #endif

@@ -1,9 +1,9 @@
 // The tile product of select_topk on AMX, for bf16 operands.
 //
 // Latents are the A operand, loaded straight from the row-major W; tokens are the B operand, packed
-// once a block into the pairs AMX wants. 2x2 tiles of 16x16 sums keep the unit busy. Where rows of W
-// cannot be loaded in whole tiles (D % 32, the last latents) they go through a zero-padded copy, so
-// nothing outside W is ever read.
+// once a block into the pairs AMX wants. 2x2 tiles of 16x16 sums keep the unit busy. Where rows of
+// W cannot be loaded in whole tiles (D % 32, the last latents) they go through a zero-padded copy,
+// so nothing outside W is ever read.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,8 @@ struct AmxProduct {
   static constexpr int kGroup = 16;
   static constexpr int kTokenStep = 32;
   static constexpr int kLatents = 32;
-  static constexpr int kDepth = 32;                  // elements of one tile row
-  static constexpr int kTile = kGroup * kDepth;      // elements of one tile
+  static constexpr int kDepth = 32;              // elements of one tile row
+  static constexpr int kTile = kGroup * kDepth;  // elements of one tile
   static constexpr int64_t kL1Bytes = 48 << 10;
   static constexpr int64_t kPackedBytes = 1200 << 10;  // of L2, for the packed tokens of a block
 
@@ -82,9 +82,9 @@ struct AmxProduct {
     return out;
   }
 
-  // scores[2][kLatents][kGroup] = rows of W times one step of packed tokens. Meanwhile `fetch` bytes
-  // from `ahead` on, the rows that come next, are brought near: waiting for them at their first
-  // use would cost half as much as the products.
+  // scores[2][kLatents][kGroup] = rows of W times one step of packed tokens. Meanwhile `fetch`
+  // bytes from `ahead` on, the rows that come next, are brought near: waiting for them at their
+  // first use would cost half as much as the products.
   static void tile(const void* panel, const bf16* rows, int64_t latents, int64_t D, float* scores,
                    const char* ahead, int64_t fetch) {
     const bf16* b = static_cast<const bf16*>(panel);

@@ -17,10 +17,10 @@ template <class E>
 struct FmaProduct {
   using Element = E;
   using T = Acc<E>;
-  static constexpr int kGroup = kLanes<T>;                            // tokens of one vector
-  static constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;         // vectors of one panel
-  static constexpr int kRows = kVectorBytes == 16 ? 4 : 6;            // latents of one micro tile
-  static constexpr int kLatents = 48;                                 // latents of one tile
+  static constexpr int kGroup = kLanes<T>;                     // tokens of one vector
+  static constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;  // vectors of one panel
+  static constexpr int kRows = kVectorBytes == 16 ? 4 : 6;     // latents of one micro tile
+  static constexpr int kLatents = 48;                          // latents of one tile
   static constexpr int kTokenStep = kGroup * kVectors;
   static constexpr int64_t kPackedBytes = 1 << 20;  // of L2, for the packed tokens of a block
   static constexpr bool kConverts = !std::is_same<E, T>::value;
@@ -65,8 +65,8 @@ struct FmaProduct {
     } else {
       T* out = static_cast<T*>(scratch);
       for (int64_t f = 0; f < latents; ++f) {
-        for_each_vector<T>(D, [&](auto get, auto put)
-                                  SAE_INLINE_LAMBDA { put(out + f * D, get(W + f * D)); });
+        for_each_vector<T>(
+            D, [&](auto get, auto put) SAE_INLINE_LAMBDA { put(out + f * D, get(W + f * D)); });
       }
       return out;
     }

@@ -131,8 +131,8 @@ class SelectTopk {
           for (uint32_t left = mask[u]; left; left &= left - 1) {
             const int lane = __builtin_ctz(left);
             const T h = scores[(i + u) * kGroup + lane] + bias[i + u] + T{0};
-            list.push(token + lane, kScaled ? h * scale[i + u] : h,
-                      static_cast<int32_t>(f + i + u), h);
+            list.push(token + lane, kScaled ? h * scale[i + u] : h, static_cast<int32_t>(f + i + u),
+                      h);
           }
         }
         threshold = load_raw(list.thresholds + token);

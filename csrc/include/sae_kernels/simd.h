@@ -59,7 +59,8 @@ SAE_INLINE Vec<T> load_raw(const T* p) {
 SAE_INLINE Vec<float> load(const float* p) { return load_raw(p); }
 SAE_INLINE Vec<double> load(const double* p) { return load_raw(p); }
 
-// Between 16 and 32 bits GCC 12 converts by halves; the instructions for it are named where it counts.
+// Between 16 and 32 bits GCC 12 converts by halves; the instructions for it are named where it
+// counts.
 SAE_INLINE Vec<uint32_t> load_half_bits(const void* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<uint32_t>>(
@@ -119,8 +120,7 @@ SAE_INLINE void store(f16* p, Vec<float> value) {
   const Vec<uint32_t> u = reinterpret_cast<Vec<uint32_t>>(value);
   const Vec<uint32_t> sign = (u >> 16) & 0x8000u;
   const Vec<uint32_t> magnitude = u & 0x7fffffffu;
-  const Vec<uint32_t> normal =
-      (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Vec<uint32_t> normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const Vec<uint32_t> subnormal =
       reinterpret_cast<Vec<uint32_t>>(reinterpret_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
   const auto pick = [](auto mask, Vec<uint32_t> a, Vec<uint32_t> b) SAE_INLINE_LAMBDA {
@@ -195,8 +195,8 @@ SAE_INLINE uint32_t survivors(Vec<T> key, Vec<T> threshold) {
     return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(key), reinterpret_cast<__m512>(threshold),
                               _CMP_NLT_UQ);
   } else {
-    return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(key),
-                              reinterpret_cast<__m512d>(threshold), _CMP_NLT_UQ);
+    return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(key), reinterpret_cast<__m512d>(threshold),
+                              _CMP_NLT_UQ);
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {

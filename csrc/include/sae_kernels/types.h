@@ -103,9 +103,9 @@ struct RowUpdateArgs {
   void *param, *m, *v, *copy;  // [F, width]; copy may be null
   const Term* terms;
   int64_t n_terms, F, width;
-  const void* row_coef;          // [F] or null
-  const void* dense_grad;        // [n_dense, width] or null
-  const int32_t* dense_slot;     // [F], row of dense_grad or -1; null without dense_grad
+  const void* row_coef;       // [F] or null
+  const void* dense_grad;     // [n_dense, width] or null
+  const int32_t* dense_slot;  // [F], row of dense_grad or -1; null without dense_grad
   const double* hyper;
   double beta1, beta2, eps;
   Norm norm;
