@@ -13,7 +13,7 @@ from sae_kernels.primitives.terms import Term
 from sae_kernels.primitives.transpose_codes import transpose_codes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class LatentOrder(NamedTuple):
@@ -91,7 +91,7 @@ class SparseCodes:
         tokens = torch.arange(values.numel() // max(self.k, 1), device=values.device)
         where = torch.stack([tokens.repeat_interleave(self.k), indices])
         size = (tokens.numel(), self.n_latents)
-        return torch.sparse_coo_tensor(where, values, size)
+        return torch.sparse_coo_tensor(where, values, size, check_invariants=True)
 
     def latent_order(self, *, drop_zeros: bool = True, backend: str | None = None) -> LatentOrder:
         """The entries by latent; ``drop_zeros`` leaves out dropped entries (codes after ReLU)."""
@@ -117,11 +117,16 @@ def joint_latent_order(
     return LatentOrder(*transpose_codes(indices, values, rows, sets[0].n_latents, backend=backend))
 
 
+def _from_leaves(leaves: Iterable[torch.Tensor], n_latents: int) -> SparseCodes:
+    values, indices = leaves
+    return SparseCodes(values, indices, n_latents)
+
+
 # n_latents is part of the structure, not a leaf: tree_map sees tensors only.
 _pytree.register_pytree_node(
     SparseCodes,
     lambda codes: ([codes.values, codes.indices], codes.n_latents),
-    lambda leaves, n_latents: SparseCodes(*list(leaves), n_latents=n_latents),
+    _from_leaves,
     serialized_type_name="sae_kernels.SparseCodes",
     flatten_with_keys_fn=lambda codes: (
         [(_pytree.GetAttrKey(name), getattr(codes, name)) for name in ("values", "indices")],

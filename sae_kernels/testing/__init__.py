@@ -1,0 +1,42 @@
+"""For testing kernels and backends: oracles, error budgets and inputs that are hard to get right.
+
+Example:
+    >>> import torch
+    >>> from sae_kernels import encode_topk
+    >>> from sae_kernels.testing import CASES, assert_same_selection, oracles, rounding
+    >>> case = CASES[0]
+    >>> x, W, b = case.inputs()
+    >>> codes = encode_topk(x, W, b, case.K, relu=False)
+    >>> exact = oracles.scores(x, W, b)
+    >>> budget = rounding(case.D + 1, exact.magnitude, case.dtype)
+    >>> assert_same_selection("encode_topk", codes.indices, exact.key, case.K, budget)
+"""
+
+from sae_kernels.testing import oracles
+from sae_kernels.testing.budgets import (
+    adam_budgets,
+    assert_bitwise,
+    assert_same_selection,
+    assert_within,
+    gamma,
+    norm_budget,
+    rounding,
+    unit_roundoff,
+)
+from sae_kernels.testing.cases import CASES, EXACT_KINDS, Case, Inputs
+
+__all__ = [
+    "CASES",
+    "EXACT_KINDS",
+    "Case",
+    "Inputs",
+    "adam_budgets",
+    "assert_bitwise",
+    "assert_same_selection",
+    "assert_within",
+    "gamma",
+    "norm_budget",
+    "oracles",
+    "rounding",
+    "unit_roundoff",
+]

@@ -1,0 +1,194 @@
+"""What the primitives should give, in fp64 and densely, straight from the formulas.
+
+Nothing here is shared with the reference backend: a [B, F] matrix is built, multiplied and sorted,
+so a mistake in the sparse way of thinking cannot be made twice. Shapes: B tokens, D d_in,
+F n_latents, K kept per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Scores(NamedTuple):
+    """The encoder's scores in fp64.
+
+    Attributes:
+        h: [B, F], ``x W^T + b``, never -0.
+        key: [B, F], what is ranked: ``h * rank_scale``.
+        magnitude: [B, F], the sum of the absolute terms of h: what its rounding error scales with.
+    """
+
+    h: torch.Tensor
+    key: torch.Tensor
+    magnitude: torch.Tensor
+
+
+def scores(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    rank_scale: torch.Tensor | None = None,
+) -> Scores:
+    """Every score of every token."""
+    x, W = x.double(), W.double()
+    h = x @ W.T
+    magnitude = x.abs() @ W.abs().T
+    if b is not None:
+        h = h + b.double()
+        magnitude = magnitude + b.double().abs()
+    h = h + 0.0
+    key = h if rank_scale is None else h * rank_scale.double() + 0.0
+    return Scores(h, key, magnitude)
+
+
+def selection(key: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 [B, k]: key descending, equal keys by latent ascending, NaN before everything."""
+    is_nan = key.isnan()
+    by_key = (-key.masked_fill(is_nan, 0.0)).argsort(dim=1, stable=True)
+    nan_first = (~is_nan.gather(1, by_key)).to(torch.int8).argsort(dim=1, stable=True)
+    return by_key.gather(1, nan_first)[:, :k]
+
+
+def dense_codes(values: torch.Tensor, indices: torch.Tensor, n_latents: int) -> torch.Tensor:
+    """[B, F] in fp64 with the values in place and zeros elsewhere."""
+    dense = torch.zeros(values.shape[0], n_latents, dtype=torch.float64)
+    return dense.scatter_(1, indices.long(), values.double())
+
+
+def prefix_masks(group_ends: torch.Tensor | None, n_latents: int) -> torch.Tensor:
+    """bool [G, F]: which latents the g-th prefix reconstruction sums."""
+    ends = torch.tensor([n_latents]) if group_ends is None else group_ends.long()
+    return torch.arange(n_latents)[None] < ends[:, None]
+
+
+def decode(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+    group_ends: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reconstructions and the sums of their absolute terms: [B, D], or [G, B, D] in groups."""
+    dense, W = dense_codes(values, indices, W.shape[0]), W.double()
+    masks = prefix_masks(group_ends, W.shape[0])
+    out = torch.stack([_product(dense * mask, W) for mask in masks])
+    magnitude = torch.stack([_product((dense * mask).abs(), W.abs()) for mask in masks])
+    if b_dec is not None:
+        out, magnitude = out + b_dec.double(), magnitude + b_dec.double().abs()
+    return (out[0], magnitude[0]) if group_ends is None else (out, magnitude)
+
+
+def code_grad(
+    grad: torch.Tensor,
+    indices: torch.Tensor,
+    W: torch.Tensor,
+    group_ends: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dL/dvalues [B, K] from dL/dx_hat and the sums of its absolute terms.
+
+    In groups ``grad`` is [G, B, D] and a latent takes the row of the first group that holds it.
+    """
+    grad, W = grad.double(), W.double()
+    if group_ends is None:
+        grad = grad[None]
+    first_group = (~prefix_masks(group_ends, W.shape[0])).sum(0)  # [F]
+    group = first_group[indices.long()]
+    everything = grad @ W.T, grad.abs() @ W.abs().T  # each [G, B, F]
+    token = torch.arange(indices.shape[0])[:, None]
+    value, magnitude = (t[group, token, indices.long()] for t in everything)
+    return value, magnitude
+
+
+class EncodeGrads(NamedTuple):
+    """Gradients of the encoder and, for each, the sum of its absolute terms."""
+
+    x: torch.Tensor
+    W: torch.Tensor
+    b: torch.Tensor
+    x_magnitude: torch.Tensor
+    W_magnitude: torch.Tensor
+    b_magnitude: torch.Tensor
+
+
+def encode_grads(
+    dvalues: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    x: torch.Tensor,
+    W: torch.Tensor,
+    *,
+    relu: bool,
+) -> EncodeGrads:
+    """Gradients of ``values`` with respect to x, W_enc and b_enc."""
+    x, W = x.double(), W.double()
+    kept = torch.where(values == 0, 0.0, dvalues.double()) if relu else dvalues
+    dh = dense_codes(kept, indices, W.shape[0])
+    return EncodeGrads(
+        _product(dh, W),
+        dh.T @ x,
+        dh.sum(0),
+        _product(dh.abs(), W.abs()),
+        dh.abs().T @ x.abs(),
+        dh.abs().sum(0),
+    )
+
+
+class AdamState(NamedTuple):
+    """A matrix and its Adam moments in fp64, all [F, width]."""
+
+    param: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+
+
+def projected(param: torch.Tensor, grad: torch.Tensor, slices: int) -> torch.Tensor:
+    """The gradient without its component along each slice of its row (taken to be unit)."""
+    out = grad.clone()
+    width = param.shape[1] // slices
+    for s in range(slices):
+        part = slice(s * width, (s + 1) * width)
+        along = (grad[:, part] * param[:, part]).sum(1, keepdim=True)
+        out[:, part] -= along * param[:, part]
+    return out
+
+
+def row_update(
+    state: AdamState,
+    grad: torch.Tensor,
+    hyper: torch.Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    norm: str = "none",
+    slices: int = 1,
+) -> AdamState:
+    """One dense step for the whole gradient [F, width]; the caller picks the rows it applies to."""
+    lr, clip, correction1, correction2, skip = hyper.double().tolist()
+    if skip:
+        return state
+    param, m, v = (t.double() for t in state)
+    grad = grad.double()
+    if norm == "unit":
+        grad = projected(param, grad, slices)
+    grad = clip * grad
+    m = betas[0] * m + (1 - betas[0]) * grad
+    v = betas[1] * v + (1 - betas[1]) * grad**2
+    param = param - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
+    if norm != "none":
+        width = param.shape[1] // slices
+        for part in (slice(s * width, (s + 1) * width) for s in range(slices)):
+            for row in param[:, part]:
+                length = float(row.pow(2).sum().sqrt())
+                if length > (0 if norm == "unit" else 1):
+                    row /= length
+    return AdamState(param, m, v)
+
+
+def _product(codes: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """codes @ W, where a code of 0 adds nothing even if its row of W is not finite."""
+    if bool(W.isfinite().all()):
+        return codes @ W
+    return torch.where(codes[:, :, None] == 0, 0.0, codes[:, :, None] * W).sum(1)

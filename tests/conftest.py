@@ -1,0 +1,88 @@
+"""What all tests share: seeds, poisoned memory, thread counts and the kernels' variants."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+import torch
+
+from sae_kernels.backends import cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ISAS = cpu.supported_isas()
+
+# CI must not fail by chance: the same examples every time. A nightly run may ask for "random".
+# The fixtures a property uses here only set the environment, which examples may well share.
+_SHARED = hypothesis.HealthCheck.function_scoped_fixture
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=150, suppress_health_check=[_SHARED]
+)
+hypothesis.settings.register_profile(
+    "random", deadline=None, max_examples=400, print_blob=True, suppress_health_check=[_SHARED]
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header() -> str:
+    """Names the variants that the parametrized tests cover on this machine."""
+    return f"sae_kernels: ISA variants {', '.join(ISAS)}; torch {torch.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN and the largest integers.
+
+    Outputs and workspaces are allocated by torch, so a kernel that reads what it has not written
+    gives itself away.
+    """
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces each ISA variant of the host kernels that this machine runs."""
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend by name, the host kernels once per ISA variant."""
+    name, _, isa = request.param.partition("-")
+    if isa:
+        monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
+    return str(name)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def either_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend once, in the fastest variant, where what is tested lies above the kernels."""
+    return str(request.param)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Puts torch's number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    """One thread: small inputs spend their time on waking others, above all on a busy machine."""
+    torch.set_num_threads(1)

@@ -1,0 +1,154 @@
+"""row_grad and row_sqnorm on every backend against dense gradients in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_kernels.codes import LatentOrder
+from sae_kernels.primitives.row_grad import row_grad
+from sae_kernels.primitives.row_sqnorm import row_sqnorm
+from sae_kernels.primitives.terms import Gradient, Term
+from sae_kernels.primitives.transpose_codes import transpose_codes
+from sae_kernels.testing import assert_bitwise, assert_within, gamma, oracles, rounding
+
+SOURCES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, None)
+sources = pytest.mark.parametrize("source", SOURCES, ids=lambda d: str(d).removeprefix("torch."))
+highs = pytest.mark.parametrize("high", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+# B, K, F, width: odd widths, more entries per latent than one batch of rows, a vector (width 1).
+SHAPES = (
+    (6, 3, 5, 37),
+    (1, 1, 1, 1),
+    (0, 2, 4, 8),
+    (200, 4, 9, 20),
+    (30, 8, 50, 1),
+    (9, 4, 70, 129),
+)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+def make_term(
+    shape: tuple[int, int, int, int], high: torch.dtype, source_dtype: torch.dtype | None
+) -> tuple[Term, torch.Tensor, torch.Tensor]:
+    """A term whose latent 0 is hot, its dense gradient in fp64 and the absolute terms of it."""
+    B, K, F, width = shape
+    indices = torch.rand(B, F).argsort(dim=1)[:, :K].to(torch.int32)
+    indices[:, 0] = 0
+    coef = torch.randn(B, K, dtype=high)
+    source = torch.randn(B, width).to(source_dtype) if source_dtype else None
+    order = LatentOrder(*transpose_codes(indices, None, None, F, backend="reference"))
+    rows = torch.ones(B, width) if source is None else source
+    # Added up entry by entry, for a latent may come twice in a token here.
+    dense, magnitude = torch.zeros(2, F, width, dtype=torch.float64)
+    for token in range(B):
+        for entry in range(K):
+            add = coef[token, entry].double() * rows[token].double()
+            dense[indices[token, entry]] += add
+            magnitude[indices[token, entry]] += add.abs()
+    return order.term(coef, source), dense, magnitude
+
+
+@shapes
+@sources
+@highs
+def test_row_grad(
+    shape: tuple[int, int, int, int],
+    source: torch.dtype | None,
+    high: torch.dtype,
+    backend: str,
+) -> None:
+    term, dense, magnitude = make_term(shape, high, source)
+    out = row_grad([term], shape[2], shape[3], backend=backend)
+    assert out.dtype == high
+    n = shape[0] * shape[1] + 1  # and one for rounding the source, if it is wider
+    assert_within("gradient", out, dense, rounding(n, magnitude, high))
+
+
+def test_terms_of_several_sources_add_up(backend: str) -> None:
+    shape = (15, 4, 11, 33)
+    made = [make_term(shape, torch.float32, source) for source in SOURCES]
+    out = row_grad([term for term, _, _ in made], 11, 33, backend=backend)
+    magnitude = torch.stack([m for _, _, m in made]).sum(0)
+    expected = torch.stack([dense for _, dense, _ in made]).sum(0)
+    assert_within("gradient", out, expected, rounding(15 * 4 * 5 + 1, magnitude, torch.float32))
+
+
+def test_integer_terms_add_up_exactly(backend: str) -> None:
+    term, _, _ = make_term((300, 3, 7, 19), torch.float32, torch.float32)
+    assert term.source is not None
+    term = term._replace(coef=(term.coef * 3).round(), source=(term.source * 3).round())
+    expected = row_grad([term._replace(coef=term.coef.double())], 7, 19, backend="reference")
+    assert_within("gradient", row_grad([term], 7, 19, backend=backend), expected, 0.0)
+
+
+def test_strided_coefficients_and_sources(backend: str) -> None:
+    term, dense, magnitude = make_term((20, 4, 6, 30), torch.float32, torch.float32)
+    assert term.source is not None
+    strided = term._replace(
+        coef=torch.stack([term.coef, torch.full_like(term.coef, torch.nan)], 1)[:, 0],
+        source=term.source.T.contiguous().T,
+    )
+    out = row_grad([strided], 6, 30, backend=backend)
+    assert_within("gradient", out, dense, rounding(81, magnitude, torch.float32))
+
+
+def test_a_hot_latent_with_a_segment_of_70000_entries(backend: str) -> None:
+    n = 70_000
+    indices = torch.ones(n, 1, dtype=torch.int32)
+    coef, source = torch.randint(-2, 3, (n,)).float(), torch.randint(-2, 3, (n, 3)).float()
+    order = LatentOrder(*transpose_codes(indices, None, None, 3, backend=backend))
+    out = row_grad([order.term(coef, source)], 3, 3, backend=backend)
+    expected = torch.zeros(3, 3)
+    expected[1] = coef @ source  # integers below 2^24: exact in any order
+    assert torch.equal(out, expected)
+
+
+def test_a_latent_without_entries_has_a_zero_gradient(backend: str) -> None:
+    order = LatentOrder(*transpose_codes(torch.tensor([[2]]).int(), None, None, 4))
+    out = row_grad([order.term(torch.ones(1), torch.ones(1, 3))], 4, 3, backend=backend)
+    assert out.tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 3]
+
+
+@pytest.mark.parametrize("source", SOURCES[:3], ids=str)
+def test_repeats_and_thread_counts_are_bitwise_equal(source: torch.dtype, isa: str) -> None:
+    term, _, _ = make_term((150, 5, 300, 41), torch.float32, source)
+    first = row_grad([term], 300, 41, backend="cpu")
+    for repeat in range(20):
+        torch.set_num_threads((1, 2, 4)[repeat % 3])
+        assert_bitwise(f"repeat {repeat}", row_grad([term], 300, 41, backend="cpu"), first)
+
+
+@highs
+@pytest.mark.parametrize("norm", ["none", "unit", "at_most_one"])
+@pytest.mark.parametrize("slices", [1, 3], ids=["whole", "slices"])
+def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> None:
+    shape = (14, 4, 21, 36)
+    term, grad, magnitude = make_term(shape, high, torch.float32)
+    param = torch.randn(21, 36, dtype=high)
+    param = (
+        param.unflatten(1, (slices, -1))
+        / param.unflatten(1, (slices, -1)).norm(dim=-1, keepdim=True)
+    ).flatten(1)
+    dense = torch.randn(3, 36, dtype=high)
+    latents = torch.tensor([20, -1, 4], dtype=torch.int32)
+    row_coef = torch.randn(21, dtype=high)
+    row_coef[3] = 0
+    penalty = row_coef.double()[:, None] * param.double() / param.double().norm(dim=1)[:, None]
+    grad = grad + penalty
+    grad[[20, 4]] += dense[[0, 2]].double()
+    magnitude = magnitude + penalty.abs()
+    magnitude[[20, 4]] += dense[[0, 2]].abs().double()
+    out = row_sqnorm(
+        param, Gradient([term], row_coef, dense, latents), norm=norm, slices=slices, backend=backend
+    )
+    # The penalty's coefficient goes through a norm (width + 3 roundings) before it is added.
+    dg = rounding(14 * 4 + 2, magnitude, high) + gamma(39, high) * penalty.abs()
+    if norm == "unit":
+        width = 36 // slices
+        part = [t.unflatten(1, (slices, -1)) for t in (dg, grad.abs(), param.double().abs())]
+        along = ((part[0] + gamma(width + 2, high) * part[1]) * part[2]).sum(-1, keepdim=True)
+        dg = dg + (along * part[2]).flatten(1) + gamma(2, high) * grad.abs()
+        grad = oracles.projected(param.double(), grad, slices)
+    exact = grad.square().sum(1)
+    budget = ((2 * grad.abs() + dg) * dg).sum(1) + rounding(37, exact, high)
+    assert_within("sqnorm", out, exact, budget)

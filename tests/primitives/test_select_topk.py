@@ -1,0 +1,180 @@
+"""select_topk on every backend and ISA variant against the fp64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_kernels.backends import cpu
+from sae_kernels.primitives.select_topk import select_topk
+from sae_kernels.testing import (
+    CASES,
+    Case,
+    assert_bitwise,
+    assert_same_selection,
+    assert_within,
+    oracles,
+    rounding,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+by_name = {case.name: case for case in CASES}
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def flushed(backend: str, dtype: torch.dtype, *operands: torch.Tensor) -> float:
+    """The largest operand if the unit in use takes subnormals for zero (AMX), else 0."""
+    if backend == "reference" or dtype != torch.bfloat16 or cpu.isa() != "amx":
+        return 0.0
+    return max((float(t.abs().nan_to_num(0, 0, 0).max()) for t in operands if t.numel()), default=0)
+
+
+def check(case: Case, backend: str, rank_scale: torch.Tensor | None = None) -> None:
+    """Selects and compares: the kept set, the values, and the order of both."""
+    x, W, b = case.inputs()
+    values, indices = select_topk(x, W, b, case.K, rank_scale, backend=backend)
+    exact = oracles.scores(x, W, b, rank_scale)
+    budget = rounding(
+        case.D + 1, exact.magnitude, case.dtype, flushed=flushed(backend, case.dtype, x, W)
+    )
+    kept = indices.long()
+    if case.exact:
+        assert_bitwise("indices", kept, oracles.selection(exact.key, case.K))
+        assert_within("values", values, exact.h.gather(1, kept), 0.0)
+        assert not bool((values.signbit() & (values == 0)).any()), "a value is -0"
+        return
+    band = budget
+    if rank_scale is not None:  # one more rounding: of the product with the scale
+        band = rounding(1, exact.key.abs(), case.dtype) + budget * rank_scale.double().abs()
+    assert_same_selection("indices", indices, exact.key, case.K, band)
+    assert_within("values", values, exact.h.gather(1, kept), budget.gather(1, kept))
+    key = values if rank_scale is None else values * rank_scale[kept]
+    order = oracles.selection(key.double(), case.K)
+    assert_bitwise("order of the keys", key.gather(1, order), key)
+
+
+@cases
+@dtypes
+def test_against_the_oracle(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case.cast(dtype), backend)
+
+
+@cases
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+def test_rank_scale_changes_the_order_and_not_the_values(
+    case: Case, dtype: torch.dtype, backend: str
+) -> None:
+    case = case.cast(dtype)
+    # Powers of two (and in between 0 and a negative one) keep the exact kinds exact.
+    scale = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.0, -1.0, 1.0]).repeat(case.F // 7 + 1)[: case.F]
+    check(case, backend, scale)
+
+
+@dtypes
+def test_error_is_like_that_of_torch_in_the_same_dtype(dtype: torch.dtype, backend: str) -> None:
+    # The worst-case bound forgives too much: here the rms error. n roundings at random give about
+    # 0.4 u sqrt(n) |terms|_2; torch's own product, which sums in blocks, sets the other yardstick.
+    case = Case("rms", 64, 512, 200, 16, dtype=dtype)
+    x, W, b = case.inputs()
+    values, indices = select_topk(x, W, b, case.K, None, backend=backend)
+    exact = oracles.scores(x, W, b).h
+    high = values.dtype
+    ours = values.double() - exact.gather(1, indices.long())
+    torch_error = (x.to(high) @ W.T.to(high) + b).double() - exact
+    terms = (x.double().square() @ W.double().square().T).sqrt()
+    expected = torch.finfo(high).eps / 2 * case.D**0.5 * terms.square().mean().sqrt()
+    assert ours.square().mean().sqrt() <= max(expected, 2 * torch_error.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("payload", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
+def test_nan_of_any_payload_ranks_first(payload: int, backend: str) -> None:
+    x = torch.ones(3, 1)
+    W = torch.tensor([5.0, torch.inf, 0.0, 9.0, 0.0, 1.0])[:, None]
+    payload_as_float = torch.tensor([payload], dtype=torch.uint32).view(torch.float32)
+    W[2] = W[4] = payload_as_float
+    values, indices = select_topk(x, W, None, 4, None, backend=backend)
+    assert indices.tolist() == [[2, 4, 1, 3]] * 3
+    assert values[0].isnan().tolist() == [True, True, False, False]
+    assert values[0, 2:].tolist() == [torch.inf, 9.0]
+
+
+def test_columns_of_minus_infinity_come_last_in_latent_order(backend: str) -> None:
+    W = torch.full((300, 2), -torch.inf)
+    W[[7, 250]] = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    values, indices = select_topk(torch.ones(2, 2), W, None, 5, None, backend=backend)
+    assert indices.tolist() == [[250, 7, 0, 1, 2]] * 2
+    assert values[0].tolist() == [2.0, 1.0, -torch.inf, -torch.inf, -torch.inf]
+
+
+def test_ascending_scores_overflow_every_candidate_buffer(backend: str) -> None:
+    # Every entry beats all before it, so nothing is ever below the threshold.
+    W = torch.arange(5000.0)[:, None]
+    values, indices = select_topk(torch.ones(2, 1), W, None, 9, None, backend=backend)
+    assert indices.tolist() == [list(range(4999, 4990, -1))] * 2
+    assert values[1].tolist() == indices[1].tolist()
+
+
+def test_many_equal_exponents(backend: str) -> None:
+    # More than 4096 keys in one bucket of a radix histogram, told apart by low bits only.
+    W = (1 + torch.arange(6000) * 2**-20)[torch.randperm(6000)][:, None]
+    _, indices = select_topk(torch.ones(1, 1), W, None, 33, None, backend=backend)
+    assert indices[0].tolist() == W.flatten().argsort(descending=True)[:33].tolist()
+
+
+@dtypes
+def test_repeats_and_thread_counts_are_bitwise_equal(dtype: torch.dtype, isa: str) -> None:
+    case = Case("repeats", 90, 40, 600, 12, dtype=dtype)
+    first = select_topk(*case.inputs(), case.K, None, backend="cpu")
+    for repeat in range(20):
+        torch.set_num_threads((1, 2, 4)[repeat % 3])
+        for name, a, b in zip(
+            ("values", "indices"),
+            select_topk(*case.inputs(), case.K, None, backend="cpu"),
+            first,
+            strict=True,
+        ):
+            assert_bitwise(f"{name}, repeat {repeat}", a, b)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3, 16, 31, 32, 65])
+def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, rows: int, isa: str) -> None:
+    case = Case("rows", 140, 50, 300, 10, dtype=dtype)
+    x, W, b = case.inputs()
+    whole = select_topk(x, W, b, case.K, None, backend="cpu")
+    part = select_topk(x[70 : 70 + rows], W, b, case.K, None, backend="cpu")
+    assert_bitwise("values", part[0], whole[0][70 : 70 + rows])
+    assert_bitwise("indices", part[1], whole[1][70 : 70 + rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+def test_permuting_latents_permutes_the_selection(dtype: torch.dtype, backend: str) -> None:
+    case = Case("permuted", 30, 32, 333, 11, dtype=dtype)
+    x, W, b = case.inputs()
+    order = torch.randperm(case.F)
+    _, indices = select_topk(x, W, b, case.K, None, backend=backend)
+    _, permuted = select_topk(x, W[order], b[order], case.K, None, backend=backend)
+    exact = oracles.scores(x, W, b)
+    budget = rounding(case.D + 1, exact.magnitude, dtype, flushed=1.0)
+    assert_same_selection("permuted", order[permuted.long()], exact.key, case.K, budget)
+    if backend == "cpu":  # a score does not depend on the latent's place, so the order is the same
+        assert_bitwise("latents", order[permuted.long()], indices.long())
+
+
+@dtypes
+def test_selections_nest_in_k(dtype: torch.dtype, isa: str) -> None:
+    x, W, b = Case("nested", 20, 48, 500, 1, dtype=dtype).inputs()
+    values, indices = select_topk(x, W, b, 500, None, backend="cpu")
+    for k in (1, 2, 31, 32, 33, 64, 255, 499):
+        fewer = select_topk(x, W, b, k, None, backend="cpu")
+        assert_bitwise(f"values for k={k}", fewer[0], values[:, :k])
+        assert_bitwise(f"indices for k={k}", fewer[1], indices[:, :k])
+
+
+def test_scaling_by_a_power_of_two_scales_the_values(isa: str) -> None:
+    x, W, b = by_name["plain"].inputs()
+    values, indices = select_topk(x, W, b, 8, None, backend="cpu")
+    scaled = select_topk(x * 8, W, b * 8, 8, None, backend="cpu")
+    assert_bitwise("values", scaled[0], values * 8)
+    assert_bitwise("indices", scaled[1], indices)

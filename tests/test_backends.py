@@ -1,0 +1,149 @@
+"""Which backend and which ISA variant runs, who decides, and what a refusal says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sae_kernels import backends, decode, encode_topk, use_backend
+from sae_kernels.backends import cpu
+from sae_kernels.errors import BackendUnavailableError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(cpu.ISA_VARIABLE, raising=False)
+
+
+def chosen(argument: str | None = None) -> str:
+    """The backend that would run select_topk."""
+    module = backends.implementation("select_topk", CPU, torch.float32, argument)
+    return module.__name__.rsplit(".", 1)[1]
+
+
+def test_precedence_is_argument_context_environment_automatic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert chosen() == "cpu"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    assert chosen() == "reference"
+    with use_backend("cpu"):
+        assert chosen() == "cpu"
+        assert chosen("reference") == "reference"
+        with use_backend("reference"):
+            assert chosen() == "reference"
+        assert chosen() == "cpu"
+    assert chosen() == "reference"
+
+
+def test_the_context_ends_with_an_exception() -> None:
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert chosen() == "cpu"
+
+
+def test_the_choice_reaches_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A wrong ISA makes any use of the host kernels an error, so a pass without one never met them.
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "none")
+    W, W_dec = torch.randn(2, 9, 4).unbind()
+    x = torch.randn(3, 4, requires_grad=True)
+    leaves = (x, W.requires_grad_(), W_dec.requires_grad_())
+    codes = encode_topk(*leaves[:2], None, 2, backend="reference")
+    out = decode(codes, W_dec, backend="reference")
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(bool(grad.any()) for grad in grads)
+    codes = encode_topk(*leaves[:2], None, 2, backend="reference")
+    with pytest.raises(ValueError, match=cpu.ISA_VARIABLE):
+        decode(codes, W_dec)
+
+
+@pytest.mark.parametrize("name", ["cuda", "CPU", "refrence", "select_topk"])
+def test_an_unknown_name_is_refused_with_its_origin(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ", ".join(backends.NAMES)
+    with pytest.raises(ValueError, match=rf"backend argument: expected .*{names}, got '{name}'"):
+        chosen(name)
+    with pytest.raises(ValueError, match=rf"use_backend\(\): expected .*, got '{name}'"):
+        use_backend(name).__enter__()
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, name)
+    with pytest.raises(ValueError, match=rf"{backends.ENVIRONMENT_VARIABLE}: .* got '{name}'"):
+        encode_topk(torch.eye(2), torch.eye(2), None, 1)
+
+
+def test_an_explicit_choice_never_falls_back() -> None:
+    gpu = torch.device("cuda:0")
+    automatic = backends.implementation("select_topk", gpu, torch.float32, None)
+    assert automatic.__name__.endswith(".reference")
+    with pytest.raises(BackendUnavailableError) as error:
+        backends.implementation("select_topk", gpu, torch.float32, "cpu")
+    message = str(error.value)
+    start = "select_topk on cuda:0 in torch.float32 cannot run on cpu (the backend argument); "
+    assert message.startswith(start)
+    assert "cpu: tensors are on cuda:0, its kernels run on the CPU" in message
+    assert "reference: available" in message
+    assert isinstance(error.value, NotImplementedError)
+
+
+def test_every_candidate_has_a_reason_or_none() -> None:
+    assert dict(backends.candidates("decode", CPU, torch.bfloat16)) == {
+        "cpu": None,
+        "reference": None,
+    }
+    reasons = dict(backends.candidates("decode", torch.device("cuda:1"), torch.float32))
+    assert reasons["cpu"] == "tensors are on cuda:1, its kernels run on the CPU"
+    reasons = dict(backends.candidates("decode", CPU, torch.float8_e4m3fn))
+    assert reasons["cpu"] is not None
+    assert reasons["cpu"].startswith("no kernel for torch.float8_e4m3fn")
+
+
+def test_the_fastest_variant_runs_unless_a_lower_one_is_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cpu.isa() == cpu.supported_isas()[0]
+    assert cpu.supported_isas()[-1] == "portable"
+    for isa in cpu.supported_isas():
+        monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
+        assert cpu.isa() == isa
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "")
+    assert cpu.isa() == cpu.supported_isas()[0]
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar"])
+def test_an_unknown_variant_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.ISA_VARIABLE, name)
+    expected = rf"{cpu.ISA_VARIABLE}: expected one of .*portable on this machine, got '{name}'"
+    with pytest.raises(ValueError, match=expected):
+        encode_topk(torch.eye(2), torch.eye(2), None, 1)
+
+
+def test_the_module_itself_refuses_an_unknown_variant() -> None:
+    with pytest.raises(ValueError, match="no kernels for the ISA 'avx1024'"):
+        cpu.module().select_topk_workspace("avx1024", 0, False, 1, 1, 1, 1, 1)
+
+
+BLOCKED = """
+import sys
+sys.modules["sae_kernels._C"] = None
+import torch, sae_kernels
+codes = sae_kernels.encode_topk(torch.eye(3), torch.eye(3), None, 1)
+assert codes.indices.tolist() == [[0], [1], [2]]
+try:
+    sae_kernels.encode_topk(torch.eye(3), torch.eye(3), None, 1, backend="cpu")
+except sae_kernels.errors.BackendUnavailableError as error:
+    assert "cpu: the compiled module sae_kernels._C cannot be loaded" in str(error), error
+    assert "pip install ." in str(error), error
+else:
+    raise SystemExit("ran on a backend that is not there")
+"""
+
+
+def test_the_package_works_without_the_compiled_module() -> None:
+    subprocess.run([sys.executable, "-c", BLOCKED], check=True, timeout=120)
