@@ -34,7 +34,8 @@ def geometric_median(
         distances = away.norm(dim=1)
         apart = distances > 1e-12
         weights = torch.where(apart, 1 / distances, 0)
-        pull = weights @ away
+        # Not weights @ away, whose order of work depends on the number of threads.
+        pull = away.mul_(weights[:, None]).sum(0)
         # Rows at the point itself hold it with a force of at most one each.
         free = (1 - (~apart).sum() / pull.norm().clamp_min(1e-12)).clamp_min(0)
         step = free * pull / weights.sum().clamp_min(1e-12)

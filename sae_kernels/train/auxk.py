@@ -69,6 +69,7 @@ def gradients(
         backend: see :mod:`sae_kernels.backends`.
     """
     n_dead, dtype = dead.W_enc.shape[0], dead.W_enc.dtype
+    W_dec = dead.W_dec.to(_product_dtype(dtype))
     weight = loss_weight(residual, n_dead, k_aux, alpha)
     total = residual.new_zeros(())
     dW_enc, dW_dec = (residual.new_zeros(dead.W_enc.shape) for _ in range(2))
@@ -80,13 +81,13 @@ def gradients(
         )
         codes = values.new_zeros(x.shape[0], n_dead).scatter_(1, indices.long(), values.relu_())
         fired = codes > 0
-        codes = codes.to(dtype)
-        error = (codes @ dead.W_dec).float() - r
+        codes = codes.to(dtype).to(W_dec.dtype)
+        error = (codes @ W_dec).float() - r
         total += error.square().sum()
-        grad = (2 * weight * error).to(dtype)
+        grad = (2 * weight * error).to(W_dec.dtype)
         dW_dec += codes.T @ grad
-        dh = (grad @ dead.W_dec.T) * fired
-        dW_enc += dh.T @ x
+        dh = (grad @ W_dec.T) * fired
+        dW_enc += dh.T @ x.to(W_dec.dtype)
         db_enc += dh.sum(0)
     return AuxGradients(weight * total, dW_enc, db_enc, dW_dec)
 
@@ -110,7 +111,19 @@ def loss(
         compute_dtype=compute_dtype,
         backend=backend,
     )
-    e = codes.to_dense().to(compute_dtype) @ dead.W_dec.to(compute_dtype)
+    e = _operand(codes.to_dense(), compute_dtype) @ _operand(dead.W_dec, compute_dtype)
     residual = residual.detach()
     weight = loss_weight(residual, n_dead, k_aux, alpha)
     return weight * (e.float() - residual).square().sum()
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    # In fp16 gradients vanish (they are divided by the batch's whole variance) and sums overflow.
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _operand(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to ``dtype``, in the dtype of the product; the gradient is not rounded to fp16."""
+    if _product_dtype(dtype) == dtype:
+        return t.to(dtype)
+    return t + (t.to(dtype).to(t.dtype) - t).detach()

@@ -49,9 +49,8 @@ class ComposableStep:
         sae, config = self.sae, self.config
         x = checked_batch(x, sae.config)
         dead = self.dead.longest(config.auxk_latents if config.auxk_alpha else 0)
-        loss, aux, fvu, codes = autograd_losses(
-            sae, x, config, k or sae.config.k, dead, self.k_aux
-        )
+        k = sae.config.k if k is None else k
+        loss, aux, fvu, codes = autograd_losses(sae, x, config, k, dead, self.k_aux)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if sae.config.unit_norm_decoder:

@@ -11,8 +11,23 @@ _CHOICES = {
     "compute": ("auto", "float32", "bfloat16", "float16"),
     "route": ("fused", "composable"),
     "adam": ("dense", "lazy"),
+    "activation_scale": ("none", "sqrt_d"),
+    "init_b_dec": ("geometric_median", "mean", "zeros"),
     "on_nonfinite": ("stop", "skip"),
 }
+_INTEGERS = {
+    "steps": 1,
+    "batch_size": 1,
+    "warmup_steps": 0,
+    "k_aux": 1,
+    "auxk_latents": 1,
+    "dead_after_tokens": 1,
+    "k_start": 1,
+    "k_anneal_steps": 0,
+    "seed": 0,
+    "log_every": 1,
+}
+_OPTIONAL = ("lr", "warmup_steps", "clip_norm", "k_aux", "k_start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,26 +98,32 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "auxk_latents", "dead_after_tokens", "log_every"):
-            self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "clip_norm"):
+        for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            self._expect(name, value is None or 0 < value < math.inf, "a positive number")
-        for name in ("k_aux", "k_start"):
-            value = getattr(self, name)
-            self._expect(name, value is None or value >= 1, "at least 1")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self._expect(name, whole and value >= least, f"an integer of at least {least}")
+        for name in ("lr", "clip_norm", "eps"):
+            self._expect(name, self._number(name) > 0, "a positive number")
         for name in ("beta1", "beta2"):
-            self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._expect("eps", self.eps > 0, "a positive number")
-        self._expect("decay_fraction", 0 <= self.decay_fraction <= 1, "a number in [0, 1]")
-        self._expect("auxk_alpha", self.auxk_alpha >= 0, "at least 0")
-        self._expect("k_anneal_steps", self.k_anneal_steps >= 0, "at least 0")
+            self._expect(name, 0 <= self._number(name) < 1, "a number in [0, 1)")
+        self._expect(
+            "decay_fraction", 0 <= self._number("decay_fraction") <= 1, "a number in [0, 1]"
+        )
+        self._expect("auxk_alpha", self._number("auxk_alpha") >= 0, "a number of at least 0")
+        self._expect("multi_topk", isinstance(self.multi_topk, bool), "true or false")
         for name, choices in _CHOICES.items():
             self._expect(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
 
+    def _number(self, name: str) -> float:
+        """The setting, or NaN (which is in no range) for what is no finite number."""
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value if number and math.isfinite(value) else math.nan
+
     def _expect(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        value = getattr(self, name)
+        if not fits and not (value is None and name in _OPTIONAL):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into the run's config."""

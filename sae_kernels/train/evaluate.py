@@ -97,7 +97,7 @@ def evaluate(
         fvu=fvu,
         explained_variance=1 - fvu,
         mse=float(error / n),
-        l0=float(fired.sum() / n),
+        l0=int(fired.sum()) / n,
         cosine=float(cosine / n),
         dead_fraction=float((fired == 0).double().mean()),
         dense_fraction=float((density > DENSE).double().mean()),

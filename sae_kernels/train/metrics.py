@@ -14,7 +14,7 @@ class MetricLog:
     """Appends metric lines to a file; each line reaches the file before the next step."""
 
     def __init__(self, path: str | Path) -> None:
-        self._file = Path(path).open("a", encoding="utf-8", buffering=1)
+        self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, values: dict[str, Any]) -> None:
         """Writes one object; numbers that are not finite become null, which JSON lacks."""

@@ -7,6 +7,7 @@ no index. docs/data.md describes the files.
 from __future__ import annotations
 
 import json
+import math
 import re
 from bisect import bisect_right
 from itertools import accumulate
@@ -159,11 +160,11 @@ class ShardWriter:
         if not x.is_floating_point():
             raise TypeError(f"expected floating point activations, got {x.dtype}")
         # NaN, infinity and overflow all show in the extremes, at a fraction of isfinite's cost.
-        extremes = torch.stack(x.aminmax()).to(self.dtype) if len(x) else x.new_zeros(2)
-        if not extremes.isfinite().all():
+        extremes = [float(e.to(self.dtype)) for e in x.aminmax()] if len(x) else []
+        if not all(map(math.isfinite, extremes)):
             raise NonFiniteError(
                 f"expected activations that are finite in {self.dtype}, got extremes "
-                f"{extremes.tolist()}; look for NaN in the model or store a wider dtype"
+                f"{extremes}; look for NaN in the model or store a wider dtype"
             )
 
     def _empty(self, name: str) -> Tensor:

@@ -55,15 +55,26 @@ def prepare(
         raise ValueError(
             f"d_in: expected {source.d_in}, the width of the activations, got {sae_config.d_in}"
         )
+    if config.k_start is not None and config.k_start > sae_config.n_latents:
+        raise ValueError(
+            f"k_start: expected at most n_latents = {sae_config.n_latents}, got {config.k_start}"
+        )
+    if source.n_tokens < config.batch_size:
+        raise ValueError(
+            f"batch_size: expected at most the {source.n_tokens} rows of activations, "
+            f"got {config.batch_size}"
+        )
     rows = min(_SAMPLE, source.n_tokens)
     sample = next(ShuffledBatches(source, rows, seed=config.seed)).float()
-    if not sample.isfinite().all():
+    finite = sample.isfinite().all(1)
+    if not (finite.any() if config.on_nonfinite == "skip" else finite.all()):
         raise NonFiniteError(
             "activations: expected finite numbers, got NaN or infinity among the first rows; "
             "find what wrote them"
         )
+    sample = sample[finite]
     if config.activation_scale == "sqrt_d":
-        scale = estimate_scale(sample, rows)
+        scale = estimate_scale(sample, sample.shape[0])
         sae_config = dataclasses.replace(sae_config, activation_scale=scale)
     sae = TopKSAE(sae_config, seed=config.seed)
     if config.init_b_dec == "geometric_median":

@@ -95,11 +95,16 @@ def test_an_empty_data_set_opens_and_cannot_be_trained_on(tmp_path: Path) -> Non
         ShuffledBatches(data, 1)
 
 
-def test_an_exception_keeps_finished_shards_and_writes_no_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_exception_keeps_finished_shards_and_leaves_no_index(
+    tmp_path: Path, overwrite: bool
+) -> None:
     x = _rows(25)
+    if overwrite:
+        _write(tmp_path, n=15)
 
     def interrupted() -> None:
-        with ShardWriter(tmp_path, D, rows_per_shard=10) as writer:
+        with ShardWriter(tmp_path, D, rows_per_shard=10, overwrite=overwrite) as writer:
             writer.write(x)
             raise KeyboardInterrupt
 
