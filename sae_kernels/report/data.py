@@ -86,6 +86,7 @@ class RunReport:
         decoder_cosine: ``[F]``, each latent's largest cosine to another latent's decoder row.
         examples: latents to show in context; may be empty.
         command: shell command that repeats the run, if there is one.
+        dead_rule: what ``metrics["dead_fraction"]`` counts, to follow "12 of 3,072 latents".
 
     Raises:
         ValueError: the two tensors are not vectors of one length.
@@ -101,6 +102,7 @@ class RunReport:
     decoder_cosine: Tensor = field(repr=False)
     examples: list[LatentExamples] = field(repr=False)
     command: str | None = None
+    dead_rule: str = "never fired on held-out tokens"
 
     def __post_init__(self) -> None:
         density, cosine = tuple(self.latent_density.shape), tuple(self.decoder_cosine.shape)

@@ -21,8 +21,8 @@ _METRICS = {
     "explained_variance": ("Explained variance", "1 minus FVU"),
     "l0": ("L0", "mean number of latents that fire on a token"),
     "cosine": ("Cosine", "mean cosine of input and reconstruction"),
-    "mse": ("MSE", "mean squared error per input dimension"),
-    "dead_fraction": ("Dead latents", "share that never fires on the held-out tokens"),
+    "mse": ("MSE", "mean squared error per token"),
+    "dead_fraction": ("Dead latents", ""),
     "dense_fraction": ("Dense latents", "share that fires on a large part of all tokens"),
     "seconds": ("Training time", ""),
     "tokens_per_second": ("Training speed", ""),
@@ -96,8 +96,9 @@ def _tiles(report: RunReport) -> str:
     metrics, held_out = report.metrics, report.held_out_fvu
     fvu = metrics.get("fvu") if held_out is None else held_out
     explained = percent(1 - fvu) if fvu is not None and math.isfinite(fvu) else ""
-    never, total = report.never_fired, report.n_latents
-    dead = metrics.get("dead_fraction", never / total if total else math.nan)
+    total = report.n_latents
+    dead = metrics.get("dead_fraction", report.never_fired / total if total else math.nan)
+    count = f"{round(dead * total):,} of {total:,} " if math.isfinite(dead) else ""
     seconds = metrics.get("seconds", parse(report.facts.get("seconds")))
     tokens = parse(report.facts.get("tokens"))
     speed = metrics.get("tokens_per_second", tokens / seconds if tokens and seconds else None)
@@ -108,7 +109,7 @@ def _tiles(report: RunReport) -> str:
             f"{explained} of variance explained" if explained else "",
         ),
         ("L0", number(metrics.get("l0")), f"of {total:,} latents fire on a token"),
-        ("Dead latents", percent(dead), f"{never:,} of {total:,} never fired on held-out tokens"),
+        ("Dead latents", percent(dead), count + report.dead_rule),
         ("Training time", duration(seconds), rate(speed)),
     ]
     cells = "\n".join(
@@ -132,8 +133,9 @@ def _tables(report: RunReport) -> str:
     metrics = []
     for key, value in report.metrics.items():
         name, meaning = _METRICS.get(key, (key.replace("_", " "), ""))
+        meaning = f"share that {report.dead_rule}" if key == "dead_fraction" else meaning
         show = _FORMATS.get(key, percent if key.endswith("_fraction") else number)
-        small = f"<small>{meaning}</small>" if meaning else ""
+        small = f"<small>{escape(meaning)}</small>" if meaning else ""
         metrics.append((escape(name) + small, escape(show(value))))
     facts = [(escape(key), escape(value)) for key, value in report.facts.items()]
     return (

@@ -1,0 +1,83 @@
+"""``sae-kernels env``: what this installation is made of and what it runs on."""
+
+import os
+from typing import Any
+
+import torch
+
+from sae_kernels import backends, machine
+from sae_kernels.backends import cpu
+from sae_kernels.cli.explain import PRIMITIVES
+from sae_kernels.cli.options import Debug, Json
+from sae_kernels.cli.output import Output
+
+# Named one by one where a family of variables may hold a secret, such as HF_TOKEN.
+_PREFIXES = ("SAE_KERNELS_", "OMP_", "KMP_", "MKL_", "CUDA_", "TRITON_")
+_NAMES = ("NO_COLOR", "FORCE_COLOR", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+def env(as_json: Json = False, debug: Debug = False) -> None:
+    """Show versions, processor, kernels and which backend can run what."""
+    values = _collect()
+    output = Output(as_json)
+    output.record(values)
+    output.table(
+        [(name, version or "not installed") for name, version in values["versions"].items()]
+    )
+    output.text("")
+    output.table([(key, _words(values[key])) for key in ("cpu", "threads", "gpu", "kernels")])
+    output.text("")
+    output.table(
+        [
+            (primitive, backend, "yes" if reason is None else f"no: {reason}")
+            for primitive, reasons in values["primitives"].items()
+            for backend, reason in reasons.items()
+        ]
+    )
+    output.text("", *(f"{name}={value}" for name, value in values["environment"].items()))
+
+
+def _collect() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    return {
+        "versions": machine.versions(),
+        "cpu": machine.cpu_model(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "kernels": _kernels(),
+        "primitives": {
+            primitive: {
+                candidate.backend: candidate.reason
+                for candidate in backends.candidates(primitive, device, torch.float32)
+            }
+            for primitive in PRIMITIVES
+        },
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_PREFIXES) or name in _NAMES
+        },
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """What the compiled module says of itself, or why it is not there."""
+    try:
+        module = cpu.module()
+    except RuntimeError as error:
+        return {"missing": str(error)}
+    return {
+        "isa_in_use": cpu.isa(),
+        "isas_supported": list(cpu.supported_isas()),
+        "isas_built": [name for name, _ in module.isas()],
+        **module.build_info(),
+    }
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key.replace('_', ' ')} {_words(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    return "none" if value is None else str(value)

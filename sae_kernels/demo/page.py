@@ -1,0 +1,73 @@
+"""What the demo's page says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_kernels import machine
+from sae_kernels.report import CurvePoint, RunReport
+from sae_kernels.report.examples import decoder_cosine, latent_examples
+from sae_kernels.train.compute import compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sae_kernels.train import Evaluation, ShardDataset, TrainConfig, TrainingResult
+
+
+def describe(
+    trained: TrainingResult,
+    held_out: Evaluation,
+    sides: dict[str, ShardDataset],
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> RunReport:
+    """The report of a run of the demo."""
+    sae = trained.sae
+    shape = sae.config
+
+    def to_tokens(ids: list[int]) -> list[str]:
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+    seen = config.steps * config.batch_size
+    judged = min(seen, config.dead_after_tokens)
+    return RunReport(
+        title="A sparse autoencoder of MiniLM",
+        subtitle=f"{shape.n_latents:,} latents, {shape.k} per token, trained in "
+        f"{trained.seconds:.0f} seconds on what layer 4 makes of Python's own documentation.",
+        facts={
+            "model": "all-MiniLM-L6-v2",
+            "layer": str(sides["train"].metadata["layer"]),
+            "text": "pydoc topics and docstrings of the standard library",
+            "harvested tokens": f"{sides['train'].n_tokens:,}",
+            "held-out tokens": f"{held_out.n_tokens:,}",
+            "d_in": f"{shape.d_in}",
+            "n_latents": f"{shape.n_latents:,}",
+            "k": f"{shape.k}",
+            "steps": f"{config.steps:,} of {config.batch_size:,} tokens",
+            "learning rate": f"{config.learning_rate(config.steps // 2, shape.n_latents):g}",
+            "compute": str(compute_dtype(config.compute)).removeprefix("torch."),
+            "seed": f"{config.seed}",
+            "processor": f"{machine.cpu_model()}, {torch.get_num_threads()} threads",
+            "versions": ", ".join(f"{n} {v}" for n, v in machine.versions().items() if v),
+        },
+        metrics={
+            **{key: v for key, v in held_out.scalars().items() if key != "n_tokens"},
+            "dead_fraction": float(trained.dead.float().mean()),
+            "seconds": trained.seconds,
+            "tokens_per_second": seen / trained.seconds,
+        },
+        curve=[
+            CurvePoint(*(line[f.name] for f in dataclasses.fields(CurvePoint)))
+            for line in trained.metrics
+        ],
+        held_out_fvu=held_out.fvu,
+        latent_density=held_out.latent_density,
+        decoder_cosine=decoder_cosine(sae.W_dec),
+        examples=latent_examples(sae, sides["held_out"], to_tokens),
+        command=f"sae-kernels demo --steps {config.steps} --seed {config.seed}",
+        dead_rule=f"did not fire in the last {judged:,} training tokens",
+    )

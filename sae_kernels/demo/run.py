@@ -1,0 +1,171 @@
+"""A transformer's activations to a trained SAE and a page about it, in about a minute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_kernels.demo.page import describe
+from sae_kernels.demo.stages import Clock
+from sae_kernels.errors import DataError
+from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
+from sae_kernels.nn import TopKConfig
+from sae_kernels.report import write_report
+from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
+from sae_kernels.train.compute import compute_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+LAYER = "encoder.layer.4"
+DEAD_AFTER_TOKENS = 200_000
+ACTIVATIONS, SIDES = "activations", ("train", "held_out")
+MARKER = "demo.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """What the demo leaves.
+
+    Attributes:
+        fvu: on the held-out documents, about their mean.
+        explained_variance, l0, cosine: on them too.
+        dead_fraction: latents that did not fire in the last 200,000 training tokens.
+        seconds: of everything, and of each stage.
+        report: the page.
+        sae: the folder for ``TopKSAE.from_pretrained``.
+    """
+
+    fvu: float
+    explained_variance: float
+    l0: float
+    cosine: float
+    dead_fraction: float
+    seconds: float
+    stages: dict[str, float]
+    report: Path
+    sae: Path
+
+
+def train_config(steps: int, seed: int) -> TrainConfig:
+    """The demo's settings: a short run, so a high learning rate, small batches and early death."""
+    return TrainConfig(
+        steps=steps, batch_size=1024, lr=2e-3, seed=seed, dead_after_tokens=DEAD_AFTER_TOKENS
+    )
+
+
+def sae_config(d_in: int) -> TopKConfig:
+    """The demo's SAE."""
+    return TopKConfig(d_in=d_in, n_latents=8 * d_in, k=32)
+
+
+def run_demo(
+    out: Path,
+    *,
+    steps: int = 800,
+    seed: int = 0,
+    train_tokens: int = 200_000,
+    held_out_tokens: int = 24_000,
+    documents: Iterable[str] | None = None,
+    progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
+    on_metrics: Callable[[dict[str, Any]], object] = lambda line: None,
+) -> DemoResult:
+    """Harvests MiniLM's layer 4, trains a TopK SAE (F = 8 D, K = 32) on it, writes a report.
+
+    Args:
+        out: a new folder, or one that an earlier demo made, whose content is replaced.
+        steps: optimizer steps of 1024 tokens.
+        seed: of the weights and the order of the tokens.
+        train_tokens, held_out_tokens: harvested from the two sides of a 90/10 split by document.
+        documents: the text; default: what Python ships (:func:`python_corpus`).
+        progress: called with a stage, what is done of it and its total.
+        on_metrics: called with each metric line.
+
+    Raises:
+        DataError: the folder holds something else.
+        ModelError, ImportError: the demo's extra is not installed.
+    """
+    clock = Clock(progress)
+    model = minilm_folder()
+    _claim(out)
+    clock.stage("read text", 1)
+    texts = split_documents(python_corpus() if documents is None else documents)
+    tokenizer = _harvest(model, texts, (train_tokens, held_out_tokens), out / ACTIVATIONS, clock)
+    sides = {side: ShardDataset(out / ACTIVATIONS / side) for side in SIDES}
+    clock.stage("train", steps)
+
+    def on_step(step: int, line: dict[str, Any] | None) -> None:
+        clock.advance(1)
+        if line is not None:
+            on_metrics(line)
+
+    config = train_config(steps, seed)
+    shape = sae_config(sides["train"].d_in)
+    trained = train(sides["train"], shape, config, folder=out, on_step=on_step)
+    clock.stage("evaluate", 1)
+    held_out = evaluate(trained.sae, sides["held_out"])
+    clock.stage("report", 1)
+    page = write_report(describe(trained, held_out, sides, config, tokenizer), out)
+    result = DemoResult(
+        fvu=held_out.fvu,
+        explained_variance=held_out.explained_variance,
+        l0=held_out.l0,
+        cosine=held_out.cosine,
+        dead_fraction=float(trained.dead.float().mean()),
+        seconds=clock.finish(),
+        stages=clock.seconds,
+        report=page,
+        sae=out / "sae",
+    )
+    _mark(out, {"result": dataclasses.asdict(result)})
+    return result
+
+
+def _harvest(
+    model_folder: Path,
+    texts: tuple[list[str], list[str]],
+    limits: tuple[int, int],
+    folder: Path,
+    clock: Clock,
+) -> PreTrainedTokenizerBase:
+    clock.stage("load model", 1)
+    model, tokenizer = load_model(model_folder)
+    native = compute_dtype("auto")
+    for side, text, limit in zip(SIDES, texts, limits, strict=True):
+        clock.stage(f"harvest {side.replace('_', '-')}", limit)
+        harvest(
+            model,
+            tokenizer,
+            text,
+            LAYER,
+            folder / side,
+            max_tokens=limit,
+            # The layer norm's output has a few units at most: float16 halves the disk's work.
+            dtype=torch.float16,
+            autocast=None if native == torch.float32 else native,
+            overwrite=True,
+            progress=clock.advance,
+        )
+    return tokenizer
+
+
+def _claim(out: Path) -> None:
+    """Makes the folder the demo's own; one that holds something else stays as it is."""
+    if out.exists() and not (out / MARKER).is_file() and (out.is_file() or any(out.iterdir())):
+        raise DataError(
+            f"{out}: expected a new folder or one of an earlier demo, got something else; "
+            "choose another with --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _mark(out, {"result": None})
+
+
+def _mark(out: Path, values: dict[str, Any]) -> None:
+    text = json.dumps({"made_by": "sae-kernels demo", **values}, indent=2, default=str)
+    (out / MARKER).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,160 @@
+"""Which latents a report shows, and the text on which they fire."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contexts import peak_word
+from .data import Context, LatentExamples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sae_kernels.nn import TopKSAE
+    from sae_kernels.train.batches import Rows, RowSource
+
+_BATCH = 4096
+_COSINES = 1 << 22  # held at once
+
+
+def decoder_cosine(W_dec: Tensor) -> Tensor:
+    """Each decoder row's largest cosine to another row, [F] (0 where there is no other).
+
+    >>> decoder_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).tolist()
+    [1.0, 0.0, 1.0]
+    """
+    rows = torch.nn.functional.normalize(W_dec.detach().float(), dim=1)
+    if len(rows) < 2:
+        return rows.new_zeros(len(rows))
+    largest, step = [], max(1, _COSINES // len(rows))
+    for start in range(0, len(rows), step):
+        cosine = rows[start : start + step] @ rows.T
+        own = torch.arange(len(cosine), device=rows.device)
+        cosine[own, own + start] = -2
+        largest.append(cosine.amax(1))
+    return torch.cat(largest).cpu()
+
+
+def latent_examples(
+    sae: TopKSAE,
+    source: RowSource,
+    to_tokens: Callable[[list[int]], list[str]],
+    *,
+    n_latents: int = 12,
+    n_contexts: int = 8,
+    radius: int = 12,
+    density: tuple[float, float] = (5e-4, 1e-2),
+) -> list[LatentExamples]:
+    """Latents with a clear subject, and the contexts in which they fire most strongly.
+
+    The densities are cut into bands, evenly on a log scale, and each band gives the latent whose
+    strongest contexts, one a document, share their words best without all having the same one; no
+    two latents have the same favourite. All codes of the source are held in memory: give it tens
+    of thousands of tokens, not millions.
+
+    Args:
+        sae: the SAE.
+        source: rows with tokens and documents beside them.
+        to_tokens: ids to their text, as a tokenizer's convert_ids_to_tokens.
+        n_latents: at most this many; a band may have none.
+        n_contexts: of each latent; one that fires in fewer documents is not shown.
+        radius: tokens shown on either side of the strongest.
+        density: the least and the largest share of tokens on which a shown latent fires.
+
+    Raises:
+        ValueError: rows without tokens or documents.
+    """
+    rows = source.rows(0, source.n_tokens)
+    if rows.tokens is None or rows.documents is None:
+        raise ValueError("expected rows with their tokens and documents, harvest writes both")
+    codes = _encode(sae, rows)
+    text = to_tokens(rows.tokens.tolist())
+    shares = codes.counts / source.n_tokens
+    shown: dict[str, LatentExamples] = {}
+    low, high = map(math.log10, density)
+    for least, most in pairwise(torch.logspace(low, high, n_latents + 1).tolist()):
+        candidates = []
+        for latent in ((shares >= least) & (shares < most)).nonzero().flatten().tolist():
+            peaks = codes.peaks(latent, rows.documents, n_contexts)
+            if len(peaks) == n_contexts:
+                contexts = [_context(codes, text, rows.documents, latent, p, radius) for p in peaks]
+                strongest = contexts[0].activations[contexts[0].peak]
+                share = float(shares[latent])
+                candidates.append(LatentExamples(latent, share, strongest, contexts))
+        candidates.sort(key=_clarity, reverse=True)
+        for example in candidates:
+            if (subject := _stems(example).most_common(1)[0][0]) not in shown:
+                shown[subject] = example
+                break
+    return list(shown.values())[::-1]
+
+
+def _stems(example: LatentExamples) -> Counter[str]:
+    """How often the strongest words begin alike: crude, and enough to tell a subject."""
+    return Counter(peak_word(context).lower()[:4] for context in example.contexts)
+
+
+def _clarity(example: LatentExamples) -> tuple[bool, int, float]:
+    """A few words that come again beat one word only, which beats many different ones."""
+    stems = _stems(example)
+    worded = all(stem.isalpha() and len(stem) > 2 for stem in stems)
+    again = sum(times for times in stems.values() if times > 1)
+    weakest = min(context.activations[context.peak] for context in example.contexts)
+    return worded and 2 <= len(stems) <= 4, again, weakest
+
+
+class _Codes(NamedTuple):
+    """The codes of all rows, and their entries by latent, the strongest first."""
+
+    values: Tensor  # [N, K]
+    indices: Tensor  # [N, K]
+    entries: Tensor  # int64, positions in the flattened codes
+    counts: Tensor  # int64 [F], entries that fired
+    ends: Tensor  # int64 [F]
+
+    def top(self, latent: int) -> tuple[Tensor, Tensor]:
+        """Values and rows of a latent's entries."""
+        end, count = int(self.ends[latent]), int(self.counts[latent])
+        entries = self.entries[end - count : end]
+        return self.values.flatten()[entries], entries // self.values.shape[1]
+
+    def peaks(self, latent: int, documents: Tensor, n: int) -> list[int]:
+        """The rows where a latent is strongest, one of each document."""
+        peaks: dict[int, int] = {}
+        rows = self.top(latent)[1]
+        for row, document in zip(rows.tolist(), documents[rows].tolist(), strict=True):
+            peaks.setdefault(document, row)
+            if len(peaks) == n:
+                break
+        return list(peaks.values())
+
+
+@torch.inference_mode()
+def _encode(sae: TopKSAE, rows: Rows) -> _Codes:
+    device = sae.W_enc.device
+    parts = [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
+    values = torch.cat([part.values.cpu() for part in parts])
+    indices = torch.cat([part.indices.cpu() for part in parts])
+    fired = (values != 0).flatten().nonzero().flatten()
+    by_value = fired[values.flatten()[fired].argsort(descending=True, stable=True)]
+    latents = indices.flatten()[by_value]
+    entries = by_value[latents.argsort(stable=True)]
+    counts = torch.bincount(latents, minlength=sae.config.n_latents)
+    return _Codes(values, indices, entries, counts, counts.cumsum(0))
+
+
+def _context(
+    codes: _Codes, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
+) -> Context:
+    """The tokens of the same document around a row."""
+    start, stop = max(0, peak - radius), peak + radius + 1
+    same = (documents[start:stop] == documents[peak]).nonzero().flatten() + start
+    first, last = int(same[0]), int(same[-1]) + 1
+    activations = (codes.values[first:last] * (codes.indices[first:last] == latent)).sum(1)
+    return Context(text[first:last], activations.tolist(), peak - first)

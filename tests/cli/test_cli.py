@@ -1,0 +1,151 @@
+"""What all commands have in common, and the two that only look: env and explain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sae_kernels
+from sae_kernels.cli import main, output
+
+COMMANDS = ["demo", "harvest", "train", "eval", "env", "explain"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_how_to_get_json_and_a_traceback(run, command):
+    ran = run(command, "--help")
+    assert ran.code == 0
+    assert "--json" in ran.out
+    assert "--debug" in ran.out
+
+
+def test_without_a_command_the_help_names_them_all(run):
+    ran = run()
+    assert ran.code == 0
+    assert all(f"\n  {command} " in ran.out for command in COMMANDS)
+
+
+def test_version(run):
+    assert run("--version").out == f"sae-kernels {sae_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["tran"], "tran"),
+        (["train", "data", "--out", "o", "--stepz", "3"], "--steps"),
+        (["train", "data"], "--out"),
+        (["train", "data", "--out", "o", "--steps", "many"], "'--steps'"),
+        (["eval", "sae"], "sae-kernels eval --help"),
+        (["demo", "--steps", "0"], "--steps"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused_in_one_line(run, arguments, expected):
+    assert expected in run(*arguments).refusal()
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_debug_shows_the_traceback_wherever_it_stands(run, place):
+    arguments = ["eval", "nowhere", "nothing"]
+    assert "Traceback" not in run(*arguments).err
+    arguments.insert(place, "--debug")
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert "Traceback" in ran.err
+    assert ran.err.splitlines()[-1].startswith("sae-kernels: nothing is not a data set")
+
+
+def test_a_failure_of_ours_exits_1_and_says_so(run, data, saved, monkeypatch):
+    def fail(*_args, **_options):
+        raise RuntimeError("a kernel\nwent wrong")
+
+    monkeypatch.setattr("sae_kernels.train.evaluate", fail)
+    ran = run("eval", saved, data)
+    assert ran.code == 1
+    assert ran.err.startswith("sae-kernels: internal failure, RuntimeError: a kernel went wrong;")
+    assert ran.err.count("\n") == 1
+
+
+def test_interruption_exits_130_without_a_word(run, data, saved, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sae_kernels.train.evaluate", interrupt)
+    assert run("eval", saved, data) == (130, "", "")
+
+
+def test_env_as_json(run, monkeypatch):
+    monkeypatch.setenv("SAE_KERNELS_BACKEND", "reference")
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    ran = run("env", "--json")
+    (record,) = ran.records()
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["threads"] == torch.get_num_threads()
+    assert record["kernels"]["isa_in_use"] in record["kernels"]["isas_supported"]
+    assert record["kernels"]["compiler"]
+    assert record["primitives"]["decode"] == {"cpu": None, "reference": None}
+    assert record["environment"]["SAE_KERNELS_BACKEND"] == "reference"
+    assert "secret" not in ran.out
+
+
+def test_env_without_the_compiled_module_says_how_to_get_it(run, monkeypatch):
+    def missing():
+        raise RuntimeError("_C cannot be loaded; build it")
+
+    monkeypatch.setattr("sae_kernels.backends.cpu.module", missing)
+    ran = run("env")
+    assert ran.code == 0
+    assert "missing _C cannot be loaded; build it" in ran.out
+    assert "no: _C cannot be loaded; build it" in ran.out
+
+
+def test_explain_names_the_backend_and_each_reason(run, monkeypatch):
+    (record,) = run("explain", "select_topk", "--dtype", "bfloat16", "--json").records()
+    assert record["backend"] == "cpu"
+    assert record["origin"] == "automatic choice"
+    (record,) = run("explain", "select_topk", "--device", "cuda:1", "--json").records()
+    assert record["backend"] == "reference"
+    assert "cuda:1" in record["candidates"][0]["reason"]
+    monkeypatch.setenv("SAE_KERNELS_BACKEND", "reference")
+    text = run("explain", "select_topk").out
+    assert "runs on reference (the environment variable SAE_KERNELS_BACKEND)" in text
+    assert "could, but is not chosen" in text
+    monkeypatch.setenv("SAE_KERNELS_BACKEND", "cpu")
+    (record,) = run("explain", "select_topk", "--device", "cuda:1", "--json").records()
+    assert record["backend"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["decod"], "did you mean 'decode'?"),
+        (["decode", "--dtype", "int8"], "expected one of float32"),
+        (["decode", "--device", "toaster"], "'toaster'"),
+    ],
+)
+def test_explain_refuses_what_does_not_exist(run, arguments, expected):
+    assert expected in run("explain", *arguments).refusal()
+
+
+def test_a_backend_that_does_not_exist_is_refused(run, monkeypatch):
+    monkeypatch.setenv("SAE_KERNELS_BACKEND", "gpu")
+    assert "expected a backend among" in run("explain", "decode").refusal()
+
+
+def test_numbers_that_are_not_finite_become_null(capsys):
+    output.Output(as_json=True).record({"a": float("nan"), "b": [float("inf"), 1.5]})
+    assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5]}\n'
+
+
+def test_progress_without_a_terminal_is_an_occasional_line(capsys, monkeypatch):
+    monkeypatch.setattr(output, "_QUIET_SECONDS", 0.0)
+    with output.Output(as_json=False).progress() as show:
+        for done in range(4):
+            show("train", done, 3)
+    assert capsys.readouterr().err == "train\ntrain: 1 of 3\ntrain: 2 of 3\n"
+
+
+def test_main_reads_the_arguments_of_the_process(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sae-kernels", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("sae-kernels ")
