@@ -1,0 +1,53 @@
+"""The speed bars of the TopK path on this machine (minutes; mean nothing on a busy one)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import cpu_bars
+from sae_kernels.backends import cpu
+
+pytestmark = pytest.mark.slow
+
+needs_amx = pytest.mark.skipif(
+    cpu.isa() != "amx", reason="the bf16 bars are ratios to an AMX product: no AMX here"
+)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def ratios(records) -> dict[str, float]:
+    return {f"{r['case']}: {r['provider']}": r["ratio"] for r in records}
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["zipf", "random"])
+def test_encode_costs_little_more_than_the_product(kind):
+    got = ratios(cpu_bars.encode(kind, rounds=7))
+    assert got[f"encode {kind} bf16 D=768: encode_topk bf16"] <= 1.25
+    assert got[f"encode {kind} bf16 D=2304: encode_topk bf16"] <= 1.1
+    assert got[f"encode {kind} fp32 D=768: encode_topk fp32"] <= 1.1
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["zipf", "random"])
+def test_a_step_costs_three_products_and_a_fraction_of_a_dense_step(kind):
+    got = ratios(cpu_bars.step(kind, rounds=7))
+    assert got[f"step {kind}: FusedStep bf16"] <= 3
+    dense = [f"step {kind}, Adam {optimizer}: " for optimizer in ("foreach", "fused")]
+    assert min(got[case + "dense fp32"] for case in dense) >= 20
+    assert min(got[case + "dense autocast bf16"] for case in dense) >= 7
+    assert min(got[case + "dense fp32"] / got[case + "composable bf16"] for case in dense) >= 5
+
+
+def test_small_shapes_are_never_slower_than_dense():
+    for case, ratio in ratios(cpu_bars.small("random", rounds=7)).items():
+        if "dense" in case:
+            assert ratio >= 1, f"{case} is faster than FusedStep float32"
