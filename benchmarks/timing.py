@@ -1,4 +1,7 @@
-"""Interleaved timing: every round runs every contestant once, so that drift hits all alike."""
+"""Interleaved timing: every round runs every contestant once, so that drift hits all alike.
+
+The order rotates from round to round: what one leaves in the caches is not always another's.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,13 @@ class Timing(NamedTuple):
 
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Times each contestant once a round, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds + 1):
-        for name, run in contestants.items():
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
-            run()
+            contestants[name]()
             if round_:
                 seconds[name].append(time.perf_counter() - start)
     return {name: _summary(times) for name, times in seconds.items()}
