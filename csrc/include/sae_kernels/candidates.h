@@ -185,6 +185,8 @@ struct Candidates {
       for (int64_t i = 0; i < capacity; i += 16) {
         const __m512i at = _mm512_loadu_si512(key + i);
         const __mmask16 stays = _mm512_cmpge_epu32_mask(at, least);
+        // Counted while the mask is in a register: GCC 12 spills its 16 bits and reads back 32.
+        const int n = __builtin_popcount(stays);
         const auto move = [stays, i, kept](void* list) SAE_INLINE_LAMBDA {
           int32_t* p = static_cast<int32_t*>(list);
           _mm512_storeu_si512(p + kept,
@@ -193,7 +195,7 @@ struct Candidates {
         move(key);
         move(latent);
         if (kScaled) move(value);
-        kept += __builtin_popcount(stays);
+        kept += n;
       }
       return;
     }

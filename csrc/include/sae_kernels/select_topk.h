@@ -116,7 +116,8 @@ class SelectTopk {
     constexpr int kGroup = Product::kGroup;
     const int64_t end = std::min<int64_t>(count, token + Product::kTokenStep);
     for (; token < end; token += kGroup, scores += Product::kLatents * kGroup) {
-      const uint32_t live = end - token >= kGroup ? ~0u : (1u << (end - token)) - 1;
+      // Never wider than a group, so that nothing beyond a mask's own bits can pass.
+      const uint32_t live = (1u << std::min<int64_t>(end - token, kGroup)) - 1;
       Vec<T> threshold = load_raw(list.thresholds + token);
       for (int64_t i = 0; i < latents; i += 4) {
         uint32_t mask[4], any = 0;
