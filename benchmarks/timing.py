@@ -58,9 +58,18 @@ def provenance() -> dict[str, object]:
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "malloc": os.environ.get("GLIBC_TUNABLES") or os.environ.get("LD_PRELOAD") or "default",
-        "command": " ".join(["python", "-m", "benchmarks.cpu_bars", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.cpu_bars", *_arguments()]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _arguments() -> list[str]:
+    """The command line without the place of the results, which is this machine's own business."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return arguments
 
 
 def _git(*arguments: str) -> str:
