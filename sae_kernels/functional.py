@@ -138,8 +138,8 @@ def decode(
 
 def _autocast_dtype(like: torch.Tensor) -> torch.dtype | None:
     device = like.device.type
-    if like.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None  # autocast leaves fp64 alone everywhere
+    if like.dtype == torch.float64 or device == "meta":
+        return None  # autocast leaves fp64 alone everywhere and knows no meta device
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
