@@ -74,7 +74,8 @@ class FusedStep:
     """Trains a :class:`~sae_kernels.nn.TopKSAE` in place.
 
     Args:
-        sae: the module; its parameters are fp32 and stay the master weights.
+        sae: the module; its parameters are fp32 and stay the master weights. Whoever changes them
+            from outside makes a new FusedStep: the kernels read compute copies, made here.
         config: the settings; learning rate and k come with each call.
 
     Attributes:
