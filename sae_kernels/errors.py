@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class SaeKernelsError(Exception):
     """Base of the errors below: catch it to catch them all."""
@@ -21,3 +27,15 @@ class ModelError(SaeKernelsError, ValueError):
 
 class NonFiniteError(SaeKernelsError, ArithmeticError):
     """A batch, a loss or a gradient norm holds NaN or infinity."""
+
+
+def name_hint(name: str, known: Iterable[str]) -> str:
+    """What to write in the place of an unknown name: the nearest known one, or all of them.
+
+    Example:
+        >>> name_hint("n_latent", ["d_in", "n_latents"])
+        "did you mean 'n_latents'?"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -78,9 +78,13 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def packed(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in row-major order: what every kernel takes."""
-    return tensor.contiguous()
+@overload
+def packed(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def packed(tensor: None) -> None: ...
+def packed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor in row-major order, what every kernel takes; None stays None."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
@@ -88,7 +92,7 @@ def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], 
     tuples, alive = [], []
     for term in terms:
         coef = term.coef.to(dtype).contiguous()
-        source = None if term.source is None else term.source.contiguous()
+        source = packed(term.source)
         if source is not None and torch.float64 in (dtype, source.dtype):
             source = source.to(dtype)  # the kernels read fp64 rows for fp64 sums and only then
         order = [t.contiguous() for t in (term.offsets, term.entries, term.rows)]

@@ -35,7 +35,7 @@ def explain(
     except RuntimeError as error:
         raise ValueError(
             f"--device: expected a device such as cpu or cuda:0, got {device!r}"
-        ) from (error)
+        ) from error
     choice, origin = backends.requested()
     candidates = backends.candidates(primitive, where, DTYPES[dtype])
     able = [c.backend for c in candidates if c.reason is None and choice in (None, c.backend)]

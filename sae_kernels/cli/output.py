@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from sae_kernels.train.metrics import jsonable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ class Output:
     def record(self, values: Mapping[str, Any]) -> None:
         """A line of JSON; numbers that are not finite become null, which JSON lacks."""
         if self.as_json:
-            print(json.dumps(_plain(values), allow_nan=False), flush=True)
+            print(json.dumps(jsonable(values), allow_nan=False), flush=True)
 
     def text(self, *lines: str) -> None:
         """Lines for a person."""
@@ -89,13 +90,3 @@ def _bars() -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float) else str(value)

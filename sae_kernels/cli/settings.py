@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sae_kernels.errors import name_hint
 from sae_kernels.nn import TopKConfig
 from sae_kernels.train import TrainConfig
 
@@ -88,9 +88,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 def _refuse_unknown(what: str, given: typing.Iterable[str], known: typing.Iterable[str]) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{what} {name!r}; {hint}")
+            raise ValueError(f"{what} {name!r}; {name_hint(name, known)}")
 
 
 def _flag_name(table: str, field: str) -> str:

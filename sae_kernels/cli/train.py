@@ -26,6 +26,7 @@ def train(
 ) -> None:
     """Train a TopK SAE on activations on disk."""
     from sae_kernels import train as training
+    from sae_kernels.train.trainer import SAE_FOLDER
 
     source = training.ShardDataset(data)
     sae_config, train_config = configs(config, flags, source.d_in)
@@ -49,7 +50,7 @@ def train(
         "skipped": result.skipped,
         "seconds": result.seconds,
         "run": out,
-        "sae": out / "sae",
+        "sae": out / SAE_FOLDER,
     }
     output.record({"event": "result", **summary})
     output.table(

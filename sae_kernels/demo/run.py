@@ -16,6 +16,7 @@ from sae_kernels.nn import TopKConfig
 from sae_kernels.report import write_report
 from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
 from sae_kernels.train.compute import compute_dtype
+from sae_kernels.train.trainer import SAE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -121,7 +122,7 @@ def run_demo(
         seconds=clock.finish(),
         stages=clock.seconds,
         report=page,
-        sae=out / "sae",
+        sae=out / SAE_FOLDER,
     )
     _mark(out, {"result": dataclasses.asdict(result)})
     return result

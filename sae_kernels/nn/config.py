@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, Literal
+
+from sae_kernels.errors import name_hint
 
 RELU_PLACES = ("after", "before", "none")
 
@@ -66,9 +67,7 @@ class TopKConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-                raise ValueError(f"config: unknown key {key!r}; {hint}")
+                raise ValueError(f"config: unknown key {key!r}; {name_hint(key, known)}")
         missing = [key for key in ("d_in", "n_latents") if key not in values]
         if missing:
             raise ValueError(f"config: expected the key {missing[0]!r}, it is not there")

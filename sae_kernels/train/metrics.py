@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ class MetricLog:
 
     def write(self, values: dict[str, Any]) -> None:
         """Writes one object; numbers that are not finite become null, which JSON lacks."""
-        self._file.write(json.dumps(_jsonable(values), allow_nan=False) + "\n")
+        self._file.write(json.dumps(jsonable(values), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -42,12 +43,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not _finite(value) else value
-        for key, value in values.items()
-    }
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: numbers that are not finite become null, what JSON lacks its string."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float) else str(value)

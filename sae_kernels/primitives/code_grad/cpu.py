@@ -20,7 +20,7 @@ def run(
     """Runs csrc/cpu/decode.cpp."""
     checks.groups_split_latents(group_ends, W.shape[0])
     out = grad.new_empty(indices.shape)
-    alive = [None if t is None else cpu.packed(t) for t in (grad, indices, W, group_ends, out)]
+    alive = [cpu.packed(t) for t in (grad, indices, W, group_ends, out)]
     (B, K), (F, D) = indices.shape, W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]
     in_range = cpu.module().code_grad(

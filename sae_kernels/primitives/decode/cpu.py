@@ -40,8 +40,7 @@ def launch(
 ) -> None:
     """Calls the kernel in its plain form, or in its fused form when there is a target."""
     alive = [
-        None if t is None else cpu.packed(t)
-        for t in (values, indices, W, b_dec, group_ends, target, out, sse, code_grad)
+        cpu.packed(t) for t in (values, indices, W, b_dec, group_ends, target, out, sse, code_grad)
     ]
     (B, K), (F, D) = values.shape, W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]

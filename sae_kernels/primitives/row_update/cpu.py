@@ -48,8 +48,7 @@ def launch(
     """Calls the kernel: an update, or with ``sqnorm`` only the squared gradient norms."""
     param, m, v, copy = row
     tuples, _alive = cpu.packed_terms(gradient.terms, param.dtype)
-    row_coef = None if gradient.row_coef is None else cpu.packed(gradient.row_coef)
-    dense = None if gradient.dense is None else cpu.packed(gradient.dense)
+    row_coef, dense = cpu.packed(gradient.row_coef), cpu.packed(gradient.dense)
     slot = _slots(gradient.dense_latents, param.shape[0])
     hyper = cpu.packed(hyper)
     workspace = param.new_empty((cpu.threads(), param.shape[1]))

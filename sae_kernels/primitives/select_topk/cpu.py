@@ -17,8 +17,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/select_topk.cpp."""
     x, W = cpu.packed(x), cpu.packed(W)
-    b = None if b is None else cpu.packed(b)
-    rank_scale = None if rank_scale is None else cpu.packed(rank_scale)
+    b, rank_scale = cpu.packed(b), cpu.packed(rank_scale)
     sizes = (x.shape[0], x.shape[1], W.shape[0], k)
     values = x.new_empty((x.shape[0], k), dtype=accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)

@@ -15,7 +15,7 @@ def run(
     n_latents: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/transpose_codes.cpp."""
-    alive = [None if t is None else cpu.packed(t) for t in (indices, values, row_ids)]
+    alive = [cpu.packed(t) for t in (indices, values, row_ids)]
     n, threads = indices.numel(), cpu.threads()
     offsets = indices.new_empty(n_latents + 1)
     entries, rows = indices.new_zeros(n), indices.new_zeros(n)
