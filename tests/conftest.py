@@ -1,4 +1,14 @@
-"""What all tests share: seeds, poisoned memory, thread counts and the kernels' variants."""
+"""What all tests share: seeds, poisoned memory, thread counts and the kernels' variants.
+
+A test of kernels takes the fixture ``backend``. Which backends that are depends on how pytest is
+started, for one process can hold one of these only:
+
+- plainly: the reference and every ISA variant of the host kernels;
+- ``TRITON_INTERPRET=1``: the Triton kernels, in Triton's interpreter on CPU tensors;
+- ``SAE_TEST_DEVICE=cuda``: the reference and all GPU kernels, every tensor on the GPU.
+
+The last two leave out tests without that fixture: nothing would differ from the plain run.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +19,17 @@ import hypothesis
 import pytest
 import torch
 
+from sae_kernels import backends, gpu
 from sae_kernels.backends import cpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ISAS = cpu.supported_isas()
+DEVICE = torch.device(os.environ.get("SAE_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+PLAIN = DEVICE.type == "cpu" and not gpu.interpreted()
 
 # CI must not fail by chance: the same examples every time. A nightly run may ask for "random".
 # The fixtures a property uses here only set the environment, which examples may well share.
@@ -30,7 +45,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_report_header() -> str:
     """Names the variants that the parametrized tests cover on this machine."""
-    return f"sae_kernels: ISA variants {', '.join(ISAS)}; torch {torch.__version__}"
+    where = "Triton's interpreter" if gpu.interpreted() else str(DEVICE)
+    return f"sae_kernels on {where}; ISA variants {', '.join(ISAS)}; torch {torch.__version__}"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +75,36 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+def backends_for(primitives: tuple[str, ...]) -> list[str]:
+    """The backends that this process can test and that implement all of these primitives."""
+    if PLAIN:
+        return ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+    names = backends.NAMES if DEVICE.type == "cuda" else ("triton",)
+    dtype = torch.bfloat16  # the one that all GPU backends take
+    return [
+        name
+        for name in names
+        if all(dict(backends.candidates(p, DEVICE, dtype))[name] is None for p in primitives)
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes ``backend`` once on each that implements its module's PRIMITIVES."""
+    if "backend" in metafunc.fixturenames:
+        primitives = getattr(metafunc.module, "PRIMITIVES", ("select_topk",))
+        metafunc.parametrize("backend", backends_for(primitives), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out, on other kernels than the host's, the tests that are not about kernels."""
+    if PLAIN:
+        return
+    kept = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend by name, the host kernels once per ISA variant."""
     name, _, isa = request.param.partition("-")

@@ -64,12 +64,12 @@ def test_the_choice_reaches_forward_and_backward(monkeypatch: pytest.MonkeyPatch
         decode(codes, W_dec)
 
 
-@pytest.mark.parametrize("name", ["cuda", "CPU", "refrence", "select_topk"])
+@pytest.mark.parametrize("name", ["cdua", "CPU", "refrence", "select_topk", "cpu,trition", "cpu,"])
 def test_an_unknown_name_is_refused_with_its_origin(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ", ".join(backends.NAMES)
-    with pytest.raises(ValueError, match=rf"backend argument: expected .*{names}, got '{name}'"):
+    with pytest.raises(ValueError, match=rf"backend argument: expected .*{names} .*, got '{name}'"):
         chosen(name)
     with pytest.raises(ValueError, match=rf"use_backend\(\): expected .*, got '{name}'"):
         use_backend(name).__enter__()
@@ -92,11 +92,18 @@ def test_an_explicit_choice_never_falls_back() -> None:
     assert isinstance(error.value, NotImplementedError)
 
 
+def test_a_choice_of_several_takes_the_first_that_can() -> None:
+    assert chosen("triton, cpu") == "cpu"
+    assert chosen("reference,cpu") == "reference"
+    with pytest.raises(BackendUnavailableError, match="cannot run on triton,gluon"):
+        chosen("triton,gluon")
+
+
 def test_every_candidate_has_a_reason_or_none() -> None:
-    assert dict(backends.candidates("decode", CPU, torch.bfloat16)) == {
-        "cpu": None,
-        "reference": None,
-    }
+    reasons = dict(backends.candidates("decode", CPU, torch.bfloat16))
+    assert (reasons.pop("cpu"), reasons.pop("reference")) == (None, None)
+    assert all(reasons.values())
+    assert "in Triton's interpreter: TRITON_INTERPRET=1" in str(reasons["triton"])
     reasons = dict(backends.candidates("decode", torch.device("cuda:1"), torch.float32))
     assert reasons["cpu"] == "tensors are on cuda:1, its kernels run on the CPU"
     reasons = dict(backends.candidates("decode", CPU, torch.float8_e4m3fn))

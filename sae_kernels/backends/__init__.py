@@ -1,8 +1,10 @@
 """Which implementation of a primitive runs, and why.
 
 Order of precedence: the ``backend=`` argument, the :func:`use` context manager, the environment
-variable ``SAE_KERNELS_BACKEND``, and last the automatic choice. An explicit choice never falls
-back: it runs or it raises :class:`~sae_kernels.errors.BackendUnavailableError` with the reasons.
+variable ``SAE_KERNELS_BACKEND``, and last the automatic choice. A choice is a backend or several in
+order of preference, ``"gluon,triton"``: no backend writes every primitive, and a training step
+wants one for each. An explicit choice never falls back on what it does not name: it runs or it
+raises :class:`~sae_kernels.errors.BackendUnavailableError` with the reasons.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
-from sae_kernels.backends import cpu, reference
+from sae_kernels.backends import cpu, cuda, gluon, reference, triton
 from sae_kernels.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import ModuleType
+    from typing import Any
 
     import torch
 
 # In order of preference; each module's `reason` says why it cannot run something, or None.
-_BACKENDS = {"cpu": cpu, "reference": reference}
+_BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton, "gluon": gluon, "reference": reference}
 NAMES = tuple(_BACKENDS)
 ENVIRONMENT_VARIABLE = "SAE_KERNELS_BACKEND"
 _chosen: ContextVar[str | None] = ContextVar("sae_kernels_backend", default=None)
@@ -49,7 +52,7 @@ def use(backend: str) -> Iterator[None]:
         >>> codes.indices.tolist()
         [[0], [1]]
     """
-    _check_name(backend, "use_backend()")
+    _check_choice(backend, "use_backend()")
     token = _chosen.set(backend)
     try:
         yield
@@ -57,9 +60,15 @@ def use(backend: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def candidates(primitive: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
-    """Every backend in order of preference with its reason for not running the call."""
-    return [Candidate(name, _reason(name, primitive, device, dtype)) for name in NAMES]
+def candidates(
+    primitive: str, device: torch.device, dtype: torch.dtype, arguments: Sequence[Any] = ()
+) -> list[Candidate]:
+    """Every backend in order of preference with its reason for not running the call.
+
+    Without ``arguments`` the answer is about calls of this device and dtype in general; an
+    implementation may still refuse some of them.
+    """
+    return [Candidate(name, _reason(name, primitive, device, dtype, arguments)) for name in NAMES]
 
 
 def requested(argument: str | None = None) -> tuple[str | None, str]:
@@ -71,22 +80,26 @@ def requested(argument: str | None = None) -> tuple[str | None, str]:
         (environment, f"the environment variable {ENVIRONMENT_VARIABLE}"),
     ):
         if choice:
-            _check_name(choice, origin)
+            _check_choice(choice, origin)
             return choice, origin
     return None, "automatic choice"
 
 
 def implementation(
-    primitive: str, device: torch.device, dtype: torch.dtype, argument: str | None
+    primitive: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    argument: str | None,
+    arguments: Sequence[Any] = (),
 ) -> ModuleType:
     """The module that runs ``primitive`` for tensors of this device and dtype."""
     choice, origin = requested(argument)
-    for name in (choice,) if choice else NAMES:
-        module = _module(primitive, name)
-        if module is not None and _reason(name, primitive, device, dtype) is None:
-            return module
+    for name in _names(choice):
+        if _reason(name, primitive, device, dtype, arguments) is None:
+            return _module(primitive, name)
     lines = [
-        f"{c.backend}: {c.reason or 'available'}" for c in candidates(primitive, device, dtype)
+        f"{c.backend}: {c.reason or 'available'}"
+        for c in candidates(primitive, device, dtype, arguments)
     ]
     raise BackendUnavailableError(
         f"{primitive} on {device} in {dtype} cannot run on {choice or 'any backend'} "
@@ -94,19 +107,39 @@ def implementation(
     )
 
 
-def _check_name(name: str, origin: str) -> None:
-    if name not in _BACKENDS:
-        raise ValueError(f"{origin}: expected a backend among {', '.join(NAMES)}, got {name!r}")
+def _names(choice: str | None) -> tuple[str, ...]:
+    return NAMES if choice is None else tuple(name.strip() for name in choice.split(","))
 
 
-def _reason(backend: str, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if _module(primitive, backend) is None:
+def _check_choice(choice: str, origin: str) -> None:
+    if not set(_names(choice)) <= set(NAMES):
+        raise ValueError(
+            f"{origin}: expected a backend among {', '.join(NAMES)} (or several, separated by "
+            f"commas), got {choice!r}"
+        )
+
+
+def _reason(
+    backend: str,
+    primitive: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: Sequence[Any],
+) -> str | None:
+    if not _written(primitive, backend):
         return f"{primitive} is not written for it"
     reason: str | None = _BACKENDS[backend].reason(device, dtype)
-    return reason
+    if reason is not None or not arguments:
+        return reason
+    # An implementation may have limits that device and dtype do not tell, and says so here.
+    refuses = getattr(_module(primitive, backend), "refuses", None)
+    return None if refuses is None else refuses(*arguments)
 
 
 @functools.cache
-def _module(primitive: str, backend: str) -> ModuleType | None:
-    name = f"sae_kernels.primitives.{primitive}.{backend}"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+def _written(primitive: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"sae_kernels.primitives.{primitive}.{backend}") is not None
+
+
+def _module(primitive: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"sae_kernels.primitives.{primitive}.{backend}")

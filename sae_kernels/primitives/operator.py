@@ -7,6 +7,7 @@ runs is decided when the operator runs, so a compiled graph follows the environm
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,8 +54,19 @@ class Operator:
     def _run(self, *args: Any) -> Any:
         *arguments, backend = args
         like = arguments[self._dtype_of]
-        module = backends.implementation(self.name, like.device, like.dtype, backend)
+        module = backends.implementation(self.name, like.device, like.dtype, backend, arguments)
         # An implementation written in torch is a kernel like any other: autograd does not look
         # into it, and autocast does not round operands whose dtype was settled before the call.
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            return module.run(*arguments)
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False), _current(like):
+            try:
+                return module.run(*arguments)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"{self.name}: {like.device} is out of memory; take fewer tokens at a time, or "
+                    f"in training states='bfloat16' or master='split' ({error})"
+                ) from error
+
+
+def _current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Kernels are launched on the current device, which need not be the tensor's.
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

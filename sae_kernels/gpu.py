@@ -1,0 +1,83 @@
+"""What the GPU backends ask about the hardware and about Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+_OLDEST_CAPABILITY = (8, 0)
+_OLDEST_TRITON = (3, 6)
+
+
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why a device of type "cuda" cannot run the kernels, or None."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return f"{device} is not an NVIDIA GPU that this build of torch can use"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST_CAPABILITY:
+        return None
+    name, came = torch.cuda.get_device_name(device), ".".join(map(str, capability))
+    return (
+        f"{name} has compute capability {came}; the kernels need 8.0 (A100) or newer, use the "
+        "reference backend or the CPU"
+    )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks of a persistent kernel fill the device; few where there is none."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """Triton's major and minor version; None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def triton_reason(device: torch.device) -> str | None:
+    """Why kernels that Triton compiles cannot run on tensors of a device, or None."""
+    if device.type == "cpu" and not interpreted():
+        return (
+            "tensors are on cpu, its kernels run on NVIDIA GPUs (on the CPU only for checking, in "
+            "Triton's interpreter: TRITON_INTERPRET=1)"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"tensors are on {device}, its kernels run on NVIDIA GPUs"
+    version = triton_version()
+    if version is None:
+        return "Triton is not installed: `pip install triton` (a CUDA build of torch brings it)"
+    if version < _OLDEST_TRITON:
+        came, needed = (".".join(map(str, v)) for v in (version, _OLDEST_TRITON))
+        return f"Triton {came} is older than {needed}: install a newer torch or Triton"
+    return too_old(device) if device.type == "cuda" else None
+
+
+def architecture() -> int:
+    """80, 90, 100, ...: what Triton compiles for now; 0 in its interpreter."""
+    if interpreted():
+        return 0
+    from triton.runtime.driver import driver
+
+    return int(driver.active.get_current_target().arch)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
