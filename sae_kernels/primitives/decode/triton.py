@@ -1,0 +1,153 @@
+"""decode in Triton, and what the kernels that gather decoder rows share.
+
+A gather is as fast as the number of loads in flight. So a program takes several rows of a block of
+columns at a time, adds each to its own partial sum, and adds those up once at the end: nothing but
+the loads is waited for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import triton
+import triton.language as tl
+
+from sae_kernels import gpu
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_WARPS = 8
+_ELEMENTS = 32  # of a tile, in each thread
+_NARROWEST, _WIDEST = 64, 256  # columns; in bf16 the narrowest are the 128 bytes of a cache line
+
+
+class Tile(NamedTuple):
+    """Gathered rows by columns of a program, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def tile(rows: int, D: int) -> Tile:
+    """The tile of a program that gathers ``rows`` rows at a time.
+
+    Columns come in blocks that divide D where a power of two of at least a cache line does: every
+    usual width then leaves no lane idle, and padding to a power of two would waste up to a half.
+    Other widths have a masked last block. Warps follow the tile, so a thread holds the same share
+    of it for every K and D: the one that lets a multiprocessor hold several programs' registers.
+    """
+    widest = min(_WIDEST, _MOST_WARPS * 32 * _ELEMENTS // rows)
+    exact = D & -D  # the largest power of two that divides D
+    columns = min(widest, exact if exact >= _NARROWEST else max(16, gpu.next_power_of_two(D)))
+    warps = min(_MOST_WARPS, max(1, rows * columns // (32 * _ELEMENTS)))
+    return Tile(rows, columns, warps)
+
+
+def gather_tile(K: int, D: int) -> Tile:
+    """The tile of the kernels that go through the entries or the columns in a loop."""
+    return tile(min(16, gpu.next_power_of_two(K)), D)
+
+
+@triton.jit
+def latents_of(indices, entries, present, group_ends, F, GROUPS: tl.constexpr):
+    """Entries' latents for addressing; -1 stands for what is no latent and must not be read.
+
+    Nothing can be raised from here, so the kernels make NaN of it. A latent above the last group's
+    end has no group and is treated alike.
+    """
+    end = F
+    if group_ends is not None:
+        end = tl.minimum(F, tl.load(group_ends + GROUPS - 1, mask=GROUPS > 0, other=0))
+    latents = tl.load(indices + entries, mask=present, other=-1)
+    return tl.where((latents >= 0) & (latents < end), latents, -1).to(tl.int64)
+
+
+@triton.jit
+def block_of_columns(first, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns from ``first`` on, and which exist: all, known ahead, where the blocks divide D."""
+    columns = first + tl.arange(0, BLOCK)
+    inside = columns < D if D % BLOCK else tl.full((BLOCK,), True, tl.int1)
+    return columns, inside
+
+
+@triton.jit
+def load_rows(W, latents, wanted, columns, inside, D: tl.constexpr):
+    """A block of columns of gathered rows in fp32; 0 where a row is not wanted or no latent."""
+    rows = W + latents[:, None] * D + columns[None, :]
+    mask = (wanted & (latents >= 0))[:, None] & inside[None, :]
+    return tl.load(rows, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _decode_kernel(
+    values,
+    indices,
+    W,
+    b_dec,
+    group_ends,
+    out,
+    B,
+    F,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Prefix sums of groups are continued, not begun anew: a row is read by its own group only.
+    # An index that is no latent counts as a NaN row of the first group, so every prefix shows it.
+    blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    columns, inside = block_of_columns(tl.program_id(0) % blocks * BLOCK, D, BLOCK)
+    partial = tl.zeros((ROWS, BLOCK), tl.float32)
+    begin = -1
+    for g in range(GROUPS):
+        end = F
+        if group_ends is not None:
+            end = tl.load(group_ends + g)
+        for first in range(0, K, ROWS):
+            entries = first + tl.arange(0, ROWS)
+            latents = latents_of(indices, token * K + entries, entries < K, group_ends, F, GROUPS)
+            coef = tl.load(values + token * K + entries, mask=entries < K, other=0)
+            added = (coef != 0) & (latents >= begin) & (latents < end)
+            rows = load_rows(W, latents, added, columns, inside, D)
+            coef = tl.where(latents < 0, float("nan"), coef)
+            partial += tl.where(added, coef, 0)[:, None] * rows
+        x_hat = tl.sum(partial, 0)
+        if b_dec is not None:
+            x_hat += tl.load(b_dec + columns, mask=inside, other=0)
+        tl.store(out + (g * B + token) * D + columns, x_hat, mask=inside)
+        begin = end
+
+
+def run(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    group_ends: torch.Tensor | None,
+) -> torch.Tensor:
+    """Decodes every token, a block of columns to a program."""
+    (B, K), (F, D) = values.shape, W.shape
+    groups = 1 if group_ends is None else group_ends.shape[0]
+    rows, columns, warps = gather_tile(K, D)
+    out = values.new_empty((groups, B, D))
+    _decode_kernel[(B * triton.cdiv(D, columns),)](
+        values.contiguous(),
+        indices.contiguous(),
+        W.contiguous(),
+        None if b_dec is None else b_dec.contiguous(),
+        None if group_ends is None else group_ends.contiguous(),
+        out,
+        B,
+        F,
+        K=K,
+        D=D,
+        GROUPS=groups,
+        ROWS=rows,
+        BLOCK=columns,
+        num_warps=warps,
+    )
+    return out[0] if group_ends is None else out

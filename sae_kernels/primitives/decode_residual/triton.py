@@ -1,0 +1,105 @@
+"""decode_residual in Triton: every selected decoder row is read once, if a token's rows fit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sae_kernels import gpu
+from sae_kernels.primitives.code_grad import triton as code_grad
+from sae_kernels.primitives.decode import triton as decode
+from sae_kernels.primitives.decode.triton import block_of_columns, latents_of, load_rows
+
+# Above it a block of all rows would be narrower than the 64 bytes that memory hands out at once.
+MOST_FUSED = 256
+
+
+@triton.jit
+def _decode_residual_kernel(
+    values,
+    indices,
+    W,
+    b_dec,
+    target,
+    residual,
+    sse,
+    code_grad,
+    F,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DROP_ZEROS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    # A block of columns of all rows stays in registers between its two uses: the reconstruction and
+    # the products with the residual. The products of one 16-byte load lie in one thread and are
+    # added there at once, which leaves room for a larger block; threads exchange totals at the end.
+    # Registers would still limit the loads in flight, and adding rows across threads stalls them,
+    # so the next blocks are fetched into shared memory meanwhile.
+    token = tl.program_id(0).to(tl.int64)
+    entries = tl.arange(0, ROWS)
+    latents = latents_of(indices, token * K + entries, entries < K, None, F, 1)
+    coef = tl.load(values + token * K + entries, mask=entries < K, other=0)
+    live = coef != 0
+    dropped = ~live & DROP_ZEROS
+    coef = tl.where(live & (latents < 0), float("nan"), coef)
+    products = tl.zeros((ROWS, BLOCK // VECTOR), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, D, BLOCK, num_stages=3):
+        columns, inside = block_of_columns(first, D, BLOCK)
+        rows = load_rows(W, latents, ~dropped, columns, inside, D)
+        terms = coef[:, None] * rows
+        if not DROP_ZEROS:
+            terms = tl.where(live[:, None], terms, 0)
+        e = tl.sum(terms, 0)
+        if b_dec is not None:
+            e += tl.load(b_dec + columns, mask=inside, other=0)
+        e -= tl.load(target + token * D + columns, mask=inside, other=0)
+        e = tl.where(inside, e, 0)  # an infinite coefficient makes NaN of masked columns
+        tl.store(residual + token * D + columns, e, mask=inside)
+        squares += e * e
+        by_load = tl.reshape(rows * e[None, :], (ROWS, BLOCK // VECTOR, VECTOR))
+        products += tl.sum(by_load, 2)
+    tl.store(sse + token, tl.sum(squares, 0))
+    total = tl.where(latents < 0, float("nan"), tl.sum(products, 1))
+    tl.store(code_grad + token * K + entries, tl.where(dropped, 0, total), mask=entries < K)
+
+
+def run(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    W: torch.Tensor,
+    b_dec: torch.Tensor | None,
+    target: torch.Tensor,
+    drop_zeros: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Residual, squared error per token and code gradients, a token to a program."""
+    (B, K), (F, D) = values.shape, W.shape
+    sse, grad = values.new_empty((B,)), values.new_empty((B, K))
+    if K > MOST_FUSED:
+        e = decode.run(values, indices, W, b_dec, None).sub_(target)
+        code_grad.launch(e, indices, W, None, grad, sse)
+        return e, sse, torch.where(values == 0, 0, grad) if drop_zeros else grad
+    rows, columns, warps = decode.tile(gpu.next_power_of_two(K), D)
+    e = values.new_empty((B, D))
+    _decode_residual_kernel[(B,)](
+        values.contiguous(),
+        indices.contiguous(),
+        W.contiguous(),
+        None if b_dec is None else b_dec.contiguous(),
+        target.contiguous(),
+        e,
+        sse,
+        grad,
+        F,
+        K=K,
+        D=D,
+        DROP_ZEROS=drop_zeros,
+        ROWS=rows,
+        BLOCK=columns,
+        VECTOR=16 // W.element_size(),
+        num_warps=warps,
+    )
+    return e, sse, grad
