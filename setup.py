@@ -1,6 +1,7 @@
 """Builds sae_kernels._C with CMake; everything else about the package is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(configure, cwd=build, check=True)
         subprocess.run(["cmake", "--build", ".", "--parallel", jobs], cwd=build, check=True)
+        # For CuPy, where the module has no CUDA kernels; an editable install reads csrc itself.
+        shutil.copytree(ROOT / "csrc/cuda", target.parent / "cuda_sources", dirs_exist_ok=True)
 
 
 setup(

@@ -3,10 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../cpu/isa.h"
+#if defined(SAE_CUDA_ARCHS)
+#include "cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace sae;
@@ -173,4 +177,12 @@ PYBIND11_MODULE(_C, module) {
                                  at(workspace),
                                  threads});
              });
+
+#if defined(SAE_CUDA_ARCHS)
+  module.def("cuda_launch", &cuda_launch);
+  module.def("cuda_reason", [](int device) -> std::optional<std::string> {
+    const std::string reason = cuda_reason(device);
+    return reason.empty() ? std::nullopt : std::make_optional(reason);
+  });
+#endif
 }

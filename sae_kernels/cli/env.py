@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sae_kernels import backends, machine
-from sae_kernels.backends import cpu
+from sae_kernels.backends import cpu, cuda
 from sae_kernels.cli.explain import PRIMITIVES
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
@@ -25,7 +25,8 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
         [(name, version or "not installed") for name, version in values["versions"].items()]
     )
     output.text("")
-    output.table([(key, _words(values[key])) for key in ("cpu", "threads", "gpu", "kernels")])
+    keys = ("cpu", "threads", "gpu", "kernels", "cuda_kernels")
+    output.table([(key.replace("_", " "), _words(values[key])) for key in keys])
     output.text("")
     output.table(
         [
@@ -38,14 +39,15 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def _collect() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if has_gpu else "cpu")
     return {
         "versions": machine.versions(),
         "cpu": machine.cpu_model(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "kernels": _kernels(),
+        "cuda_kernels": cuda.route(device if has_gpu else None),
         "primitives": {
             primitive: {
                 candidate.backend: candidate.reason

