@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ISAS = cpu.supported_isas()
 DEVICE = torch.device(os.environ.get("SAE_TEST_DEVICE", "cpu"))
 if DEVICE.type != "cpu":
+    # What torch asks for before it calls cuBLAS repeatable, which poisoned memory turns on.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_default_device(DEVICE)
 PLAIN = DEVICE.type == "cpu" and not gpu.interpreted()
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, F, K = 12, 40, 5
 ops = torch.ops.sae_kernels
-for _name in ("decode_residual", "row_sqnorm", "row_update"):  # not imported by the functional form
+# Not imported by the functional form.
+for _name in ("auxk", "decode_residual", "pick_dead", "row_sqnorm", "row_update"):
     importlib.import_module(f"sae_kernels.primitives.{_name}")
 
 
@@ -169,8 +170,11 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     param, m = (torch.randn(case.F, case.D, dtype=values.dtype) for _ in range(2))
     copy = param.to(torch.bfloat16) if param.dtype == torch.float32 else None
     row_coef = torch.randn(case.F, dtype=values.dtype)
-    hyper = torch.tensor([0.1, 1.0, 0.5, 0.5, 0.0], dtype=torch.float64)
+    hyper = torch.tensor([0.1, 1.0, 0.5, 0.5, 0.0, 1.0], dtype=torch.float64)
     adam = (0.9, 0.999, 1e-8, "unit", 1, False)
+    since_fired = torch.arange(case.F)
+    latents, count = ops.pick_dead(since_fired, max(1, case.F // 2), case.F, "")
+    dead = (W, row_coef, param.to(W.dtype), latents, count, 3, 1 / 32)
     for backend in ("cpu", "reference"):
         yield ops.select_topk, (x, W, b, case.K, None, backend)
         yield ops.decode, (values, indices, W, bias, None, backend)
@@ -180,9 +184,11 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield ops.transpose_codes, (indices, values, None, case.F, backend)
         yield ops.row_grad, (values.flatten(), *columns, *none, case.F, case.D, backend)
         gradient = Gradient(row_coef=row_coef).columns()
-        yield ops.row_sqnorm, (param, *gradient, "unit", 1, backend)
+        yield ops.row_sqnorm, (param, None, *gradient, "unit", 1, backend)
         part = (*columns, row_coef, None, None)
         yield ops.row_update, (param, m, m.square(), copy, *part, hyper, *adam, backend)
+        yield ops.pick_dead, (since_fired, max(1, case.F // 2), 7, backend)
+        yield ops.auxk, (x, e, *dead, backend)
 
 
 FAST_CASES = [case for case in CASES if case.name in ("plain", "no-token", "one-latent")]

@@ -110,6 +110,7 @@ def test_the_reference_stands_on_torch_alone(path: Path) -> None:
         allowed = (
             name.split(".")[0] in ("__future__", "typing", "torch")
             or ".reference" in name
+            or name.endswith(".halves")  # torch alone too: the layout of a split master
             or name.startswith(("sae_kernels.primitives.terms", "sae_kernels.primitives.checks"))
         )
         assert allowed or name == "sae_kernels.primitives.checks", f"{path} imports {name}"

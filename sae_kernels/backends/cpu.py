@@ -35,7 +35,7 @@ def reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the host kernels cannot run a call, or None."""
     if device.type != "cpu":
         return f"tensors are on {device}, its kernels run on the CPU"
-    if dtype not in _DTYPE_CODES and dtype != torch.int32:  # int32: indices decide, no operands
+    if dtype not in _DTYPE_CODES and dtype not in (torch.int32, torch.int64):  # no operands
         return f"no kernel for {dtype}, only for float32, float64, bfloat16 and float16"
     try:
         module()

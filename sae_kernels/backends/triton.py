@@ -12,8 +12,9 @@ import torch
 
 from sae_kernels import gpu
 
-# int32: indices decide, there are no operands.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
+# int16: halves of a split master. int32 and int64: indices or counters decide, not operands.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_FLOATS, torch.int16, torch.int32, torch.int64)
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_DRAWN_AT_ONCE = 1 << 24
+
 
 def geometric_median(
     x: torch.Tensor, *, iterations: int = 100, tolerance: float = 1e-6
@@ -45,7 +47,19 @@ def geometric_median(
     return median
 
 
-def unit_rows(n_latents: int, d_in: int, generator: torch.Generator) -> torch.Tensor:
-    """Random directions, uniform on the sphere: [n_latents, d_in] with rows of norm 1."""
-    rows = torch.randn(n_latents, d_in, generator=generator)
-    return torch.nn.functional.normalize(rows, dim=1, out=rows)
+def unit_rows(
+    n_latents: int,
+    d_in: int,
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Random directions, uniform on the sphere: [n_latents, d_in] with rows of norm 1.
+
+    They are drawn on the CPU, a few at a time: the same on every device, with no second matrix.
+    """
+    rows = torch.empty(n_latents, d_in, device=device)
+    # torch draws normal numbers by sixteens; whole ones give the same numbers as one draw.
+    for part in rows.split(max(16, _DRAWN_AT_ONCE // d_in // 16 * 16)):
+        drawn = torch.randn(part.shape, generator=generator, device="cpu")
+        part.copy_(torch.nn.functional.normalize(drawn, dim=1, out=drawn))
+    return rows

@@ -42,6 +42,7 @@ class TopKSAE(nn.Module):
         compute_dtype: of the operands of the kernels (bf16 is fastest where the CPU has AMX);
             default: the autocast dtype inside autocast, else the dtype of the weights.
         backend: see :mod:`sae_kernels.backends`.
+        device: where the weights are made.
 
     Example:
         >>> from sae_kernels.nn import TopKConfig, TopKSAE
@@ -59,17 +60,18 @@ class TopKSAE(nn.Module):
         seed: int = 0,
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         self.backend = backend
-        generator = torch.Generator().manual_seed(seed)
-        W_dec = unit_rows(config.n_latents, config.d_in, generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        W_dec = unit_rows(config.n_latents, config.d_in, generator, device)
         self.W_enc = nn.Parameter(W_dec.clone())
-        self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
+        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device))
         self.W_dec = nn.Parameter(W_dec)
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device))
 
     def extra_repr(self) -> str:
         """The configuration, as ``print(sae)`` shows it."""
@@ -119,7 +121,9 @@ class TopKSAE(nn.Module):
         """What ranks the latents besides their value: the decoder norms, or nothing."""
         if not self.config.rank_by_decoder_norm:
             return None
-        norms: torch.Tensor = self.W_dec.detach().norm(dim=1)
+        W_dec = self.W_dec.detach()
+        dtype = torch.promote_types(W_dec.dtype, torch.float32)
+        norms: torch.Tensor = torch.linalg.vector_norm(W_dec, dim=1, dtype=dtype)
         return norms
 
     @torch.no_grad()

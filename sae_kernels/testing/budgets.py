@@ -51,20 +51,25 @@ def adam_budgets(
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    moment_budgets: tuple[torch.Tensor | float, torch.Tensor | float] = (0.0, 0.0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Budgets of (param, m, v) after an Adam step whose clipped gradient is off by grad_budget.
+
+    ``moment_budgets`` says how far m and v were off before it.
 
     First-order propagation through ``p - s m / (sqrt(v) c + eps)``, every formula with a few
     roundings of its own (at most 8 on any path). The slope of the square root is taken at the
     smallest v within its budget; v near zero therefore gives a large budget, as it should.
     """
     param, m, v = (t.double() for t in before)
-    lr, _, correction1, correction2, _ = hyper.double().tolist()
+    lr, _, correction1, correction2, *_ = hyper.double().tolist()
     few = gamma(8, dtype)
     new_m = betas[0] * m + (1 - betas[0]) * grad
     new_v = betas[1] * v + (1 - betas[1]) * grad**2
-    dm = (1 - betas[0]) * grad_budget + few * (m.abs() + grad.abs())
+    off_m, off_v = moment_budgets
+    dm = betas[0] * off_m + (1 - betas[0]) * grad_budget + few * (m.abs() + grad.abs())
     dv = (1 - betas[1]) * (2 * grad.abs() + grad_budget) * grad_budget + few * new_v
+    dv = dv + betas[1] * off_v
     scale, step = correction2**-0.5, lr / correction1
     root = (new_v - dv).clamp(min=0).sqrt()
     denominator = root * scale + eps

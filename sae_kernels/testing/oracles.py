@@ -166,7 +166,7 @@ def row_update(
     slices: int = 1,
 ) -> AdamState:
     """One dense step for the whole gradient [F, width]; the caller picks the rows it applies to."""
-    lr, clip, correction1, correction2, skip = hyper.double().tolist()
+    lr, clip, correction1, correction2, skip, _ = hyper.double().tolist()
     if skip:
         return state
     param, m, v = (t.double() for t in state)

@@ -28,11 +28,6 @@ class ComposableStep:
     """
 
     def __init__(self, sae: TopKSAE, config: TrainConfig) -> None:
-        if config.adam == "lazy":
-            raise ValueError(
-                "adam: expected 'dense' with route 'composable' (torch.optim.Adam), got 'lazy'; "
-                "use route 'fused'"
-            )
         self.sae, self.config = sae, config
         sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
         betas = (config.beta1, config.beta2)

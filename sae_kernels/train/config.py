@@ -9,6 +9,9 @@ from typing import Any, Literal
 _CHOICES = {
     "loss": ("fvu", "mse"),
     "compute": ("auto", "float32", "bfloat16", "float16"),
+    "master": ("float32", "split"),
+    "states": ("float32", "bfloat16"),
+    "copies": ("both", "encoder"),
     "route": ("fused", "composable"),
     "adam": ("dense", "lazy"),
     "activation_scale": ("none", "sqrt_d"),
@@ -58,8 +61,16 @@ class TrainConfig:
             sparsify, dictionary_learning).
         k_start, k_anneal_steps: k falls linearly from k_start to k over these steps (sparsify's
             k_decay_steps); None and 0 are off.
-        compute: dtype of the kernels' operands; master weights and states are fp32. "auto" is
-            bfloat16 where the CPU multiplies it natively (AMX), else float32.
+        device: where to train; "auto" is a GPU that the kernels can use, else the CPU.
+        compute: dtype of the kernels' operands. "auto" is bfloat16 where the device multiplies it
+            natively (a GPU, a CPU with AMX), else float32.
+        master: W_enc and W_dec in "float32", or "split": the bf16 matrices that the kernels read
+            and the 16 bits that they lack, which together are the same fp32 numbers in 4 bytes a
+            weight instead of 6. Needs compute bfloat16 and route fused.
+        states: Adam's moments of W_enc and W_dec in "float32" or, with stochastic rounding, in
+            "bfloat16" (route fused).
+        copies: with fp32 masters and compute in 16 bits, of which matrices there is a copy in the
+            compute dtype: "both", or "encoder" alone, W_dec being read in fp32.
         route: "fused" (FusedStep) or "composable" (autograd and torch.optim.Adam).
         activation_scale: "none", or "sqrt_d": activations are scaled to mean norm sqrt(d_in),
             estimated on the first ones (SAELens' expected_average_only_in).
@@ -89,7 +100,11 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     k_start: int | None = None
     k_anneal_steps: int = 0
+    device: str = "auto"
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    master: Literal["float32", "split"] = "float32"
+    states: Literal["float32", "bfloat16"] = "float32"
+    copies: Literal["both", "encoder"] = "both"
     route: Literal["fused", "composable"] = "fused"
     activation_scale: Literal["none", "sqrt_d"] = "sqrt_d"
     init_b_dec: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
@@ -113,6 +128,11 @@ class TrainConfig:
         self._expect("multi_topk", isinstance(self.multi_topk, bool), "true or false")
         for name, choices in _CHOICES.items():
             self._expect(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+        self._expect("device", isinstance(self.device, str), "auto or a device such as cuda:0")
+        if self.route == "composable":
+            for name, needed in (("adam", "dense"), ("master", "float32"), ("states", "float32")):
+                fits = getattr(self, name) == needed
+                self._expect(name, fits, f"{needed!r} with route 'composable' (torch's Adam)")
 
     def _number(self, name: str) -> float:
         """The setting, or NaN (which is in no range) for what is no finite number."""

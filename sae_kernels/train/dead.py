@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sae_kernels.primitives.pick_dead import pick_dead
+
 
 class DeadLatents:
     """Tokens since each latent last fired.
@@ -13,6 +15,8 @@ class DeadLatents:
     Attributes:
         since_fired: int64 [F].
         after: tokens without firing that make a latent dead.
+        padded: whether :meth:`pick` leaves the padding in: on a GPU the host must not ask how many
+            latents are dead.
 
     Example:
         >>> dead = DeadLatents(3, after=2)
@@ -24,20 +28,23 @@ class DeadLatents:
     def __init__(self, n_latents: int, after: int, device: torch.device | None = None) -> None:
         self.after = after
         self.since_fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self.padded = self.since_fired.device.type != "cpu"
 
     def update(self, counts: torch.Tensor, n_tokens: int, skip: torch.Tensor) -> None:
         """Takes in how often each latent fired in a batch, unless the step was skipped."""
         aged = torch.where(counts > 0, 0, self.since_fired + n_tokens)
-        self.since_fired = torch.where(skip, self.since_fired, aged)
+        self.since_fired.copy_(torch.where(skip, self.since_fired, aged))  # a graph keeps the place
 
     def mask(self) -> torch.Tensor:
         """Which latents are dead, bool [F]."""
         return self.since_fired >= self.after
 
+    def pick(self, at_most: int, backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The longest dead latents, at most so many, int32 in ascending order, and their number."""
+        latents, count = pick_dead(self.since_fired, self.after, at_most, backend=backend)
+        return latents if self.padded else latents[: int(count)], count
+
     def longest(self, at_most: int) -> torch.Tensor:
-        """The longest dead latents, at most so many, int64 in ascending order."""
-        dead = self.mask().nonzero().flatten()
-        if dead.numel() > at_most:
-            order = self.since_fired[dead].sort(descending=True, stable=True).indices
-            dead = dead[order[:at_most]].sort().values
-        return dead
+        """The same without padding, int64; waits for the device."""
+        latents, count = self.pick(at_most)
+        return latents[: int(count)].long()

@@ -14,15 +14,15 @@ import torch
 from torch.nn.functional import pad
 
 from sae_kernels.codes import LatentOrder
+from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
-from sae_kernels.primitives.row_update import AdamRow, row_update
+from sae_kernels.primitives.row_update import AdamRow, halves, row_update
 from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.primitives.transpose_codes import transpose_codes
-from sae_kernels.train import auxk
 from sae_kernels.train.compute import compute_dtype
 from sae_kernels.train.dead import DeadLatents
 from sae_kernels.train.losses import checked_batch, loss_scale, reconstruction_parts
@@ -75,8 +75,12 @@ class FusedStep:
 
     Args:
         sae: the module; its parameters are fp32 and stay the master weights. Whoever changes them
-            from outside makes a new FusedStep: the kernels read compute copies, made here.
+            from outside makes a new FusedStep: the kernels read compute copies, made here. With
+            ``master="split"`` its matrices become the bf16 halves until :meth:`restore_`.
         config: the settings; learning rate and k come with each call.
+
+    On a GPU a step never waits for the host and can be captured in a CUDA graph; the learning rate
+    then comes as a tensor, for a number would be frozen into the graph.
 
     Attributes:
         rows: per parameter its matrix view, Adam moments and compute copy.
@@ -97,8 +101,10 @@ class FusedStep:
         self.sae, self.config = sae, config
         device = sae.W_enc.device
         self.dtype = compute_dtype(config.compute, device)
+        if config.master == "split" and self.dtype != torch.bfloat16:
+            raise ValueError(f"compute: expected 'bfloat16' with master 'split', got {self.dtype}")
         self.rows = {
-            name: _adam_row(name, parameter.data, self.dtype)
+            name: _adam_row(name, parameter, self.dtype, config)
             for name, parameter in sae.named_parameters()
         }
         self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
@@ -108,7 +114,9 @@ class FusedStep:
         self._all_latents = _all_latents(sae.config.n_latents, device)
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, *, lr: float, k: int | None = None) -> StepResult:
+    def __call__(
+        self, x: torch.Tensor, *, lr: float | torch.Tensor, k: int | None = None
+    ) -> StepResult:
         """One step on raw activations [B, D] with this learning rate and k."""
         x = checked_batch(x, self.sae.config)
         forward = self._forward(x, self.sae.config.k if k is None else k)
@@ -131,6 +139,14 @@ class FusedStep:
         self.dead.update(forward.fired, x.shape[0], ~finite)
         l0 = forward.fired.sum() / x.shape[0]
         return StepResult(loss, forward.fvu, l0, aux_loss, ~finite)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Gives the module its fp32 matrices back; no step can follow."""
+        for name, row in self.rows.items():
+            if _is_split(row):
+                assert row.copy is not None
+                self.sae.get_parameter(name).data = halves.joined(row.copy, row.param)
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         # Kept between steps: fresh pages for a few MiB cost more than the sums that go there.
@@ -197,31 +213,25 @@ class FusedStep:
             "W_dec": Gradient([order.term(r.coef, r.residual) for r in reconstructions]),
             "b_dec": self._b_dec_gradient(forward),
         }
-        dead = self._dead_latents()
-        if not dead.numel():
+        at_most = self.config.auxk_latents if self.config.auxk_alpha else 0
+        latents, count = self.dead.pick(at_most, self.sae.backend)
+        if not latents.numel():  # on the CPU also when none is dead
             return gradients, forward.loss.new_zeros(())
-        aux = auxk.gradients(
+        aux_loss, dW_enc, db_enc, dW_dec = auxk(
             forward.x_centred,
-            -reconstructions[0].residual,
-            auxk.DeadRows(
-                self._operand("W_enc")[dead], self.sae.b_enc[dead], self._operand("W_dec")[dead]
-            ),
+            reconstructions[0].residual,
+            self._operand("W_enc"),
+            self.sae.b_enc,
+            self._operand("W_dec"),
+            latents,
+            count,
             self.k_aux,
             self.config.auxk_alpha,
-            self.sae.backend,
+            backend=self.sae.backend,
         )
-        latents = dead.to(torch.int32)
-        for name, block in (
-            ("W_enc", aux.W_enc),
-            ("b_enc", aux.b_enc[:, None]),
-            ("W_dec", aux.W_dec),
-        ):
+        for name, block in (("W_enc", dW_enc), ("b_enc", db_enc[:, None]), ("W_dec", dW_dec)):
             gradients[name] = gradients[name]._replace(dense=block, dense_latents=latents)
-        return gradients, aux.loss
-
-    def _dead_latents(self) -> torch.Tensor:
-        at_most = self.config.auxk_latents if self.config.auxk_alpha else 0
-        return self.dead.longest(at_most)
+        return gradients, aux_loss
 
     def _b_dec_gradient(self, forward: _Forward) -> Gradient:
         """Through the output and, where b_dec is subtracted from the input, through that too."""
@@ -250,20 +260,26 @@ class FusedStep:
             return torch.ones_like(loss), loss.isfinite()
         squares = [
             row_sqnorm(
-                self.rows[name].param, gradient, norm=self._norm(name), backend=self.sae.backend
+                row.param,
+                gradients[name],
+                high=row.copy if _is_split(row) else None,
+                norm=self._norm(name),
+                backend=self.sae.backend,
             ).sum()
-            for name, gradient in gradients.items()
+            for name, row in self.rows.items()
         ]
         norm = torch.stack(squares).sum().sqrt()
         # torch.nn.utils.clip_grad_norm_'s formula, its 1e-6 included.
         clip = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         return clip, loss.isfinite() & norm.isfinite()
 
-    def _hyper(self, lr: float, clip: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    def _hyper(
+        self, lr: float | torch.Tensor, clip: torch.Tensor, finite: torch.Tensor
+    ) -> torch.Tensor:
         t = (self.n_updates + 1).double()
         correction1, correction2 = 1 - self.config.beta1**t, 1 - self.config.beta2**t
-        rate = torch.full_like(t, lr)
-        return torch.stack([rate, clip.double(), correction1, correction2, (~finite).double()])
+        rate = lr.to(t) if isinstance(lr, torch.Tensor) else torch.full_like(t, lr)
+        return torch.stack([rate, clip.double(), correction1, correction2, (~finite).double(), t])
 
 
 def _all_latents(n_latents: int, device: torch.device) -> torch.Tensor:
@@ -274,13 +290,25 @@ def _all_latents(n_latents: int, device: torch.device) -> torch.Tensor:
     return indices.clamp_(max=n_latents - 1).view(parts, width)
 
 
-def _adam_row(name: str, parameter: torch.Tensor, dtype: torch.dtype) -> AdamRow:
+def _is_split(row: AdamRow) -> bool:
+    return row.param.dtype == torch.int16
+
+
+def _adam_row(
+    name: str, parameter: torch.nn.Parameter, dtype: torch.dtype, config: TrainConfig
+) -> AdamRow:
     if parameter.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32 master weights, got {parameter.dtype}")
-    matrix = parameter
+    matrix = parameter.data
+    if matrix.dim() == 1:  # per latent: one row each; b_dec is one row in all
+        matrix = matrix[None] if name == "b_dec" else matrix[:, None]
+        return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
     copy = None
-    if parameter.dim() == 1:  # per latent: one row each; b_dec is one row in all
-        matrix = parameter[None] if name == "b_dec" else parameter[:, None]
-    elif dtype != torch.float32:
-        copy = parameter.to(dtype)
-    return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix), copy)
+    if config.master == "split":
+        copy, matrix = halves.split(matrix)
+        parameter.data = copy
+    elif dtype != torch.float32 and (name == "W_enc" or config.copies == "both"):
+        copy = matrix.to(dtype)
+    states = torch.bfloat16 if config.states == "bfloat16" else torch.float32
+    m, v = (torch.zeros_like(matrix, dtype=states) for _ in range(2))
+    return AdamRow(matrix, m, v, copy)

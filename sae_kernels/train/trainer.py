@@ -14,6 +14,7 @@ from sae_kernels.errors import NonFiniteError
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.train.batches import RowSource, ShuffledBatches, TensorRows, estimate_scale
 from sae_kernels.train.composable import ComposableStep
+from sae_kernels.train.compute import training_device
 from sae_kernels.train.metrics import MetricLog
 from sae_kernels.train.step import FusedStep
 
@@ -51,6 +52,7 @@ def prepare(
 ) -> TopKSAE:
     """A fresh SAE whose scale and b_dec are estimated on a random sample of the source."""
     source = TensorRows(source) if isinstance(source, torch.Tensor) else source
+    device = training_device(config.device)
     if source.d_in != sae_config.d_in:
         raise ValueError(
             f"d_in: expected {source.d_in}, the width of the activations, got {sae_config.d_in}"
@@ -72,11 +74,11 @@ def prepare(
             "activations: expected finite numbers, got NaN or infinity among the first rows; "
             "find what wrote them"
         )
-    sample = sample[finite]
+    sample = sample[finite].to(device)
     if config.activation_scale == "sqrt_d":
         scale = estimate_scale(sample, sample.shape[0])
         sae_config = dataclasses.replace(sae_config, activation_scale=scale)
-    sae = TopKSAE(sae_config, seed=config.seed)
+    sae = TopKSAE(sae_config, seed=config.seed, device=device)
     if config.init_b_dec == "geometric_median":
         sae.initialise_b_dec_(sample)
     elif config.init_b_dec == "mean":
@@ -144,6 +146,13 @@ class _Loop:
         self.metrics: list[dict[str, Any]] = []
 
     def run(self, log: MetricLog | None) -> TrainingResult:
+        try:
+            return self._run(log)
+        finally:  # whatever happened, the weights are saved next
+            if isinstance(self.step, FusedStep):
+                self.step.restore_()
+
+    def _run(self, log: MetricLog | None) -> TrainingResult:
         config, device = self.config, self.sae.W_enc.device
         start = time.perf_counter()
         for i in range(config.steps):

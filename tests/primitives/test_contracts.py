@@ -28,8 +28,9 @@ x, W, b = t(B, D), t(F, D), t(F)
 values, indices = t(B, K), t(B, K, dtype=i32)
 codes = SparseCodes(values, indices, F)
 term = Term(t(F + 1, dtype=i32), t(6, dtype=i32), t(6, dtype=i32), t(6), t(B, D))
-hyper = t(5, dtype=f64)
+hyper = t(6, dtype=f64)
 row = AdamRow(t(F, D), t(F, D), t(F, D))
+low = t(F, D, dtype=torch.int16)
 
 
 def select(**changes: Any) -> None:
@@ -174,11 +175,18 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "offsets on meta",
     ),
     "update-m": (lambda: update(m=t(F, 5)), ValueError, r"m: .*\[6, 4\].* got \[6, 5\]"),
-    "update-v": (lambda: update(v=t(F, D, dtype=f64)), TypeError, r"v: .*float32, got float64"),
+    "update-v": (lambda: update(v=t(F, D, dtype=f64)), TypeError, r"v: .*float32.*, got float64"),
+    "update-mixed": (lambda: update(v=t(F, D, dtype=bf16)), TypeError, "such an m: .*got bfloat16"),
+    "update-no-halves": (lambda: update(param=low), ValueError, "copy: .*high halves .*got None"),
+    "update-halves": (
+        lambda: update(param=low, copy=t(F, D).half()),
+        TypeError,
+        "copy beside an int16 param: expected bfloat16, got float16",
+    ),
     "update-copy": (lambda: update(copy=t(F, D)), TypeError, r"copy: .*got float32"),
     "update-strides": (lambda: update(m=t(D, F).T), ValueError, "m: expected a contiguous tensor"),
-    "update-hyper": (lambda: update(hyper=t(4, dtype=f64)), ValueError, r"hyper: .*\[5\].*\[4\]"),
-    "update-hyper-dtype": (lambda: update(hyper=t(5)), TypeError, "hyper: .*float64, got float32"),
+    "update-hyper": (lambda: update(hyper=t(4, dtype=f64)), ValueError, r"hyper: .*\[6\].*\[4\]"),
+    "update-hyper-dtype": (lambda: update(hyper=t(6)), TypeError, "hyper: .*float64, got float32"),
     "update-device": (
         lambda: update(hyper=hyper.to("meta")),
         ValueError,
@@ -200,6 +208,16 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: update(Gradient(dense=x, dense_latents=t(2, dtype=i32))),
         ValueError,
         r"dense_latents: .*\[3\].* got \[2\]",
+    ),
+    "sqnorm-halves": (
+        lambda: row_sqnorm(low, Gradient([term])),
+        ValueError,
+        "high: .*high halves .*got None",
+    ),
+    "sqnorm-high": (
+        lambda: row_sqnorm(t(F, D), Gradient([term]), high=t(F, D, dtype=bf16)),
+        TypeError,
+        "param with high halves: expected int16, got float32",
     ),
     "sqnorm-norm": (
         lambda: row_sqnorm(t(F, D), Gradient([term]), norm="unit_"),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sae_kernels import backends, gpu
 from sae_kernels.codes import LatentOrder
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
+from sae_kernels.primitives.row_update import halves
 from sae_kernels.primitives.terms import Gradient, Term
 from sae_kernels.primitives.transpose_codes import transpose_codes
 from sae_kernels.testing import assert_bitwise, assert_within, gamma, oracles, rounding
+
+PRIMITIVES = ("row_grad", "row_sqnorm")
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, None)
 sources = pytest.mark.parametrize("source", SOURCES, ids=lambda d: str(d).removeprefix("torch."))
@@ -25,6 +29,13 @@ SHAPES = (
     (9, 4, 70, 129),
 )
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+def needs(dtype: torch.dtype, backend: str) -> None:
+    """Skips what a backend has no kernel for, with the backend's own reason."""
+    reason = dict(backends.candidates("row_grad", torch.get_default_device(), dtype))[backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
 
 
 def make_term(
@@ -57,6 +68,7 @@ def test_row_grad(
     high: torch.dtype,
     backend: str,
 ) -> None:
+    needs(high, backend)
     term, dense, magnitude = make_term(shape, high, source)
     out = row_grad([term], shape[2], shape[3], backend=backend)
     assert out.dtype == high
@@ -93,18 +105,66 @@ def test_strided_coefficients_and_sources(backend: str) -> None:
 
 
 def test_a_hot_latent_with_a_segment_of_70000_entries(backend: str) -> None:
+    if gpu.interpreted():
+        pytest.skip("too long for Triton's interpreter; the next test has latents of 1100 entries")
     n = 70_000
     indices = torch.ones(n, 1, dtype=torch.int32)
     coef, source = torch.randint(-2, 3, (n,)).float(), torch.randint(-2, 3, (n, 3)).float()
-    order = LatentOrder(*transpose_codes(indices, None, None, 3, backend=backend))
+    order = LatentOrder(*transpose_codes(indices, None, None, 3, backend="reference"))
     out = row_grad([order.term(coef, source)], 3, 3, backend=backend)
     expected = torch.zeros(3, 3)
     expected[1] = coef @ source  # integers below 2^24: exact in any order
     assert torch.equal(out, expected)
 
 
+# Latents of no, one, nearly a chunk's (256), exactly a chunk's and many chunks' entries, on and off
+# a chunk's edges, and 100 entries that were dropped.
+COUNTS = (0, 256, 0, 255, 1, 0, 700, 56, 1, 510, 2, 0, 1100, 0, 0, 40, 512)
+
+
+def uneven_term(width: int, source: bool = True) -> tuple[Term, torch.Tensor]:
+    """Small integers, and the gradient, which is exact in any order of summation."""
+    counts = torch.tensor(COUNTS)
+    n = int(counts.sum()) + 100
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    entries, rows = torch.randperm(n).to(torch.int32), torch.randint(50, (n,)).to(torch.int32)
+    coef, x = torch.randint(-2, 3, (n,)).float(), torch.randint(-2, 3, (50, width)).float()
+    weighted = coef[entries.long()][:, None] * (x[rows.long()] if source else 1.0)
+    latents = torch.arange(len(COUNTS)).repeat_interleave(counts)
+    grad = torch.zeros(len(COUNTS), width).index_add_(0, latents, weighted[:-100].expand(-1, width))
+    return Term(offsets, entries, rows, coef, x if source else None), grad
+
+
+@pytest.mark.parametrize("width", [1, 5, 300], ids=lambda width: f"width-{width}")
+def test_latents_of_very_different_popularity(width: int, backend: str) -> None:
+    made = [uneven_term(width), uneven_term(width, source=False)]
+    out = row_grad([term for term, _ in made], len(COUNTS), width, backend=backend)
+    assert torch.equal(out, made[0][1] + made[1][1])
+
+
+def test_a_long_list_has_longer_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "triton":
+        pytest.skip(f"{backend} does not cut the list of entries into chunks")
+    from sae_kernels.primitives.row_grad import triton
+
+    monkeypatch.setattr(triton, "_MOST_CHUNKS", 7)
+    term, grad = uneven_term(5)
+    assert triton.packed_terms([term], 5)[1]["CHUNK"] == 512
+    assert torch.equal(row_grad([term], len(COUNTS), 5, backend=backend), grad)
+
+
+def test_repeats_are_bitwise_equal(backend: str) -> None:
+    if gpu.interpreted():
+        pytest.skip("Triton's interpreter runs programs one after the other")
+    term, _ = uneven_term(40)
+    term = term._replace(coef=torch.randn_like(term.coef))
+    first, again = (row_grad([term], len(COUNTS), 40, backend=backend) for _ in range(2))
+    assert_bitwise("gradient", again, first)
+
+
 def test_a_latent_without_entries_has_a_zero_gradient(backend: str) -> None:
-    order = LatentOrder(*transpose_codes(torch.tensor([[2]]).int(), None, None, 4))
+    indices = torch.tensor([[2]], dtype=torch.int32)
+    order = LatentOrder(*transpose_codes(indices, None, None, 4, backend="reference"))
     out = row_grad([order.term(torch.ones(1), torch.ones(1, 3))], 4, 3, backend=backend)
     assert out.tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 3]
 
@@ -122,6 +182,7 @@ def test_repeats_and_thread_counts_are_bitwise_equal(source: torch.dtype, isa: s
 @pytest.mark.parametrize("norm", ["none", "unit", "at_most_one"])
 @pytest.mark.parametrize("slices", [1, 3], ids=["whole", "slices"])
 def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> None:
+    needs(high, backend)
     shape = (14, 4, 21, 36)
     term, grad, magnitude = make_term(shape, high, torch.float32)
     param = torch.randn(21, 36, dtype=high)
@@ -152,3 +213,17 @@ def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> 
     exact = grad.square().sum(1)
     budget = ((2 * grad.abs() + dg) * dg).sum(1) + rounding(37, exact, high)
     assert_within("sqnorm", out, exact, budget)
+
+
+@pytest.mark.parametrize("norm", ["none", "unit"])
+def test_the_sqnorm_of_a_split_master_is_that_of_the_whole(norm: str, backend: str) -> None:
+    needs(torch.int16, backend)
+    term, _, _ = make_term((14, 4, 21, 36), torch.float32, torch.float32)
+    gradient = Gradient([term], row_coef=torch.randn(21))
+    param = torch.randn(21, 36)
+    high, low = halves.split(param)
+    whole = row_sqnorm(param, gradient, norm=norm, backend=backend)
+    assert_bitwise(
+        "sqnorm", row_sqnorm(low, gradient, high=high, norm=norm, backend=backend), whole
+    )
+    assert bool((whole > 0).all())

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sae_kernels import functional
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import ComposableStep, FusedStep, TrainConfig, auxk, step
+from sae_kernels.primitives.select_topk import cpu, reference
+from sae_kernels.train import ComposableStep, FusedStep, TrainConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytest
 
     from sae_kernels.train import StepResult
@@ -147,18 +149,20 @@ def watched(
     x: Tensor,
     **arguments: Any,
 ) -> Seen:
-    """Runs a step and records what its calls of select_topk returned."""
+    """Runs a step and records what select_topk returned."""
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def recording(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        values, indices = real(*args, **kwargs)
-        calls.append((values.clone(), indices.clone()))  # the route works on values in place
-        return values, indices
+    def recorded(real: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+        def run(*args: Any) -> tuple[Tensor, Tensor]:
+            values, indices = real(*args)
+            calls.append((values.clone(), indices.clone()))  # the route works on values in place
+            return values, indices
 
-    real = step.select_topk
+        return run
+
     with monkeypatch.context() as patch:
-        for module in (step, auxk, functional):
-            patch.setattr(module, "select_topk", recording)
+        for module in (cpu, reference):
+            patch.setattr(module, "run", recorded(module.run))
         result = route(x, **arguments)
     assert len(calls) in (1, 2)
     return Seen(calls[0], calls[1] if len(calls) == 2 else None, result)

@@ -10,10 +10,14 @@ from bounded import Bounded, Kept, auxk_step
 from harness import ROUTES, B, D, F, Variant, build, state, tokens
 from torch import Tensor
 
+from sae_kernels import backends
 from sae_kernels.functional import encode_topk
+from sae_kernels.primitives.auxk import auxk as closed_form
+from sae_kernels.primitives.auxk import cpu
 from sae_kernels.testing import assert_bitwise, assert_within
 from sae_kernels.train import TrainConfig, auxk
 
+PRIMITIVES = ("auxk",)
 ALPHA, LR = 1 / 32, 1e-3
 
 
@@ -39,16 +43,38 @@ def _dense_fp64(
     return loss.detach(), list(torch.autograd.grad(loss, leaves))
 
 
+def _closed(
+    x: Tensor, residual: Tensor, dead: auxk.DeadRows, k_aux: int, backend: str
+) -> tuple[Tensor, ...]:
+    """The primitive on matrices in which the dead latents are scattered; loss and gradients."""
+    n_dead = dead.W_enc.shape[0]
+    n_latents = 2 * n_dead + 3
+    latents = torch.arange(n_dead) * 2 + 1
+    matrices = []
+    for rows in dead:
+        whole = torch.full((n_latents, *rows.shape[1:]), torch.nan, dtype=rows.dtype)
+        whole[latents] = rows
+        matrices.append(whole)
+    padded = torch.cat([latents, torch.full((5,), -1)]).int()
+    count = torch.tensor(n_dead, dtype=torch.int32)
+    loss, *gradients = closed_form(
+        x, -residual, *matrices, padded, count, k_aux, ALPHA, backend=backend
+    )
+    return loss, *(gradient[:n_dead] for gradient in gradients)
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("n_dead", [1, 7, 16, 100])
-def test_closed_form_and_autograd_are_the_formula(n_dead: int, dtype: torch.dtype) -> None:
+def test_closed_form_and_autograd_are_the_formula(
+    n_dead: int, dtype: torch.dtype, backend: str
+) -> None:
     """k_aux = 16: fewer dead than that, as many, and more."""
     x, residual, dead = _inputs(n_dead, dtype)
     value, gradients = _dense_fp64(x, residual, dead, 16)
-    closed = auxk.gradients(x, residual, dead, 16, ALPHA)
+    closed = _closed(x, residual, dead, 16, backend)
     leaves = [t.float().requires_grad_() for t in dead]
     by_autograd = auxk.loss(x, residual, auxk.DeadRows(*leaves), 16, ALPHA, dtype)
     by_autograd.backward()
@@ -64,7 +90,7 @@ def test_closed_form_and_autograd_are_the_formula(n_dead: int, dtype: torch.dtyp
         config,
         dtype,
     )
-    for name, loss in (("closed", closed.loss), ("autograd", by_autograd)):
+    for name, loss in (("closed", closed[0]), ("autograd", by_autograd)):
         assert_within(f"{name} loss", loss, value, bounds.loss.error)
     for i, name in enumerate(("W_enc", "b_enc", "W_dec")):
         budget = bounds.gradients[name].error
@@ -73,7 +99,34 @@ def test_closed_form_and_autograd_are_the_formula(n_dead: int, dtype: torch.dtyp
         assert (gradients[i] != 0).any()
 
 
-def test_half_precision_keeps_gradients_divided_by_a_large_variance() -> None:
+def test_no_dead_latent_is_no_loss(backend: str) -> None:
+    x, residual, dead = _inputs(4, torch.float32)
+    latents = torch.full((4,), -1, dtype=torch.int32)
+    count = torch.zeros((), dtype=torch.int32)
+    for r in (residual, torch.zeros_like(residual)):  # the second has no variance to divide by
+        loss, *_ = closed_form(x, r, *dead, latents, count, 2, ALPHA, backend=backend)
+        assert float(loss) == 0
+
+
+def test_ties_go_to_the_lower_latent(backend: str) -> None:
+    """All dead latents score the same: each token keeps the first k_aux."""
+    x, residual, dead = _inputs(12, torch.float32)
+    dead = auxk.DeadRows(
+        dead.W_enc[:1].expand(12, D).contiguous(), torch.ones(12), dead.W_dec.contiguous()
+    )
+    _, _, db_enc, dW_dec = _closed(x, residual, dead, 5, backend)
+    assert bool(db_enc[:5].all())
+    assert not bool(db_enc[5:].any())
+    assert not bool(dW_dec[5:].any())
+
+
+def test_nan_reaches_the_loss(backend: str) -> None:
+    x, residual, dead = _inputs(12, torch.float32)
+    x[3, 2] = torch.nan
+    assert bool(_closed(x, residual, dead, 5, backend)[0].isnan())
+
+
+def test_half_precision_keeps_gradients_divided_by_a_large_variance(backend: str) -> None:
     """fp16 ends at 6e-8 and a batch's gradients are smaller: they once came out as zeros."""
     x, residual, dead = _inputs(40, torch.float16)
     large = 1e4 * residual
@@ -81,7 +134,7 @@ def test_half_precision_keeps_gradients_divided_by_a_large_variance() -> None:
     assert gradients[2].abs().max() < 6e-6
     leaves = [t.float().requires_grad_() for t in dead]
     auxk.loss(x, large, auxk.DeadRows(*leaves), 16, ALPHA, torch.float16).backward()
-    closed = auxk.gradients(x, large, dead, 16, ALPHA)
+    closed = _closed(x, large, dead, 16, backend)
     for i, want in enumerate(gradients):
         # Codes are rounded to fp16, 2^-11 each and all of one sign: the rest is far smaller.
         budget = 2.0**-10 * want.abs().amax()
@@ -89,13 +142,16 @@ def test_half_precision_keeps_gradients_divided_by_a_large_variance() -> None:
         assert_within("autograd", leaves[i].grad, want, budget)
 
 
-def test_tiles_of_tokens_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_tokens_do_not_show(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """The same sums in another order: the bound of the whole batch holds for its tiles."""
     x, residual, dead = (t for t in _inputs(100, torch.float32))
     x, residual = x.repeat(5, 1), residual.repeat(5, 1)
-    whole = auxk.gradients(x, residual, dead, 16, ALPHA)
-    monkeypatch.setattr(auxk, "_TILE_BYTES", 1)  # the least, 64 tokens
-    tiled = auxk.gradients(x, residual, dead, 16, ALPHA)
+    whole = _closed(x, residual, dead, 16, backend)
+    module = backends.implementation("auxk", x.device, x.dtype, backend)
+    if not hasattr(module, "_TILE_BYTES"):
+        return  # the reference takes all tokens at once
+    monkeypatch.setattr(module, "_TILE_BYTES", 1)  # the least, 64 tokens
+    tiled = _closed(x, residual, dead, 16, backend)
     for a, b in zip(tiled, whole, strict=True):
         # Five partial sums: four more roundings, of the largest partial result at most.
         assert_within("tiled", a, b, 2 * 2.0**-24 * (5 * B + 4) * b.abs().amax())
@@ -151,7 +207,7 @@ def test_zero_dead_costs_no_kernel_call(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*_: object) -> None:
         raise AssertionError("AuxK ran without a dead latent")
 
-    monkeypatch.setattr(auxk, "gradients", refuse)
+    monkeypatch.setattr(cpu, "run", refuse)
     monkeypatch.setattr(auxk, "loss", refuse)
     for route in ROUTES.values():
         build(Variant(), route)(tokens(B), lr=LR)

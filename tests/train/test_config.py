@@ -30,7 +30,11 @@ def test_defaults() -> None:
         "dead_after_tokens": 10_000_000,
         "k_start": None,
         "k_anneal_steps": 0,
+        "device": "auto",
         "compute": "auto",
+        "master": "float32",
+        "states": "float32",
+        "copies": "both",
         "route": "fused",
         "activation_scale": "sqrt_d",
         "init_b_dec": "geometric_median",
@@ -134,6 +138,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("activation_scale", 2.0, "one of none, sqrt_d"),
     ("init_b_dec", None, "one of geometric_median, mean, zeros"),
     ("on_nonfinite", "ignore", "one of stop, skip"),
+    ("device", 0, "auto or a device such as cuda:0"),
+    ("master", "bfloat16", "one of float32, split"),
+    ("states", "float16", "one of float32, bfloat16"),
+    ("copies", "decoder", "one of both, encoder"),
 ]
 
 
@@ -144,6 +152,22 @@ def test_bad_values_are_named(name: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError) as error:
         TrainConfig(**{name: value})
     assert str(error.value) == f"{name}: expected {expected}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "needed"),
+    [
+        ("adam", "lazy", "dense"),
+        ("master", "split", "float32"),
+        ("states", "bfloat16", "float32"),
+    ],
+)
+def test_what_torchs_adam_cannot_do_is_refused_on_its_route(
+    name: str, value: str, needed: str
+) -> None:
+    TrainConfig(**{name: value})
+    with pytest.raises(ValueError, match=f"{name}: expected '{needed}' with route 'composable'"):
+        TrainConfig(**{name: value, "route": "composable"})
 
 
 def test_whole_numbers_are_numbers() -> None:

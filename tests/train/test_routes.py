@@ -44,7 +44,8 @@ def _check_step(
         assert_within(f"{name} {field}", getattr(seen.result, field), bound.value, bound.error)
     t = int(before.n_updates) + 1
     # Not skipped; the clip is in the expected gradients already.
-    hyper = torch.tensor([LR, 1, 1 - train.beta1**t, 1 - train.beta2**t, 0], dtype=torch.float64)
+    corrections = [1 - beta**t for beta in (train.beta1, train.beta2)]
+    hyper = torch.tensor([LR, 1, *corrections, 0, t], dtype=torch.float64)
     for parameter, bound in expected.gradients.items():
         old = (before.weights[parameter], *before.moments[parameter])
         want = oracles.row_update(oracles.AdamState(*old), bound.value, hyper)

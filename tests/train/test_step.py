@@ -66,7 +66,7 @@ def test_is_plain_dense_torch_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
         # relative size 2^-24 of a term like those that the bounds sum, so they grow by a half.
         assert_within("loss", seen.result.loss, loss, 1.5 * bounds.loss.error)
         t = i + 1
-        hyper = torch.tensor([LR, 1, 1 - 0.9**t, 1 - 0.999**t, 0], dtype=torch.float64)
+        hyper = torch.tensor([LR, 1, 1 - 0.9**t, 1 - 0.999**t, 0, t], dtype=torch.float64)
         for name, p in dense.named.items():
             bound = bounds.gradients[name]
             assert_within(f"oracle of {name}", bound.value, p.grad, 0.5 * bound.error)

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 
 from sae_kernels.backends import cpu
+from sae_kernels.primitives.row_update import HYPER
 from sae_kernels.primitives.row_update.cpu import launch
 from sae_kernels.primitives.terms import Gradient
 
 
-def run(param: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """Runs csrc/cpu/row_update.cpp."""
+def run(param: torch.Tensor, _high: torch.Tensor | None, *arguments: Any) -> torch.Tensor:
+    """Runs csrc/cpu/row_update.cpp (never for halves: there is no host kernel for int16)."""
     *columns, norm, slices = arguments
     gradient = Gradient.from_columns(*columns)
     out = param.new_empty(param.shape[0])
-    hyper = torch.ones(5, dtype=torch.float64)
+    hyper = torch.ones(len(HYPER), dtype=torch.float64)
     row = (cpu.packed(param), None, None, None)
     launch(row, gradient, hyper, (0.0, 0.0, 0.0), norm, slices, False, out)
     return out

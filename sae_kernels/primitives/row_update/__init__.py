@@ -12,6 +12,17 @@ For every row w of an [F, width] matrix with gradient g (never written to memory
 Projection and norm apply to each of ``slices`` equal parts of a row by itself (a crosscoder's
 layers). A per-latent vector is a matrix of width 1. ``lazy`` leaves rows without any gradient
 entry untouched (their m and v too), as torch.optim.SparseAdam does; the default is dense Adam.
+
+Two layouts beside fp32 save memory; the arithmetic stays fp32 in both:
+
+- **bf16 moments**, rounded stochastically: 16 random bits are added below the last bit that is
+  kept, and what is left is cut off, so that the expectation is exact. Under nearest rounding v
+  would never decay: ``beta2 = 0.999`` changes it by less than half a bf16 ulp. The bits are a hash
+  of (step, latent, column): every run and every backend draws the same. NaN and infinities stay;
+  beyond the largest finite bf16 a value may round to infinity, as under nearest rounding.
+- **a split master**: ``param`` holds the low int16 halves and ``copy`` the high bf16 halves, see
+  :mod:`~sae_kernels.primitives.row_update.halves`. Bitwise the same training as with an fp32
+  master, without memory for a separate copy.
 """
 
 from __future__ import annotations
@@ -28,15 +39,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NORMS = ("none", "unit", "at_most_one")
-HYPER = ("lr", "clip_scale", "bias_correction1", "bias_correction2", "skip")
+HYPER = ("lr", "clip_scale", "bias_correction1", "bias_correction2", "skip", "step")
 
 
 class AdamRow(NamedTuple):
     """A matrix with its Adam state and the compute copy that follows it.
 
     Attributes:
-        param, m, v: fp32 or fp64 [F, width].
-        copy: bf16 or fp16 [F, width] beside an fp32 ``param``, rewritten from it; or None.
+        param: fp32 or fp64 [F, width], or the int16 low halves of an fp32 matrix.
+        m, v: both like ``param`` (fp32 beside halves), or both bf16 beside any but fp64.
+        copy: bf16 or fp16 [F, width] beside an fp32 ``param``, rewritten from it; the bf16 high
+            halves beside low ones; or None.
     """
 
     param: torch.Tensor
@@ -56,22 +69,49 @@ def _check(
     checks.shape("param", param, ["F", "width"], "latents first")
     for name, tensor in (("m", m), ("v", v), ("copy", copy)):
         checks.shape(name, tensor, list(param.shape), "like param")
-    checks.dtype("param", param, (torch.float32, torch.float64))
-    checks.dtype("m", m, (param.dtype,))
-    checks.dtype("v", v, (param.dtype,))
-    checks.dtype("copy", copy, (torch.bfloat16, torch.float16))
-    if copy is not None:
-        checks.dtype("param with a copy", param, (torch.float32,))
+    _check_dtypes(param, m, v, copy)
     checks.shape("hyper", hyper, [len(HYPER)], ", ".join(HYPER))
     checks.dtype("hyper", hyper, (torch.float64,))
     check_norm(norm, slices, param.shape[1])
     gradient = Gradient.from_columns(*columns)
-    gradient.check(param.shape[0], param.shape[1], param.dtype)
+    gradient.check(param.shape[0], param.shape[1], arithmetic_dtype(param))
     part = gradient.terms[0].coef if gradient.terms else gradient.dense
     checks.same_device(param=param, m=m, v=v, copy=copy, hyper=hyper, gradient=part)
     for name, tensor in (("param", param), ("m", m), ("v", v), ("copy", copy)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place")
+
+
+def _check_dtypes(
+    param: torch.Tensor, m: torch.Tensor, v: torch.Tensor, copy: torch.Tensor | None
+) -> None:
+    checks.dtype("param", param, (torch.float32, torch.float64, torch.int16))
+    high = arithmetic_dtype(param)
+    states = (high,) if high == torch.float64 else (high, torch.bfloat16)
+    checks.dtype("m", m, states)
+    checks.dtype("v", v, states)
+    checks.dtype("v beside such an m", v, (m.dtype,))
+    if param.dtype == torch.int16:
+        check_high(copy, "copy")
+        return
+    checks.dtype("copy", copy, (torch.bfloat16, torch.float16))
+    if copy is not None:
+        checks.dtype("param with a copy", param, (torch.float32,))
+
+
+def check_high(high: torch.Tensor | None, name: str) -> None:
+    """Raises ValueError or TypeError unless there are high halves to go with low ones."""
+    if high is None:
+        raise ValueError(
+            f"{name}: expected the bfloat16 high halves that go with an int16 param, got None; "
+            "halves.split() makes both"
+        )
+    checks.dtype(f"{name} beside an int16 param", high, (torch.bfloat16,))
+
+
+def arithmetic_dtype(param: torch.Tensor) -> torch.dtype:
+    """The dtype in which a row is updated: its own, fp32 for the halves of one."""
+    return torch.float32 if param.dtype == torch.int16 else param.dtype
 
 
 def check_norm(norm: str, slices: int, width: int) -> None:
@@ -108,8 +148,9 @@ def row_update(
     Args:
         row: the matrix, its state and its compute copy.
         gradient: the gradient in parts.
-        hyper: fp64 [5] on the device: lr, clip scale, 1 - beta1^t, 1 - beta2^t and a skip flag
-            (non-zero: nothing is changed). A tensor, so that no step waits for the host.
+        hyper: fp64 [6] on the device: lr, clip scale, 1 - beta1^t, 1 - beta2^t, a skip flag
+            (non-zero: nothing is changed) and t, which only counts for stochastic rounding. A
+            tensor, so that no step waits for the host.
         betas, eps: of Adam.
         norm: "none", "unit" or "at_most_one".
         slices: equal parts of a row to which the norm applies by itself.

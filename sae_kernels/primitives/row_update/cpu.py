@@ -12,6 +12,13 @@ from sae_kernels.primitives.row_update import NORMS
 from sae_kernels.primitives.terms import Gradient
 
 
+def refuses(param: torch.Tensor, m: torch.Tensor, *_: Any) -> str | None:
+    """Why the host kernels cannot run this call, or None."""
+    if m.dtype == param.dtype:
+        return None
+    return f"no kernel for m and v in {m.dtype} beside {param.dtype}, only for both in one dtype"
+
+
 def run(
     param: torch.Tensor,
     m: torch.Tensor,

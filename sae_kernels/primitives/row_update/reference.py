@@ -8,7 +8,15 @@ import torch
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.row_grad.reference import add_term
+from sae_kernels.primitives.row_update import halves
 from sae_kernels.primitives.terms import Gradient
+
+
+def whole(param: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
+    """The weights themselves, from their halves if ``param`` holds the low ones."""
+    if high is None or param.dtype != torch.int16:
+        return param
+    return halves.joined(high, param)
 
 
 def gather(param: torch.Tensor, gradient: Gradient) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +57,22 @@ def renormalised(param: torch.Tensor, norm: str, slices: int) -> torch.Tensor:
     return torch.where(keep, w, w / norms).flatten(1)
 
 
+def noise(step: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """32 random bits per element in int64: the lower half is for m, the upper one for v."""
+    latents, columns = (torch.arange(n, device=device) for n in shape)
+    key = _mixed(latents ^ _mixed(torch.tensor(step, device=device)))
+    return _mixed(columns ^ key[:, None])
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    # An integer hash of low bias (github.com/skeeto/hash-prospector), uint32 held in int64.
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def run(
     param: torch.Tensor,
     m: torch.Tensor,
@@ -58,21 +82,27 @@ def run(
 ) -> None:
     """Computes the whole step densely and writes back the rows it applies to."""
     *columns, hyper, beta1, beta2, eps, norm, slices, lazy = arguments
-    lr, clip, correction1, correction2, skip = hyper.tolist()
+    lr, clip, correction1, correction2, skip, step = hyper.tolist()
     if skip:
         return
-    grad, touched = gather(param, Gradient.from_columns(*columns))
+    master = whole(param, copy)
+    grad, touched = gather(master, Gradient.from_columns(*columns))
     if norm == "unit":
-        grad = projected(param, grad, slices)
+        grad = projected(master, grad, slices)
     grad = grad * clip
-    new_m = beta1 * m + (1 - beta1) * grad
-    new_v = beta2 * v + (1 - beta2) * grad * grad
+    new_m = beta1 * m.to(grad.dtype) + (1 - beta1) * grad
+    new_v = beta2 * v.to(grad.dtype) + (1 - beta2) * grad * grad
     denominator = new_v.sqrt() / correction2**0.5 + eps
-    new_param = param - lr / correction1 * new_m / denominator
+    new_param = master - lr / correction1 * new_m / denominator
     if norm != "none":
         new_param = renormalised(new_param, norm, slices)
+    if m.dtype == torch.bfloat16:
+        bits = noise(int(step), m.shape, m.device)
+        new_m, new_v = halves.cut(new_m, bits & 0xFFFF), halves.cut(new_v, bits >> 16)
+    high = new_param
+    if param.dtype == torch.int16:
+        high, new_param = halves.split(new_param)
     rows = touched[:, None] if lazy else torch.ones_like(touched)[:, None]
-    for old, new in ((param, new_param), (m, new_m), (v, new_v)):
-        old.copy_(torch.where(rows, new, old))
-    if copy is not None:
-        copy.copy_(torch.where(rows, param.to(copy.dtype), copy))
+    for old, new in ((param, new_param), (m, new_m), (v, new_v), (copy, high)):
+        if old is not None:
+            old.copy_(torch.where(rows, new.to(old.dtype), old))

@@ -1,0 +1,38 @@
+"""auxk in plain torch: the specification, without asking how many latents are in use."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_kernels.primitives.checks import accumulator
+
+
+def run(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    latents: torch.Tensor,
+    count: torch.Tensor,
+    k: int,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every product in the accumulator dtype of operands rounded to the operand dtype."""
+    dtype, high = x.dtype, accumulator(x.dtype)
+    to_product = torch.float32 if dtype == torch.float16 else dtype
+    rows = latents.clamp(min=0).long()
+    used = torch.arange(latents.shape[0], device=x.device) < count
+    h = x.to(high) @ W_enc[rows].to(high).T + b_enc[rows]
+    h = torch.where(used, h, -torch.inf)
+    order = h.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    kept = torch.zeros_like(h).scatter(1, order, h.gather(1, order).relu())
+    codes = kept.to(dtype).to(high)
+    W = torch.where(used[:, None], W_dec[rows].to(dtype).to(high), 0)
+    error = codes @ W + residual
+    variance = (residual - residual.mean(0)).square().sum()
+    some = (count > 0) & (x.shape[0] > 0)
+    weight = torch.where(some, alpha * (count / k).clamp(max=1) / variance, 0)
+    grad = (2 * weight * error).to(to_product).to(high)
+    dh = torch.where(codes != 0, grad @ W.T, 0).to(to_product).to(high)
+    return weight * error.square().sum(), dh.T @ x.to(high), dh.sum(0), codes.T @ grad

@@ -1,0 +1,300 @@
+"""auxk in Triton: five kernels that end at once where there is no dead latent.
+
+The host does not know how many latents are dead and a step must not wait to ask. So every kernel is
+launched for all places and reads the count: with an empty set AuxK costs its launches. Rows of the
+weights are gathered by the products themselves; codes are dense over the compact set, for with k
+near d_in / 2 of a few thousand latents dense products beat gathers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sae_kernels import gpu
+from sae_kernels.primitives.auxk import product_dtype
+
+# Bytes of the codes of the tokens that are worked on at a time.
+_TILE_BYTES = 128 << 20
+_MOST_PLACES = 16384  # one program ranks a token's scores in its registers
+
+
+@triton.jit
+def _dot(a, b, acc, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter multiplies the bit patterns of bf16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _scores(
+    x, W_enc, b_enc, latents, count, scores, T, D, A,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """scores[t, j] = <x[t], W_enc[latents[j]]> + b_enc[latents[j]] for the j in use."""
+    n = tl.load(count)
+    first = tl.program_id(1) * BN
+    if first >= n:
+        return
+    t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    j = first + tl.arange(0, BN)
+    row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, D, BK):
+        d = start + tl.arange(0, BK)
+        a = tl.load(x + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
+        w = tl.load(W_enc + row[:, None] * D + d, mask=(j[:, None] < n) & (d < D), other=0.0)
+        acc = _dot(a, w.T, acc, UPCAST)
+    acc += tl.load(b_enc + row, mask=j < n, other=0.0)
+    tl.store(scores + t[:, None] * A + j, acc, mask=(t[:, None] < T) & (j < n))
+
+
+@triton.jit
+def _keep(scores, codes, count, k, A, OPERAND: tl.constexpr, BLOCK: tl.constexpr):
+    """The k largest positive scores of a token as codes, zeros in the other places in use.
+
+    Positive floats order as their bits do, and NaN is put above them all. The key that the last
+    place goes to is found bit by bit; of keys equal to it the first latents are kept.
+    """
+    n = tl.load(count)
+    if n == 0:
+        return
+    j = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * A + j
+    h = tl.load(scores + at, mask=j < n, other=0.0)
+    key = tl.where(h != h, 0x7FFFFFFF, tl.where(h > 0, h, 0.0).to(tl.int32, bitcast=True))
+    cut = 0
+    for bit in range(30, -1, -1):
+        higher = cut | (1 << bit)
+        cut = tl.where(tl.sum((key >= higher).to(tl.int32)) >= k, higher, cut)
+    ties = k - tl.sum((key > cut).to(tl.int32))
+    tied = (key == cut) & (j < n)
+    kept = (key > cut) | (tied & (tl.cumsum(tied.to(tl.int32)) <= ties))
+    code = tl.where(kept & (key > 0), h, 0.0).to(OPERAND)
+    tl.store(codes + at, code.to(codes.dtype.element_ty), mask=j < n)
+
+
+@triton.jit
+def _variance(residual, count, parts, B, D, BM: tl.constexpr, BN: tl.constexpr):
+    """parts[p] = the squared deviations of some columns of the residual from their means."""
+    total = 0.0
+    if tl.load(count) > 0:
+        d = tl.program_id(0) * BN + tl.arange(0, BN)
+        t = tl.arange(0, BM)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, B, BM):
+            row = (start + t).to(tl.int64)
+            mask = (row[:, None] < B) & (d < D)
+            acc += tl.load(residual + row[:, None] * D + d, mask=mask, other=0.0)
+        mean = tl.sum(acc, 0) / B
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, B, BM):
+            row = (start + t).to(tl.int64)
+            mask = (row[:, None] < B) & (d < D)
+            r = tl.load(residual + row[:, None] * D + d, mask=mask, other=0.0)
+            acc += tl.where(mask, (r - mean) * (r - mean), 0.0)
+        total = tl.sum(tl.sum(acc, 0))
+    tl.store(parts + tl.program_id(0), total)
+
+
+@triton.jit
+def _weight(parts, n, k, alpha, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    p = tl.arange(0, BLOCK)
+    variance = tl.sum(tl.load(parts + p, mask=p < PARTS, other=0.0))
+    return alpha * tl.minimum(n / k, 1.0) / variance
+
+
+@triton.jit
+def _error(
+    codes, W_dec, latents, count, residual, parts, grad, loss, T, D, A, k, alpha,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """grad = dL/de with e = codes W_dec, and this tile's part of the loss."""
+    n = tl.load(count)
+    part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    if n == 0:
+        tl.store(loss + part, 0.0)
+        return
+    t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    d = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, n, BK):
+        j = start + tl.arange(0, BK)
+        row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
+        a = tl.load(codes + t[:, None] * A + j, mask=(t[:, None] < T) & (j < n), other=0.0)
+        w = tl.load(W_dec + row[:, None] * D + d, mask=(j[:, None] < n) & (d < D), other=0.0)
+        acc = _dot(a, w, acc, UPCAST)
+    at, mask = t[:, None] * D + d, (t[:, None] < T) & (d < D)
+    error = tl.where(mask, acc + tl.load(residual + at, mask=mask, other=0.0), 0.0)
+    weight = _weight(parts, n, k, alpha, PARTS, BLOCK)
+    tl.store(loss + part, weight * tl.sum(tl.sum(error * error, 1)))
+    tl.store(grad + at, (2 * weight * error).to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _code_grad(
+    grad, W_dec, latents, count, codes, T, D, A,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Puts dL/dcodes in the place of the codes that are not zero."""
+    n = tl.load(count)
+    first = tl.program_id(1) * BN
+    if first >= n:
+        return
+    t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    j = first + tl.arange(0, BN)
+    row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, D, BK):
+        d = start + tl.arange(0, BK)
+        a = tl.load(grad + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
+        w = tl.load(W_dec + row[:, None] * D + d, mask=(j[:, None] < n) & (d < D), other=0.0)
+        acc = _dot(a, w.T, acc, UPCAST)
+    at, mask = t[:, None] * A + j, (t[:, None] < T) & (j < n)
+    fired = tl.load(codes + at, mask=mask, other=0.0) != 0
+    tl.store(codes + at, tl.where(fired, acc, 0.0).to(codes.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_grad(
+    coef, source, count, out, sums, T, D, A,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out[j] (+)= sum_t coef[t, j] source[t]; sums[j] (+)= sum_t coef[t, j]."""
+    n = tl.load(count)
+    first = tl.program_id(0) * BM
+    if first >= n:
+        return
+    j = first + tl.arange(0, BM)
+    d = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, T, BK):
+        t = (start + tl.arange(0, BK)).to(tl.int64)
+        c = tl.load(coef + t[:, None] * A + j, mask=(t[:, None] < T) & (j < n), other=0.0)
+        s = tl.load(source + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
+        acc = _dot(c.T, s, acc, UPCAST)
+        total += tl.sum(c.to(tl.float32), 0)
+    at, mask = j[:, None] * D + d, (j[:, None] < n) & (d < D)
+    if ADD:
+        acc += tl.load(out + at, mask=mask, other=0.0)
+        total += tl.load(sums + j, mask=j < n, other=0.0)
+    tl.store(out + at, acc, mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(sums + j, total, mask=j < n)
+
+
+def _tiles(dtype: torch.dtype) -> dict[str, int]:
+    # fp32 products run on the ordinary units, whose operands come from registers.
+    if gpu.interpreted() or dtype == torch.float32:
+        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+    if gpu.architecture() < 90:
+        return {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+
+
+def refuses(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    latents: torch.Tensor,
+    *_: object,
+) -> str | None:
+    """Why these arguments are out of the kernels' range, or None."""
+    if latents.shape[0] > _MOST_PLACES:
+        return f"at most {_MOST_PLACES} dead latents at a time, got {latents.shape[0]}"
+    return None
+
+
+def run(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    latents: torch.Tensor,
+    count: torch.Tensor,
+    k: int,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the kernels for the tokens, some at a time."""
+    x, residual = x.contiguous(), residual.contiguous()
+    W_enc, b_enc, W_dec = W_enc.contiguous(), b_enc.contiguous(), W_dec.contiguous()
+    (B, D), A = x.shape, latents.shape[0]
+    dW_enc, dW_dec = (residual.new_empty(A, D) for _ in range(2))
+    db_enc = residual.new_empty(A)
+    if B == 0 or A == 0:
+        return residual.new_zeros(()), dW_enc.zero_(), db_enc.zero_(), dW_dec.zero_()
+    n_parts = triton.cdiv(D, 32)
+    parts = residual.new_empty(n_parts)
+    _variance[(n_parts,)](residual, count, parts, B, D, BM=64, BN=32, num_warps=4)
+    places = latents
+    if W_dec.dtype != product_dtype(x.dtype):  # a cast inside a product would cost its pipeline
+        W_dec = W_dec[latents.clamp(min=0)].to(x.dtype).to(product_dtype(x.dtype))
+        places = torch.arange(A, dtype=torch.int32, device=x.device)
+    share = max(64, _TILE_BYTES // (4 * A))
+    losses = []
+    for first in range(0, B, share):
+        tokens = slice(first, first + share)
+        args = (x[tokens], residual[tokens], W_enc, b_enc, latents, W_dec, places, count, k, alpha)
+        losses.append(_tile(*args, parts, dW_enc, db_enc, dW_dec, add=first > 0))
+    return torch.cat(losses).sum(), dW_enc, db_enc, dW_dec
+
+
+def _tile(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    latents: torch.Tensor,
+    W_dec: torch.Tensor,
+    places: torch.Tensor,
+    count: torch.Tensor,
+    k: int,
+    alpha: float,
+    parts: torch.Tensor,
+    dW_enc: torch.Tensor,
+    db_enc: torch.Tensor,
+    dW_dec: torch.Tensor,
+    add: bool,
+) -> torch.Tensor:
+    """Adds some tokens' gradients and returns the parts of their loss."""
+    (T, D), A = x.shape, latents.shape[0]
+    product = product_dtype(x.dtype)
+    encode, learn = _tiles(x.dtype), _tiles(product)
+    upcast, operand = gpu.interpreted(), getattr(tl, str(x.dtype).removeprefix("torch."))
+    scores = residual.new_empty((T, A))
+    codes = x.new_empty((T, A), dtype=product)
+    grad = torch.empty_like(x, dtype=product)
+
+    def grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(rows, tiles["BM"]), triton.cdiv(columns, tiles["BN"])
+
+    _scores[grid(T, A, encode)](
+        x, W_enc, b_enc, latents, count, scores, T, D, A, UPCAST=upcast, **encode
+    )
+    block = gpu.next_power_of_two(A)
+    warps = min(16, max(4, block // 512))
+    _keep[(T,)](scores, codes, count, k, A, OPERAND=operand, BLOCK=block, num_warps=warps)
+    tiles = grid(T, D, learn)
+    loss = residual.new_empty(tiles[0] * tiles[1])
+    n_parts = parts.shape[0]
+    _error[tiles](
+        codes, W_dec, places, count, residual, parts, grad, loss, T, D, A, k, alpha,
+        PARTS=n_parts, BLOCK=gpu.next_power_of_two(n_parts), UPCAST=upcast, **learn,
+    )  # fmt: skip
+    unused = torch.empty_like(db_enc)
+    _row_grad[grid(A, D, learn)](
+        codes, grad, count, dW_dec, unused, T, D, A, ADD=add, UPCAST=upcast, **learn
+    )
+    _code_grad[grid(T, A, learn)](
+        grad, W_dec, places, count, codes, T, D, A, UPCAST=upcast, **learn
+    )
+    _row_grad[grid(A, D, learn)](
+        codes, x.to(product), count, dW_enc, db_enc, T, D, A, ADD=add, UPCAST=upcast, **learn
+    )
+    return loss

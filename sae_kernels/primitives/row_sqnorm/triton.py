@@ -1,0 +1,66 @@
+"""row_sqnorm in Triton: row_update's gradient, squared and summed instead of used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sae_kernels.primitives.row_update.triton import (
+    gradient_rows,
+    load_param,
+    packed_parts,
+    projected,
+    tile_of,
+)
+from sae_kernels.primitives.terms import Gradient
+
+
+@triton.jit
+def _row_sqnorm(
+    out,
+    param,
+    high,
+    parts,
+    F,
+    width,
+    part,
+    NORM: tl.constexpr,
+    TERMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LATENTS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # One number per program: those of a row are added up in order by whoever launched this.
+    latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    first, columns = tl.program_id(1).to(tl.int64) * part, tl.arange(0, COLUMNS)
+    wanted, inside = latents < F, (columns < part) & (columns < width - first)
+    w = tl.zeros((LATENTS, COLUMNS), tl.float32)
+    if (NORM == "unit") | (parts[1] is not None):
+        rows = latents.to(tl.int64) * width + first
+        w = load_param(param, high, rows, columns, wanted[:, None] & inside[None, :])
+    grad = gradient_rows(
+        parts, latents, wanted, first, columns, inside, w, F, width, TERMS, CHUNK, ENTRIES
+    )
+    grad = tl.where(inside[None, :], projected(grad, w, NORM), 0)
+    at = tl.program_id(1).to(tl.int64) * F + latents
+    tl.store(out + at, tl.sum(grad * grad, 1), mask=wanted)
+
+
+def run(param: torch.Tensor, high: torch.Tensor | None, *arguments: Any) -> torch.Tensor:
+    """Sums the squares of every row's blocks, then of the blocks."""
+    *columns, norm, slices = arguments
+    F, width = param.shape
+    param = param.contiguous()
+    high = None if high is None else high.contiguous()
+    parts, constants = packed_parts(Gradient.from_columns(*columns), param, high)
+    tile, part = tile_of(width, norm, slices)
+    count = triton.cdiv(width, part)
+    out = torch.empty((count, F), dtype=torch.float32, device=param.device)
+    _row_sqnorm[(triton.cdiv(F, tile.latents), count)](
+        out, param, high, parts, F, width, part, NORM=norm, **constants, **tile.constants()
+    )
+    return out.sum(0)

@@ -1,0 +1,289 @@
+"""row_update in Triton: a program owns some columns of a latent's row from gather to copy.
+
+Without a norm policy a row's columns have nothing to do with each other, and a program takes a
+block of them. Where slices are projected and renormalised it takes a whole slice, so that the row
+is read and written once and its gradient stays in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sae_kernels.primitives.row_grad.triton import (
+    Tile,
+    blocks,
+    gather,
+    packed_terms,
+    pointers,
+    whole,
+)
+from sae_kernels.primitives.terms import Gradient
+
+
+@triton.jit
+def load_param(param, high, rows, columns, mask):
+    """fp32 weights; of a split master by joining the halves."""
+    low = tl.load(pointers(param, rows, columns), mask=mask, other=0)
+    if param.dtype.element_ty == tl.int16:
+        upper = tl.load(pointers(high, rows, columns), mask=mask, other=0)
+        bits = (upper.to(tl.int16, bitcast=True).to(tl.int32) << 16) + low.to(tl.int32)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return low
+
+
+@triton.jit
+def gradient_rows(
+    parts,
+    latents,
+    wanted,
+    first,
+    columns,
+    inside,
+    param,
+    F,
+    width,
+    TERMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """[LATENTS, COLUMNS] of the gradient before projection; ``param`` holds the same weights."""
+    terms, row_coef, norms, dense, slots = parts
+    grad = gather(terms, latents, wanted, first, columns, inside, width, TERMS, CHUNK, ENTRIES)
+    if row_coef is not None:
+        coef = tl.load(row_coef + latents, mask=wanted, other=0)
+        norm = tl.load(norms + latents, mask=wanted, other=1)
+        grad += tl.where(norm > 0, tl.div_rn(coef, norm), 0)[:, None] * param
+    if dense is not None:
+        slot = tl.load(slots + latents, mask=wanted, other=-1)
+        at = pointers(dense, slot.to(tl.int64) * width + first, columns)
+        grad += tl.load(at, mask=(slot >= 0)[:, None] & inside[None, :], other=0)
+        misplaced = tl.load(slots + F) >= 0
+        grad = tl.where(misplaced, float("nan"), grad)
+    return grad
+
+
+@triton.jit
+def projected(grad, param, NORM: tl.constexpr):
+    """The gradient without its part along a unit slice."""
+    if NORM == "unit":
+        grad -= tl.sum(grad * param, 1)[:, None] * param
+    return grad
+
+
+@triton.jit
+def _touched(parts, latents, wanted, F, TERMS: tl.constexpr):
+    """Which latents have any part of a gradient."""
+    terms, row_coef, _, dense, slots = parts
+    touched = latents < 0
+    for t in tl.static_range(TERMS):
+        offsets = terms[t][0]
+        begin = tl.load(offsets + latents, mask=wanted, other=0)
+        touched |= tl.load(offsets + latents + 1, mask=wanted, other=0) > begin
+    if row_coef is not None:
+        touched |= tl.load(row_coef + latents, mask=wanted, other=0) != 0
+    if dense is not None:
+        touched |= tl.load(slots + latents, mask=wanted, other=-1) >= 0
+        touched |= tl.load(slots + F) >= 0
+    return touched
+
+
+@triton.jit
+def _mixed(x):
+    # The hash of reference.py, bit by bit.
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _cut(x, added):
+    """bf16: the upper halves of fp32 values after something was added to their bits."""
+    upper = (x.to(tl.uint32, bitcast=True) + added) >> 16
+    # A carry into the exponent's or the sign's bits would turn NaN into a number.
+    upper = tl.where(x != x, 0x7FC0, upper)
+    return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _store_state(state, rows, columns, new, noise, mask):
+    if state.dtype.element_ty == tl.bfloat16:
+        new = _cut(new, noise)
+    tl.store(pointers(state, rows, columns), new, mask=mask)
+
+
+@triton.jit
+def _store_param(param, copy, rows, columns, new, mask):
+    bits = new.to(tl.uint32, bitcast=True)
+    at = pointers(param, rows, columns)
+    if param.dtype.element_ty == tl.int16:
+        low = tl.where(new != new, 0, bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True)
+        tl.store(at, low, mask=mask)
+        tl.store(pointers(copy, rows, columns), _cut(new, 0x8000), mask=mask)
+    else:
+        tl.store(at, new, mask=mask)
+        if copy is not None:
+            if copy.dtype.element_ty == tl.bfloat16:
+                # Nearest, ties to even, by hand: Triton's interpreter would cut.
+                new = _cut(new, 0x7FFF + ((bits >> 16) & 1))
+            at = pointers(copy, rows, columns)
+            tl.store(at, new.to(copy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_update(
+    param,
+    m,
+    v,
+    copy,
+    parts,
+    hyper,
+    adam,
+    F,
+    width,
+    part,
+    NORM: tl.constexpr,
+    LAZY: tl.constexpr,
+    TERMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LATENTS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # What the row itself holds is loaded before the gather, which has three loads in a chain.
+    if tl.load(hyper + 4) != 0:
+        return
+    beta1, rest1, beta2, rest2, eps = adam
+    latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    first, columns = tl.program_id(1).to(tl.int64) * part, tl.arange(0, COLUMNS)
+    inside = (columns < part) & (columns < width - first)
+    wanted = latents < F
+    if LAZY:
+        wanted &= _touched(parts, latents, wanted, F, TERMS)
+    mask = wanted[:, None] & inside[None, :]
+    rows = latents.to(tl.int64) * width + first
+    w = load_param(param, copy, rows, columns, mask)
+    old_m = tl.load(pointers(m, rows, columns), mask=mask, other=0).to(tl.float32)
+    old_v = tl.load(pointers(v, rows, columns), mask=mask, other=0).to(tl.float32)
+    step = (tl.load(hyper) / tl.load(hyper + 2)).to(tl.float32)
+    v_scale = (1 / tl.sqrt(tl.load(hyper + 3))).to(tl.float32)
+
+    grad = gradient_rows(
+        parts, latents, wanted, first, columns, inside, w, F, width, TERMS, CHUNK, ENTRIES
+    )
+    grad = projected(grad, w, NORM) * tl.load(hyper + 1).to(tl.float32)
+    new_m = beta1 * old_m + rest1 * grad
+    new_v = beta2 * old_v + rest2 * (grad * grad)
+    w -= tl.div_rn(step * new_m, tl.sqrt_rn(new_v) * v_scale + eps)
+    if NORM != "none":
+        norm = tl.sqrt_rn(tl.sum(tl.where(mask, w * w, 0), 1))
+        longer = norm > (0 if NORM == "unit" else 1)
+        w *= tl.where(longer, tl.div_rn(1.0, norm), 1)[:, None]
+
+    noise = tl.zeros((1, 1), tl.uint32)
+    if m.dtype.element_ty == tl.bfloat16:
+        key = _mixed(tl.load(hyper + 5).to(tl.int64).to(tl.uint32))
+        key = _mixed(latents.to(tl.uint32) ^ key)
+        noise = _mixed((first + columns).to(tl.uint32)[None, :] ^ key[:, None])
+    _store_state(m, rows, columns, new_m, noise & 0xFFFF, mask)
+    _store_state(v, rows, columns, new_v, noise >> 16, mask)
+    _store_param(param, copy, rows, columns, w, mask)
+
+
+@triton.jit
+def _row_norms(norms, param, high, F, width, LATENTS: tl.constexpr, COLUMNS: tl.constexpr):
+    # Ahead of the update: other programs of the same row would already be writing to it.
+    latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
+    squares = tl.zeros((LATENTS, COLUMNS), tl.float32)
+    for begin in range(0, width, COLUMNS):
+        columns = begin + tl.arange(0, COLUMNS)
+        mask = (latents < F)[:, None] & (columns < width)[None, :]
+        w = load_param(param, high, latents.to(tl.int64) * width, columns, mask)
+        squares += w * w
+    tl.store(norms + latents, tl.sqrt_rn(tl.sum(squares, 1)), mask=latents < F)
+
+
+@triton.jit
+def _fill_slots(slots, latents, F, A, BLOCK: tl.constexpr):
+    # Two more places than latents: a row for no latent at all goes to the first, where the
+    # kernels look for mistakes, and unused rows go to the second.
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    latent = tl.load(latents + row, mask=row < A, other=-1)
+    latent = tl.where((latent < -1) | (latent > F), F, latent)
+    tl.store(slots + tl.where(latent == -1, F + 1, latent), row, mask=row < A)
+
+
+def tile_of(width: int, norm: str, slices: int) -> tuple[Tile, int]:
+    """The tile and how many columns are a program's own."""
+    if norm == "none":
+        tile = blocks(width)
+        return tile, tile.columns
+    return whole(width // slices), width // slices
+
+
+def packed_parts(
+    gradient: Gradient, param: torch.Tensor, high: torch.Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """A gradient as the kernels take it, and the constants of its terms."""
+    F, width = param.shape
+    terms, constants = packed_terms(gradient.terms, width)
+    row_coef, norms, dense, slots = None, None, None, None
+    if gradient.row_coef is not None:
+        row_coef, norms = gradient.row_coef.contiguous(), torch.empty_like(gradient.row_coef)
+        tile = blocks(width)
+        _row_norms[(triton.cdiv(F, tile.latents),)](
+            norms,
+            param,
+            high,
+            F,
+            width,
+            LATENTS=tile.latents,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+    if gradient.dense is not None and gradient.dense_latents is not None:
+        dense, latents = gradient.dense.contiguous(), gradient.dense_latents.contiguous()
+        slots = latents.new_full((F + 2,), -1)
+        _fill_slots[(triton.cdiv(latents.numel(), 256),)](
+            slots, latents, F, latents.numel(), BLOCK=256
+        )
+    return (terms, row_coef, norms, dense, slots), constants
+
+
+def run(
+    param: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    copy: torch.Tensor | None,
+    *arguments: Any,
+) -> None:
+    """Updates every row's columns in place."""
+    *columns, hyper, beta1, beta2, eps, norm, slices, lazy = arguments
+    F, width = param.shape
+    parts, constants = packed_parts(Gradient.from_columns(*columns), param, copy)
+    tile, part = tile_of(width, norm, slices)
+    _row_update[(triton.cdiv(F, tile.latents), triton.cdiv(width, part))](
+        param,
+        m,
+        v,
+        copy,
+        parts,
+        hyper.contiguous(),
+        (beta1, 1 - beta1, beta2, 1 - beta2, eps),
+        F,
+        width,
+        part,
+        NORM=norm,
+        LAZY=lazy,
+        **constants,
+        **tile.constants(),
+    )
+    updated = [t for t in (param, m, v, copy) if t is not None]
+    torch.autograd.graph.increment_version(updated)
