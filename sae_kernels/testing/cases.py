@@ -54,12 +54,13 @@ class Case:
         return dataclasses.replace(self, dtype=dtype)
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """The operands; the same for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        x, W, b = _build(self, generator)
+        """The operands on torch's default device; the same on all for the same seed."""
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            x, W, b = _build(self, torch.Generator().manual_seed(seed))
         high = torch.float64 if self.dtype == torch.float64 else torch.float32
-        bias = b.to(high) if self.bias else None
-        return Inputs(x.to(self.dtype), W.to(self.dtype), bias)
+        bias = b.to(device, high) if self.bias else None
+        return Inputs(x.to(device, self.dtype), W.to(device, self.dtype), bias)
 
 
 def _build(case: Case, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

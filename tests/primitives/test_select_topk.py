@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sae_kernels import backends, gpu
 from sae_kernels.backends import cpu
 from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.testing import (
@@ -17,15 +18,38 @@ from sae_kernels.testing import (
     rounding,
 )
 
+PRIMITIVES = ("select_topk",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 by_name = {case.name: case for case in CASES}
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
+def select(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selects, or skips with what the backend says against such a call."""
+    narrow = torch.float16 if rank_scale is None else torch.bfloat16
+    if gpu.interpreted() and x.dtype in (torch.float16, narrow):
+        pytest.skip("Triton's interpreter is slow and what differs here is tested in other cases")
+    arguments = (x, W, b, k, rank_scale)
+    refusal = dict(backends.candidates("select_topk", x.device, x.dtype, arguments))[backend]
+    if refusal:
+        pytest.skip(refusal)
+    values, indices = select_topk(*arguments, backend=backend)
+    return values, indices
+
+
 def flushed(backend: str, dtype: torch.dtype, *operands: torch.Tensor) -> float:
-    """The largest operand if the unit in use takes subnormals for zero (AMX), else 0."""
-    if backend == "reference" or dtype != torch.bfloat16 or cpu.isa() != "amx":
+    """The largest operand if what is in use gets subnormals of bf16 wrong, else 0."""
+    # AMX takes them for zero; Triton's interpreter widens them to something smaller.
+    amx = backend == "cpu" and cpu.isa() == "amx"
+    if dtype != torch.bfloat16 or not (amx or gpu.interpreted()):
         return 0.0
     return max((float(t.abs().nan_to_num(0, 0, 0).max()) for t in operands if t.numel()), default=0)
 
@@ -33,7 +57,7 @@ def flushed(backend: str, dtype: torch.dtype, *operands: torch.Tensor) -> float:
 def check(case: Case, backend: str, rank_scale: torch.Tensor | None = None) -> None:
     """Selects and compares: the kept set, the values, and the order of both."""
     x, W, b = case.inputs()
-    values, indices = select_topk(x, W, b, case.K, rank_scale, backend=backend)
+    values, indices = select(x, W, b, case.K, rank_scale, backend)
     exact = oracles.scores(x, W, b, rank_scale)
     budget = rounding(
         case.D + 1, exact.magnitude, case.dtype, flushed=flushed(backend, case.dtype, x, W)
@@ -77,7 +101,7 @@ def test_error_is_like_that_of_torch_in_the_same_dtype(dtype: torch.dtype, backe
     # 0.4 u sqrt(n) |terms|_2; torch's own product, which sums in blocks, sets the other yardstick.
     case = Case("rms", 64, 512, 200, 16, dtype=dtype)
     x, W, b = case.inputs()
-    values, indices = select_topk(x, W, b, case.K, None, backend=backend)
+    values, indices = select(x, W, b, case.K, None, backend)
     exact = oracles.scores(x, W, b).h
     high = values.dtype
     ours = values.double() - exact.gather(1, indices.long())
@@ -93,7 +117,7 @@ def test_nan_of_any_payload_ranks_first(payload: int, backend: str) -> None:
     W = torch.tensor([5.0, torch.inf, 0.0, 9.0, 0.0, 1.0])[:, None]
     payload_as_float = torch.tensor([payload], dtype=torch.uint32).view(torch.float32)
     W[2] = W[4] = payload_as_float
-    values, indices = select_topk(x, W, None, 4, None, backend=backend)
+    values, indices = select(x, W, None, 4, None, backend)
     assert indices.tolist() == [[2, 4, 1, 3]] * 3
     assert values[0].isnan().tolist() == [True, True, False, False]
     assert values[0, 2:].tolist() == [torch.inf, 9.0]
@@ -102,23 +126,25 @@ def test_nan_of_any_payload_ranks_first(payload: int, backend: str) -> None:
 def test_columns_of_minus_infinity_come_last_in_latent_order(backend: str) -> None:
     W = torch.full((300, 2), -torch.inf)
     W[[7, 250]] = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
-    values, indices = select_topk(torch.ones(2, 2), W, None, 5, None, backend=backend)
+    values, indices = select(torch.ones(2, 2), W, None, 5, None, backend)
     assert indices.tolist() == [[250, 7, 0, 1, 2]] * 2
     assert values[0].tolist() == [2.0, 1.0, -torch.inf, -torch.inf, -torch.inf]
 
 
 def test_ascending_scores_overflow_every_candidate_buffer(backend: str) -> None:
     # Every entry beats all before it, so nothing is ever below the threshold.
-    W = torch.arange(5000.0)[:, None]
-    values, indices = select_topk(torch.ones(2, 1), W, None, 9, None, backend=backend)
-    assert indices.tolist() == [list(range(4999, 4990, -1))] * 2
+    n = 700 if gpu.interpreted() else 5000
+    W = torch.arange(float(n))[:, None]
+    values, indices = select(torch.ones(2, 1), W, None, 9, None, backend)
+    assert indices.tolist() == [list(range(n - 1, n - 10, -1))] * 2
     assert values[1].tolist() == indices[1].tolist()
 
 
 def test_many_equal_exponents(backend: str) -> None:
     # More than 4096 keys in one bucket of a radix histogram, told apart by low bits only.
-    W = (1 + torch.arange(6000) * 2**-20)[torch.randperm(6000)][:, None]
-    _, indices = select_topk(torch.ones(1, 1), W, None, 33, None, backend=backend)
+    n = 1500 if gpu.interpreted() else 6000
+    W = (1 + torch.arange(n) * 2**-20)[torch.randperm(n)][:, None]
+    _, indices = select(torch.ones(1, 1), W, None, 33, None, backend)
     assert indices[0].tolist() == W.flatten().argsort(descending=True)[:33].tolist()
 
 
@@ -139,11 +165,13 @@ def test_repeats_and_thread_counts_are_bitwise_equal(dtype: torch.dtype, isa: st
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 3, 16, 31, 32, 65])
-def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, rows: int, isa: str) -> None:
+def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, rows: int, backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch's product may round differently for another number of rows")
     case = Case("rows", 140, 50, 300, 10, dtype=dtype)
     x, W, b = case.inputs()
-    whole = select_topk(x, W, b, case.K, None, backend="cpu")
-    part = select_topk(x[70 : 70 + rows], W, b, case.K, None, backend="cpu")
+    whole = select(x, W, b, case.K, None, backend)
+    part = select(x[70 : 70 + rows], W, b, case.K, None, backend)
     assert_bitwise("values", part[0], whole[0][70 : 70 + rows])
     assert_bitwise("indices", part[1], whole[1][70 : 70 + rows])
 
@@ -158,7 +186,9 @@ def test_permuting_latents_permutes_the_selection(dtype: torch.dtype, backend: s
     exact = oracles.scores(x, W, b)
     budget = rounding(case.D + 1, exact.magnitude, dtype, flushed=1.0)
     assert_same_selection("permuted", order[permuted.long()], exact.key, case.K, budget)
-    if backend == "cpu":  # a score does not depend on the latent's place, so the order is the same
+    if (
+        backend != "reference"
+    ):  # a score does not depend on the latent's place, so the order is the same
         assert_bitwise("latents", order[permuted.long()], indices.long())
 
 

@@ -1,0 +1,312 @@
+"""What is done to rows' candidate lists: fill with a sample, cut back, sort, rescue.
+
+An entry is 64 bits, the latent's number above the fp32 bits of h, and appended in any order. Its
+place in the selection is a 64-bit integer too, the ordered bits of its key above the latents
+counted from the end: comparing integers then gives (key descending, latent ascending), ties, zeros
+and NaN included.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_MOST = tl.constexpr(0x7FFFFFFF)
+_FIRST_PLACE, _NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
+
+
+@triton.jit
+def packed(h, columns):
+    """Entries for a list."""
+    bits = h.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return columns.to(tl.int64) << 32 | bits
+
+
+@triton.jit
+def unpacked(entries):
+    """h and the latents of entries."""
+    return entries.to(tl.int32).to(tl.float32, bitcast=True), (entries >> 32).to(tl.int32)
+
+
+@triton.jit
+def ordered(key):
+    """Integers in the order of the keys: -0 is +0, and NaN of any payload is above +inf."""
+    bits = tl.where(key == 0, 0.0, key).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ _MOST, bits)
+    return tl.where(key == key, bits, _MOST)
+
+
+@triton.jit
+def key_of(order):
+    """The inverse of `ordered`."""
+    return tl.where(order < 0, order ^ _MOST, order).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def places(entries, valid, rank_scale):
+    """Integers in selection order, the first winner's being the largest."""
+    h, columns = unpacked(entries)
+    if rank_scale is not None:
+        h = h * tl.load(rank_scale + columns, mask=valid, other=0.0)
+    order = ordered(h).to(tl.int64) << 32 | (columns ^ _MOST).to(tl.int64)
+    return tl.where(valid, order, _NO_PLACE)
+
+
+@triton.jit
+def bias(b, columns, F):
+    """Added to the product; columns beyond the last latent must not win against any."""
+    live = columns < F
+    if b is None:
+        return tl.where(live, 0.0, float("-inf"))
+    return tl.load(b + columns, mask=live, other=float("-inf"))
+
+
+@triton.jit
+def product(x, W, rows, columns, D, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
+    """Scores of any rows and columns without their bias, in fp32.
+
+    WIDEN: Triton's interpreter multiplies bf16 wrongly.
+    """
+    inputs = tl.arange(0, DEPTH)
+    x_rows = x + rows.to(tl.int64)[:, None] * D
+    W_rows = W + columns.to(tl.int64)[:, None] * D
+    h = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, D, DEPTH):
+        part = start + inputs[None, :]
+        tokens = tl.load(x_rows + part, mask=part < D, other=0.0)
+        latents = tl.load(W_rows + part, mask=part < D, other=0.0)
+        if WIDEN:
+            tokens, latents = tokens.to(tl.float32), latents.to(tl.float32)
+        h = tl.dot(tokens, latents.T, h, input_precision="ieee")
+    return h
+
+
+@triton.jit
+def sample(
+    x,
+    W,
+    b,
+    candidates,
+    B,
+    F,
+    D,
+    n_sampled,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Stores the scores of n_sampled columns, spread evenly, as the first entries of the lists."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slots = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.where(slots < n_sampled, slots.to(tl.int64) * F // n_sampled, F).to(tl.int32)
+    h = product(x, W, tl.minimum(rows, B - 1), tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
+    h += bias(b, columns, F)[None, :]
+    lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
+    tl.store(lists + slots[None, :], packed(h, columns[None, :]))
+
+
+@triton.jit
+def _last_place(place, live, k):
+    """The k-th largest of each row: bit after bit from the top, until k are not below it.
+
+    Sorting would take more instructions, registers and barriers, and its order is of no use yet.
+    """
+    last = tl.full((place.shape[0],), _NO_PLACE, tl.int64)
+    is_open = live
+    bit = tl.full((), 63, tl.int64)
+    while (bit >= 0) & (tl.sum(is_open.to(tl.int32), 0) > 0):
+        trial = last ^ (tl.full((), 1, tl.int64) << bit)
+        count = tl.sum((place >= trial[:, None]).to(tl.int32), 1)
+        last = tl.where(count >= k, trial, last)
+        is_open = is_open & (count != k)
+        bit -= 1
+    return last
+
+
+@triton.jit
+def keep(
+    rows,
+    live,
+    counts,
+    thresholds,
+    candidates,
+    rank_scale,
+    F,
+    k,
+    CAPACITY: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Cuts lists of at most LENGTH entries back to their k best, in place.
+
+    A list that overflowed keeps its count, by which the row is recognised at the end, and lets
+    nothing more through.
+    """
+    count = tl.load(counts + rows, mask=live, other=0)
+    complete = live & (count <= CAPACITY)
+    slots = tl.arange(0, LENGTH)[None, :]
+    lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
+    entries = tl.load(lists + slots)  # what lies beyond the count is memory, and not looked at
+    _, columns = unpacked(entries)
+    # A NaN or an infinity in x can let columns beyond the last latent through.
+    valid = (slots < count[:, None]) & (columns < F)
+    place = places(entries, valid, rank_scale)
+    wins = (place >= _last_place(place, complete, k)[:, None]) & valid
+    n_wins = tl.sum(wins.to(tl.int32), 1)
+    last = tl.min(tl.where(wins, place, _FIRST_PLACE), 1)
+    threshold = key_of((last >> 32).to(tl.int32))
+    target = tl.cumsum(wins.to(tl.int32), 1) - 1
+    tl.debug_barrier()  # other threads' entries are overwritten
+    tl.store(lists + target, entries, mask=wins & complete[:, None])
+    tl.store(counts + rows, n_wins, mask=complete)
+    threshold = tl.where(complete, threshold, float("nan"))
+    tl.store(thresholds + rows, threshold, mask=live & (n_wins >= k))
+
+
+@triton.jit
+def keep_best(
+    counts,
+    thresholds,
+    candidates,
+    rank_scale,
+    B,
+    F,
+    k,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One block per ROWS rows."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lists = (counts, thresholds, candidates)
+    keep(rows, rows < B, *lists, rank_scale, F, k, CAPACITY, CAPACITY)
+
+
+@triton.jit
+def emit(
+    rows,
+    live,
+    candidates,
+    rank_scale,
+    values,
+    indices,
+    k,
+    CAPACITY: tl.constexpr,
+    BEST: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Writes lists that were cut back to k in selection order.
+
+    An entry's rank is the number of entries before it. A sort would have to carry h along, for the
+    key does not tell it where it was scaled.
+    """
+    lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
+    slots = tl.arange(0, BEST)[None, :]
+    valid = (slots < k) & live[:, None]
+    entries = tl.load(lists + slots)
+    place = places(entries, valid, rank_scale)
+    rank = tl.zeros(entries.shape, tl.int32)
+    for start in range(0, BEST, STEP):
+        some = start + tl.arange(0, STEP)[None, :]
+        other = places(tl.load(lists + some), (some < k) & live[:, None], rank_scale)
+        rank += tl.sum((other[:, None, :] > place[:, :, None]).to(tl.int32), 2)
+    h, columns = unpacked(entries)
+    target = rows.to(tl.int64)[:, None] * k + rank
+    tl.store(values + target, tl.where(h == 0, 0.0, h), mask=valid)
+    tl.store(indices + target, columns, mask=valid)
+
+
+@triton.jit
+def emit_sorted(
+    counts,
+    candidates,
+    rank_scale,
+    values,
+    indices,
+    n_overflowed,
+    overflowed,
+    B,
+    k,
+    CAPACITY: tl.constexpr,
+    BEST: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Writes the results of complete lists and the numbers of the rows that `rescue` has to do."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = rows < B
+    count = tl.load(counts + rows, mask=live, other=0)
+    # Fewer than k: the sample was rounded otherwise than the rest, in a row of all but equal keys.
+    complete = (count <= CAPACITY) & (count >= k)
+    place = tl.atomic_add(n_overflowed + rows * 0, 1, mask=live & ~complete, sem="relaxed")
+    tl.store(overflowed + place, rows, mask=live & ~complete)
+    outputs = (values, indices)
+    emit(rows, live & complete, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
+
+
+@triton.jit
+def rescue(
+    x,
+    W,
+    b,
+    rank_scale,
+    counts,
+    thresholds,
+    candidates,
+    values,
+    indices,
+    n_overflowed,
+    overflowed,
+    F,
+    D,
+    k,
+    CAPACITY: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BEST: tl.constexpr,
+    STEP: tl.constexpr,
+    KEPT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Selects for the rows whose lists overflowed, if any.
+
+    The host never learns how many there are: blocks find out and mostly leave at once. Columns come
+    in natural order and a list takes one tile of them after it was cut back, so it cannot overflow;
+    a tile in which no row has a winner is passed over. Equal keys that come later do not win.
+    """
+    n = tl.load(n_overflowed)
+    lists = (counts, thresholds, candidates)
+    for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
+        taken = first + tl.arange(0, ROWS)
+        live = taken < n
+        rows = tl.load(overflowed + taken, mask=live, other=0)
+        tl.store(counts + rows, 0, mask=live)
+        tl.debug_barrier()
+        for column in tl.range(0, F, COLUMNS):
+            columns = column + tl.arange(0, COLUMNS)
+            h = product(x, W, rows, tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
+            h += bias(b, columns, F)[None, :]
+            key = h
+            if rank_scale is not None:
+                key = h * tl.load(rank_scale + columns, mask=columns < F, other=1.0)[None, :]
+            count = tl.load(counts + rows, mask=live, other=0)
+            worst = ordered(tl.load(thresholds + rows, mask=live, other=0.0))
+            wins = (ordered(key) > worst[:, None]) | (count < k)[:, None]
+            if tl.max(tl.max((wins & live[:, None]).to(tl.int32), 1), 0) > 0:
+                slots = count[:, None] + tl.arange(0, COLUMNS)[None, :]
+                row_lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
+                tl.store(row_lists + slots, packed(h, columns[None, :]), mask=live[:, None])
+                tl.store(counts + rows, count + COLUMNS, mask=live)
+                tl.debug_barrier()
+                for part in tl.range(first, tl.minimum(first + ROWS, n), KEPT):
+                    some = part + tl.arange(0, KEPT)
+                    rows_kept = tl.load(overflowed + some, mask=some < n, other=0)
+                    keep(rows_kept, some < n, *lists, rank_scale, F, k, CAPACITY, LENGTH)
+                tl.debug_barrier()
+        for part in tl.range(first, tl.minimum(first + ROWS, n), KEPT):
+            some = part + tl.arange(0, KEPT)
+            rows_done = tl.load(overflowed + some, mask=some < n, other=0)
+            outputs = (values, indices)
+            emit(rows_done, some < n, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)

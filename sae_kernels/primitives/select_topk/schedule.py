@@ -1,0 +1,72 @@
+"""In which order and in which portions the columns are scored: arithmetic on the host.
+
+A row's threshold is the k-th largest of what it has seen, so it is never above the true one. It is
+first found in a sample of single columns, spread evenly and as many as a list holds. After that
+the portions (slabs) may grow with what has been seen: each lets about the same number of entries
+through to a list that was just cut back to its k best.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+from sae_kernels.gpu import next_power_of_two
+
+LARGEST_K = 1024
+# Entries a row's list holds. Below: room for chance when k is small; above: what one block sorts.
+LEAST_CAPACITY, MOST_CAPACITY = 256, 4096
+_LARGEST_GROWTH = 4.0
+_LIST_BYTES = 32 << 20  # lists that stay in the cache of every GPU the kernels are for
+_ENTRY_BYTES = 8
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def capacity(k: int) -> int:
+    """Entries a row's list holds: k, twice what a slab lets through, and room for chance."""
+    return min(max(next_power_of_two(8 * k), LEAST_CAPACITY), MOST_CAPACITY)
+
+
+def rows_at_once(capacity: int) -> int:
+    """Rows whose lists fit into the cache together."""
+    return _LIST_BYTES // (_ENTRY_BYTES * capacity)
+
+
+def slabs(n_tiles: int, columns: int, k: int, capacity: int) -> list[tuple[int, int]]:
+    """The tiles of ``columns`` latents in portions, as ranges of positions in the visit.
+
+    Each is expected to bring a list from the k best to the middle of what is left above them.
+    """
+    growth = min(_LARGEST_GROWTH, (capacity + k) / (2 * k))
+    ends, seen = [0], capacity / columns
+    while ends[-1] < n_tiles:
+        seen = max(ends[-1] + 1, int(seen * growth))
+        ends.append(min(n_tiles, seen))
+    return list(itertools.pairwise(ends))
+
+
+@functools.cache
+def stride(n_tiles: int) -> int:
+    """How far the visit goes at each step: tile ``position * stride % n_tiles`` is next.
+
+    Latents are often sorted, by frequency or in nested groups, and whatever is visited first must
+    stand for the rest or lists overflow. Steps of the golden ratio spread every prefix of the
+    visit evenly. A stride that has no factor in common with ``n_tiles`` reaches every tile once;
+    of those nearby, the one whose continued fraction is most like the golden ratio's is taken.
+    Unlike a table of bit-reversed numbers it need not be copied to the device.
+    """
+    nearest = round(n_tiles * _GOLDEN)
+    nearby = range(max(1, nearest - 16), nearest + 17)
+    return min(
+        (step for step in nearby if math.gcd(step, n_tiles) == 1),
+        key=lambda step: _largest_quotient(n_tiles, step),
+    )
+
+
+def _largest_quotient(a: int, b: int) -> int:
+    largest = 0
+    while b:
+        largest = max(largest, a // b)
+        a, b = b, a % b
+    return largest

@@ -1,0 +1,237 @@
+"""How the GPU kernels of select_topk select, without a GPU: schedule, thresholds and overflow.
+
+`simulate` repeats the rules of slabs.py on a matrix of keys in plain torch; the properties that
+make the result exact are asserted on it, and that the kernels in Triton's interpreter agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from sae_kernels import gpu
+from sae_kernels.primitives.select_topk import schedule, select_topk
+from sae_kernels.testing import Case, assert_bitwise, oracles
+
+PRIMITIVES = ("select_topk",)
+
+
+@dataclasses.dataclass
+class Simulated:
+    """What the lists went through.
+
+    Attributes:
+        kept: bool [B, F], what they hold in the end.
+        overflowed: bool [B], whether an entry found no place, which is for `rescue`.
+        thresholds: [B] after each slab.
+        most: the most entries any list was offered, those it held included.
+    """
+
+    kept: torch.Tensor
+    overflowed: torch.Tensor
+    thresholds: list[torch.Tensor]
+    most: int
+
+
+def simulate(
+    key: torch.Tensor,
+    k: int,
+    columns: int,
+    capacity: int,
+    *,
+    stride: int | None = None,
+    sampled: torch.Tensor | None = None,
+) -> Simulated:
+    """Slab after slab: let through what is not below the threshold, cut back to the k best."""
+    B, F = key.shape
+    n_tiles = -(-F // columns)
+    stride = schedule.stride(n_tiles) if stride is None else stride
+    rank = oracles.selection(key, F).argsort(1)
+    n_sampled = min(F, capacity)
+    if sampled is None:
+        sampled = torch.arange(n_sampled) * F // n_sampled
+    kept = torch.zeros(B, F, dtype=torch.bool)
+    kept[:, sampled] = True
+    result = Simulated(kept, torch.zeros(B, dtype=torch.bool), [], n_sampled)
+    _cut_back(result, key, rank, k)
+    if n_sampled == F:
+        return result
+    kept[:] = False
+    for start, stop in schedule.slabs(n_tiles, columns, k, capacity):
+        tiles = torch.arange(start, stop) * stride % n_tiles
+        latents = (tiles[:, None] * columns + torch.arange(columns)).flatten()
+        latents = latents[latents < F]
+        kept[:, latents] = ~(key[:, latents] < result.thresholds[-1][:, None])
+        offered = kept.sum(1)
+        result.overflowed |= offered > capacity
+        result.most = max(result.most, int(offered.max()))
+        _cut_back(result, key, rank, k)
+    return result
+
+
+def _cut_back(result: Simulated, key: torch.Tensor, rank: torch.Tensor, k: int) -> None:
+    F = key.shape[1]
+    last = rank.masked_fill(~result.kept, F).sort(1).values[:, k - 1 : k]
+    result.kept &= rank <= last
+    at_cut = key.gather(1, rank.argsort(1).gather(1, last.clamp(max=F - 1))).flatten()
+    before = result.thresholds[-1] if result.thresholds else at_cut
+    at_cut = at_cut.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    result.thresholds.append(torch.where(last.flatten() < F, at_cut, before))
+
+
+@pytest.mark.parametrize("columns", [16, 64, 256])
+@pytest.mark.parametrize("k", [1, 8, 32, 100, 512, 1024])
+@pytest.mark.parametrize("F", [1, 15, 16, 255, 257, 1000, 16384, 65537, 1_000_003])
+def test_slabs_visit_every_column_once(F: int, k: int, columns: int) -> None:
+    n_tiles = -(-F // columns)
+    capacity = schedule.capacity(k)
+    slabs = schedule.slabs(n_tiles, columns, k, capacity)
+    ends = [0, *(stop for _, stop in slabs)]
+    assert [start for start, _ in slabs] == ends[:-1]
+    assert ends[-1] == n_tiles
+    assert ends == sorted(set(ends))
+    for before, end in slabs:
+        seen = before * columns or capacity  # the sample
+        held, let_through = k if before else 0, k * (end - before) * columns / seen
+        assert held + let_through <= (capacity + k) / 2 or end == before + 1
+
+
+@pytest.mark.parametrize("n_tiles", [1, 2, 3, 7, 64, 97, 256, 260, 300, 1000, 2304, 5040, 9000])
+def test_every_prefix_of_the_visit_is_spread(n_tiles: int) -> None:
+    stride = schedule.stride(n_tiles)
+    visit = torch.arange(n_tiles) * stride % n_tiles
+    assert visit.sort().values.equal(torch.arange(n_tiles))
+    for seen in (1, 2, 5, 13, *(n_tiles * i // 16 for i in range(1, 16))):
+        if not 0 < seen <= n_tiles:
+            continue
+        places = visit[:seen].sort().values
+        gaps = torch.cat([places, places[:1] + n_tiles]).diff()
+        # With quotients a of its continued fraction, gaps of a rotation are below a + 2 even ones.
+        assert gaps.max() * seen < 5 * n_tiles
+
+
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 64, 128, 511, 512, 513, 1000, 1024])
+def test_lists_hold_what_a_slab_lets_through(k: int) -> None:
+    capacity = schedule.capacity(k)
+    assert capacity & (capacity - 1) == 0
+    assert capacity >= 4 * k
+    assert schedule.rows_at_once(capacity) * capacity * 8 <= 32 << 20
+    assert schedule.rows_at_once(capacity) % 128 == 0  # chunks are whole tiles of rows
+
+
+@pytest.mark.parametrize(("k", "F"), [(1, 4096), (32, 16384), (64, 16384), (600, 16384)])
+def test_random_scores_do_not_overflow(k: int, F: int) -> None:
+    simulated = simulate(torch.randn(40, F), k, 256, schedule.capacity(k))
+    assert not simulated.overflowed.any()
+
+
+def test_sorted_latents_overflow_only_when_visited_in_order() -> None:
+    key = torch.randn(8, 65536) * torch.linspace(0.1, 3, 65536)
+    assert simulate(key, 32, 256, 256, stride=1, sampled=torch.arange(256)).overflowed.all()
+    assert not simulate(key, 32, 256, 256).overflowed.any()
+
+
+KEYS = st.sampled_from([0.0, 1.0, 2.0, 3.0, -1.0, torch.inf, -torch.inf, torch.nan])
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, int]:
+    """Keys [B, F] full of ties and special values, with k, columns and a capacity from k up."""
+    F = draw(st.integers(1, 150))
+    k = draw(st.integers(1, min(F, 12)))
+    columns = draw(st.sampled_from([1, 4, 16]))
+    capacity = draw(st.integers(max(k, columns), 5 * k + columns))
+    rows = [draw(st.lists(KEYS, min_size=F, max_size=F)) for _ in range(2)]
+    few, many = rows[0], torch.arange(F) * float(draw(st.sampled_from([-1, 0, 1])))
+    return (
+        torch.stack([torch.tensor(few), many, torch.tensor(rows[1])]).double(),
+        k,
+        columns,
+        capacity,
+    )
+
+
+@hypothesis.given(selections())
+def test_a_list_without_overflow_is_the_selection(
+    drawn: tuple[torch.Tensor, int, int, int],
+) -> None:
+    key, k, columns, capacity = drawn
+    simulated = simulate(key, k, columns, capacity)
+    wanted = oracles.selection(key, k)
+    cut = key.gather(1, wanted[:, -1:]).flatten().nan_to_num(torch.inf, torch.inf, -torch.inf)
+    previous = torch.full_like(cut, -torch.inf)
+    for threshold in simulated.thresholds:
+        assert (threshold <= cut).all(), "a threshold above the k-th key loses winners"
+        assert (threshold >= previous).all()
+        previous = threshold
+    complete = ~simulated.overflowed
+    expected = torch.zeros_like(simulated.kept).scatter_(1, wanted, True)
+    assert simulated.kept[complete].equal(expected[complete])
+    assert int(simulated.overflowed.sum()) == 0 or simulated.most > capacity
+
+
+def small_lists(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of 32 entries and tiles of 32 latents: small inputs take slabs, and some overflow."""
+    monkeypatch.setattr(schedule, "LEAST_CAPACITY", 32)
+    monkeypatch.setattr(schedule, "MOST_CAPACITY", 32)
+    if backend == "triton" and gpu.interpreted():
+        from sae_kernels.primitives.select_topk import triton
+
+        monkeypatch.setitem(triton._TILES, 0, triton._TILES[0]._replace(columns=32))
+
+
+@pytest.mark.parametrize("rank_scale", [False, True], ids=["h", "scaled"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("integer", 6, 8, 500, 3, "integer", torch.bfloat16),
+        Case("equal", 5, 7, 300, 5, "equal"),
+        Case("ties", 5, 16, 300, 7, "ties"),
+        Case("nan", 11, 8, 200, 4, "nan"),
+        Case("inf", 9, 8, 217, 8, "inf"),
+        Case("signed-zeros", 5, 8, 150, 6, "signed_zeros", bias=False),
+    ],
+    ids=lambda case: case.name,
+)
+def test_kernels_with_small_lists(
+    case: Case, rank_scale: bool, backend: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    small_lists(backend, monkeypatch)
+    x, W, b = case.inputs()
+    scale = torch.tensor([1.0, 2.0, 0.5, -1.0]).repeat(case.F)[: case.F] if rank_scale else None
+    exact = oracles.scores(x, W, b, scale)
+    simulated = simulate(exact.key, case.K, 32, 32)
+    assert len(simulated.thresholds) > 2
+    assert bool(simulated.overflowed.any()) == (case.name not in ("integer", "ties"))
+    values, indices = select_topk(x, W, b, case.K, scale, backend=backend)
+    assert_bitwise("indices", indices.long(), oracles.selection(exact.key, case.K))
+    wanted = exact.h.gather(1, indices.long()).float()
+    assert values.equal(wanted) or values.isnan().equal(wanted.isnan())
+
+
+def test_kernels_take_rows_in_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("chunks", 150, 8, 90, 4, "integer")
+    x, W, b = case.inputs()
+    monkeypatch.setattr(schedule, "_LIST_BYTES", 64 * 8 * schedule.capacity(case.K))
+    values, indices = select_topk(x, W, b, case.K, None, backend=backend)
+    exact = oracles.scores(x, W, b)
+    assert_bitwise("indices", indices.long(), oracles.selection(exact.key, case.K))
+    assert_bitwise("values", values, exact.h.gather(1, indices.long()).float())
+
+
+def test_both_emissions_select_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "triton" or gpu.interpreted():
+        pytest.skip("the other emission is inline PTX of the Triton kernels, for GPUs")
+    from sae_kernels.primitives.select_topk import triton
+
+    case = Case("emissions", 300, 64, 5000, 32, dtype=torch.bfloat16)
+    x, W, b = case.inputs()
+    first = select_topk(x, W, b, case.K, None, backend=backend)
+    monkeypatch.setattr(triton, "_EMISSION", "portable")
+    second = select_topk(x, W, b, case.K, None, backend=backend)
+    assert_bitwise("values", second[0], first[0])
+    assert_bitwise("indices", second[1], first[1])
