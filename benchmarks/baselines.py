@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class DenseStep:
@@ -16,33 +21,57 @@ class DenseStep:
         k: latents kept per token.
         optimizer: "foreach" or "fused".
         autocast: bf16 autocast around the forward pass.
+        compiler: a backend of torch.compile for the forward and backward pass; None for none.
     """
 
     def __init__(
-        self, W_enc: torch.Tensor, W_dec: torch.Tensor, k: int, optimizer: str, autocast: bool
+        self,
+        W_enc: torch.Tensor,
+        W_dec: torch.Tensor,
+        k: int,
+        optimizer: str,
+        autocast: bool,
+        compiler: str | None = None,
     ) -> None:
         self.k, self.autocast = k, autocast
         n_latents, d_in = W_enc.shape
         self.W_enc = W_enc.clone().requires_grad_()
         self.W_dec = W_dec.clone().requires_grad_()
-        self.b_enc = torch.zeros(n_latents, requires_grad=True)
-        self.b_dec = torch.zeros(d_in, requires_grad=True)
+        self.b_enc = W_enc.new_zeros(n_latents).requires_grad_()
+        self.b_dec = W_enc.new_zeros(d_in).requires_grad_()
         self.parameters = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4, **{optimizer: True})
 
+        def built(part: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(part, backend=compiler) if compiler else part
+
+        self._loss = built(self._dense_loss)
+        self._constrain_gradient = built(self._without_parallel_part)
+        self._constrain_decoder = built(self._unit_norm)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """One step on [B, D]; returns the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        loss: torch.Tensor = self._loss(x)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        with torch.no_grad():
+            self._constrain_gradient()
+            self.optimizer.step()
+            self._constrain_decoder()
+        return loss.detach()
+
+    def _dense_loss(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             h = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
             values, indices = h.relu().topk(self.k, dim=1, sorted=False)
             codes = torch.zeros_like(h).scatter(1, indices, values)
             x_hat = codes @ self.W_dec + self.b_dec
-        loss = (x_hat.float() - x).square().sum() / (x - x.mean(0)).square().sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        with torch.no_grad():
-            grad = self.W_dec.grad
-            grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
-            self.optimizer.step()
-            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-        return loss.detach()
+        return (x_hat.float() - x).square().sum() / (x - x.mean(0)).square().sum()
+
+    def _without_parallel_part(self) -> None:
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    def _unit_norm(self) -> None:
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))

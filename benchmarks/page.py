@@ -51,10 +51,15 @@ def table(case: str, records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def text(folder: Path) -> str:
+    """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
+    sections = [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
+    return "\n\n".join([HEAD.strip(), *sections]) + "\n"
+
+
 def main() -> None:
     """Writes the page."""
-    sections = [section(path) for path in sorted(RESULTS.glob("*.jsonl"))]
-    PAGE.write_text("\n\n".join([HEAD.strip(), *sections]) + "\n")
+    PAGE.write_text(text(RESULTS))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
     output.text("")
     output.table(
         [
-            (primitive, backend, "yes" if reason is None else f"no: {reason}")
+            (primitive, "runs on " + ", ".join(b for b, reason in reasons.items() if not reason))
             for primitive, reasons in values["primitives"].items()
-            for backend, reason in reasons.items()
         ]
     )
+    output.text("")
+    output.table(_refusals(values["primitives"]))
     output.text("", *(f"{name}={value}" for name, value in values["environment"].items()))
 
 
@@ -61,6 +62,18 @@ def _collect() -> dict[str, Any]:
             if name.startswith(_PREFIXES) or name in _NAMES
         },
     }
+
+
+def _refusals(primitives: dict[str, dict[str, str | None]]) -> list[tuple[str, str]]:
+    """Why whole backends do not run here; what is not written for one is no news."""
+    return sorted(
+        {
+            (backend, f"does not run here: {reason}")
+            for primitive, reasons in primitives.items()
+            for backend, reason in reasons.items()
+            if reason and not reason.startswith(primitive)
+        }
+    )
 
 
 def _kernels() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_env_without_the_compiled_module_says_how_to_get_it(run, monkeypatch):
     ran = run("env")
     assert ran.code == 0
     assert "missing _C cannot be loaded; build it" in ran.out
-    assert "no: _C cannot be loaded; build it" in ran.out
+    assert "does not run here: _C cannot be loaded; build it" in ran.out
 
 
 def test_explain_names_the_backend_and_each_reason(run, monkeypatch):

@@ -1,0 +1,236 @@
+"""Arguments of every primitive at any shape: for compiling, sanitizing and timing its backends.
+
+Data is random and never zero: kernels on zeros draw less power, so they run at higher clocks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_kernels import backends, primitives
+from sae_kernels.codes import LatentOrder
+from sae_kernels.primitives.terms import Gradient
+from sae_kernels.primitives.transpose_codes import transpose_codes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+GPU_BACKENDS = ("cuda", "triton", "gluon")
+# The argument that decides the backend, where it is not the first; as in the primitives' Operators.
+_DTYPE_OF = {"code_grad": 2, "decode": 2, "decode_residual": 2}
+_FOLDER = Path(primitives.__file__).parent
+
+
+class Shape(NamedTuple):
+    """Tokens, d_in, n_latents and kept per token."""
+
+    B: int
+    D: int
+    F: int
+    K: int
+
+
+YARDSTICKS = {
+    "gpu-small": Shape(8192, 768, 65536, 32),
+    "gpu-mid": Shape(8192, 2304, 131072, 64),
+    "gpu-wide": Shape(4096, 2688, 1048576, 32),
+}
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Every (primitive, backend) that is written for GPUs."""
+    return [
+        (folder.name, backend)
+        for folder in sorted(_FOLDER.iterdir())
+        for backend in GPU_BACKENDS
+        if (folder / "__init__.py").exists() and (folder / f"{backend}.py").exists()
+    ]
+
+
+def implementation(primitive: str, backend: str) -> Any:
+    """The module whose ``run`` takes these arguments."""
+    return importlib.import_module(f"sae_kernels.primitives.{primitive}.{backend}")
+
+
+def arguments(
+    primitive: str,
+    shape: Shape,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> tuple[Any, ...]:
+    """What ``run`` of a primitive takes; ``options`` are those of the builders below."""
+    with torch.device(device):
+        return BUILDERS[primitive](shape, dtype, **options)
+
+
+def runnable(primitive: str, inputs: tuple[Any, ...], wanted: Sequence[str]) -> list[str]:
+    """Those of the wanted backends that can run a call with these arguments."""
+    like = inputs[_DTYPE_OF.get(primitive, 0)]
+    found = backends.candidates(primitive, like.device, like.dtype, inputs)
+    return [name for name, reason in found if name in wanted and reason is None]
+
+
+def latents(shape: Shape, popularity: str = "uniform") -> torch.Tensor:
+    """Distinct latents of every token, int32 [B, K].
+
+    "uniform"; "hot", where latent 0 is in every token; or "zipf", where the latent of rank r is in
+    a token with a probability near 1/r, and the first few in nearly all.
+    """
+    B, _, F, K = shape
+    stratum = torch.arange(K)
+    if popularity == "zipf":
+        rank = torch.exp((stratum + torch.rand(B, K)) / K * torch.log(torch.tensor(F + 1.0)))
+        distinct = (rank.long() - 1 - stratum).cummax(dim=1).values + stratum
+        return torch.minimum(distinct, F - K + stratum).to(torch.int32)
+    chosen = torch.randint(F // K, (B, K)) + stratum * (F // K)
+    if popularity == "hot":
+        chosen[:, 0] = 0
+    return chosen.to(torch.int32)
+
+
+def values(shape: Shape) -> torch.Tensor:
+    """Codes after a ReLU, fp32 [B, K], none of them zero."""
+    return torch.rand(shape.B, shape.K) + 0.5
+
+
+def unit_rows(F: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A matrix with rows of norm 1, [F, width], built in place: it may fill half the device."""
+    W = torch.empty(F, width, dtype=dtype).normal_()
+    for part in W.split(65536):
+        part /= part.norm(dim=1, keepdim=True)
+    return W
+
+
+def _select_topk(shape: Shape, dtype: torch.dtype, *, ranked: bool = False) -> tuple[Any, ...]:
+    B, D, F, K = shape
+    scale = torch.rand(F) + 0.5 if ranked else None
+    return torch.randn(B, D, dtype=dtype), unit_rows(F, D, dtype), torch.randn(F) / 8, K, scale
+
+
+def _decode(shape: Shape, dtype: torch.dtype, *, groups: int = 0) -> tuple[Any, ...]:
+    _, D, F, _ = shape
+    W = unit_rows(F, D, dtype)
+    return values(shape), latents(shape), W, torch.randn(D), _group_ends(F, groups)
+
+
+def _decode_residual(
+    shape: Shape, dtype: torch.dtype, *, drop_zeros: bool = True
+) -> tuple[Any, ...]:
+    *first, _ = _decode(shape, dtype)
+    return *first, torch.randn(shape.B, shape.D), drop_zeros
+
+
+def _code_grad(shape: Shape, dtype: torch.dtype, *, groups: int = 0) -> tuple[Any, ...]:
+    B, D, F, _ = shape
+    leading = [groups] if groups else []
+    W = unit_rows(F, D, dtype)
+    return torch.randn(*leading, B, D), latents(shape), W, _group_ends(F, groups)
+
+
+def _group_ends(F: int, groups: int) -> torch.Tensor | None:
+    if not groups:
+        return None
+    return torch.tensor([F * (g + 1) // groups for g in range(groups)], dtype=torch.int32)
+
+
+def _transpose_codes(
+    shape: Shape, dtype: torch.dtype, *, popularity: str = "uniform"
+) -> tuple[Any, ...]:
+    return latents(shape, popularity), values(shape), None, shape.F
+
+
+def gradient(shape: Shape, dtype: torch.dtype, width: int, popularity: str = "uniform") -> Gradient:
+    """A weight gradient as a step has it: one term, its sources in ``dtype``; width 1 has none."""
+    chosen = latents(shape, popularity)
+    order = LatentOrder(*transpose_codes(chosen, None, None, shape.F))
+    source = None if width == 1 else torch.randn(shape.B, width).to(dtype)
+    return Gradient([order.term(values(shape), source)])
+
+
+def _row_grad(shape: Shape, dtype: torch.dtype, *, width: int | None = None) -> tuple[Any, ...]:
+    width = shape.D if width is None else width
+    parts = gradient(shape, dtype, width)
+    return parts.terms[0].coef, *parts.columns(), shape.F, width
+
+
+def _row_sqnorm(
+    shape: Shape, dtype: torch.dtype, *, norm: str = "unit", split: bool = False
+) -> tuple[Any, ...]:
+    param, high = _master(shape.F, shape.D, split)
+    columns = gradient(shape, dtype, shape.D).columns()
+    return param, high if split else None, *columns, norm, 1
+
+
+def _master(F: int, width: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 weights and their bf16 copy, or the low and the high halves of the weights."""
+    copy = unit_rows(F, width, torch.bfloat16)
+    if not split:
+        return copy.float(), copy
+    return torch.randint(-(2**15), 2**15, (F, width), dtype=torch.int16), copy
+
+
+def _row_update(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    norm: str = "unit",
+    split: bool = False,
+    states: torch.dtype = torch.float32,
+    copied: bool = True,
+    width: int | None = None,
+    popularity: str = "uniform",
+) -> tuple[Any, ...]:
+    width = shape.D if width is None else width
+    param, copy = _master(shape.F, width, split)
+    m = torch.empty(shape.F, width, dtype=states).normal_()
+    v = torch.empty(shape.F, width, dtype=states).uniform_(0.1, 1.1)
+    parts = gradient(shape, dtype, width, popularity)
+    hyper = torch.tensor([1e-4, 1.0, 0.1, 0.001, 0.0, 1.0], dtype=torch.float64)
+    return (
+        param,
+        m,
+        v,
+        copy if copied else None,
+        *parts.columns(),
+        hyper,
+        0.9,
+        0.999,
+        1e-8,
+        norm,
+        1,
+        False,
+    )
+
+
+def _auxk(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    B, D, F, _ = shape
+    dead = min(4096, F // 2)
+    chosen = torch.arange(dead, dtype=torch.int32) * (F // dead)
+    count = torch.full((), dead, dtype=torch.int32)
+    x, W_enc, b_enc, *_ = _select_topk(shape, dtype)
+    k_aux = max(1, min(D // 2, dead))
+    return x, torch.randn(B, D), W_enc, b_enc, W_enc.clone(), chosen, count, k_aux, 1 / 32
+
+
+def _pick_dead(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    after = 10_000_000
+    return torch.randint(0, 4 * after // 3, (shape.F,)), after, min(4096, shape.F)
+
+
+BUILDERS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "auxk": _auxk,
+    "code_grad": _code_grad,
+    "decode": _decode,
+    "decode_residual": _decode_residual,
+    "pick_dead": _pick_dead,
+    "row_grad": _row_grad,
+    "row_sqnorm": _row_sqnorm,
+    "row_update": _row_update,
+    "select_topk": _select_topk,
+    "transpose_codes": _transpose_codes,
+}

@@ -1,0 +1,60 @@
+"""Training steps on a GPU, and looking into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.testing import assert_bitwise
+from sae_kernels.train import FusedStep, TrainConfig
+
+B, D, F, K = 512, 256, 4096, 16
+DEAD = 300
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"compute": "bfloat16", "auxk_alpha": 0.0},
+    "fp32-clipped": {"compute": "float32", "auxk_alpha": 0.0, "clip_norm": 0.1},
+    "auxk": {"compute": "bfloat16", "auxk_alpha": 0.5, "auxk_latents": 256},
+    "auxk-none-dead": {"compute": "bfloat16"},
+    "split-bf16-moments": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
+}
+
+
+def build(variant: str, device: torch.device) -> FusedStep:
+    """A step that always starts from the same state; with "auxk" some latents are dead."""
+    step = FusedStep(TopKSAE(TopKConfig(D, F, K), device=device), TrainConfig(**VARIANTS[variant]))
+    if variant == "auxk":
+        step.dead.since_fired[:DEAD] = step.dead.after + torch.arange(DEAD, device=device)
+    return step
+
+
+def batches(n: int, device: torch.device) -> list[torch.Tensor]:
+    """The same tokens every time."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    return [torch.randn(B, D, generator=generator).to(device) for _ in range(n)]
+
+
+def state(step: FusedStep) -> dict[str, torch.Tensor]:
+    """All that a step changes, in copies."""
+    rows = {
+        f"{name}.{part}": tensor
+        for name, row in step.rows.items()
+        for part, tensor in row._asdict().items()
+        if tensor is not None
+    }
+    counters = {"since_fired": step.dead.since_fired, "n_updates": step.n_updates}
+    return {name: tensor.clone() for name, tensor in (rows | counters).items()}
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raises AssertionError unless two states hold the same bits."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_bitwise(name, actual[name].flatten().cpu(), tensor.flatten().cpu())
+
+
+def assert_trained(step: FusedStep) -> None:
+    """Raises AssertionError if the steps were no-ops: then equal states mean nothing."""
+    assert int(step.n_updates) > 0
+    assert all(bool((row.m != 0).any()) for row in step.rows.values())

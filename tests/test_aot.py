@@ -1,0 +1,126 @@
+"""Every shipped kernel configuration compiles for sm_80, sm_90 and sm_100 and fits there.
+
+The table is `benchmarks.kernel_table.CASES`; a sample of it is compiled here, all of it with
+``-m slow``. What was compiled must also be what docs/kernels-compiled.md says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks import calls, kernel_table
+from benchmarks.aot import ARCHITECTURES, compiled_for
+from benchmarks.gpu_check.gather import gather_sum
+from benchmarks.kernel_table import CASES, PAGE, Case, Row
+from sae_kernels import gpu
+
+pytestmark = pytest.mark.skipif(
+    gpu.interpreted(), reason="compiles kernels: TRITON_INTERPRET must not be set"
+)
+SAMPLE = [case for case in CASES if case.sampled]
+REST = [case for case in CASES if not case.sampled]
+
+
+@functools.cache
+def compiled(which: tuple[Case, ...]) -> dict[tuple[Case, int], Row]:
+    """All of them, once a session, on all cores."""
+    return {(row.case, row.architecture): row for row in kernel_table.compile_all(which)}
+
+
+def name(value: Case | int) -> str:
+    if isinstance(value, int):
+        return f"sm_{value}"
+    return f"{value.primitive}-{value.backend}-{value.call}".replace(" ", "-")
+
+
+def on_every_architecture(cases: list[Case]) -> pytest.MarkDecorator:
+    pairs = [(case, architecture) for case in cases for architecture in case.architectures]
+    return pytest.mark.parametrize(("case", "architecture"), pairs, ids=name)
+
+
+@on_every_architecture(SAMPLE)
+def test_passes_the_gates_and_is_on_the_page(case: Case, architecture: int) -> None:
+    check(compiled(tuple(SAMPLE))[case, architecture])
+
+
+@pytest.mark.slow
+@on_every_architecture(REST)
+def test_the_rest_too(case: Case, architecture: int) -> None:
+    check(compiled(tuple(REST))[case, architecture])
+
+
+def check(row: Row) -> None:
+    assert row.faults() == []
+    page = PAGE.read_text()
+    if kernel_table.versions() not in page.partition("##")[0]:
+        pytest.skip(f"the page is of another version than {kernel_table.versions()}")
+    title = f"{row.case.primitive}, {row.case.backend}"
+    lines = kernel_table.sections(page)[title].splitlines()
+    assert [line for line in row.lines() if line not in lines] == [], "not on the page: " + REMEDY
+
+
+REMEDY = "python -m benchmarks.kernel_table"
+
+
+def test_the_page_has_a_row_for_every_case_and_no_others() -> None:
+    page = kernel_table.sections(PAGE.read_text())
+    expected = {
+        (f"{case.primitive}, {case.backend}", case.call, str(architecture))
+        for case in CASES
+        for architecture in case.architectures
+    }
+    found = {
+        (title, *(cell.strip() for cell in line.split("|")[1:3]))
+        for title, text in page.items()
+        for line in text.splitlines()[4:]
+    }
+    assert found == expected, REMEDY
+
+
+def test_every_kernel_that_triton_compiles_is_in_the_table() -> None:
+    written = {pair for pair in calls.kernels() if pair[1] in ("triton", "gluon")}
+    assert {(case.primitive, case.backend) for case in CASES} == written
+    assert {(case.primitive, case.backend) for case in SAMPLE} == written
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_gather_that_floors_are_measured_with_is_a_good_one(architecture: int) -> None:
+    table, indices = torch.empty(64, 768, dtype=torch.bfloat16), torch.zeros(16, 64).int()
+    with compiled_for(architecture) as kernels:
+        gather_sum(table, indices, torch.empty(16, 768))
+    assert Row(Case("decode", "triton", 768, 64), architecture, tuple(kernels)).faults() == []
+
+
+@triton.jit
+def _sum_of_tiles(x, out, n, N: tl.constexpr):
+    at = tl.arange(0, 64)[:, None] * N + tl.arange(0, N)[None, :]
+    total = tl.zeros((64, N), tl.float32)
+    for i in range(n):
+        total += tl.load(x + i * 64 * N + at)
+    tl.store(out + at, total)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_gates_can_fail(architecture: int) -> None:
+    # Sums of 64 x 256 numbers in one warp are 512 registers a thread: there are 255.
+    with compiled_for(architecture) as kernels:
+        _sum_of_tiles[(1,)](torch.empty(64, 256), torch.empty(64, 256), 2, N=256, num_warps=1)
+    case = Case("decode", "triton", 256, 64, matrix=True)
+    faults = Row(case, architecture, tuple(kernels)).faults()
+    assert any("spills" in fault for fault in faults)
+    assert any(f"no {kernel_table.MATRIX_INSTRUCTION[architecture]}" in f for f in faults)
+    (kernel,) = kernels
+    wasteful = dataclasses.replace(
+        kernel, warps=32, registers=128, shared_bytes=1 << 20, instructions=Counter({"LDG.E": 1})
+    )
+    faults = Row(case, architecture, (wasteful,)).faults()
+    for what in ("registers", "bytes of", "16-byte"):
+        assert any(what in fault for fault in faults), what
+    assert Row(case, architecture, ()).faults()[0] == "launches no kernel"
