@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import gpu_steps
 import pytest
 import torch
-
-from tests.gpu import harness
-from tests.gpu.harness import assert_same, assert_trained, batches, build, state
+from gpu_steps import assert_same, assert_trained, batches, build, state
 
 PRIMITIVES = ("FusedStep",)
-variants = pytest.mark.parametrize("variant", harness.VARIANTS)
+variants = pytest.mark.parametrize("variant", gpu_steps.VARIANTS)
 
 
 @variants
@@ -111,8 +110,8 @@ def test_dead_latents_learn_and_no_others_gain(device: torch.device) -> None:
     changed = (with_auxk.rows["W_enc"].m != without.rows["W_enc"].m).any(dim=1)
     dead = with_auxk.dead
     assert int(changed.sum()) == with_auxk.config.auxk_latents  # all places were taken
-    assert int(changed.nonzero().max()) < harness.DEAD
-    assert dead.since_fired.shape == (harness.F,)
+    assert int(changed.nonzero().max()) < gpu_steps.DEAD
+    assert dead.since_fired.shape == (gpu_steps.F,)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(device: torch.device) -> None:

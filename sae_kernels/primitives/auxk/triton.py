@@ -8,6 +8,8 @@ near d_in / 2 of a few thousand latents dense products beat gathers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,21 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _times_rows(
+    source, t, W, row, live, T, D,
+    BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """<source[t], W[row]> for some tokens t and gathered rows, of which some are live."""
+    acc = tl.zeros((t.shape[0], row.shape[0]), tl.float32)
+    for start in range(0, D, BK):
+        d = start + tl.arange(0, BK)
+        a = tl.load(source + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
+        w = tl.load(W + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
+        acc = _dot(a, w.T, acc, UPCAST)
+    return acc
+
+
+@triton.jit
 def _scores(
     x, W_enc, b_enc, latents, count, scores, T, D, A,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
@@ -40,14 +57,9 @@ def _scores(
     t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = first + tl.arange(0, BN)
     row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, D, BK):
-        d = start + tl.arange(0, BK)
-        a = tl.load(x + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
-        w = tl.load(W_enc + row[:, None] * D + d, mask=(j[:, None] < n) & (d < D), other=0.0)
-        acc = _dot(a, w.T, acc, UPCAST)
-    acc += tl.load(b_enc + row, mask=j < n, other=0.0)
-    tl.store(scores + t[:, None] * A + j, acc, mask=(t[:, None] < T) & (j < n))
+    h = _times_rows(x, t, W_enc, row, j < n, T, D, BK, UPCAST)
+    h += tl.load(b_enc + row, mask=j < n, other=0.0)
+    tl.store(scores + t[:, None] * A + j, h, mask=(t[:, None] < T) & (j < n))
 
 
 @triton.jit
@@ -146,15 +158,10 @@ def _code_grad(
     t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = first + tl.arange(0, BN)
     row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, D, BK):
-        d = start + tl.arange(0, BK)
-        a = tl.load(grad + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
-        w = tl.load(W_dec + row[:, None] * D + d, mask=(j[:, None] < n) & (d < D), other=0.0)
-        acc = _dot(a, w.T, acc, UPCAST)
+    dh = _times_rows(grad, t, W_dec, row, j < n, T, D, BK, UPCAST)
     at, mask = t[:, None] * A + j, (t[:, None] < T) & (j < n)
     fired = tl.load(codes + at, mask=mask, other=0.0) != 0
-    tl.store(codes + at, tl.where(fired, acc, 0.0).to(codes.dtype.element_ty), mask=mask)
+    tl.store(codes + at, tl.where(fired, dh, 0.0).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -195,6 +202,26 @@ def _tiles(dtype: torch.dtype) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 
+class _Dead(NamedTuple):
+    """The dead latents: where their rows are, how many there are, and what teaching them weighs."""
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    latents: torch.Tensor  # rows of W_enc and b_enc
+    W_dec: torch.Tensor
+    places: torch.Tensor  # rows of W_dec
+    n_dead: torch.Tensor
+    k: int
+    alpha: float
+    variance: torch.Tensor  # of the residual, in parts
+
+
+class _Gradients(NamedTuple):
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+
+
 def refuses(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -223,48 +250,47 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the kernels for the tokens, some at a time."""
     x, residual = x.contiguous(), residual.contiguous()
-    W_enc, b_enc, W_dec = W_enc.contiguous(), b_enc.contiguous(), W_dec.contiguous()
     (B, D), A = x.shape, latents.shape[0]
-    dW_enc, dW_dec = (residual.new_empty(A, D) for _ in range(2))
-    db_enc = residual.new_empty(A)
+    rows = residual.new_empty(A, D)
+    gradients = _Gradients(rows, residual.new_empty(A), torch.empty_like(rows))
     if B == 0 or A == 0:
-        return residual.new_zeros(()), dW_enc.zero_(), db_enc.zero_(), dW_dec.zero_()
+        for gradient in gradients:
+            gradient.zero_()
+        return residual.new_zeros(()), *gradients
     n_parts = triton.cdiv(D, 32)
-    parts = residual.new_empty(n_parts)
-    _variance[(n_parts,)](residual, count, parts, B, D, BM=64, BN=32, num_warps=4)
+    variance = residual.new_empty(n_parts)
+    _variance[(n_parts,)](residual, count, variance, B, D, BM=64, BN=32, num_warps=4)
     places = latents
     if W_dec.dtype != product_dtype(x.dtype):  # a cast inside a product would cost its pipeline
         W_dec = W_dec[latents.clamp(min=0)].to(x.dtype).to(product_dtype(x.dtype))
         places = torch.arange(A, dtype=torch.int32, device=x.device)
+    dead = _Dead(
+        W_enc.contiguous(),
+        b_enc.contiguous(),
+        latents.contiguous(),
+        W_dec.contiguous(),
+        places.contiguous(),
+        count,
+        k,
+        alpha,
+        variance,
+    )
     share = max(64, _TILE_BYTES // (4 * A))
-    losses = []
-    for first in range(0, B, share):
-        tokens = slice(first, first + share)
-        args = (x[tokens], residual[tokens], W_enc, b_enc, latents, W_dec, places, count, k, alpha)
-        losses.append(_tile(*args, parts, dW_enc, db_enc, dW_dec, add=first > 0))
-    return torch.cat(losses).sum(), dW_enc, db_enc, dW_dec
+    losses = [
+        _teach(
+            x[first : first + share], residual[first : first + share], dead, gradients, first > 0
+        )
+        for first in range(0, B, share)
+    ]
+    return torch.cat(losses).sum(), *gradients
 
 
-def _tile(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
-    latents: torch.Tensor,
-    W_dec: torch.Tensor,
-    places: torch.Tensor,
-    count: torch.Tensor,
-    k: int,
-    alpha: float,
-    parts: torch.Tensor,
-    dW_enc: torch.Tensor,
-    db_enc: torch.Tensor,
-    dW_dec: torch.Tensor,
-    add: bool,
+def _teach(
+    x: torch.Tensor, residual: torch.Tensor, dead: _Dead, gradients: _Gradients, add: bool
 ) -> torch.Tensor:
-    """Adds some tokens' gradients and returns the parts of their loss."""
-    (T, D), A = x.shape, latents.shape[0]
-    product = product_dtype(x.dtype)
+    """Some tokens' gradients, in place of what is there or added to it; the parts of their loss."""
+    (T, D), A = x.shape, dead.latents.shape[0]
+    count, product = dead.n_dead, product_dtype(x.dtype)
     encode, learn = _tiles(x.dtype), _tiles(product)
     upcast, operand = gpu.interpreted(), getattr(tl, str(x.dtype).removeprefix("torch."))
     scores = residual.new_empty((T, A))
@@ -275,26 +301,28 @@ def _tile(
         return triton.cdiv(rows, tiles["BM"]), triton.cdiv(columns, tiles["BN"])
 
     _scores[grid(T, A, encode)](
-        x, W_enc, b_enc, latents, count, scores, T, D, A, UPCAST=upcast, **encode
+        x, dead.W_enc, dead.b_enc, dead.latents, count, scores, T, D, A, UPCAST=upcast, **encode
     )
     block = gpu.next_power_of_two(A)
     warps = min(16, max(4, block // 512))
-    _keep[(T,)](scores, codes, count, k, A, OPERAND=operand, BLOCK=block, num_warps=warps)
+    _keep[(T,)](scores, codes, count, dead.k, A, OPERAND=operand, BLOCK=block, num_warps=warps)
     tiles = grid(T, D, learn)
     loss = residual.new_empty(tiles[0] * tiles[1])
-    n_parts = parts.shape[0]
+    n_parts = dead.variance.shape[0]
     _error[tiles](
-        codes, W_dec, places, count, residual, parts, grad, loss, T, D, A, k, alpha,
-        PARTS=n_parts, BLOCK=gpu.next_power_of_two(n_parts), UPCAST=upcast, **learn,
+        codes, dead.W_dec, dead.places, count, residual, dead.variance, grad, loss, T, D, A,
+        dead.k, dead.alpha, PARTS=n_parts, BLOCK=gpu.next_power_of_two(n_parts), UPCAST=upcast,
+        **learn,
     )  # fmt: skip
-    unused = torch.empty_like(db_enc)
+    unused = torch.empty_like(gradients.b_enc)
     _row_grad[grid(A, D, learn)](
-        codes, grad, count, dW_dec, unused, T, D, A, ADD=add, UPCAST=upcast, **learn
+        codes, grad, count, gradients.W_dec, unused, T, D, A, ADD=add, UPCAST=upcast, **learn
     )
     _code_grad[grid(T, A, learn)](
-        grad, W_dec, places, count, codes, T, D, A, UPCAST=upcast, **learn
+        grad, dead.W_dec, dead.places, count, codes, T, D, A, UPCAST=upcast, **learn
     )
     _row_grad[grid(A, D, learn)](
-        codes, x.to(product), count, dW_enc, db_enc, T, D, A, ADD=add, UPCAST=upcast, **learn
-    )
+        codes, x.to(product), count, gradients.W_enc, gradients.b_enc, T, D, A,
+        ADD=add, UPCAST=upcast, **learn,
+    )  # fmt: skip
     return loss
