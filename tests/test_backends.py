@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from sae_kernels import backends, decode, encode_topk, use_backend
-from sae_kernels.backends import cpu
+from sae_kernels import backends, decode, encode_topk, gpu, use_backend
+from sae_kernels.backends import cpu, gluon
 from sae_kernels.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -109,6 +114,72 @@ def test_every_candidate_has_a_reason_or_none() -> None:
     reasons = dict(backends.candidates("decode", CPU, torch.float8_e4m3fn))
     assert reasons["cpu"] is not None
     assert reasons["cpu"].startswith("no kernel for torch.float8_e4m3fn")
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A GPU as torch would describe it, for what is said about GPUs that no test machine has."""
+    facts: dict[str, Any] = {"capability": (9, 0), "triton": (3, 6)}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: facts["capability"])
+    monkeypatch.setattr(gpu, "triton_version", lambda: facts["triton"])
+    gpu.too_old.cache_clear()
+    yield facts
+    gpu.too_old.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "asked", "said"),
+    [
+        (
+            "capability",
+            (7, 5),
+            "triton",
+            "Some GPU has compute capability 7.5; the kernels need 8.",
+        ),
+        ("capability", (7, 5), "cuda", "Some GPU has compute capability 7.5; the kernels need 8."),
+        ("capability", (8, 0), "gluon", "Some GPU is no Hopper GPU"),
+        ("triton", None, "triton", "Triton is not installed: `pip install triton`"),
+        ("triton", (3, 5), "triton", "Triton 3.5 is older than 3.6: install a newer"),
+        (
+            "triton",
+            (3, 7),
+            "gluon",
+            "Gluon differs between versions .*: checked with 3.6, found 3.7",
+        ),
+    ],
+)
+def test_what_a_gpu_or_its_triton_lacks_is_named(
+    fact: str, value: Any, asked: str, said: str, pretended_gpu: dict[str, Any]
+) -> None:
+    pretended_gpu[fact] = value
+    where = torch.device("cuda", 0)
+    reason = dict(backends.candidates("select_topk", where, torch.bfloat16))[asked]
+    assert reason is not None
+    assert re.match(said, reason), reason
+
+
+def test_a_gpu_that_lacks_nothing_runs_the_triton_and_gluon_kernels(
+    pretended_gpu: dict[str, Any],
+) -> None:
+    where = torch.device("cuda", 0)
+    reasons = dict(backends.candidates("select_topk", where, torch.bfloat16))
+    assert (reasons["triton"], reasons["gluon"]) == (None, None)
+    assert gluon.reason(where, torch.float32) is not None
+
+
+def test_out_of_memory_names_the_primitive_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    module = backends.implementation("select_topk", CPU, torch.float32, "cpu")
+    monkeypatch.setattr(module, "run", full)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"select_topk: cpu is out of memory; take fewer .*9 GiB"
+    ):
+        encode_topk(torch.eye(2), torch.eye(2), None, 1)
 
 
 def test_the_fastest_variant_runs_unless_a_lower_one_is_forced(
