@@ -30,7 +30,14 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 def test_ctrl_c_keeps_what_was_learnt(data, tmp_path):
     out = tmp_path / "run"
     command = [*COMMAND, "train", str(data), "--out", str(out), *FOREVER]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job is deaf to it, and so would be what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = out / "metrics.jsonl"
     until = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
