@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -74,6 +75,25 @@ def test_every_group_of_measurements_ran(dry) -> None:
     assert ran == set(measure.GROUPS)
     checked = {r["kernel"] for r in records if r["kind"] == "check"}
     assert checked == {*calls.BUILDERS, "FusedStep"}
+
+
+def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check.measure", "epilogue-gpu-small", "--dry"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    timed = {r["provider"] for r in records if r["kind"] == "time"}
+    assert timed == {"product alone", "triton, nothing passes", "triton, the k best pass"}
+    mean, most, over = (r["value"] for r in records if r["kind"] == "fact")
+    # k = 8: a list holds that many once a slab was cut back, and more before.
+    assert 8 <= mean <= most
+    assert over == 0
 
 
 def test_every_bar_has_a_measurement_behind_it(dry) -> None:

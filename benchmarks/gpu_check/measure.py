@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from benchmarks.calls import BUILDERS, GPU_BACKENDS
-from benchmarks.gpu_check import kernels, steps
+from benchmarks.gpu_check import epilogue, kernels, steps
 from benchmarks.gpu_check.bench import Bench, Record
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ GROUPS: dict[str, Group] = {
     "dense-gpu-small": _group(steps.dense, "gpu-small", least_s=30, most_s=90),
     "dense-gpu-mid": _group(steps.dense, "gpu-mid", least_s=30, most_s=90),
     "graph-gpu-small": _group(steps.graph, "gpu-small"),
+    "epilogue-gpu-small": _group(epilogue.costs, "gpu-small"),
+    "epilogue-gpu-mid": _group(epilogue.costs, "gpu-mid"),
     "residual": _group(kernels.decode_residual),
     "rows": _group(kernels.rows),
     "transpose": _group(kernels.transpose),

@@ -59,10 +59,11 @@ def run(
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores with ``_encode_slab``, selects with what all GPU backends share."""
-    return slabs.select(Operands(x, W, b, rank_scale), k, _TILE, _launch)
+    return slabs.select(Operands(x, W, b, rank_scale), k, _TILE, encode_slab)
 
 
-def _launch(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
+def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
+    """Scores a slab and lets through what is not below the thresholds."""
     x, W, b, rank_scale = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = triton.cdiv(B, tile.rows) * (slab.stop - slab.start)

@@ -55,7 +55,7 @@ def run(
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores with ``_encode_slab``, selects with what all GPU backends share."""
-    return select(Operands(x, W, b, rank_scale), k, _tile(x, W), _launch)
+    return select(Operands(x, W, b, rank_scale), k, tile_for(x, W), encode_slab)
 
 
 def _described(x: torch.Tensor, W: torch.Tensor) -> bool:
@@ -67,7 +67,8 @@ def _family() -> int:
     return gpu.architecture() // 10 * 10  # what holds for sm_100 holds for sm_103
 
 
-def _tile(x: torch.Tensor, W: torch.Tensor) -> Tile:
+def tile_for(x: torch.Tensor, W: torch.Tensor) -> Tile:
+    """The tile of these operands on this architecture."""
     if gpu.interpreted():
         return _TILES[0]
     if x.dtype == torch.float32:
@@ -75,7 +76,8 @@ def _tile(x: torch.Tensor, W: torch.Tensor) -> Tile:
     return _TILES[_family()] if _described(x, W) else _POINTER_TILE
 
 
-def _launch(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
+def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
+    """Scores a slab and lets through what is not below the thresholds."""
     x, W, b, rank_scale = operands
     (B, D), F, depth = x.shape, W.shape[0], tile.depth // x.element_size()
     described = _described(x, W)
