@@ -25,9 +25,9 @@ def training_device(name: str) -> torch.device:
         index = device.index or 0
         if index >= torch.cuda.device_count():
             raise ValueError(
-                f"device: expected one of the {torch.cuda.device_count()} GPUs that torch "
-                f"{torch.__version__} can use, got {name!r}; use device 'cpu', or install a CUDA "
-                "build of torch and a driver for it"
+                f"device: expected a GPU that is there, got {name!r}, and torch "
+                f"{torch.__version__} finds {torch.cuda.device_count()} of them; use device 'cpu', "
+                "or install a CUDA build of torch and a driver for it"
             )
         reason = gpu.too_old(torch.device("cuda", index))
         if reason is not None:

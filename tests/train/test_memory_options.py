@@ -132,5 +132,5 @@ def test_a_device_that_is_not_there_is_named() -> None:
     assert training_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="device: expected auto, cpu or cuda:0, got 'gpu'"):
         training_device("gpu")
-    with pytest.raises(ValueError, match=r"device: expected one of the \d+ GPUs .* 'cuda:99'"):
+    with pytest.raises(ValueError, match=r"device: expected a GPU that is there, got 'cuda:99'"):
         training_device("cuda:99")
