@@ -149,7 +149,10 @@ class FusedStep:
                 self.sae.get_parameter(name).data = halves.joined(row.copy, row.param)
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
-        # Kept between steps: fresh pages for a few MiB cost more than the sums that go there.
+        # Kept between steps: fresh pages for a few MiB cost more than the sums that go there. On a
+        # GPU torch keeps them itself, and a captured graph must write to memory of its own.
+        if x.device.type != "cpu":
+            return torch.empty_like(x)
         if self._scratch is None or self._scratch.shape != x.shape:
             self._scratch = torch.empty_like(x)
         return self._scratch
