@@ -148,10 +148,18 @@ def _tool(name: str, *arguments: str, suffix: str, content: bytes) -> str:
 
 
 def _ptxas(ptx: str, architecture: int) -> str:
-    program = "ptxas-blackwell" if architecture >= 100 else "ptxas"
+    # Triton brings two assemblers, and which knows a kernel's PTX changes with its version.
+    programs = ["ptxas", "ptxas-blackwell"]
     # The architecture-specific features (wgmma, tcgen05) that Triton compiles with.
     name = f"sm_{architecture}" + ("a" if architecture >= 90 else "")
-    return _tool(program, "-v", f"--gpu-name={name}", suffix="ptx", content=ptx.encode())
+    arguments = ("-v", f"--gpu-name={name}")
+    for program in reversed(programs) if architecture >= 100 else programs:
+        try:
+            return _tool(program, *arguments, suffix="ptx", content=ptx.encode())
+        except RuntimeError as error:
+            if "Unsupported .version" not in str(error):
+                raise
+    raise RuntimeError(f"none of {', '.join(programs)} knows this PTX version")
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -62,7 +62,7 @@ def whole(width: int) -> Tile:
     latents = min(32, max(1, 256 // columns))
     held = max(1, latents * columns // (32 * warps))  # columns of a thread
     values = 64 if warps <= 8 else 32  # with 16 warps a thread has 128 registers at most
-    return Tile(latents, min(16, max(1, values // held)), columns, warps)
+    return Tile(latents, min(8, max(1, values // held)), columns, warps)
 
 
 def blocks(width: int) -> Tile:
