@@ -14,7 +14,7 @@ import sae_kernels
 ROOT = Path(sae_kernels.__file__).parent
 # A module may import from its own layer and from lower ones only.
 LAYERS = (
-    {"_C", "_version", "errors", "gpu", "machine"},
+    {"_C", "_version", "errors", "gpu", "machine", "tensors"},
     {"backends"},
     {"primitives"},
     {"codes"},

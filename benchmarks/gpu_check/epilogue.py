@@ -41,11 +41,10 @@ class _Watched:
 
     def __init__(self, backend: str, operands: tuple[Any, ...], k: int) -> None:
         # Not at the top: the kernels can only be imported where Triton is.
-        from sae_kernels.primitives.select_topk import schedule, slabs, triton
+        from sae_kernels.primitives.select_topk import schedule, slabs
 
         self._module = importlib.import_module(f"sae_kernels.primitives.select_topk.{backend}")
-        tile = triton.tile_for(*operands[:2])
-        self._tile = getattr(self._module, "_TILE", tile)
+        self._tile = self._module.tile_for(*operands[:2])
         self._operands = slabs.Operands(*operands)
         self.counts: list[torch.Tensor] = []
         slabs.select(self._operands, k, self._tile, self._encode)

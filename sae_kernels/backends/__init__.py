@@ -141,5 +141,6 @@ def _written(primitive: str, backend: str) -> bool:
     return importlib.util.find_spec(f"sae_kernels.primitives.{primitive}.{backend}") is not None
 
 
+@functools.cache
 def _module(primitive: str, backend: str) -> ModuleType:
     return importlib.import_module(f"sae_kernels.primitives.{primitive}.{backend}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,15 +78,6 @@ def code(dtype: torch.dtype) -> int:
 def address(tensor: torch.Tensor | None) -> int:
     """Where a tensor's data starts; 0 stands for an argument that is not there."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-@overload
-def packed(tensor: torch.Tensor) -> torch.Tensor: ...
-@overload
-def packed(tensor: None) -> None: ...
-def packed(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor in row-major order, what every kernel takes; None stays None."""
-    return None if tensor is None else tensor.contiguous()
 
 
 def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], list[Any]]:

@@ -17,6 +17,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_operand(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which gradients are rounded as operands of products: never fp16.
+
+    They are divided by the batch's whole variance and would vanish in it.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def shape(
     name: str,
     tensor: torch.Tensor | None,

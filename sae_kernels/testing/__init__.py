@@ -24,6 +24,7 @@ from sae_kernels.testing.budgets import (
     unit_roundoff,
 )
 from sae_kernels.testing.cases import CASES, EXACT_KINDS, Case, Inputs
+from sae_kernels.testing.selection import assert_selects
 
 __all__ = [
     "CASES",
@@ -33,6 +34,7 @@ __all__ = [
     "adam_budgets",
     "assert_bitwise",
     "assert_same_selection",
+    "assert_selects",
     "assert_within",
     "gamma",
     "norm_budget",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.functional import encode_topk
-from sae_kernels.primitives.auxk import product_dtype
+from sae_kernels.primitives.checks import gradient_operand
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,6 @@ def loss(
 
 def _operand(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounded to ``dtype``, in the dtype of the product; the gradient is not rounded to fp16."""
-    if product_dtype(dtype) == dtype:
+    if gradient_operand(dtype) == dtype:
         return t.to(dtype)
     return t + (t.to(dtype).to(t.dtype) - t).detach()

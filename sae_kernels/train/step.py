@@ -216,10 +216,12 @@ class FusedStep:
             "W_dec": Gradient([order.term(r.coef, r.residual) for r in reconstructions]),
             "b_dec": self._b_dec_gradient(forward),
         }
-        at_most = self.config.auxk_latents if self.config.auxk_alpha else 0
-        latents, count = self.dead.pick(at_most, self.sae.backend)
-        if not latents.numel():  # on the CPU also when none is dead
-            return gradients, forward.loss.new_zeros(())
+        no_loss = forward.loss.new_zeros(())
+        if not self.config.auxk_alpha:
+            return gradients, no_loss
+        latents, count = self.dead.pick(self.config.auxk_latents, self.sae.backend)
+        if not latents.numel():  # on the CPU, where it is known that none is dead
+            return gradients, no_loss
         aux_loss, dW_enc, db_enc, dW_dec = auxk(
             forward.x_centred,
             reconstructions[0].residual,

@@ -13,15 +13,7 @@ import torch
 from sae_kernels.errors import BackendUnavailableError
 from sae_kernels.primitives.select_topk import cuda as tiles
 from sae_kernels.primitives.select_topk import select_topk
-from sae_kernels.testing import (
-    CASES,
-    Case,
-    assert_bitwise,
-    assert_same_selection,
-    assert_within,
-    oracles,
-    rounding,
-)
+from sae_kernels.testing import CASES, Case, assert_bitwise, assert_selects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,25 +44,8 @@ def select(
 
 
 def check(case: Case, rank_scale: torch.Tensor | None = None) -> None:
-    """Compares the kept set, the values and the order with the oracle's."""
-    x, W, b = case.inputs()
-    values, indices = select(x, W, b, case.K, rank_scale)
-    exact = oracles.scores(x, W, b, rank_scale)
-    budget = rounding(case.D + 1, exact.magnitude, case.dtype)
-    kept = indices.long()
-    if case.exact:
-        assert_bitwise("indices", kept, oracles.selection(exact.key, case.K))
-        assert_within("values", values, exact.h.gather(1, kept), 0.0)
-        assert not bool((values.signbit() & (values == 0)).any()), "a value is -0"
-        return
-    band = budget
-    if rank_scale is not None:  # one more rounding: of the product with the scale
-        band = rounding(1, exact.key.abs(), case.dtype) + budget * rank_scale.double().abs()
-    assert_same_selection("indices", indices, exact.key, case.K, band)
-    assert_within("values", values, exact.h.gather(1, kept), budget.gather(1, kept))
-    key = values if rank_scale is None else values * rank_scale[kept]
-    order = oracles.selection(key.double(), case.K)
-    assert_bitwise("order of the keys", key.gather(1, order), key)
+    """Selects and compares with the oracle."""
+    assert_selects(case, *select(*case.inputs(), case.K, rank_scale), rank_scale)
 
 
 @cases

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import needs
 
-from sae_kernels import backends, gpu
+from sae_kernels import gpu
 from sae_kernels.codes import LatentOrder
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
@@ -29,13 +30,6 @@ SHAPES = (
     (9, 4, 70, 129),
 )
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-
-
-def needs(dtype: torch.dtype, backend: str) -> None:
-    """Skips what a backend has no kernel for, with the backend's own reason."""
-    reason = dict(backends.candidates("row_grad", torch.get_default_device(), dtype))[backend]
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
 
 
 def make_term(
@@ -68,7 +62,7 @@ def test_row_grad(
     high: torch.dtype,
     backend: str,
 ) -> None:
-    needs(high, backend)
+    needs("row_grad", high, backend)
     term, dense, magnitude = make_term(shape, high, source)
     out = row_grad([term], shape[2], shape[3], backend=backend)
     assert out.dtype == high
@@ -182,7 +176,7 @@ def test_repeats_and_thread_counts_are_bitwise_equal(source: torch.dtype, isa: s
 @pytest.mark.parametrize("norm", ["none", "unit", "at_most_one"])
 @pytest.mark.parametrize("slices", [1, 3], ids=["whole", "slices"])
 def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> None:
-    needs(high, backend)
+    needs("row_grad", high, backend)
     shape = (14, 4, 21, 36)
     term, grad, magnitude = make_term(shape, high, torch.float32)
     param = torch.randn(21, 36, dtype=high)
@@ -217,7 +211,7 @@ def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> 
 
 @pytest.mark.parametrize("norm", ["none", "unit"])
 def test_the_sqnorm_of_a_split_master_is_that_of_the_whole(norm: str, backend: str) -> None:
-    needs(torch.int16, backend)
+    needs("row_grad", torch.int16, backend)
     term, _, _ = make_term((14, 4, 21, 36), torch.float32, torch.float32)
     gradient = Gradient([term], row_coef=torch.randn(21))
     param = torch.randn(21, 36)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import needs
 
 from sae_kernels import backends, gpu
 from sae_kernels.codes import LatentOrder
@@ -65,13 +66,6 @@ def whole(row: AdamRow) -> torch.Tensor:
     return halves.joined(row.copy, row.param) if split else row.param
 
 
-def needs(dtype: torch.dtype, backend: str) -> None:
-    """Skips what a backend has no kernel for, with the backend's own reason."""
-    reason = dict(backends.candidates("row_update", torch.get_default_device(), dtype))[backend]
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-
-
 def clone(row: AdamRow) -> AdamRow:
     """A row update works in place."""
     return AdamRow(*(None if t is None else t.clone() for t in row))  # type: ignore[arg-type]
@@ -116,7 +110,7 @@ def make_gradient(high: torch.dtype, row: AdamRow) -> tuple[Gradient, torch.Tens
 def test_a_step_against_the_oracle(
     width: int, slices: int, norm: str, high: torch.dtype, backend: str
 ) -> None:
-    needs(high, backend)
+    needs("row_update", high, backend)
     row = make_row(high, torch.bfloat16 if high == torch.float32 else None, slices, width)
     gradient, grad, magnitude = make_gradient(high, row)
     before = oracles.AdamState(*(t.double() for t in row[:3]))
@@ -274,7 +268,7 @@ def test_a_zero_row_stays_zero(norm: str, backend: str) -> None:
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["Adam", "SparseAdam"])
 def test_twenty_steps_equal_those_of_torch(lazy: bool, backend: str) -> None:
-    needs(torch.float64, backend)
+    needs("row_update", torch.float64, backend)
     betas, lr = (0.9, 0.99), 0.03
     eps = 1e-100 if lazy else 1e-8  # SparseAdam scales its eps with the bias correction
     param = torch.randn(F, WIDTH, dtype=torch.float64)

@@ -8,8 +8,8 @@ latents' rows of W_enc, b_enc and W_dec come out compactly, one row per entry of
 which the first ``count`` are in use; rows past them mean nothing. With no dead latent or no token
 the loss is 0.
 
-Operands of products are rounded to the operand dtype, gradients among them never to fp16, in which
-they vanish: they are divided by the batch's whole variance. A code that rounds to 0 is none.
+Operands of products are rounded to the operand dtype, gradients among them never to fp16. A code
+that rounds to 0 is none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ import torch
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.operator import Operator
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the operands of gradient products are rounded to."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _check(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sae_kernels.primitives.auxk import product_dtype
+from sae_kernels.primitives.checks import gradient_operand
 from sae_kernels.primitives.select_topk import cpu as select_topk
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run(
     """Gathers the latents in use into compact matrices and works on those."""
     used = int(count)
     rows = latents[:used].long()
-    product = product_dtype(x.dtype)
+    product = gradient_operand(x.dtype)
     W_enc, b_enc, W_dec = W_enc[rows], b_enc[rows], W_dec[rows].to(x.dtype).to(product)
     sse = residual.new_zeros(())
     dW_enc, dW_dec = (residual.new_zeros(latents.shape[0], x.shape[1]) for _ in range(2))

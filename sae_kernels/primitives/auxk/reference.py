@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sae_kernels.primitives.checks import accumulator
+from sae_kernels.primitives.checks import accumulator, gradient_operand
 
 
 def run(
@@ -20,7 +20,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Every product in the accumulator dtype of operands rounded to the operand dtype."""
     dtype, high = x.dtype, accumulator(x.dtype)
-    to_product = torch.float32 if dtype == torch.float16 else dtype
+    to_product = gradient_operand(dtype)
     rows = latents.clamp(min=0).long()
     used = torch.arange(latents.shape[0], device=x.device) < count
     h = x.to(high) @ W_enc[rows].to(high).T + b_enc[rows]

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.auxk import product_dtype
+from sae_kernels.primitives.checks import gradient_operand
+from sae_kernels.primitives.products import dot, product
 
 # Bytes of the codes of the tokens that are worked on at a time.
 _TILE_BYTES = 128 << 20
@@ -23,31 +24,9 @@ _MOST_PLACES = 16384  # one program ranks a token's scores in its registers
 
 
 @triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies the bit patterns of bf16
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def _times_rows(
-    source, t, W, row, live, T, D,
-    BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """<source[t], W[row]> for some tokens t and gathered rows, of which some are live."""
-    acc = tl.zeros((t.shape[0], row.shape[0]), tl.float32)
-    for start in range(0, D, BK):
-        d = start + tl.arange(0, BK)
-        a = tl.load(source + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
-        w = tl.load(W + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
-        acc = _dot(a, w.T, acc, UPCAST)
-    return acc
-
-
-@triton.jit
 def _scores(
     x, W_enc, b_enc, latents, count, scores, T, D, A,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """scores[t, j] = <x[t], W_enc[latents[j]]> + b_enc[latents[j]] for the j in use."""
     n = tl.load(count)
@@ -57,7 +36,7 @@ def _scores(
     t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = first + tl.arange(0, BN)
     row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
-    h = _times_rows(x, t, W_enc, row, j < n, T, D, BK, UPCAST)
+    h = product(x, W_enc, tl.minimum(t, T - 1), row, D, BK, WIDEN)
     h += tl.load(b_enc + row, mask=j < n, other=0.0)
     tl.store(scores + t[:, None] * A + j, h, mask=(t[:, None] < T) & (j < n))
 
@@ -121,7 +100,7 @@ def _weight(parts, n, k, alpha, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 def _error(
     codes, W_dec, latents, count, residual, parts, grad, loss, T, D, A, k, alpha,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """grad = dL/de with e = codes W_dec, and this tile's part of the loss."""
     n = tl.load(count)
@@ -137,7 +116,7 @@ def _error(
         row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
         a = tl.load(codes + t[:, None] * A + j, mask=(t[:, None] < T) & (j < n), other=0.0)
         w = tl.load(W_dec + row[:, None] * D + d, mask=(j[:, None] < n) & (d < D), other=0.0)
-        acc = _dot(a, w, acc, UPCAST)
+        acc = dot(a, w, acc, WIDEN)
     at, mask = t[:, None] * D + d, (t[:, None] < T) & (d < D)
     error = tl.where(mask, acc + tl.load(residual + at, mask=mask, other=0.0), 0.0)
     weight = _weight(parts, n, k, alpha, PARTS, BLOCK)
@@ -148,7 +127,7 @@ def _error(
 @triton.jit
 def _code_grad(
     grad, W_dec, latents, count, codes, T, D, A,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Puts dL/dcodes in the place of the codes that are not zero."""
     n = tl.load(count)
@@ -158,7 +137,7 @@ def _code_grad(
     t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     j = first + tl.arange(0, BN)
     row = tl.load(latents + j, mask=j < n, other=0).to(tl.int64)
-    dh = _times_rows(grad, t, W_dec, row, j < n, T, D, BK, UPCAST)
+    dh = product(grad, W_dec, tl.minimum(t, T - 1), row, D, BK, WIDEN)
     at, mask = t[:, None] * A + j, (t[:, None] < T) & (j < n)
     fired = tl.load(codes + at, mask=mask, other=0.0) != 0
     tl.store(codes + at, tl.where(fired, dh, 0.0).to(codes.dtype.element_ty), mask=mask)
@@ -167,9 +146,9 @@ def _code_grad(
 @triton.jit
 def _row_grad(
     coef, source, count, out, sums, T, D, A,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """out[j] (+)= sum_t coef[t, j] source[t]; sums[j] (+)= sum_t coef[t, j]."""
+    """out[j] (+)= sum_t coef[t, j] source[t]; sums[j], if asked for, (+)= sum_t coef[t, j]."""
     n = tl.load(count)
     first = tl.program_id(0) * BM
     if first >= n:
@@ -182,14 +161,16 @@ def _row_grad(
         t = (start + tl.arange(0, BK)).to(tl.int64)
         c = tl.load(coef + t[:, None] * A + j, mask=(t[:, None] < T) & (j < n), other=0.0)
         s = tl.load(source + t[:, None] * D + d, mask=(t[:, None] < T) & (d < D), other=0.0)
-        acc = _dot(c.T, s, acc, UPCAST)
-        total += tl.sum(c.to(tl.float32), 0)
+        acc = dot(c.T, s, acc, WIDEN)
+        if sums is not None:
+            total += tl.sum(c.to(tl.float32), 0)
     at, mask = j[:, None] * D + d, (j[:, None] < n) & (d < D)
     if ADD:
         acc += tl.load(out + at, mask=mask, other=0.0)
-        total += tl.load(sums + j, mask=j < n, other=0.0)
     tl.store(out + at, acc, mask=mask)
-    if tl.program_id(1) == 0:
+    if sums is not None and tl.program_id(1) == 0:
+        if ADD:
+            total += tl.load(sums + j, mask=j < n, other=0.0)
         tl.store(sums + j, total, mask=j < n)
 
 
@@ -261,8 +242,8 @@ def run(
     variance = residual.new_empty(n_parts)
     _variance[(n_parts,)](residual, count, variance, B, D, BM=64, BN=32, num_warps=4)
     places = latents
-    if W_dec.dtype != product_dtype(x.dtype):  # a cast inside a product would cost its pipeline
-        W_dec = W_dec[latents.clamp(min=0)].to(x.dtype).to(product_dtype(x.dtype))
+    if W_dec.dtype != gradient_operand(x.dtype):  # a cast inside a product would cost its pipeline
+        W_dec = W_dec[latents.clamp(min=0)].to(x.dtype).to(gradient_operand(x.dtype))
         places = torch.arange(A, dtype=torch.int32, device=x.device)
     dead = _Dead(
         W_enc.contiguous(),
@@ -290,7 +271,7 @@ def _teach(
 ) -> torch.Tensor:
     """Some tokens' gradients, in place of what is there or added to it; the parts of their loss."""
     (T, D), A = x.shape, dead.latents.shape[0]
-    count, product = dead.n_dead, product_dtype(x.dtype)
+    count, product = dead.n_dead, gradient_operand(x.dtype)
     encode, learn = _tiles(x.dtype), _tiles(product)
     upcast, operand = gpu.interpreted(), getattr(tl, str(x.dtype).removeprefix("torch."))
     scores = residual.new_empty((T, A))
@@ -301,7 +282,7 @@ def _teach(
         return triton.cdiv(rows, tiles["BM"]), triton.cdiv(columns, tiles["BN"])
 
     _scores[grid(T, A, encode)](
-        x, dead.W_enc, dead.b_enc, dead.latents, count, scores, T, D, A, UPCAST=upcast, **encode
+        x, dead.W_enc, dead.b_enc, dead.latents, count, scores, T, D, A, WIDEN=upcast, **encode
     )
     block = gpu.next_power_of_two(A)
     warps = min(16, max(4, block // 512))
@@ -311,18 +292,17 @@ def _teach(
     n_parts = dead.variance.shape[0]
     _error[tiles](
         codes, dead.W_dec, dead.places, count, residual, dead.variance, grad, loss, T, D, A,
-        dead.k, dead.alpha, PARTS=n_parts, BLOCK=gpu.next_power_of_two(n_parts), UPCAST=upcast,
+        dead.k, dead.alpha, PARTS=n_parts, BLOCK=gpu.next_power_of_two(n_parts), WIDEN=upcast,
         **learn,
     )  # fmt: skip
-    unused = torch.empty_like(gradients.b_enc)
     _row_grad[grid(A, D, learn)](
-        codes, grad, count, gradients.W_dec, unused, T, D, A, ADD=add, UPCAST=upcast, **learn
+        codes, grad, count, gradients.W_dec, None, T, D, A, ADD=add, WIDEN=upcast, **learn
     )
     _code_grad[grid(T, A, learn)](
-        grad, dead.W_dec, dead.places, count, codes, T, D, A, UPCAST=upcast, **learn
+        grad, dead.W_dec, dead.places, count, codes, T, D, A, WIDEN=upcast, **learn
     )
     _row_grad[grid(A, D, learn)](
         codes, x.to(product), count, gradients.W_enc, gradients.b_enc, T, D, A,
-        ADD=add, UPCAST=upcast, **learn,
+        ADD=add, WIDEN=upcast, **learn,
     )  # fmt: skip
     return loss

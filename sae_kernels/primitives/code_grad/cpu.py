@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ def run(
     """Runs csrc/cpu/decode.cpp."""
     checks.groups_split_latents(group_ends, W.shape[0])
     out = grad.new_empty(indices.shape)
-    alive = [cpu.packed(t) for t in (grad, indices, W, group_ends, out)]
+    alive = [packed(t) for t in (grad, indices, W, group_ends, out)]
     (B, K), (F, D) = indices.shape, W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]
     in_range = cpu.module().code_grad(

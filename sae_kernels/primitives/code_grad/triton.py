@@ -13,6 +13,7 @@ from sae_kernels.primitives.decode.triton import (
     latents_of,
     load_rows,
 )
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def launch(
         grad.contiguous(),
         indices.contiguous(),
         W.contiguous(),
-        None if group_ends is None else group_ends.contiguous(),
+        packed(group_ends),
         out,
         squares,
         B,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ def launch(
 ) -> None:
     """Calls the kernel in its plain form, or in its fused form when there is a target."""
     alive = [
-        cpu.packed(t) for t in (values, indices, W, b_dec, group_ends, target, out, sse, code_grad)
+        packed(t) for t in (values, indices, W, b_dec, group_ends, target, out, sse, code_grad)
     ]
     (B, K), (F, D) = values.shape, W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -138,8 +139,8 @@ def run(
         values.contiguous(),
         indices.contiguous(),
         W.contiguous(),
-        None if b_dec is None else b_dec.contiguous(),
-        None if group_ends is None else group_ends.contiguous(),
+        packed(b_dec),
+        packed(group_ends),
         out,
         B,
         F,

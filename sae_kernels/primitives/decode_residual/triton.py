@@ -10,6 +10,7 @@ from sae_kernels import gpu
 from sae_kernels.primitives.code_grad import triton as code_grad
 from sae_kernels.primitives.decode import triton as decode
 from sae_kernels.primitives.decode.triton import block_of_columns, latents_of, load_rows
+from sae_kernels.tensors import packed
 
 # Above it a block of all rows would be narrower than the 64 bytes that memory hands out at once.
 MOST_FUSED = 256
@@ -88,7 +89,7 @@ def run(
         values.contiguous(),
         indices.contiguous(),
         W.contiguous(),
-        None if b_dec is None else b_dec.contiguous(),
+        packed(b_dec),
         target.contiguous(),
         e,
         sse,

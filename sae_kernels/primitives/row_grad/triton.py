@@ -18,6 +18,7 @@ import triton.language as tl
 
 from sae_kernels import gpu
 from sae_kernels.primitives.terms import Gradient
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,21 +80,21 @@ def packed_terms(
     longest = max((term.entries.numel() for term in terms), default=0)
     chunk = max(_SHORTEST_CHUNK, gpu.next_power_of_two(triton.cdiv(longest, _MOST_CHUNKS)))
     constants = {"TERMS": len(terms), "CHUNK": chunk}  # len() in a kernel fails on a None inside
-    return tuple(_packed(term, width, chunk) for term in terms), constants
+    return tuple(_packed_term(term, width, chunk) for term in terms), constants
 
 
-def _packed(term: Term, width: int, chunk: int) -> tuple[Any, ...]:
-    source = None if term.source is None else term.source.contiguous()
+def _packed_term(term: Term, width: int, chunk: int) -> tuple[Any, ...]:
+    source = packed(term.source)
     if source is not None and source.dtype == torch.float64:
         source = source.float()  # the coefficients are fp32, so are the sums
     coef = term.coef.float().contiguous()
-    packed = (*(t.contiguous() for t in term[:3]), coef, source)
+    common = (*(t.contiguous() for t in term[:3]), coef, source)
     chunks, tile = term.entries.numel() // chunk, blocks(width)
     if chunks == 0:
-        return (*packed, None)
+        return (*common, None)
     sums = coef.new_empty((chunks, width))
     _sum_chunks[(chunks, triton.cdiv(width, tile.columns))](
-        (*packed, None),
+        (*common, None),
         sums,
         term.offsets.numel() - 1,
         width,
@@ -102,7 +103,7 @@ def _packed(term: Term, width: int, chunk: int) -> tuple[Any, ...]:
         COLUMNS=tile.columns,
         num_warps=tile.warps,
     )
-    return (*packed, sums)
+    return (*common, sums)
 
 
 @triton.jit

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from sae_kernels.backends import cpu
 from sae_kernels.primitives.row_update import HYPER
 from sae_kernels.primitives.row_update.cpu import launch
 from sae_kernels.primitives.terms import Gradient
+from sae_kernels.tensors import packed
 
 
 def run(param: torch.Tensor, _high: torch.Tensor | None, *arguments: Any) -> torch.Tensor:
@@ -18,6 +18,6 @@ def run(param: torch.Tensor, _high: torch.Tensor | None, *arguments: Any) -> tor
     gradient = Gradient.from_columns(*columns)
     out = param.new_empty(param.shape[0])
     hyper = torch.ones(len(HYPER), dtype=torch.float64)
-    row = (cpu.packed(param), None, None, None)
+    row = (packed(param), None, None, None)
     launch(row, gradient, hyper, (0.0, 0.0, 0.0), norm, slices, False, out)
     return out

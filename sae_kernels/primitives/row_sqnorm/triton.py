@@ -16,6 +16,7 @@ from sae_kernels.primitives.row_update.triton import (
     tile_of,
 )
 from sae_kernels.primitives.terms import Gradient
+from sae_kernels.tensors import packed
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def run(param: torch.Tensor, high: torch.Tensor | None, *arguments: Any) -> torc
     *columns, norm, slices = arguments
     F, width = param.shape
     param = param.contiguous()
-    high = None if high is None else high.contiguous()
+    high = packed(high)
     parts, constants = packed_parts(Gradient.from_columns(*columns), param, high)
     tile, part = tile_of(width, norm, slices)
     count = triton.cdiv(width, part)

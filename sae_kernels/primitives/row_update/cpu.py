@@ -10,6 +10,7 @@ from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.row_update import NORMS
 from sae_kernels.primitives.terms import Gradient
+from sae_kernels.tensors import packed
 
 
 def refuses(param: torch.Tensor, m: torch.Tensor, *_: Any) -> str | None:
@@ -55,9 +56,9 @@ def launch(
     """Calls the kernel: an update, or with ``sqnorm`` only the squared gradient norms."""
     param, m, v, copy = row
     tuples, _alive = cpu.packed_terms(gradient.terms, param.dtype)
-    row_coef, dense = cpu.packed(gradient.row_coef), cpu.packed(gradient.dense)
+    row_coef, dense = packed(gradient.row_coef), packed(gradient.dense)
     slot = _slots(gradient.dense_latents, param.shape[0])
-    hyper = cpu.packed(hyper)
+    hyper = packed(hyper)
     workspace = param.new_empty((cpu.threads(), param.shape[1]))
     cpu.module().row_update(
         cpu.isa(),

@@ -6,6 +6,7 @@ import torch
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives.checks import accumulator
+from sae_kernels.tensors import packed
 
 
 def run(
@@ -16,8 +17,8 @@ def run(
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/select_topk.cpp."""
-    x, W = cpu.packed(x), cpu.packed(W)
-    b, rank_scale = cpu.packed(b), cpu.packed(rank_scale)
+    x, W = packed(x), packed(W)
+    b, rank_scale = packed(b), packed(rank_scale)
     sizes = (x.shape[0], x.shape[1], W.shape[0], k)
     values = x.new_empty((x.shape[0], k), dtype=accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)

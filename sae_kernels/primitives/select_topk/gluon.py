@@ -59,7 +59,12 @@ def run(
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores with ``_encode_slab``, selects with what all GPU backends share."""
-    return slabs.select(Operands(x, W, b, rank_scale), k, _TILE, encode_slab)
+    return slabs.select(Operands(x, W, b, rank_scale), k, tile_for(x, W), encode_slab)
+
+
+def tile_for(x: torch.Tensor, W: torch.Tensor) -> Tile:
+    """The tile of these operands: the same for all."""
+    return _TILE
 
 
 def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:

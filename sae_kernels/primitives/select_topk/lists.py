@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sae_kernels.primitives.products import product
+
 _MOST = tl.constexpr(0x7FFFFFFF)
 _FIRST_PLACE, _NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
 
@@ -59,26 +61,6 @@ def bias(b, columns, F):
     if b is None:
         return tl.where(live, 0.0, float("-inf"))
     return tl.load(b + columns, mask=live, other=float("-inf"))
-
-
-@triton.jit
-def product(x, W, rows, columns, D, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
-    """Scores of any rows and columns without their bias, in fp32.
-
-    WIDEN: Triton's interpreter multiplies bf16 wrongly.
-    """
-    inputs = tl.arange(0, DEPTH)
-    x_rows = x + rows.to(tl.int64)[:, None] * D
-    W_rows = W + columns.to(tl.int64)[:, None] * D
-    h = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for start in range(0, D, DEPTH):
-        part = start + inputs[None, :]
-        tokens = tl.load(x_rows + part, mask=part < D, other=0.0)
-        latents = tl.load(W_rows + part, mask=part < D, other=0.0)
-        if WIDEN:
-            tokens, latents = tokens.to(tl.float32), latents.to(tl.float32)
-        h = tl.dot(tokens, latents.T, h, input_precision="ieee")
-    return h
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import triton
 from sae_kernels import gpu
 from sae_kernels.primitives.select_topk import lists as kernels
 from sae_kernels.primitives.select_topk import schedule
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +115,7 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects from what ``encode_slab`` lets through, as many rows at once as fit in cache."""
     x, W = operands.x.contiguous(), operands.W.contiguous()
-    b, rank_scale = (None if t is None else t.contiguous() for t in operands[2:])
+    b, rank_scale = (packed(t) for t in operands[2:])
     values = x.new_empty((x.shape[0], k), dtype=torch.float32)
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
     at_once = schedule.rows_at_once(schedule.capacity(k))

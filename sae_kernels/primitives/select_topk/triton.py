@@ -15,13 +15,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae_kernels import gpu
+from sae_kernels.primitives.products import dot, product
 from sae_kernels.primitives.select_topk.emission import (
     APPEND,
     APPEND_OPERANDS,
     TAKE_A_SLOT,
     TAKE_A_SLOT_OPERANDS,
 )
-from sae_kernels.primitives.select_topk.lists import bias, packed, product
+from sae_kernels.primitives.select_topk.lists import bias, packed
 from sae_kernels.primitives.select_topk.slabs import (
     Lists,
     Operands,
@@ -151,10 +152,7 @@ def _encode_slab(
         if DESCRIBED:
             h = tl.zeros((ROWS, COLUMNS), tl.float32)
             for part in range(0, D, DEPTH):
-                tokens, latents = x.load([row, part]), W.load([column, part])
-                if WIDEN:
-                    tokens, latents = tokens.to(tl.float32), latents.to(tl.float32)
-                h = tl.dot(tokens, latents.T, h, input_precision="ieee")
+                h = dot(x.load([row, part]), W.load([column, part]).T, h, WIDEN)
         else:
             columns = tl.minimum(column + tl.arange(0, COLUMNS), F - 1)
             h = product(x, W, tl.minimum(rows, B - 1), columns, D, DEPTH, WIDEN)

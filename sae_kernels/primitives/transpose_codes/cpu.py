@@ -6,6 +6,7 @@ import torch
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
+from sae_kernels.tensors import packed
 
 
 def run(
@@ -15,7 +16,7 @@ def run(
     n_latents: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/transpose_codes.cpp."""
-    alive = [cpu.packed(t) for t in (indices, values, row_ids)]
+    alive = [packed(t) for t in (indices, values, row_ids)]
     n, threads = indices.numel(), cpu.threads()
     offsets = indices.new_empty(n_latents + 1)
     entries, rows = indices.new_zeros(n), indices.new_zeros(n)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cuda
+from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cuda/transpose_codes.cu, as many passes as a latent has digits."""
     indices, n = indices.contiguous(), indices.numel()
-    values = None if values is None else values.contiguous()
-    row_ids = None if row_ids is None else row_ids.contiguous()
+    values = packed(values)
+    row_ids = packed(row_ids)
     offsets = indices.new_zeros(n_latents + 1)
     entries, rows = indices.new_zeros(n), indices.new_zeros(n)
     if n == 0:

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sae_kernels.tensors import packed
+
 _BLOCK = 256
 
 
@@ -68,7 +70,7 @@ def run(
     _index_codes[(triton.cdiv(max(n, n_latents + 1), _BLOCK),)](
         latents,
         order,
-        None if row_ids is None else row_ids.contiguous(),
+        packed(row_ids),
         offsets,
         entries,
         rows,
