@@ -112,24 +112,67 @@ def _select_topk(shape: Shape, dtype: torch.dtype, *, ranked: bool = False) -> t
     return torch.randn(B, D, dtype=dtype), unit_rows(F, D, dtype), torch.randn(F) / 8, K, scale
 
 
-def _decode(shape: Shape, dtype: torch.dtype, *, groups: int = 0) -> tuple[Any, ...]:
+def ragged_codes(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, latents and offsets of codes with any number of entries up to 2K, K on average."""
+    wide = shape._replace(K=2 * shape.K)
+    kept = torch.rand(wide.B, wide.K) < torch.rand(wide.B, 1)
+    offsets = torch.zeros(wide.B + 1, dtype=torch.int32)
+    offsets[1:] = kept.sum(1).cumsum(0)
+    return values(wide)[kept], latents(wide)[kept], offsets
+
+
+def _codes(shape: Shape, is_ragged: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return ragged_codes(shape) if is_ragged else (values(shape), latents(shape), None)
+
+
+def _bound(shape: Shape) -> torch.Tensor:
+    """What about K of a token's scores are above: they are as good as normal."""
+    share = torch.tensor(1 - shape.K / shape.F, dtype=torch.float64)
+    return (torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5).float()
+
+
+def _select_threshold(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, W, b, *_ = _select_topk(shape, dtype)
+    return x, W, b, _bound(shape).expand(shape.F).clone()
+
+
+def _select_batch_topk(
+    shape: Shape, dtype: torch.dtype, *, ranked: bool = False
+) -> tuple[Any, ...]:
+    x, W, b, K, scale = _select_topk(shape, dtype, ranked=ranked)
+    return x, W, b, shape.B * K, scale, _bound(shape)
+
+
+def _decode(
+    shape: Shape, dtype: torch.dtype, *, groups: int = 0, ragged: bool = False
+) -> tuple[Any, ...]:
     _, D, F, _ = shape
+    entries, indices, offsets = _codes(shape, ragged)
     W = unit_rows(F, D, dtype)
-    return values(shape), latents(shape), W, torch.randn(D), _group_ends(F, groups)
+    return entries, indices, W, torch.randn(D), _group_ends(F, groups), offsets
 
 
 def _decode_residual(
-    shape: Shape, dtype: torch.dtype, *, drop_zeros: bool = True
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    drop_zeros: bool = True,
+    groups: int = 0,
+    ragged: bool = False,
 ) -> tuple[Any, ...]:
-    *first, _ = _decode(shape, dtype)
-    return *first, torch.randn(shape.B, shape.D), drop_zeros
+    *first, ends, offsets = _decode(shape, dtype, groups=groups, ragged=ragged)
+    weights = torch.rand(groups) + 0.5 if groups else None
+    return *first, torch.randn(shape.B, shape.D), drop_zeros, ends, weights, offsets
 
 
-def _code_grad(shape: Shape, dtype: torch.dtype, *, groups: int = 0) -> tuple[Any, ...]:
+def _code_grad(
+    shape: Shape, dtype: torch.dtype, *, groups: int = 0, ragged: bool = False
+) -> tuple[Any, ...]:
     B, D, F, _ = shape
     leading = [groups] if groups else []
+    _, indices, offsets = _codes(shape, ragged)
     W = unit_rows(F, D, dtype)
-    return torch.randn(*leading, B, D), latents(shape), W, _group_ends(F, groups)
+    return torch.randn(*leading, B, D), indices, W, _group_ends(F, groups), offsets
 
 
 def _group_ends(F: int, groups: int) -> torch.Tensor | None:
@@ -184,12 +227,15 @@ def _row_update(
     copied: bool = True,
     width: int | None = None,
     popularity: str = "uniform",
+    penalties: int = 0,
 ) -> tuple[Any, ...]:
     width = shape.D if width is None else width
     param, copy = _master(shape.F, width, split)
     m = torch.empty(shape.F, width, dtype=states).normal_()
     v = torch.empty(shape.F, width, dtype=states).uniform_(0.1, 1.1)
     parts = gradient(shape, dtype, width, popularity)
+    if penalties:  # on the norms of so many parts of a row
+        parts = parts._replace(row_coef=torch.rand(shape.F, penalties))
     hyper = torch.tensor([1e-4, 1.0, 0.1, 0.001, 0.0, 1.0], dtype=torch.float64)
     return (
         param,
@@ -231,6 +277,8 @@ BUILDERS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "row_grad": _row_grad,
     "row_sqnorm": _row_sqnorm,
     "row_update": _row_update,
+    "select_batch_topk": _select_batch_topk,
+    "select_threshold": _select_threshold,
     "select_topk": _select_topk,
     "transpose_codes": _transpose_codes,
 }

@@ -95,22 +95,29 @@ def _widths(
 
 _FP32 = torch.float32
 _VECTOR = (("width", 1), ("norm", "none"), ("copied", False))  # b_enc
+_PENALTY = (("norm", "none"), ("penalties", 4))  # of a crosscoder
 _SPLIT = (("split", True),)
+_GROUPS, _RAGGED = (("groups", 4),), (("ragged", True),)
 _LEAN = (("split", True), ("states", torch.bfloat16))
 CASES: tuple[Case, ...] = (
     # As many latents as AuxK takes by default.
     *_widths("auxk", "triton", widths=(768, 2304), matrix=True, F=8192),
     *_widths("code_grad", "triton"),
     *_widths("code_grad", "triton", K=128, widths=SAMPLED_WIDTHS),
-    *_widths("code_grad", "triton", options=(("groups", 4),), widths=(768,)),
+    *_widths("code_grad", "triton", options=_GROUPS, widths=(768,)),
+    *_widths("code_grad", "triton", options=_RAGGED, widths=(768,)),
     *_widths("decode", "triton"),
     *_widths("decode", "triton", K=128, widths=SAMPLED_WIDTHS),
     *_widths("decode", "triton", dtype=_FP32, widths=(768,)),
-    *_widths("decode", "triton", options=(("groups", 4),), widths=(768,)),
+    *_widths("decode", "triton", options=_GROUPS, widths=(768,)),
+    *_widths("decode", "triton", options=_RAGGED, widths=(768,)),
     *_widths("decode_residual", "triton"),
     *_widths("decode_residual", "triton", K=64, widths=SAMPLED_WIDTHS),
     *_widths("decode_residual", "triton", K=128, widths=SAMPLED_WIDTHS),
     *_widths("decode_residual", "triton", dtype=_FP32, widths=(768,)),
+    *_widths("decode_residual", "triton", options=_GROUPS, widths=(768,)),
+    *_widths("decode_residual", "triton", options=_RAGGED, widths=(768,)),
+    *_widths("decode_residual", "triton", options=_GROUPS + _RAGGED, widths=(2304,)),
     *_widths("pick_dead", "triton", widths=(768,)),
     *_widths("row_grad", "triton"),
     *_widths("row_grad", "triton", dtype=_FP32, widths=(768,)),
@@ -122,7 +129,11 @@ CASES: tuple[Case, ...] = (
     *_widths("row_update", "triton", options=_LEAN, widths=(768, 2688, 4096)),
     *_widths("row_update", "triton", dtype=_FP32, options=(("copied", False),), widths=(768,)),
     *_widths("row_update", "triton", options=_VECTOR, widths=(768,), wide=False),
+    *_widths("row_update", "triton", options=_PENALTY, widths=(4096,)),
     # D is no constant of these kernels: other widths are the same programs.
+    *_widths("select_batch_topk", "triton", widths=(768,), matrix=True),
+    *_widths("select_threshold", "triton", widths=(768,), matrix=True),
+    *_widths("select_threshold", "triton", dtype=_FP32, widths=(768,)),
     *_widths("select_topk", "gluon", widths=(768,), matrix=True, architectures=(90,)),
     *_widths("select_topk", "gluon", K=64, widths=(2304,), matrix=True, architectures=(90,)),
     *_widths("select_topk", "triton", widths=(768,), matrix=True),

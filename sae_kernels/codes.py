@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
@@ -40,15 +41,19 @@ class LatentOrder(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseCodes:
-    """The K kept latents of every token.
+    """The kept latents of every token.
 
+    Either K of them each, or ragged: as many as there are, one token's entries after the other's.
     A dropped entry (zeroed by ReLU) keeps its index and has the value +0: it adds nothing, gets no
     gradient and does not count as fired.
 
     Attributes:
-        values: [..., K], fp32 (fp64 for fp64 input), in selection order: largest key first.
-        indices: int32 [..., K], distinct latents per token.
+        values: [..., K], fp32 (fp64 for fp64 input), in selection order: largest key first. Ragged:
+            [N], by token, then by latent.
+        indices: int32, like ``values``; distinct latents per token.
         n_latents: F.
+        offsets: of ragged codes, int32 [tokens + 1], where each token's entries start.
+        leading: of ragged codes, the shape of the batch of tokens; None stands for [tokens].
 
     Example:
         >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 0.0, 1.0]]), k=2)
@@ -61,11 +66,45 @@ class SparseCodes:
     values: torch.Tensor
     indices: torch.Tensor
     n_latents: int
+    offsets: torch.Tensor | None = None
+    leading: tuple[int, ...] | None = None
 
     @property
     def k(self) -> int:
         """Kept entries per token."""
+        if self.offsets is not None:
+            raise ValueError("k: expected codes of k entries a token, got ragged ones")
         return int(self.indices.shape[-1])
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch of tokens."""
+        if self.offsets is None:
+            return tuple(self.values.shape[:-1])
+        return (self.offsets.shape[0] - 1,) if self.leading is None else self.leading
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The token of each entry, int32 and like ``values`` with the leading shape flattened."""
+        device = self.indices.device
+        if self.offsets is None:
+            rows = torch.arange(self.indices[..., 0].numel(), dtype=torch.int32, device=device)
+            return rows[:, None].expand(-1, self.k)
+        rows = torch.arange(self.offsets.shape[0] - 1, dtype=torch.int32, device=device)
+        size = self.indices.shape[0]
+        return rows.repeat_interleave(self.offsets.diff(), output_size=size)
+
+    def flat(self) -> SparseCodes:
+        """The same with one leading dimension: [tokens, K], or ragged."""
+        if self.offsets is not None:
+            return self if self.leading is None else dataclasses.replace(self, leading=None)
+        shape = (-1, self.k)
+        return self.with_values(self.values.reshape(shape), self.indices.reshape(shape))
+
+    def with_values(self, values: torch.Tensor, indices: torch.Tensor | None = None) -> SparseCodes:
+        """Other values (and indices) in the same places."""
+        indices = self.indices if indices is None else indices
+        return dataclasses.replace(self, values=values, indices=indices)
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, k: int) -> SparseCodes:
@@ -82,22 +121,26 @@ class SparseCodes:
 
     def to_dense(self) -> torch.Tensor:
         """[..., F] with the values in place and zeros elsewhere; differentiable."""
-        shape = (*self.values.shape[:-1], self.n_latents)
-        return self.values.new_zeros(shape).scatter(-1, self.indices.long(), self.values)
+        shape = (*self.batch_shape, self.n_latents)
+        dense = self.values.new_zeros(shape)
+        if self.offsets is None:
+            return dense.scatter(-1, self.indices.long(), self.values)
+        places = self.tokens.long() * self.n_latents + self.indices.long()
+        return dense.flatten().scatter(0, places, self.values).view(shape)
 
     def to_torch_sparse(self) -> torch.Tensor:
         """The same as a torch sparse COO tensor [tokens, F] (leading dimensions flattened)."""
-        values, indices = self.values.flatten(), self.indices.long().flatten()
-        tokens = torch.arange(values.numel() // max(self.k, 1), device=values.device)
-        where = torch.stack([tokens.repeat_interleave(self.k), indices])
-        size = (tokens.numel(), self.n_latents)
-        return torch.sparse_coo_tensor(where, values, size, check_invariants=True)
+        where = torch.stack([self.tokens.flatten().long(), self.indices.long().flatten()])
+        size = (math.prod(self.batch_shape), self.n_latents)
+        return torch.sparse_coo_tensor(where, self.values.flatten(), size, check_invariants=True)
 
     def latent_order(self, *, drop_zeros: bool = True, backend: str | None = None) -> LatentOrder:
         """The entries by latent; ``drop_zeros`` leaves out dropped entries (codes after ReLU)."""
-        values = self.values.detach().reshape(-1, self.k) if drop_zeros else None
-        indices = self.indices.reshape(-1, self.k)
-        return LatentOrder(*transpose_codes(indices, values, None, self.n_latents, backend=backend))
+        flat = self.flat()
+        values = flat.values.detach() if drop_zeros else None
+        rows = None if self.offsets is None else self.tokens
+        order = transpose_codes(flat.indices, values, rows, self.n_latents, backend=backend)
+        return LatentOrder(*order)
 
 
 def joint_latent_order(
@@ -109,27 +152,34 @@ def joint_latent_order(
     """
     indices = torch.cat([codes.indices.flatten() for codes in sets])
     values = torch.cat([codes.values.detach().flatten() for codes in sets]) if drop_zeros else None
-    tokens = [
-        torch.arange(codes.indices.numel() // codes.k, dtype=torch.int32, device=indices.device)
-        for codes in sets
-    ]
-    rows = torch.cat([t.repeat_interleave(codes.k) for t, codes in zip(tokens, sets, strict=True)])
+    rows = torch.cat([codes.tokens.flatten() for codes in sets])
     return LatentOrder(*transpose_codes(indices, values, rows, sets[0].n_latents, backend=backend))
 
 
-def _from_leaves(leaves: Iterable[torch.Tensor], n_latents: int) -> SparseCodes:
-    values, indices = leaves
-    return SparseCodes(values, indices, n_latents)
+def _leaves(codes: SparseCodes) -> dict[str, torch.Tensor]:
+    names = ("values", "indices") if codes.offsets is None else ("values", "indices", "offsets")
+    return {name: getattr(codes, name) for name in names}
 
 
-# n_latents is part of the structure, not a leaf: tree_map sees tensors only.
+def _structure(codes: SparseCodes) -> list[Any]:
+    return [codes.n_latents, None if codes.leading is None else list(codes.leading)]
+
+
+def _from_leaves(leaves: Iterable[torch.Tensor], structure: list[Any]) -> SparseCodes:
+    values, indices, *offsets = leaves
+    n_latents, leading = structure
+    leading = None if leading is None else tuple(leading)
+    return SparseCodes(values, indices, n_latents, offsets[0] if offsets else None, leading)
+
+
+# Sizes are part of the structure, not leaves: tree_map sees tensors only.
 _pytree.register_pytree_node(
     SparseCodes,
-    lambda codes: ([codes.values, codes.indices], codes.n_latents),
+    lambda codes: (list(_leaves(codes).values()), _structure(codes)),
     _from_leaves,
     serialized_type_name="sae_kernels.SparseCodes",
     flatten_with_keys_fn=lambda codes: (
-        [(_pytree.GetAttrKey(name), getattr(codes, name)) for name in ("values", "indices")],
-        codes.n_latents,
+        [(_pytree.GetAttrKey(name), leaf) for name, leaf in _leaves(codes).items()],
+        _structure(codes),
     ),
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @overload
@@ -15,3 +14,10 @@ def packed(tensor: None) -> None: ...
 def packed(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor in row-major order, what every kernel takes; None stays None."""
     return None if tensor is None else tensor.contiguous()
+
+
+def rounded_down(exact: torch.Tensor) -> torch.Tensor:
+    """fp64 thresholds in fp32: every fp32 number above the one is above the other."""
+    near = exact.float()
+    below = torch.nextafter(near, torch.full_like(near, -torch.inf))
+    return torch.where(near.double() > exact, below, near)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -113,18 +114,121 @@ def test_a_joint_order_adds_up_like_the_single_ones(either_backend: str) -> None
     assert torch.equal(joint.double(), expected)
 
 
+def ragged(leading: tuple[int, ...] | None = None, share: float = 0.3) -> SparseCodes:
+    """A share of the entries of a random matrix; the second token has none."""
+    tokens = 6 if leading is None else math.prod(leading)
+    h = torch.randn(tokens, F)
+    kept = torch.rand(tokens, F) < share
+    kept[1:2] = False
+    values, indices, offsets = oracles.ragged(h, kept)
+    return SparseCodes(values, indices, F, offsets, leading)
+
+
+RAGGED_LEADING = [None, (6,), (2, 3), (), (0,), (2, 0), (1, 2, 2)]
+leadings = pytest.mark.parametrize("leading", RAGGED_LEADING, ids=str)
+
+
+@leadings
+def test_ragged_codes_dense_and_sparse(leading: tuple[int, ...] | None) -> None:
+    codes = ragged(leading)
+    shape = (6,) if leading is None else leading
+    assert codes.batch_shape == shape
+    assert codes.tokens.dtype == torch.int32
+    assert codes.offsets is not None
+    expected = oracles.dense_codes(codes.values, codes.indices, F, codes.offsets)
+    dense = codes.to_dense()
+    assert dense.shape == (*shape, F)
+    assert_bitwise("dense", dense.reshape(-1, F).double(), expected)
+    assert_bitwise("sparse", codes.to_torch_sparse().to_dense(), dense.reshape(-1, F))
+    flat = codes.flat()
+    assert flat.leading is None
+    assert flat.batch_shape == (math.prod(shape),)
+    assert_bitwise("flat", flat.to_dense(), dense.reshape(-1, F))
+
+
+def test_gradients_pass_through_the_dense_form_of_ragged_codes() -> None:
+    codes = ragged((2, 3))
+    leaf = codes.values.clone().requires_grad_()
+    weights = torch.randn(2, 3, F)
+    (weights * codes.with_values(leaf).to_dense()).sum().backward()
+    assert leaf.grad is not None
+    expected = weights.reshape(-1, F)[codes.tokens.long(), codes.indices.long()]
+    assert_bitwise("gradient", leaf.grad, expected)
+
+
+def test_with_values_keeps_the_places() -> None:
+    codes = ragged((2, 3))
+    other = codes.with_values(codes.values * 2)
+    assert other.indices is codes.indices
+    assert other.offsets is codes.offsets
+    assert other.batch_shape == (2, 3)
+    assert_bitwise("dense", other.to_dense(), codes.to_dense() * 2)
+    last = codes.with_values(codes.values, F - 1 - codes.indices)
+    assert_bitwise("mirrored", last.to_dense(), codes.to_dense().flip(-1))
+
+
+def test_ragged_codes_have_no_k() -> None:
+    with pytest.raises(ValueError, match="k: expected codes of k entries a token, got ragged"):
+        _ = ragged().k
+
+
+def test_tokens_of_codes_of_k_entries() -> None:
+    codes = SparseCodes.from_dense(torch.randn(2, 3, F), 4)
+    assert codes.batch_shape == (2, 3)
+    assert codes.tokens.tolist() == [[token] * 4 for token in range(6)]
+    assert codes.flat().indices.shape == (6, 4)
+    assert codes.flat().batch_shape == (6,)
+
+
+@leadings
+@pytest.mark.parametrize("drop_zeros", [True, False], ids=["drop-zeros", "keep-zeros"])
+def test_latent_order_of_ragged_codes(
+    leading: tuple[int, ...] | None, drop_zeros: bool, either_backend: str
+) -> None:
+    codes = ragged(leading)
+    codes.values[::4], codes.values[1::7] = 0.0, torch.nan
+    order = codes.latent_order(drop_zeros=drop_zeros, backend=either_backend)
+    wanted: list[list[tuple[int, int]]] = [[] for _ in range(F)]
+    columns = (codes.indices.tolist(), codes.tokens.tolist(), codes.values.tolist())
+    for entry, (latent, token, value) in enumerate(zip(*columns, strict=True)):
+        if value != 0 or not drop_zeros:
+            wanted[latent].append((entry, token))
+    assert order.counts().tolist() == [len(pairs) for pairs in wanted]
+    used = int(order.offsets[-1])
+    came = list(zip(order.entries[:used].tolist(), order.rows[:used].tolist(), strict=True))
+    assert came == [pair for pairs in wanted for pair in pairs]
+
+
+def test_a_joint_order_of_ragged_and_other_codes(either_backend: str) -> None:
+    dense = (torch.randn(6, F) * 4).round()
+    sets = [ragged(), SparseCodes.from_dense(dense, 3), ragged((2, 3), 0.9), ragged(share=0.0)]
+    sets = [codes.with_values((codes.values * 4).round()) for codes in sets]
+    source = (torch.randn(6, 5) * 4).round()
+    order = joint_latent_order(sets, backend=either_backend)
+    coef = torch.cat([codes.values.flatten() for codes in sets])
+    joint = row_grad([order.term(coef, source)], F, 5, backend=either_backend)
+    expected = sum(codes.to_dense().reshape(-1, F).T @ source for codes in sets)
+    assert torch.equal(joint, expected)  # small integers: exact
+    everything = joint_latent_order(sets, drop_zeros=False, backend=either_backend)
+    assert int(everything.offsets[-1]) == coef.numel()
+    assert int(order.offsets[-1]) == int((coef != 0).sum())
+
+
 def test_padding_with_zeros_makes_no_hot_latent(either_backend: str) -> None:
     codes = SparseCodes(torch.zeros(50, 4), torch.zeros(50, 4, dtype=torch.int32), F)
     assert not bool(codes.latent_order(backend=either_backend).counts().any())
 
 
 def test_copies_and_pickles() -> None:
-    codes = SparseCodes.from_dense(torch.randn(3, F), 4)
-    for other in (copy.deepcopy(codes), pickle.loads(pickle.dumps(codes))):
-        assert other is not codes
-        assert other.n_latents == F
-        assert_bitwise("values", other.values, codes.values)
-        assert_bitwise("indices", other.indices, codes.indices)
+    for codes in (SparseCodes.from_dense(torch.randn(3, F), 4), ragged(), ragged((2, 3))):
+        for other in (copy.deepcopy(codes), pickle.loads(pickle.dumps(codes))):
+            assert other is not codes
+            assert (other.n_latents, other.leading) == (F, codes.leading)
+            assert_bitwise("values", other.values, codes.values)
+            assert_bitwise("indices", other.indices, codes.indices)
+            assert (other.offsets is None) == (codes.offsets is None)
+            if codes.offsets is not None:
+                assert_bitwise("offsets", other.offsets, codes.offsets)
 
 
 def test_codes_are_compared_by_identity() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from functional_examples import ENDS, SLACK, B, D, F, K, operands, subset_of
 
 from sae_kernels import SparseCodes, decode, encode_topk
 from sae_kernels.testing import (
@@ -22,22 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
-B, D, F, K = 5, 7, 13, 4
-ENDS = torch.tensor([4, 4, 9, F], dtype=torch.int32)
-
-
-def operands(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """x, W_enc, b_enc, b_dec, W_dec of a small SAE."""
-    return tuple(
-        torch.randn(*shape, dtype=torch.float64).to(dtype)
-        for shape in ((B, D), (F, D), (F,), (D,), (F, D))
-    )
-
-
-def subset_of(names: str, needed: tuple[bool, ...]) -> str:
-    return "+".join(name for name, need in zip(names.split(), needed, strict=True) if need)
-
-
 ENCODE_SUBSETS = [s for s in itertools.product([True, False], repeat=4) if any(s)]
 DECODE_SUBSETS = [s for s in itertools.product([True, False], repeat=3) if any(s)]
 
@@ -111,10 +96,9 @@ def test_group_gradients_against_a_dense_matryoshka(either_backend: str) -> None
     masks = oracles.prefix_masks(ENDS, F)
     prefixes = torch.stack([(dense * mask) @ W_dec + b_dec for mask in masks])
     theirs = torch.autograd.grad((weights * prefixes).sum(), (x, W_enc, b_enc, b_dec, W_dec))
-    # Both sum some hundred products of numbers below 10 in fp64: 1e3 * 1e3 * u is generous.
-    assert_within("prefixes", out, prefixes, 1e6 * 2**-53)
+    assert_within("prefixes", out, prefixes, SLACK)
     for name, a, e in zip(("x", "W_enc", "b_enc", "b_dec", "W_dec"), ours, theirs, strict=True):
-        assert_within(name, a, e, 1e6 * 2**-53)
+        assert_within(name, a, e, SLACK)
 
 
 def test_dropped_entries_get_no_gradient_and_are_not_counted(backend: str) -> None:

@@ -11,11 +11,18 @@ from torch.library import opcheck
 from torch.utils import _pytree
 
 from sae_kernels import SparseCodes, decode, encode_topk
+from sae_kernels.functional import (
+    encode_batch_topk,
+    encode_jumprelu,
+    encode_threshold,
+    jumprelu,
+    step,
+)
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, F, K = 12, 40, 5
@@ -85,6 +92,103 @@ def test_compiled_once_for_all_batch_sizes_and_equal_to_eager() -> None:
     assert compiles == 1
 
 
+class Ragged(Sae):
+    """The same with an encoder of ragged codes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.threshold = torch.nn.Parameter(torch.rand(F))
+        self.encode = ENCODERS[name]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, SparseCodes]:
+        """The error of both prefixes, with what the encoder adds to it, and the codes."""
+        codes, more = self.encode(self, x)
+        ends = self.get_buffer("ends")
+        error = decode(codes, self.W_dec, self.b_dec, group_ends=ends) - x
+        return error + more + 0 * self.threshold.sum(), codes
+
+
+def _jumprelu_and_step(sae: Ragged, x: torch.Tensor) -> tuple[SparseCodes, Any]:
+    lower = sae.threshold.detach() - 0.25
+    pre = encode_threshold(x, sae.W_enc, sae.b_enc, lower, b_dec=sae.b_dec)
+    return jumprelu(pre, sae.threshold, 0.5), step(pre, sae.threshold, 0.5).sum() / x.shape[0]
+
+
+ENCODERS: dict[str, Callable[[Ragged, torch.Tensor], tuple[SparseCodes, Any]]] = {
+    "relu": lambda sae, x: (encode_threshold(x, sae.W_enc, sae.b_enc, 0.0, b_dec=sae.b_dec), 0),
+    "batch_topk": lambda sae, x: (
+        encode_batch_topk(
+            x, sae.W_enc, sae.b_enc, 2.5, b_dec=sae.b_dec, rank_scale=sae.W_dec.norm(dim=1)
+        ),
+        0,
+    ),
+    "leading": lambda sae, x: (
+        encode_threshold(x[None], sae.W_enc, sae.b_enc, 0.1, b_dec=sae.b_dec),
+        0,
+    ),
+    "jumprelu": lambda sae, x: (
+        encode_jumprelu(x, sae.W_enc, sae.b_enc, sae.threshold, bandwidth=0.5, b_dec=sae.b_dec),
+        0,
+    ),
+    "jumprelu and step": _jumprelu_and_step,
+}
+
+
+def assert_like_eager(sae: Ragged, compiled: Any, n_tokens: int) -> None:
+    """Raises AssertionError unless outputs and all gradients are those of eager mode."""
+    x = torch.randn(n_tokens, D)
+    eager, ours = run(sae, sae, x), run(compiled, sae, x)
+    assert eager.keys() == ours.keys()
+    assert len(eager) == 9, "every parameter has a gradient"
+    for name, expected in eager.items():
+        slack = 8 * torch.finfo(torch.float32).eps * expected.abs().max()
+        assert_within(f"{name} of {n_tokens} tokens", ours[name], expected, slack)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_ragged_codes_compile_once_for_all_numbers_of_tokens_and_entries(name: str) -> None:
+    # Dynamo takes an operator whose output's size depends on data into a graph only where it is
+    # told to; fullgraph=True does.
+    compiles = 0
+
+    def count(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal compiles
+        compiles += 1
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    sae = Ragged(name)
+    compiled = torch.compile(sae, fullgraph=True, backend=count, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n_tokens in (5, 7, 130):
+            assert_like_eager(sae, compiled, n_tokens)
+    assert compiles == 1
+
+
+@pytest.mark.parametrize("name", ["batch_topk", "jumprelu and step"])
+def test_where_the_graph_breaks_at_ragged_codes_the_result_is_the_same(name: str) -> None:
+    # Then what runs an operator must not be compiled in pieces: kernels have been given addresses.
+    sae = Ragged(name)
+    compiled = torch.compile(sae, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):
+        for n_tokens in (5, 7):
+            assert_like_eager(sae, compiled, n_tokens)
+
+
+def test_a_number_of_latents_may_change_too() -> None:
+    def total(x: torch.Tensor, W: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        codes = encode_jumprelu(x, W, None, threshold, bandwidth=1.0)
+        return decode(codes, W).square().sum() + codes.values.sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n_latents in (F, 2 * F):
+        arguments = [torch.randn(6, D), torch.randn(n_latents, D), torch.rand(n_latents)]
+        leaves = [t.requires_grad_() for t in arguments]
+        grads = [torch.autograd.grad(f(*leaves), leaves) for f in (compiled, total)]
+        for name, a, e in zip(("x", "W", "threshold"), *grads, strict=True):
+            slack = 8 * torch.finfo(torch.float32).eps * e.abs().max()
+            assert_within(name, a, e, slack)
+
+
 def test_a_dynamic_k_and_strings_compile() -> None:
     def values(x: torch.Tensor, W: torch.Tensor, k: int) -> torch.Tensor:
         return encode_topk(x, W, None, k, backend="reference").values
@@ -107,13 +211,14 @@ def test_autocast_compiles() -> None:
 
 def test_codes_cross_the_border_of_a_compiled_graph() -> None:
     def double(codes: SparseCodes) -> SparseCodes:
-        return SparseCodes(codes.values * 2, codes.indices, codes.n_latents)
+        return codes.with_values(codes.values * 2)
 
-    codes = SparseCodes.from_dense(torch.randn(4, F), K)
-    out = torch.compile(double, fullgraph=True, backend="aot_eager")(codes)
-    assert isinstance(out, SparseCodes)
-    assert out.n_latents == F
-    assert_bitwise("values", out.values, codes.values * 2)
+    ragged = encode_threshold(torch.randn(2, 3, D), torch.randn(F, D), None, 0.0)
+    for codes in (SparseCodes.from_dense(torch.randn(4, F), K), ragged):
+        out = torch.compile(double, fullgraph=True, backend="aot_eager")(codes)
+        assert isinstance(out, SparseCodes)
+        assert (out.n_latents, out.batch_shape) == (F, codes.batch_shape)
+        assert_bitwise("values", out.values, codes.values * 2)
 
 
 def test_export_with_a_dynamic_batch() -> None:
@@ -155,6 +260,25 @@ def test_tree_map_sees_the_tensors_only() -> None:
     assert paths == [".values", ".indices"]
 
 
+@pytest.mark.parametrize("leading", [None, (2, 2), ()], ids=str)
+def test_tree_map_of_ragged_codes(leading: tuple[int, ...] | None) -> None:
+    x = torch.randn(4, D) if leading is None else torch.randn(*leading, D)
+    codes = encode_threshold(x, torch.randn(F, D), None, 0.5)
+    leaves, spec = _pytree.tree_flatten(codes)
+    tensors = (codes.values, codes.indices, codes.offsets)
+    assert [leaf is t for leaf, t in zip(leaves, tensors, strict=True)] == [True] * 3
+    for structure in (spec, _pytree.treespec_loads(_pytree.treespec_dumps(spec))):
+        again = _pytree.tree_unflatten(leaves, structure)
+        assert again.offsets is codes.offsets
+        assert (again.n_latents, again.leading) == (F, leading)
+        assert again.batch_shape == codes.batch_shape
+        assert_bitwise("codes", again.to_dense(), codes.to_dense())
+    paths = [_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(codes)[0]]
+    assert paths == [".values", ".indices", ".offsets"]
+    other = encode_threshold(x[..., None, :], torch.randn(F, D), None, 0.5)
+    assert _pytree.tree_structure(other) != spec
+
+
 def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Every operator with arguments as a training step would have them."""
     x, W, b = (None if t is None else t.nan_to_num(0, 1, -1) for t in case.inputs())
@@ -175,20 +299,38 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     since_fired = torch.arange(case.F)
     latents, count = ops.pick_dead(since_fired, max(1, case.F // 2), case.F, "")
     dead = (W, row_coef, param.to(W.dtype), latents, count, 3, 1 / 32)
+    ragged = ops.select_threshold(x, W, b, row_coef, "")
+    parts = param[:, : next(n for n in (3, 2, 1) if case.D % n == 0)].contiguous()
+    both, weights = torch.stack([e, e]), torch.rand(2, dtype=values.dtype)
     for backend in ("cpu", "reference"):
         yield ops.select_topk, (x, W, b, case.K, None, backend)
-        yield ops.decode, (values, indices, W, bias, None, backend)
-        yield ops.decode, (values, indices, W, None, ends, backend)
-        yield ops.decode_residual, (values, indices, W, bias, e, True, backend)
-        yield ops.code_grad, (e, indices, W, None, backend)
+        yield ops.select_threshold, (x, W, b, row_coef, backend)
+        yield ops.select_batch_topk, (x, W, b, case.B * case.K, None, None, backend)
+        guess = torch.ones((), dtype=values.dtype)
+        yield ops.select_batch_topk, (x, W, b, case.B, row_coef.abs(), guess, backend)
+        yield ops.decode, (values, indices, W, bias, None, None, backend)
+        yield ops.decode, (values, indices, W, None, ends, None, backend)
+        yield ops.decode, (*ragged[:2], W, bias, ends, ragged[2], backend)
+        codes = (values, indices, W, bias, e, True)
+        yield ops.decode_residual, (*codes, None, None, None, backend)
+        yield ops.decode_residual, (*codes, ends, weights, None, backend)
+        of_ragged = (*ragged[:2], W, bias, e, True)
+        yield ops.decode_residual, (*of_ragged, None, None, ragged[2], backend)
+        yield ops.decode_residual, (*of_ragged, ends, None, ragged[2], backend)
+        yield ops.code_grad, (e, indices, W, None, None, backend)
+        yield ops.code_grad, (both, ragged[1], W, ends, ragged[2], backend)
         yield ops.transpose_codes, (indices, values, None, case.F, backend)
         yield ops.row_grad, (values.flatten(), *columns, *none, case.F, case.D, backend)
-        gradient = Gradient(row_coef=row_coef).columns()
-        yield ops.row_sqnorm, (param, None, *gradient, "unit", 1, backend)
-        part = (*columns, row_coef, None, None)
-        yield ops.row_update, (param, m, m.square(), copy, *part, hyper, *adam, backend)
+        for coef in (row_coef, parts):
+            gradient = Gradient(row_coef=coef).columns()
+            yield ops.row_sqnorm, (param, None, *gradient, "unit", 1, backend)
+            part = (*columns, coef, None, None)
+            yield ops.row_update, (param, m, m.square(), copy, *part, hyper, *adam, backend)
         yield ops.pick_dead, (since_fired, max(1, case.F // 2), 7, backend)
         yield ops.auxk, (x, e, *dead, backend)
+        wider = torch.cat([param, param], 1).to(W.dtype)
+        narrow = (W, row_coef, wider, latents, count, 3, 1 / 32)
+        yield ops.auxk, (x, torch.cat([e, e], 1), *narrow, backend)
 
 
 FAST_CASES = [case for case in CASES if case.name in ("plain", "no-token", "one-latent")]

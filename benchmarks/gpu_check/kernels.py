@@ -94,7 +94,7 @@ def decode_both_ways(bench: Bench) -> Iterator[Record]:
 
 
 def _decoders(bench: Bench, shape: Shape) -> dict[str, Callable[[], object]]:
-    values, indices, W, b_dec, _ = bench.inputs("decode", shape)
+    values, indices, W, b_dec, *_ = bench.inputs("decode", shape)
     grad = torch.randn(shape.B, shape.D, device=bench.device)
     leaves = values.requires_grad_(), W.requires_grad_()
 

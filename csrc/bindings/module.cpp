@@ -1,4 +1,4 @@
-// sae_kernels._C: pointers, sizes and a thread count in, nothing allocated, no torch header.
+// sae_kernels._C: pointers, sizes and a thread count in, no tensor allocated, no torch header.
 // Arguments are checked in Python (sae_kernels/primitives); an address here is taken as given.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -103,24 +103,47 @@ PYBIND11_MODULE(_C, module) {
         select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k, workspace, threads));
   });
 
+  py::class_<Selection>(module, "Selection")
+      .def("count", &Selection::count)
+      .def("write", [](const Selection& found, Address values, Address indices, Address offsets) {
+        py::gil_scoped_release release;
+        found.write(at(values), at<int32_t>(indices), at<int32_t>(offsets));
+      });
+
+  module.def("select_threshold_workspace", [](const std::string& isa, int dtype, int64_t B,
+                                              int64_t D, int64_t F, int threads) {
+    return kernels(isa).select_threshold_workspace(
+        {dtype_of(dtype), nullptr, nullptr, nullptr, nullptr, B, D, F, nullptr, threads});
+  });
+
+  module.def("select_threshold",
+             [](const std::string& isa, int dtype, Address x, Address W, Address b, Address bounds,
+                int64_t B, int64_t D, int64_t F, Address workspace, int threads) {
+               const KernelTable& table = kernels(isa);
+               py::gil_scoped_release release;
+               return table.select_threshold({dtype_of(dtype), at(x), at(W), at(b), at(bounds), B,
+                                              D, F, at(workspace), threads});
+             });
+
   module.def("decode", [](const std::string& isa, int dtype, Address values, Address indices,
-                          Address W, Address b_dec, Address group_ends, Address target, Address out,
-                          Address sse, Address code_grad, int64_t B, int64_t K, int64_t D,
-                          int64_t F, int64_t G, bool drop_zeros, int threads) {
+                          Address offsets, Address W, Address b_dec, Address group_ends,
+                          Address group_weights, Address target, Address out, Address sse,
+                          Address code_grad, int64_t B, int64_t K, int64_t D, int64_t F, int64_t G,
+                          bool drop_zeros, int threads) {
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
-    return table.decode({dtype_of(dtype), at(values), at<int32_t>(indices), at(W), at(b_dec),
-                         at<int32_t>(group_ends), at(target), at(out), at(sse), at(code_grad), B, K,
-                         D, F, G, drop_zeros, threads});
+    return table.decode({dtype_of(dtype), at(values), at<int32_t>(indices), at<int32_t>(offsets),
+                         at(W), at(b_dec), at<int32_t>(group_ends), at(group_weights), at(target),
+                         at(out), at(sse), at(code_grad), B, K, D, F, G, drop_zeros, threads});
   });
 
   module.def("code_grad", [](const std::string& isa, int dtype, Address grad, Address indices,
-                             Address W, Address group_ends, Address out, int64_t B, int64_t K,
-                             int64_t D, int64_t F, int64_t G, int threads) {
+                             Address offsets, Address W, Address group_ends, Address out, int64_t B,
+                             int64_t K, int64_t D, int64_t F, int64_t G, int threads) {
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
-    return table.code_grad({dtype_of(dtype), at(grad), at<int32_t>(indices), at(W),
-                            at<int32_t>(group_ends), at(out), B, K, D, F, G, threads});
+    return table.code_grad({dtype_of(dtype), at(grad), at<int32_t>(indices), at<int32_t>(offsets),
+                            at(W), at<int32_t>(group_ends), at(out), B, K, D, F, G, threads});
   });
 
   module.def("transpose_codes",
@@ -148,8 +171,8 @@ PYBIND11_MODULE(_C, module) {
              [](const std::string& isa, int dtype, int copy_dtype, Address param, Address m,
                 Address v, Address copy, const std::vector<TermTuple>& tuples, int64_t F,
                 int64_t width, Address row_coef, Address dense_grad, Address dense_slot,
-                Address hyper, double beta1, double beta2, double eps, int norm, int64_t slices,
-                bool lazy, Address sqnorm, Address workspace, int threads) {
+                int64_t row_parts, Address hyper, double beta1, double beta2, double eps, int norm,
+                int64_t slices, bool lazy, Address sqnorm, Address workspace, int threads) {
                const KernelTable& table = kernels(isa);
                const std::vector<Term> terms = terms_of(tuples);
                py::gil_scoped_release release;
@@ -166,6 +189,7 @@ PYBIND11_MODULE(_C, module) {
                                  at(row_coef),
                                  at(dense_grad),
                                  at<int32_t>(dense_slot),
+                                 row_parts,
                                  at<double>(hyper),
                                  beta1,
                                  beta2,

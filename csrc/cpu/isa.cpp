@@ -40,6 +40,8 @@ static bool amx_allowed() {
 }
 #endif
 
+Selection::~Selection() = default;
+
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> found = [] {
     std::vector<Isa> list;

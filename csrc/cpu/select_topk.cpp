@@ -1,16 +1,10 @@
 // select_topk on the host: which tile product serves which operand type.
 #include "sae_kernels/select_topk.h"
 
-#include "sae_kernels/product_amx.h"
+#include "bf16_product.h"
 #include "tables.h"
 
 namespace sae::SAE_ISA {
-
-#if defined(__AMX_BF16__)
-using Bf16Product = AmxProduct;
-#else
-using Bf16Product = FmaProduct<bf16>;
-#endif
 
 template <class Product, class Visit>
 static auto visit_scaled(const SelectTopkArgs& args, const Visit& visit) {

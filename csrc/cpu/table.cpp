@@ -5,7 +5,8 @@ namespace sae::SAE_ISA {
 
 const KernelTable& table() {
   static const KernelTable kernels = {
-      &select_topk_workspace, &select_topk, &decode,     &code_grad,
+      &select_topk_workspace, &select_topk, &select_threshold_workspace,
+      &select_threshold,      &decode,      &code_grad,
       &transpose_codes,       &row_grad,    &row_update,
   };
   return kernels;

@@ -8,6 +8,8 @@ namespace sae {
 namespace SAE_ISA {
 size_t select_topk_workspace(const SelectTopkArgs&);
 void select_topk(const SelectTopkArgs&);
+size_t select_threshold_workspace(const SelectThresholdArgs&);
+std::unique_ptr<Selection> select_threshold(const SelectThresholdArgs&);
 bool decode(const DecodeArgs&);
 bool code_grad(const CodeGradArgs&);
 bool transpose_codes(const TransposeArgs&);

@@ -84,3 +84,22 @@ def groups_split_latents(group_ends: torch.Tensor | None, n_latents: int) -> Non
         raise ValueError(
             f"group_ends: expected ascending latent numbers, the last being {n_latents}, got {ends}"
         )
+
+
+def offsets_split_entries(offsets: torch.Tensor | None, n_entries: int) -> None:
+    """Raises ValueError unless the offsets of ragged codes ascend from 0 to at most n_entries."""
+    if offsets is None:
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    falling = (offsets[1:] < offsets[:-1]).nonzero()
+    if first != 0 or last > n_entries or falling.numel():
+        where = f", falling at token {int(falling[0])}" if falling.numel() else ""
+        raise ValueError(
+            f"offsets: expected ascending numbers from 0 to at most the {n_entries} entries, got "
+            f"{first} to {last}{where}"
+        )
+
+
+def n_tokens(entries: torch.Tensor, offsets: torch.Tensor | None) -> int:
+    """How many tokens codes are of: [B, K] entries, or ragged ones with offsets [B + 1]."""
+    return entries.shape[0] if offsets is None else offsets.shape[0] - 1

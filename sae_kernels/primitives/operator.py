@@ -8,6 +8,8 @@ runs is decided when the operator runs, so a compiled graph follows the environm
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,8 @@ class Operator:
     """``torch.ops.sae_kernels.<name>`` with its argument checks in front.
 
     Args:
-        schema: ``name(arguments, str backend) -> results`` in torch's schema language.
+        schema: ``name(arguments, str backend) -> results`` in torch's schema language; trailing
+            arguments that a call leaves out are None.
         check: called with the arguments before the operator; raises ValueError or TypeError.
         fake: called with the arguments; returns empty results of the right shape and dtype.
         dtype_of: position of the argument whose device and dtype decide the backend.
@@ -41,15 +44,27 @@ class Operator:
         self._check = check
         self._dtype_of = dtype_of
         _LIBRARY.define(schema)
-        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(self.name, self._enter, "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"sae_kernels::{self.name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY
         )
         self.op = getattr(torch.ops.sae_kernels, self.name).default
+        self._n_arguments = len(self.op._schema.arguments) - 1
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        args += (None,) * (self._n_arguments - len(args))
         self._check(*args)
         return self.op(*args, backend or "")
+
+    def _enter(self, *args: Any) -> Any:
+        # Where a graph breaks at an operator, Dynamo would go on to compile pieces of what runs
+        # it, and tensors whose addresses a kernel was given would end in between.
+        return self._untraced(*args) if "torch._dynamo" in sys.modules else self._run(*args)
+
+    @functools.cached_property
+    def _untraced(self) -> Callable[..., Any]:
+        untraced: Callable[..., Any] = torch.compiler.disable(self._run)
+        return untraced
 
     def _run(self, *args: Any) -> Any:
         *arguments, backend = args

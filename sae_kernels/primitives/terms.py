@@ -38,7 +38,8 @@ class Gradient(NamedTuple):
 
     Attributes:
         terms: what the codes contribute.
-        row_coef: [F], adds ``row_coef[f] * w_f / |w_f|``: the gradient of a penalty on row norms.
+        row_coef: [F], adds ``row_coef[f] * w_f / |w_f|``: the gradient of a penalty on row norms;
+            or [F, S], the same for each of S equal parts of a row (a crosscoder's layers).
         dense: [A, width], whole gradient rows of a few latents.
         dense_latents: int32 [A], the latents of ``dense``, each at most once; -1 marks an unused
             row.
@@ -48,6 +49,11 @@ class Gradient(NamedTuple):
     row_coef: torch.Tensor | None = None
     dense: torch.Tensor | None = None
     dense_latents: torch.Tensor | None = None
+
+    @property
+    def row_parts(self) -> int:
+        """S of ``row_coef``."""
+        return 1 if self.row_coef is None or self.row_coef.dim() < 2 else self.row_coef.shape[1]
 
     def columns(self) -> tuple[Any, ...]:
         """The arguments that `SCHEMA` spells."""
@@ -69,7 +75,14 @@ class Gradient(NamedTuple):
         checks.same_device(
             row_coef=self.row_coef, dense=self.dense, dense_latents=self.dense_latents
         )
-        checks.shape("row_coef", self.row_coef, [n_latents], "one coefficient per latent")
+        parts = [] if self.row_coef is None or self.row_coef.dim() < 2 else [self.row_parts]
+        meaning = "one coefficient per latent, or per part of its row"
+        checks.shape("row_coef", self.row_coef, [n_latents, *parts], meaning)
+        if self.row_parts < 1 or width % self.row_parts:
+            raise ValueError(
+                f"row_coef: expected a divisor of the width {width} as parts of a row, got "
+                f"{self.row_parts}"
+            )
         checks.shape("dense", self.dense, ["A", width], "rows as wide as the matrix")
         checks.dtype("row_coef", self.row_coef, (dtype,))
         checks.dtype("dense", self.dense, (dtype,))

@@ -24,18 +24,28 @@ from sae_kernels.testing.budgets import (
     unit_roundoff,
 )
 from sae_kernels.testing.cases import CASES, EXACT_KINDS, Case, Inputs
-from sae_kernels.testing.selection import assert_selects
+from sae_kernels.testing.dense import DenseResult, DenseSpec, dense_loss
+from sae_kernels.testing.selection import (
+    assert_selects,
+    assert_selects_above,
+    assert_selects_batch,
+)
 
 __all__ = [
     "CASES",
     "EXACT_KINDS",
     "Case",
+    "DenseResult",
+    "DenseSpec",
     "Inputs",
     "adam_budgets",
     "assert_bitwise",
     "assert_same_selection",
     "assert_selects",
+    "assert_selects_above",
+    "assert_selects_batch",
     "assert_within",
+    "dense_loss",
     "gamma",
     "norm_budget",
     "oracles",

@@ -52,10 +52,56 @@ def selection(key: torch.Tensor, k: int) -> torch.Tensor:
     return by_key.gather(1, nan_first)[:, :k]
 
 
-def dense_codes(values: torch.Tensor, indices: torch.Tensor, n_latents: int) -> torch.Tensor:
+class Ragged(NamedTuple):
+    """Ragged codes: values and int32 indices [N], and int32 offsets [B + 1] of the tokens."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    offsets: torch.Tensor
+
+
+def above(h: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """bool [B, F]: the scores that are not ``<=`` their latent's bound; any with a NaN is not."""
+    return ~(h <= bounds.to(h.dtype))
+
+
+def batch_topk(h: torch.Tensor, key: torch.Tensor, count: int) -> torch.Tensor:
+    """bool [B, F]: the first ``count`` entries of the batch by key, of those positive in both.
+
+    Equal keys by token, then latent, ascending; NaN counts as positive and comes first.
+    """
+    positive = above(h, torch.zeros(())) & above(key, torch.zeros(()))
+    order = selection(key.masked_fill(~positive, -torch.inf).reshape(1, -1), key.numel())[0]
+    kept = torch.zeros(key.numel(), dtype=torch.bool)
+    kept[order[: min(count, int(positive.sum()))]] = True
+    return kept.view(key.shape)
+
+
+def ragged(h: torch.Tensor, kept: torch.Tensor) -> Ragged:
+    """The codes of the kept entries of [B, F], token by token in latent order."""
+    ends = kept.sum(1).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    return Ragged(h[kept], kept.nonzero()[:, 1].int(), offsets.int())
+
+
+def tokens(indices: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """int64 like the indices of codes, [B, K] or ragged: each entry's token."""
+    if offsets is None:
+        return torch.arange(indices.shape[0])[:, None].expand_as(indices)
+    return torch.searchsorted(offsets[1:].long(), torch.arange(indices.shape[0]), right=True)
+
+
+def dense_codes(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    n_latents: int,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[B, F] in fp64 with the values in place and zeros elsewhere."""
-    dense = torch.zeros(values.shape[0], n_latents, dtype=torch.float64)
-    return dense.scatter_(1, indices.long(), values.double())
+    n_tokens = values.shape[0] if offsets is None else offsets.shape[0] - 1
+    dense = torch.zeros(n_tokens, n_latents, dtype=torch.float64)
+    dense[tokens(indices, offsets), indices.long()] = values.double()
+    return dense
 
 
 def prefix_masks(group_ends: torch.Tensor | None, n_latents: int) -> torch.Tensor:
@@ -70,9 +116,10 @@ def decode(
     W: torch.Tensor,
     b_dec: torch.Tensor | None = None,
     group_ends: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reconstructions and the sums of their absolute terms: [B, D], or [G, B, D] in groups."""
-    dense, W = dense_codes(values, indices, W.shape[0]), W.double()
+    dense, W = dense_codes(values, indices, W.shape[0], offsets), W.double()
     masks = prefix_masks(group_ends, W.shape[0])
     out = torch.stack([_product(dense * mask, W) for mask in masks])
     magnitude = torch.stack([_product((dense * mask).abs(), W.abs()) for mask in masks])
@@ -86,8 +133,9 @@ def code_grad(
     indices: torch.Tensor,
     W: torch.Tensor,
     group_ends: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dL/dvalues [B, K] from dL/dx_hat and the sums of its absolute terms.
+    """dL/dvalues, like the codes, from dL/dx_hat and the sums of its absolute terms.
 
     In groups ``grad`` is [G, B, D] and a latent takes the row of the first group that holds it.
     """
@@ -97,9 +145,16 @@ def code_grad(
     first_group = (~prefix_masks(group_ends, W.shape[0])).sum(0)  # [F]
     group = first_group[indices.long()]
     everything = grad @ W.T, grad.abs() @ W.abs().T  # each [G, B, F]
-    token = torch.arange(indices.shape[0])[:, None]
+    token = tokens(indices, offsets)
     value, magnitude = (t[group, token, indices.long()] for t in everything)
     return value, magnitude
+
+
+def suffix_sums(parts: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """[G, ...]: in the place of each part the weighted sum of it and of those after it."""
+    factors = [1.0] * len(parts) if weights is None else weights.double().tolist()
+    weighted = [factor * part for factor, part in zip(factors, parts.double(), strict=True)]
+    return torch.stack([torch.stack(weighted[g:]).sum(0) for g in range(len(parts))])
 
 
 class EncodeGrads(NamedTuple):
@@ -142,6 +197,23 @@ class AdamState(NamedTuple):
     param: torch.Tensor
     m: torch.Tensor
     v: torch.Tensor
+
+
+def row_penalty(param: torch.Tensor, row_coef: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``sum_s row_coef[f, s] |w_fs|`` over S equal parts of a row; 0 at 0.
+
+    A row_coef [F] is one of a single part.
+    """
+    coef = row_coef.double().reshape(param.shape[0], -1)
+    out = torch.zeros_like(param, dtype=torch.float64)
+    width = param.shape[1] // coef.shape[1]
+    for s in range(coef.shape[1]):
+        part = slice(s * width, (s + 1) * width)
+        rows = param[:, part].double()
+        lengths = rows.square().sum(1).sqrt()
+        unit = rows / torch.where(lengths > 0, lengths, 1.0)[:, None]
+        out[:, part] = coef[:, s, None] * unit
+    return out
 
 
 def projected(param: torch.Tensor, grad: torch.Tensor, slices: int) -> torch.Tensor:

@@ -20,13 +20,23 @@ constexpr Shape kShapes[] = {{0, 3, 5, 2},      {1, 1, 1, 1},     {3, 7, 2, 2},
                              {33, 32, 97, 5},   {2, 65, 700, 40}, {64, 64, 128, 1},
                              {7, 129, 211, 13}, {9, 5, 1100, 600}};
 
+// Integer operands of an encoder.
+struct Operands {
+  std::vector<int> x, W, b;
+  int64_t score(Shape s, int64_t token, int64_t latent) const {
+    int64_t h = b[latent];
+    for (int64_t d = 0; d < s.D; ++d) h += x[token * s.D + d] * W[latent * s.D + d];
+    return h;
+  }
+};
+
 template <class E>
 void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Random& random) {
   using T = Acc<E>;
   Buffer<E> x(s.B * s.D), W(s.F * s.D);
   Buffer<T> b(s.F), scale(s.F), values(s.B * s.k);
   Buffer<int32_t> indices(s.B * s.k);
-  const auto xs = fill(x, random), ws = fill(W, random), bs = fill(b, random);
+  const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
   const auto scales = fill(scale, random);
   SelectTopkArgs args{
       kDType<E>,     x.data(),       W.data(), b.data(), scaled ? scale.data() : nullptr,
@@ -38,8 +48,7 @@ void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Rando
   std::vector<int64_t> h(s.F), key(s.F), order(s.F);
   for (int64_t t = 0; t < s.B; ++t) {
     for (int64_t f = 0; f < s.F; ++f) {
-      h[f] = bs[f];
-      for (int64_t d = 0; d < s.D; ++d) h[f] += xs[t * s.D + d] * ws[f * s.D + d];
+      h[f] = operands.score(s, t, f);
       key[f] = scaled ? h[f] * scales[f] : h[f];
     }
     std::iota(order.begin(), order.end(), 0);
@@ -51,59 +60,170 @@ void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Rando
   }
 }
 
+// Bounds around `level`: nothing, a few, about half or all scores are above them.
 template <class E>
-void decode(const KernelTable& kernels, Shape s, bool fused, int threads, Random& random) {
+void threshold(const KernelTable& kernels, Shape s, int level, int threads, Random& random) {
   using T = Acc<E>;
-  const int64_t groups = fused ? 1 : 3;
-  Buffer<T> values(s.B * s.k), b(s.D), target(s.B * s.D), out(groups * s.B * s.D), sse(s.B),
-      grad(s.B * s.k), group_grad(groups * s.B * s.D);
-  Buffer<E> W(s.F * s.D);
-  Buffer<int32_t> indices(s.B * s.k), ends(groups);
-  const auto vs = fill(values, random), bs = fill(b, random), ts = fill(target, random);
-  const auto ws = fill(W, random), gs = fill(group_grad, random);
-  for (int64_t i = 0; i < s.B * s.k; ++i) indices[i] = random.below(s.F);
-  for (int64_t g = 0; g < groups; ++g) ends[g] = static_cast<int32_t>(s.F * (g + 1) / groups);
-  const int32_t* group_ends = fused ? nullptr : ends.data();
-  const bool in_range =
-      kernels.decode({kDType<E>, values.data(), indices.data(), W.data(), b.data(), group_ends,
-                      fused ? target.data() : nullptr, out.data(), fused ? sse.data() : nullptr,
-                      fused ? grad.data() : nullptr, s.B, s.k, s.D, s.F, groups, true, threads});
-  check(in_range, "decode: in range");
+  Buffer<E> x(s.B * s.D), W(s.F * s.D);
+  Buffer<T> b(s.F), bounds(s.F);
+  const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
+  auto bound = fill(bounds, random);
+  for (int64_t f = 0; f < s.F; ++f) bounds[f] = static_cast<T>(bound[f] += level);
+  SelectThresholdArgs args{kDType<E>, x.data(), W.data(), b.data(), bounds.data(),
+                           s.B,       s.D,      s.F,      nullptr,  threads};
+  Buffer<char> workspace(static_cast<int64_t>(kernels.select_threshold_workspace(args)), kAlign);
+  args.workspace = workspace.data();
+  const auto found = kernels.select_threshold(args);
+  const int64_t n = found->count();
+  Buffer<T> values(n);
+  Buffer<int32_t> indices(n), offsets(s.B + 1);
+  found->write(values.data(), indices.data(), offsets.data());
+  int64_t place = 0;
   for (int64_t t = 0; t < s.B; ++t) {
-    int64_t squares = 0;
-    std::vector<int64_t> e(s.D);
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t d = 0; d < s.D; ++d) {
-        int64_t sum = bs[d];
-        for (int64_t j = t * s.k; j < (t + 1) * s.k; ++j) {
-          if (indices[j] < ends[g]) sum += vs[j] * ws[indices[j] * s.D + d];
-        }
-        e[d] = fused ? sum - ts[t * s.D + d] : sum;
-        squares += e[d] * e[d];
-        const int64_t at = (g * s.B + t) * s.D + d;
-        check(out[at] == static_cast<T>(e[d]), "decode: output", at);
-      }
-    }
-    if (!fused) continue;
-    check(std::abs(sse[t] - static_cast<T>(squares)) <= T(1e-4) * static_cast<T>(squares),
-          "decode: squared error", t);
-    for (int64_t j = t * s.k; j < (t + 1) * s.k; ++j) {
-      int64_t dot = 0;
-      for (int64_t d = 0; d < s.D; ++d) dot += e[d] * ws[indices[j] * s.D + d];
-      check(grad[j] == static_cast<T>(vs[j] ? dot : 0), "decode: code gradient", j);
+    check(offsets[t] == place, "select_threshold: offset", t);
+    for (int64_t f = 0; f < s.F; ++f) {
+      const int64_t h = operands.score(s, t, f);
+      if (h <= bound[f]) continue;
+      check(place < n && indices[place] == f && values[place] == static_cast<T>(h),
+            "select_threshold: entry", place);
+      ++place;
     }
   }
-  if (fused) return;
-  Buffer<T> dots(s.B * s.k);
-  kernels.code_grad({kDType<E>, group_grad.data(), indices.data(), W.data(), group_ends,
-                     dots.data(), s.B, s.k, s.D, s.F, groups, threads});
-  for (int64_t j = 0; j < s.B * s.k; ++j) {
-    const int64_t g = std::upper_bound(ends.data(), ends.data() + groups, indices[j]) - ends.data();
-    int64_t dot = 0;
-    for (int64_t d = 0; d < s.D; ++d) {
-      dot += gs[(g * s.B + j / s.k) * s.D + d] * ws[indices[j] * s.D + d];
+  check(offsets[s.B] == place && n == place, "select_threshold: number of entries", n);
+}
+
+// Codes in either form, groups, and how they reconstruct, in integers.
+struct Codes {
+  std::vector<int> values, W, b, target, weights;
+  std::vector<int32_t> indices, offsets, ends;
+
+  int64_t group(int32_t latent) const {
+    return std::upper_bound(ends.begin(), ends.end() - 1, latent) - ends.begin();
+  }
+  int64_t reconstructed(Shape s, int64_t g, int64_t token, int64_t d) const {
+    int64_t sum = b[d];
+    for (int64_t j = offsets[token]; j < offsets[token + 1]; ++j) {
+      if (indices[j] < ends[g]) sum += values[j] * W[indices[j] * s.D + d];
     }
-    check(dots[j] == static_cast<T>(dot), "code_grad", j);
+    return sum;
+  }
+  template <class Residual>
+  int64_t dot(Shape s, int64_t j, const Residual& residual) const {
+    int64_t sum = 0;
+    for (int64_t d = 0; d < s.D; ++d) sum += residual(d) * W[indices[j] * s.D + d];
+    return sum;
+  }
+};
+
+struct Form {
+  int64_t groups;
+  bool ragged, weighted;
+};
+// Three groups split the latents unevenly, the first of them empty.
+constexpr Form kForms[] = {
+    {1, false, false}, {3, false, false}, {3, false, true}, {1, true, false}, {3, true, true}};
+
+std::vector<int32_t> some_offsets(Shape s, bool ragged, Random& random) {
+  std::vector<int32_t> offsets{0};
+  for (int64_t t = 0; t < s.B; ++t) {
+    // Every third token has none; others have up to twice as many as k.
+    const int64_t n = !ragged ? s.k : t % 3 == 1 ? 0 : random.below(2 * s.k + 1);
+    offsets.push_back(offsets.back() + static_cast<int32_t>(n));
+  }
+  return offsets;
+}
+
+template <class T>
+void check_residuals(const Codes& codes, Shape s, Form form, Buffer<T>& out, Buffer<T>& sse,
+                     Buffer<T>& grad) {
+  for (int64_t t = 0; t < s.B; ++t) {
+    std::vector<int64_t> e(static_cast<size_t>(form.groups * s.D));
+    for (int64_t g = form.groups - 1; g >= 0; --g) {
+      int64_t squares = 0;
+      for (int64_t d = 0; d < s.D; ++d) {
+        const int64_t difference = codes.reconstructed(s, g, t, d) - codes.target[t * s.D + d];
+        squares += difference * difference;
+        e[g * s.D + d] = codes.weights[g] * difference;
+        if (g + 1 < form.groups) e[g * s.D + d] += e[(g + 1) * s.D + d];
+        const int64_t at = (g * s.B + t) * s.D + d;
+        check(out[at] == static_cast<T>(e[g * s.D + d]), "decode: residual", at);
+      }
+      const T exact = static_cast<T>(squares);
+      check(std::abs(sse[g * s.B + t] - exact) <= T(1e-4) * exact, "decode: squared error", t);
+    }
+    for (int64_t j = codes.offsets[t]; j < codes.offsets[t + 1]; ++j) {
+      const int64_t* row = e.data() + codes.group(codes.indices[j]) * s.D;
+      const int64_t dot = codes.dot(s, j, [&](int64_t d) { return row[d]; });
+      check(grad[j] == static_cast<T>(codes.values[j] ? dot : 0), "decode: code gradient", j);
+    }
+  }
+}
+
+// decode in its plain and its fused form, and code_grad.
+template <class E>
+void decode(const KernelTable& kernels, Shape s, Form form, int threads, Random& random) {
+  using T = Acc<E>;
+  Codes codes;
+  codes.offsets = some_offsets(s, form.ragged, random);
+  const int64_t N = codes.offsets.back(), G = form.groups;
+  Buffer<T> values(N), b(s.D), target(s.B * s.D), weights(G), out(G * s.B * s.D), sse(G * s.B),
+      grad(N), group_grad(G * s.B * s.D);
+  Buffer<E> W(s.F * s.D);
+  Buffer<int32_t> indices(N), offsets(s.B + 1), ends(G);
+  codes.values = fill(values, random), codes.W = fill(W, random), codes.b = fill(b, random);
+  codes.target = fill(target, random), codes.weights = fill(weights, random);
+  if (!form.weighted) codes.weights.assign(static_cast<size_t>(G), 1);
+  const auto gs = fill(group_grad, random);
+  for (int64_t g = 0; g < G; ++g) codes.ends.push_back(static_cast<int32_t>(s.F * g / 2));
+  codes.ends.back() = static_cast<int32_t>(s.F);
+  for (int64_t j = 0; j < N; ++j) codes.indices.push_back(random.below(s.F));
+  std::copy(codes.ends.begin(), codes.ends.end(), ends.data());
+  std::copy(codes.offsets.begin(), codes.offsets.end(), offsets.data());
+  std::copy(codes.indices.begin(), codes.indices.end(), indices.data());
+
+  const int32_t* starts = form.ragged ? offsets.data() : nullptr;
+  const int32_t* group_ends = G > 1 ? ends.data() : nullptr;
+  DecodeArgs args{kDType<E>,
+                  values.data(),
+                  indices.data(),
+                  starts,
+                  W.data(),
+                  b.data(),
+                  group_ends,
+                  nullptr,
+                  nullptr,
+                  out.data(),
+                  nullptr,
+                  nullptr,
+                  s.B,
+                  form.ragged ? 1 : s.k,
+                  s.D,
+                  s.F,
+                  G,
+                  true,
+                  threads};
+  check(kernels.decode(args), "decode: in range");
+  for (int64_t i = 0; i < G * s.B * s.D; ++i) {
+    const int64_t g = i / s.D / s.B, t = i / s.D % s.B;
+    check(out[i] == static_cast<T>(codes.reconstructed(s, g, t, i % s.D)), "decode: output", i);
+  }
+  args.target = target.data();
+  args.group_weights = form.weighted ? weights.data() : nullptr;
+  args.sse = sse.data();
+  args.code_grad = grad.data();
+  check(kernels.decode(args), "decode with a target: in range");
+  check_residuals(codes, s, form, out, sse, grad);
+
+  Buffer<T> dots(N);
+  check(kernels.code_grad({kDType<E>, group_grad.data(), indices.data(), starts, W.data(),
+                           group_ends, dots.data(), s.B, args.K, s.D, s.F, G, threads}),
+        "code_grad: in range");
+  for (int64_t t = 0; t < s.B; ++t) {
+    for (int64_t j = codes.offsets[t]; j < codes.offsets[t + 1]; ++j) {
+      const int* row = gs.data() + (codes.group(codes.indices[j]) * s.B + t) * s.D;
+      const int64_t dot = codes.dot(s, j, [&](int64_t d) { return row[d]; });
+      check(dots[j] == static_cast<T>(dot), "code_grad", j);
+    }
   }
 }
 
@@ -154,29 +274,10 @@ void rows(const KernelTable& kernels, Shape s, int threads, Random& random) {
   for (int64_t d = 0; d < s.D; ++d) exact[(s.F - 1) * s.D + d] += ds[s.D + d];
   const double settings[] = {3, 1, 1, 1, 0};
   std::copy(settings, settings + 5, hyper.data());
-  RowUpdateArgs args{kDType<T>,
-                     DType::bf16,
-                     param.data(),
-                     m.data(),
-                     v.data(),
-                     copy.data(),
-                     terms,
-                     2,
-                     s.F,
-                     s.D,
-                     nullptr,
-                     dense.data(),
-                     slot.data(),
-                     hyper.data(),
-                     0,
-                     0,
-                     1e-30,
-                     Norm::none,
-                     1,
-                     true,
-                     nullptr,
-                     work.data(),
-                     threads};
+  RowUpdateArgs args{kDType<T>,   DType::bf16, param.data(), m.data(), v.data(),    copy.data(),
+                     terms,       2,           s.F,          s.D,      nullptr,     dense.data(),
+                     slot.data(), 1,           hyper.data(), 0,        0,           1e-30,
+                     Norm::none,  1,           true,         nullptr,  work.data(), threads};
   args.sqnorm = sqnorm.data();
   kernels.row_update(args);
   args.sqnorm = nullptr;
@@ -191,11 +292,33 @@ void rows(const KernelTable& kernels, Shape s, int threads, Random& random) {
     check(std::abs(sqnorm[f] - static_cast<T>(squares)) <= T(1e-4) * static_cast<T>(squares),
           "row_sqnorm", f);
   }
+  // A penalty on norms alone has a gradient as long as its coefficient, whatever is not zero.
+  const int64_t parts = s.D % 3 == 0 ? 3 : 1, width = s.D / parts;
+  Buffer<T> row_coef(s.F * parts);
+  const auto coef = fill(row_coef, random);
+  args.row_coef = row_coef.data();
+  args.row_parts = parts;
+  args.n_terms = 0;
+  args.dense_grad = args.dense_slot = nullptr;
+  args.sqnorm = sqnorm.data();
+  kernels.row_update(args);
+  for (int64_t f = 0; f < s.F; ++f) {
+    T squares{0};
+    for (int64_t i = 0; i < parts; ++i) {
+      const T* part = param.data() + f * s.D + i * width;
+      const bool zero = std::all_of(part, part + width, [](T w) { return w == T{0}; });
+      if (!zero) squares += static_cast<T>(coef[f * parts + i] * coef[f * parts + i]);
+    }
+    check(std::abs(sqnorm[f] - squares) <= T(1e-4) * squares, "row_sqnorm of a penalty", f);
+  }
   // The other policies, for their memory accesses; their values are the Python tests' business.
+  args.sqnorm = nullptr;
+  args.n_terms = 2;
+  args.dense_grad = dense.data();
+  args.dense_slot = slot.data();
   for (const Norm norm : {Norm::unit, Norm::at_most_one}) {
     args.norm = norm;
-    args.slices = s.D % 3 == 0 ? 3 : 1;
-    args.row_coef = sqnorm.data();
+    args.slices = parts;
     args.lazy = false;
     args.copy_dtype = DType::f16;
     kernels.row_update(args);
@@ -209,12 +332,18 @@ void refuse_bad_indices(const KernelTable& kernels) {
     for (int i = 0; i < 6; ++i) values[i] = 1, indices[i] = 0;
     for (int i = 0; i < 15; ++i) W[i] = 1;
     indices[4] = wrong;
-    check(!kernels.decode({DType::f32, values.data(), indices.data(), W.data(), nullptr, nullptr,
-                           nullptr, out.data(), nullptr, nullptr, 2, 3, 3, 5, 1, false, 1}),
-          "decode refuses", wrong);
-    check(!kernels.code_grad({DType::f32, W.data(), indices.data(), W.data(), nullptr,
-                              values.data(), 2, 3, 3, 5, 1, 1}),
-          "code_grad refuses", wrong);
+    Buffer<int32_t> starts(3);
+    for (int t = 0; t < 3; ++t) starts[t] = 3 * t;
+    for (const int32_t* ragged : {static_cast<int32_t*>(nullptr), starts.data()}) {
+      DecodeArgs args{};
+      args.values = values.data(), args.indices = indices.data(), args.offsets = ragged;
+      args.W = W.data(), args.out = out.data();
+      args.B = 2, args.K = 3, args.D = 3, args.F = 5, args.G = 1, args.threads = 1;
+      check(!kernels.decode(args), "decode refuses", wrong);
+      check(!kernels.code_grad({DType::f32, W.data(), indices.data(), ragged, W.data(), nullptr,
+                                values.data(), 2, 3, 3, 5, 1, 1}),
+            "code_grad refuses", wrong);
+    }
     check(!kernels.transpose_codes({DType::f32, indices.data(), values.data(), nullptr,
                                     offsets.data(), entries.data(), order_rows.data(),
                                     counts.data(), 6, 5, 3, false, 2}),
@@ -233,10 +362,11 @@ void all(const KernelTable& kernels, const char* name) {
                     static_cast<int>(shape.k), threads);
       where = text;
       Random random(++seed);
-      for (const bool flag : {false, true}) {
-        select<E>(kernels, shape, flag, threads, random);
-        decode<E>(kernels, shape, flag, threads, random);
+      for (const bool scaled : {false, true}) select<E>(kernels, shape, scaled, threads, random);
+      for (const int level : {-100000, 0, 20, 100000}) {
+        threshold<E>(kernels, shape, level, threads, random);
       }
+      for (const Form& form : kForms) decode<E>(kernels, shape, form, threads, random);
       rows<Acc<E>, E>(kernels, shape, threads, random);
     }
   }

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
+import torch
+
+from sae_kernels.backends import cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from drawn import Drawn
 
 
 @pytest.fixture(autouse=True)
 def _surroundings(poisoned: None, one_thread: None) -> None:
     """See the fixtures."""
+
+
+@pytest.fixture
+def enter(monkeypatch: pytest.MonkeyPatch, restore_threads: None) -> Callable[[Drawn], None]:
+    """Puts a drawn problem's variant, threads and seed into force."""
+
+    def do(drawn: Drawn) -> None:
+        monkeypatch.setenv(cpu.ISA_VARIABLE, drawn.isa)
+        torch.set_num_threads(drawn.threads)
+        torch.manual_seed(drawn.seed)
+
+    return do

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from sae_kernels import SparseCodes, decode, encode_topk
+from sae_kernels.functional import encode_batch_topk, encode_jumprelu, encode_threshold
+from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode as decode_rows
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
 from sae_kernels.primitives.row_update import AdamRow, row_update
+from sae_kernels.primitives.select_batch_topk import select_batch_topk
+from sae_kernels.primitives.select_threshold import select_threshold
 from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.primitives.terms import Gradient, Term
 from sae_kernels.primitives.transpose_codes import transpose_codes
@@ -27,6 +31,9 @@ B, D, F, K = 3, 4, 6, 2
 x, W, b = t(B, D), t(F, D), t(F)
 values, indices = t(B, K), t(B, K, dtype=i32)
 codes = SparseCodes(values, indices, F)
+offsets = torch.tensor([0, 2, 2, 6], dtype=i32)
+ragged = {"values": t(6), "indices": t(6, dtype=i32), "offsets": offsets}
+ends = torch.tensor([2, F], dtype=i32)
 term = Term(t(F + 1, dtype=i32), t(6, dtype=i32), t(6, dtype=i32), t(6), t(B, D))
 hyper = t(6, dtype=f64)
 row = AdamRow(t(F, D), t(F, D), t(F, D))
@@ -38,19 +45,36 @@ def select(**changes: Any) -> None:
     select_topk(*args.values())
 
 
+def above(**changes: Any) -> None:
+    args = {"x": x, "W": W, "b": b, "bounds": b, **changes}
+    select_threshold(*args.values())
+
+
+def largest(**changes: Any) -> None:
+    args = {"x": x, "W": W, "b": b, "count": K, "rank_scale": None, "start": None, **changes}
+    select_batch_topk(*args.values())
+
+
 def rows(**changes: Any) -> None:
-    args = {"values": values, "indices": indices, "W": W, "b_dec": None, "ends": None, **changes}
-    decode_rows(*args.values())
+    args = {"values": values, "indices": indices, "W": W, "b_dec": None, "ends": None}
+    decode_rows(*({**args, "offsets": None, **changes}).values())
 
 
 def residual(**changes: Any) -> None:
-    args = {"values": values, "indices": indices, "W": W, "b_dec": None, "target": x, **changes}
-    decode_residual(*args.values(), True)
+    args = {"values": values, "indices": indices, "W": W, "b_dec": None, "target": x, "drop": True}
+    forms = {"ends": None, "weights": None, "offsets": None}
+    decode_residual(*({**args, **forms, **changes}).values())
 
 
 def grads(**changes: Any) -> None:
-    args = {"grad": x, "indices": indices, "W": W, "ends": None, **changes}
+    args = {"grad": x, "indices": indices, "W": W, "ends": None, "offsets": None, **changes}
     code_grad(*args.values())
+
+
+def dead(**changes: Any) -> None:
+    args = {"x": x, "residual": t(B, 5), "W_enc": W, "b_enc": b, "W_dec": t(F, 5)}
+    latents = {"latents": t(2, dtype=i32), "count": t((), dtype=i32), "k": K, "alpha": 1.0}
+    auxk(*({**args, **latents, **changes}).values())
 
 
 def transpose(**changes: Any) -> None:
@@ -70,6 +94,21 @@ def update(gradient: Gradient | None = None, hyper: torch.Tensor = hyper, **chan
 def encode(**changes: Any) -> None:
     args = {"x": x, "W_enc": W, "b_enc": b, "k": K, **changes}
     encode_topk(**args)
+
+
+def threshold(**changes: Any) -> None:
+    args = {"x": x, "W_enc": W, "b_enc": b, "threshold": 0.5, **changes}
+    encode_threshold(**args)
+
+
+def jumprelu(**changes: Any) -> None:
+    args = {"x": x, "W_enc": W, "b_enc": b, "threshold": b, **changes}
+    encode_jumprelu(**args)
+
+
+def batch(**changes: Any) -> None:
+    args = {"x": x, "W_enc": W, "b_enc": b, "k": 1.5, **changes}
+    encode_batch_topk(**args)
 
 
 # The call, its error and the words that must be in it, with what came last.
@@ -102,6 +141,24 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"D >= 1.* got shape \[3, 0\]",
     ),
+    "threshold-shape": (
+        lambda: threshold(threshold=t(D)),
+        ValueError,
+        r"threshold: .*\[6\] \(one per latent, or one for all\), got \[4\]",
+    ),
+    "threshold-x": (lambda: threshold(x=t(B, 5)), ValueError, r"x: .*\[\.\.\., 4\].* got \[3, 5\]"),
+    "jumprelu-shape": (
+        lambda: jumprelu(threshold=t(D)),
+        ValueError,
+        r"threshold: .*\[6\] \(one per latent\), got \[4\]",
+    ),
+    "batch-k-zero": (lambda: batch(k=0), ValueError, r"0 < k <= n_latents = 6, got 0"),
+    "batch-k-large": (lambda: batch(k=6.5), ValueError, r"0 < k <= n_latents = 6, got 6\.5"),
+    "batch-k-nan": (lambda: batch(k=torch.nan), ValueError, r"0 < k <= n_latents = 6, got nan"),
+    "batch-k-bool": (lambda: batch(k=True), ValueError, r"0 < k <= n_latents = 6, got True"),
+    "batch-k-words": (lambda: batch(k="2"), ValueError, r"0 < k <= n_latents = 6, got '2'"),
+    "batch-start": (lambda: batch(start=t(1)), ValueError, r"start: .*\[\].* got \[1\]"),
+    "batch-scale": (lambda: batch(rank_scale=t(D)), ValueError, r"rank_scale: .*\[6\].*\[4\]"),
     "decode-W": (lambda: decode(codes, t(5, D)), ValueError, r"W_dec: .*\[6, D\].* got \[5, 4\]"),
     "decode-b": (lambda: decode(codes, W, b), ValueError, r"b_dec: .*\[4\].* got \[6\]"),
     "decode-int64": (
@@ -123,6 +180,29 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "select-W": (lambda: select(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),
     "select-W-dtype": (lambda: select(W=W.to(bf16)), TypeError, "W: .*float32, got bfloat16"),
     "select-b-dtype": (lambda: select(b=b.double()), TypeError, r"b: .*float32, got float64"),
+    "above-x": (lambda: above(x=t(D)), ValueError, r"x: .*\[B, D\].* got \[4\]"),
+    "above-W": (lambda: above(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),
+    "above-b": (lambda: above(b=t(D)), ValueError, r"b: .*\[6\].* got \[4\]"),
+    "above-bounds": (lambda: above(bounds=t(D)), ValueError, r"bounds: .*\[6\].* got \[4\]"),
+    "above-dtype": (
+        lambda: above(bounds=b.double()),
+        TypeError,
+        r"bounds: .*float32, got float64",
+    ),
+    "above-device": (
+        lambda: above(bounds=b.to("meta")),
+        ValueError,
+        "one device, .*bounds on meta",
+    ),
+    "above-no-input": (lambda: above(x=t(B, 0), W=t(F, 0)), ValueError, r"D >= 1.*\[3, 0\]"),
+    "largest-W": (lambda: largest(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),
+    "largest-count": (lambda: largest(count=-1), ValueError, "count: expected at least 0, got -1"),
+    "largest-scale": (
+        lambda: largest(rank_scale=b.double()),
+        TypeError,
+        r"rank_scale: .*float32, got float64",
+    ),
+    "largest-start": (lambda: largest(start=t(F)), ValueError, r"start: .*\[\].* got \[6\]"),
     "decode-values": (lambda: rows(values=t(B, 3)), ValueError, r"indices: .*\[3, 3\].*\[3, 2\]"),
     "decode-v-dtype": (lambda: rows(values=values.half()), TypeError, "values: .* got float16"),
     "decode-ends-2d": (
@@ -132,6 +212,71 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "decode-ends-int64": (
         lambda: rows(ends=torch.tensor([F])),
+        TypeError,
+        r"group_ends: .*int32, got int64",
+    ),
+    "ragged-2d": (
+        lambda: rows(offsets=offsets),
+        ValueError,
+        r"values: .*\[N\] \(.*with offsets\), got \[3, 2\]",
+    ),
+    "ragged-no-offsets": (
+        lambda: rows(values=t(6), indices=ragged["indices"]),
+        ValueError,
+        r"values: .*\[B, K\].* got \[6\]",
+    ),
+    "ragged-offsets-2d": (
+        lambda: rows(**{**ragged, "offsets": t(2, 2, dtype=i32)}),
+        ValueError,
+        r"offsets: .*\[B \+ 1\].* got \[2, 2\]",
+    ),
+    "ragged-offsets-int64": (
+        lambda: rows(**{**ragged, "offsets": offsets.long()}),
+        TypeError,
+        "offsets: .*int32, got int64",
+    ),
+    "ragged-offsets-none": (
+        lambda: rows(**{**ragged, "offsets": t(0, dtype=i32)}),
+        ValueError,
+        r"offsets: .*\[B \+ 1\], got \[0\]; no token still has one",
+    ),
+    "ragged-device": (
+        lambda: rows(**{**ragged, "offsets": offsets.to("meta")}),
+        ValueError,
+        "one device, .*offsets on meta",
+    ),
+    "ragged-target": (
+        lambda: residual(**ragged, target=t(2, D)),
+        ValueError,
+        r"target: .*\[3, 4\].* got \[2, 4\]",
+    ),
+    "ragged-grad": (
+        lambda: grads(grad=t(2, D), indices=ragged["indices"], offsets=offsets),
+        ValueError,
+        r"grad: .*\[3, 4\].* got \[2, 4\]",
+    ),
+    "ragged-grad-groups": (
+        lambda: grads(indices=ragged["indices"], ends=ends, offsets=offsets),
+        ValueError,
+        r"grad: .*\[2, 3, 4\].* got \[3, 4\]",
+    ),
+    "weights-alone": (
+        lambda: residual(weights=t(2)),
+        ValueError,
+        "group_weights: expected group_ends with them, got none",
+    ),
+    "weights-shape": (
+        lambda: residual(ends=ends, weights=t(3)),
+        ValueError,
+        r"group_weights: .*\[2\].* got \[3\]",
+    ),
+    "weights-dtype": (
+        lambda: residual(ends=ends, weights=t(2, dtype=f64)),
+        TypeError,
+        "group_weights: .*float32, got float64",
+    ),
+    "residual-ends": (
+        lambda: residual(ends=ends.long()),
         TypeError,
         r"group_ends: .*int32, got int64",
     ),
@@ -199,6 +344,36 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"row_coef: .*\[6\].* got \[4\]",
     ),
+    "update-row-coef-parts": (
+        lambda: update(Gradient(row_coef=t(F, 3))),
+        ValueError,
+        "row_coef: expected a divisor of the width 4 as parts of a row, got 3",
+    ),
+    "update-row-coef-no-parts": (
+        lambda: update(Gradient(row_coef=t(F, 0))),
+        ValueError,
+        "row_coef: expected a divisor of the width 4 as parts of a row, got 0",
+    ),
+    "update-row-coef-rows": (
+        lambda: update(Gradient(row_coef=t(5, 2))),
+        ValueError,
+        r"row_coef: .*\[6, 2\].* got \[5, 2\]",
+    ),
+    "update-row-coef-0d": (
+        lambda: update(Gradient(row_coef=t(()))),
+        ValueError,
+        r"row_coef: .*\[6\].* got \[\]",
+    ),
+    "update-row-coef-3d": (
+        lambda: update(Gradient(row_coef=t(F, 2, 1))),
+        ValueError,
+        r"row_coef: .*\[6, 2\].* got \[6, 2, 1\]",
+    ),
+    "update-row-coef-dtype": (
+        lambda: update(Gradient(row_coef=t(F, 2, dtype=f64))),
+        TypeError,
+        "row_coef: .*float32, got float64",
+    ),
     "update-half-a-block": (
         lambda: update(Gradient(dense=x)),
         ValueError,
@@ -209,6 +384,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"dense_latents: .*\[3\].* got \[2\]",
     ),
+    "dead-rows": (
+        lambda: dead(residual=t(2, 5)),
+        ValueError,
+        r"residual: .*\[3, D_out\].* \[2, 5\]",
+    ),
+    "dead-width": (lambda: dead(W_dec=W), ValueError, r"W_dec: .*\[6, 5\].* got \[6, 4\]"),
+    "dead-W-enc": (lambda: dead(W_enc=t(F, 5)), ValueError, r"W_enc: .*\[F, 4\].* got \[6, 5\]"),
     "sqnorm-halves": (
         lambda: row_sqnorm(low, Gradient([term])),
         ValueError,
@@ -243,6 +425,14 @@ def test_a_copy_beside_fp64_is_refused() -> None:
 
 def test_the_good_arguments_are_accepted() -> None:
     # Otherwise the table above could pass for the wrong reason.
-    for call in (select, rows, residual, grads, transpose, weights, update, encode):
+    for call in (select, above, largest, rows, residual, grads, transpose, weights, update, dead):
         call()
+    for call in (encode, threshold, jumprelu, batch):
+        call()
+    for call in (rows, residual):
+        call(**ragged)
+        call(**ragged, ends=ends)
+    residual(ends=ends, weights=t(2))
+    grads(grad=t(2, B, D), indices=ragged["indices"], ends=ends, offsets=offsets)
+    update(Gradient(row_coef=t(F, 2)))
     decode(codes, W, t(D))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
-import refusals
 import torch
+from decoding import CHECKED_ON_THE_HOST, assert_residual, group_ends, make, needs
+from encoding import dtypes
 
-from sae_kernels import gpu
 from sae_kernels.primitives.checks import accumulator
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
-from sae_kernels.testing import assert_bitwise, assert_within, gamma, oracles, rounding
+from sae_kernels.testing import assert_bitwise, assert_within, oracles, rounding
 
 PRIMITIVES = ("decode", "decode_residual", "code_grad")
-# The others run where the host cannot look at the indices without waiting for the device.
-CHECKED_ON_THE_HOST = ("reference", "cpu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 # B, K, D, F: odd widths, widths around the vector lengths and of several blocks of columns; more
 # entries than one batch of rows and, the last, than decode_residual holds at once on a GPU.
 SHAPES = (
@@ -35,31 +29,6 @@ SHAPES = (
     (1, 260, 37, 270),
 )
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-
-
-class Codes(NamedTuple):
-    """Arguments of decode, with a few dropped entries (value 0)."""
-
-    values: torch.Tensor
-    indices: torch.Tensor
-    W: torch.Tensor
-    b_dec: torch.Tensor
-
-
-def needs(dtype: torch.dtype, backend: str) -> None:
-    """Skips what a backend has no kernel for, and in the interpreter fp16."""
-    if gpu.interpreted() and dtype == torch.float16:
-        pytest.skip("Triton's interpreter is slow, and fp16 differs from bf16 in the loads alone")
-    refusals.needs("decode", dtype, backend)
-
-
-def make(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Codes:
-    """Random codes with distinct latents, in the accumulator dtype of ``dtype``."""
-    B, K, D, F = shape
-    high = accumulator(dtype)
-    values = torch.randn(B, K, dtype=high) * (torch.rand(B, K) > 0.1)
-    indices = torch.rand(B, F).argsort(dim=1)[:, :K].to(torch.int32)
-    return Codes(values, indices, torch.randn(F, D).to(dtype), torch.randn(D, dtype=high))
 
 
 @shapes
@@ -110,36 +79,6 @@ def test_decode_residual(
     target = torch.randn(shape[0], shape[2], dtype=codes.values.dtype)
     results = decode_residual(*codes, target, drop_zeros, backend=backend)
     assert_residual(results, codes, target, drop_zeros)
-
-
-def assert_residual(
-    results: tuple[torch.Tensor, ...], codes: Codes, target: torch.Tensor, drop_zeros: bool
-) -> None:
-    """Raises AssertionError unless decode_residual's results are within budget of the oracle."""
-    e, sse, grad = results
-    dtype, K, D = codes.W.dtype, codes.values.shape[1], codes.W.shape[1]
-    x_hat, magnitude = oracles.decode(*codes)
-    exact = x_hat - target.double()
-    de = rounding(K + 2, magnitude + target.double().abs(), dtype)
-    assert_within("residual", e, exact, de)
-    # The sums below start from a residual that is off by de.
-    own = rounding(D + 1, exact.square().sum(1), dtype)
-    assert_within("sse", sse, exact.square().sum(1), ((2 * exact.abs() + de) * de).sum(1) + own)
-    expected, terms = oracles.code_grad(exact, codes.indices, codes.W)
-    carried = oracles.code_grad(de, codes.indices, codes.W.abs())[0]
-    if drop_zeros:
-        expected = torch.where(codes.values == 0, 0.0, expected)
-        assert not bool(grad[codes.values == 0].any()), "a dropped entry has a gradient"
-    budget = carried * (1 + gamma(D, dtype)) + rounding(D, terms, dtype)
-    assert_within("code_grad", grad, expected, budget)
-
-
-def group_ends(groups: int | None, n_latents: int) -> torch.Tensor | None:
-    """Ends of that many groups, the first possibly empty."""
-    if groups is None:
-        return None
-    ends = [n_latents * g // groups for g in range(1, groups + 1)]
-    return torch.tensor(ends, dtype=torch.int32)
 
 
 def test_integer_codes_decode_exactly(backend: str) -> None:

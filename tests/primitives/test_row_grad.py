@@ -175,8 +175,10 @@ def test_repeats_and_thread_counts_are_bitwise_equal(source: torch.dtype, isa: s
 @highs
 @pytest.mark.parametrize("norm", ["none", "unit", "at_most_one"])
 @pytest.mark.parametrize("slices", [1, 3], ids=["whole", "slices"])
-def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> None:
-    needs("row_grad", high, backend)
+@pytest.mark.parametrize("parts", [[], [1], [4]], ids=["one-norm", "one-part", "norms"])
+def test_row_sqnorm(
+    parts: list[int], norm: str, slices: int, high: torch.dtype, backend: str
+) -> None:
     shape = (14, 4, 21, 36)
     term, grad, magnitude = make_term(shape, high, torch.float32)
     param = torch.randn(21, 36, dtype=high)
@@ -186,16 +188,16 @@ def test_row_sqnorm(norm: str, slices: int, high: torch.dtype, backend: str) -> 
     ).flatten(1)
     dense = torch.randn(3, 36, dtype=high)
     latents = torch.tensor([20, -1, 4], dtype=torch.int32)
-    row_coef = torch.randn(21, dtype=high)
+    row_coef = torch.randn(21, *parts, dtype=high)
     row_coef[3] = 0
-    penalty = row_coef.double()[:, None] * param.double() / param.double().norm(dim=1)[:, None]
+    gradient = Gradient([term], row_coef, dense, latents)
+    needs("row_sqnorm", high, backend, (param, None, *gradient.columns(), norm, slices))
+    penalty = oracles.row_penalty(param, row_coef)
     grad = grad + penalty
     grad[[20, 4]] += dense[[0, 2]].double()
     magnitude = magnitude + penalty.abs()
     magnitude[[20, 4]] += dense[[0, 2]].abs().double()
-    out = row_sqnorm(
-        param, Gradient([term], row_coef, dense, latents), norm=norm, slices=slices, backend=backend
-    )
+    out = row_sqnorm(param, gradient, norm=norm, slices=slices, backend=backend)
     # The penalty's coefficient goes through a norm (width + 3 roundings) before it is added.
     dg = rounding(14 * 4 + 2, magnitude, high) + gamma(39, high) * penalty.abs()
     if norm == "unit":

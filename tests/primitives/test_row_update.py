@@ -71,6 +71,12 @@ def clone(row: AdamRow) -> AdamRow:
     return AdamRow(*(None if t is None else t.clone() for t in row))  # type: ignore[arg-type]
 
 
+def takes(row: AdamRow, gradient: Gradient, backend: str) -> None:
+    """Skips a test of such an update where the backend has no kernel for it."""
+    arguments = (*row, *gradient.columns(), HYPER, 0.9, 0.999, 1e-8, "none", 1, False)
+    needs("row_update", row.param.dtype, backend, arguments)
+
+
 def make_term(
     high: torch.dtype, source: torch.dtype | None, width: int
 ) -> tuple[Term, torch.Tensor, torch.Tensor]:
@@ -84,18 +90,22 @@ def make_term(
     return order.term(coef, rows), dense.T @ source_rows, dense.abs().T @ source_rows.abs()
 
 
-def make_gradient(high: torch.dtype, row: AdamRow) -> tuple[Gradient, torch.Tensor, torch.Tensor]:
-    """Every part of a gradient at once; its sum in fp64 and the absolute terms of it."""
+def make_gradient(
+    high: torch.dtype, row: AdamRow, parts: int | None = None
+) -> tuple[Gradient, torch.Tensor, torch.Tensor]:
+    """Every part of a gradient at once; its sum in fp64 and the absolute terms of it.
+
+    ``parts`` of a row have a penalty each; None stands for one coefficient a row.
+    """
     width = row.param.shape[1]
     sources = (torch.float32, torch.bfloat16, None) if high == torch.float32 else (high, None)
     made = [make_term(high, source, width) for source in sources]
-    row_coef = torch.randn(F, dtype=high)
+    row_coef = torch.randn(F, *([] if parts is None else [parts]), dtype=high)
     row_coef[::2] = 0
     dense = torch.randn(4, width, dtype=high)
     dense[1] = torch.nan  # an unused row may hold anything
     latents = torch.tensor([20, -1, 3, 0], dtype=torch.int32)
-    param = row.param.double()
-    penalty = row_coef.double()[:, None] * param / param.norm(dim=1, keepdim=True)
+    penalty = oracles.row_penalty(row.param, row_coef)
     grad = sum((dense for _, dense, _ in made), penalty)
     magnitude = sum((terms for _, _, terms in made), penalty.abs())
     grad[[20, 3, 0]] += dense[[0, 2, 3]].double()
@@ -107,12 +117,13 @@ def make_gradient(high: torch.dtype, row: AdamRow) -> tuple[Gradient, torch.Tens
 @pytest.mark.parametrize("norm", ["none", "unit", "at_most_one"])
 @pytest.mark.parametrize("slices", [1, 3], ids=["whole", "slices"])
 @pytest.mark.parametrize("width", [WIDTH, 3 * 43], ids=["width-36", "width-129"])
+@pytest.mark.parametrize("parts", [None, 3], ids=["one-norm", "norms"])
 def test_a_step_against_the_oracle(
-    width: int, slices: int, norm: str, high: torch.dtype, backend: str
+    parts: int | None, width: int, slices: int, norm: str, high: torch.dtype, backend: str
 ) -> None:
-    needs("row_update", high, backend)
     row = make_row(high, torch.bfloat16 if high == torch.float32 else None, slices, width)
-    gradient, grad, magnitude = make_gradient(high, row)
+    gradient, grad, magnitude = make_gradient(high, row, parts)
+    takes(row, gradient, backend)
     before = oracles.AdamState(*(t.double() for t in row[:3]))
     expected = oracles.row_update(before, grad, HYPER, norm=norm, slices=slices)
     row_update(row, gradient, HYPER, norm=norm, slices=slices, backend=backend)
@@ -179,6 +190,46 @@ def test_a_vector_of_width_one_takes_a_source_of_ones(backend: str) -> None:
     ):
         assert actual is not None
         assert_within(name, actual, want, budget)
+
+
+def test_a_norm_for_each_part_of_a_row(backend: str) -> None:
+    # Parts of lengths 5, 0 and 2; with beta1 = 0 the first moment is the gradient.
+    param = torch.tensor([[3.0, 4.0, 0.0, 0.0, 0.0, -2.0], [3.0, 4.0, 0.0, 0.0, 0.0, -2.0]])
+    row = AdamRow(param, torch.zeros(2, 6), torch.zeros(2, 6))
+    gradient = Gradient(row_coef=torch.tensor([[10.0, 7.0, 3.0], [0.0, 7.0, 0.0]]))
+    takes(row, gradient, backend)
+    hyper = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    row_update(row, gradient, hyper, betas=(0.0, 0.0), backend=backend)
+    few = gamma(8, torch.float32) * 10
+    assert_within("m", row.m, torch.tensor([[6.0, 8, 0, 0, 0, -3], [0.0] * 6]), few)
+
+
+def test_one_part_is_the_whole_row(backend: str) -> None:
+    row = make_row(torch.float32, None)
+    gradient, _, _ = make_gradient(torch.float32, row)
+    assert gradient.row_coef is not None
+    other, as_matrix = clone(row), gradient._replace(row_coef=gradient.row_coef[:, None])
+    row_update(row, gradient, HYPER, backend=backend)
+    row_update(other, as_matrix, HYPER, backend=backend)
+    for name, a, e in zip(row._fields[:3], other[:3], row[:3], strict=True):
+        assert a is not None
+        assert e is not None
+        assert_bitwise(name, a, e)
+
+
+def test_lazy_touches_a_row_with_a_penalty_on_any_part(backend: str) -> None:
+    row = make_row(torch.float32, None)
+    row.param[5, :12] = 0  # a penalty without a gradient is one all the same
+    row_coef = torch.zeros(F, 3)
+    row_coef[5, 0], row_coef[7, 1], row_coef[9, 2], row_coef[11] = 1.0, 2.0, torch.nan, -0.0
+    gradient = Gradient(row_coef=row_coef)
+    takes(row, gradient, backend)
+    before = clone(row)
+    row_update(row, gradient, HYPER, lazy=True, backend=backend)
+    moved = (row.param != before.param).any(1).nonzero().flatten()
+    assert moved.tolist() == [5, 7, 9]
+    assert row.param.isnan().any(1).nonzero().flatten().tolist() == [9]
+    assert row.param[9].isnan().tolist() == [False] * 24 + [True] * 12
 
 
 @layouts

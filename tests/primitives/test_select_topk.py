@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from encoding import DTYPES, cases, dtypes, flushed, from_bits, payloads, scales
 from refusals import needs
 
 from sae_kernels import gpu
-from sae_kernels.backends import cpu
 from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.testing import (
     CASES,
@@ -20,10 +20,7 @@ from sae_kernels.testing import (
 )
 
 PRIMITIVES = ("select_topk",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 by_name = {case.name: case for case in CASES}
-cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def select(
@@ -42,15 +39,6 @@ def select(
     needs("select_topk", x.dtype, backend, arguments)
     values, indices = select_topk(*arguments, backend=backend)
     return values, indices
-
-
-def flushed(backend: str, dtype: torch.dtype, *operands: torch.Tensor) -> float:
-    """The largest operand if what is in use gets subnormals of bf16 wrong, else 0."""
-    # AMX takes them for zero; Triton's interpreter widens them to something smaller.
-    amx = backend == "cpu" and cpu.isa() == "amx"
-    if dtype != torch.bfloat16 or not (amx or gpu.interpreted()):
-        return 0.0
-    return max((float(t.abs().nan_to_num(0, 0, 0).max()) for t in operands if t.numel()), default=0)
 
 
 def check(case: Case, backend: str, rank_scale: torch.Tensor | None = None) -> None:
@@ -72,9 +60,7 @@ def test_rank_scale_changes_the_order_and_not_the_values(
     case: Case, dtype: torch.dtype, backend: str
 ) -> None:
     case = case.cast(dtype)
-    # Powers of two (and in between 0 and a negative one) keep the exact kinds exact.
-    scale = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.0, -1.0, 1.0]).repeat(case.F // 7 + 1)[: case.F]
-    check(case, backend, scale)
+    check(case, backend, scales(case.F))
 
 
 @dtypes
@@ -93,12 +79,11 @@ def test_error_is_like_that_of_torch_in_the_same_dtype(dtype: torch.dtype, backe
     assert ours.square().mean().sqrt() <= max(expected, 2 * torch_error.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("payload", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
+@payloads
 def test_nan_of_any_payload_ranks_first(payload: int, backend: str) -> None:
     x = torch.ones(3, 1)
     W = torch.tensor([5.0, torch.inf, 0.0, 9.0, 0.0, 1.0])[:, None]
-    payload_as_float = torch.tensor([payload], dtype=torch.uint32).view(torch.float32)
-    W[2] = W[4] = payload_as_float
+    W[2] = W[4] = from_bits(payload)
     values, indices = select(x, W, None, 4, None, backend)
     assert indices.tolist() == [[2, 4, 1, 3]] * 3
     assert values[0].isnan().tolist() == [True, True, False, False]

@@ -15,44 +15,59 @@ SAE_INLINE int64_t group_of(int32_t latent, const int32_t* ends, int64_t groups)
   return g;
 }
 
+// The entries of a token: K each, or between two offsets.
+struct EntriesOf {
+  const int32_t* offsets;
+  int64_t K;
+  SAE_INLINE int64_t begin(int64_t token) const { return offsets ? offsets[token] : token * K; }
+};
+
 template <class E>
 struct Decode {
   using T = Acc<E>;
   const DecodeArgs& a;
   const T* values = static_cast<const T*>(a.values);
   const E* W = static_cast<const E*>(a.W);
+  const EntriesOf entries{a.offsets, a.K};
 
   bool run() const {
     std::atomic<bool> in_range{true};
     parallel_for(a.B, 8, a.threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t token = begin; token < end; ++token) {
-        if (!check(token)) {
+        const int64_t first = entries.begin(token), last = entries.begin(token + 1);
+        if (!check(first, last)) {
           in_range = false;
           return;
         }
-        reconstruct(token);
-        if (a.target) residual(token);
+        reconstruct(token, first, last);
+        if (!a.target) continue;
+        residuals(token);
+        code_gradients(token, first, last);
       }
     });
     return in_range;
   }
 
  private:
-  bool check(int64_t token) const {
-    for (int64_t j = token * a.K; j < (token + 1) * a.K; ++j) {
+  bool check(int64_t first, int64_t last) const {
+    for (int64_t j = first; j < last; ++j) {
       if (a.indices[j] < 0 || a.indices[j] >= a.F) return false;
     }
     return true;
   }
 
+  T* out_of(int64_t group, int64_t token) const {
+    return static_cast<T*>(a.out) + (group * a.B + token) * a.D;
+  }
+
   // Group g's output is the sum over all latents of groups 0 .. g.
-  void reconstruct(int64_t token) const {
+  void reconstruct(int64_t token, int64_t first, int64_t last) const {
     T* previous = nullptr;
     for (int64_t g = 0; g < a.G; ++g) {
-      T* out = static_cast<T*>(a.out) + (g * a.B + token) * a.D;
+      T* out = out_of(g, token);
       start(out, previous);
       RowBatch<E> batch;
-      for (int64_t j = token * a.K; j < (token + 1) * a.K; ++j) {
+      for (int64_t j = first; j < last; ++j) {
         if (values[j] == T{0}) continue;  // a dropped entry adds nothing, whatever its row holds
         const int64_t latent = a.indices[j];
         if (a.G > 1 && group_of(a.indices[j], a.group_ends, a.G) != g) continue;
@@ -74,21 +89,34 @@ struct Decode {
     }
   }
 
-  // The decoder rows are still in cache: their dot products with the residual cost no traffic.
-  void residual(int64_t token) const {
-    T* e = static_cast<T*>(a.out) + token * a.D;
+  // A latent of group g is in the prefixes g, g + 1, ...: in the place of each prefix goes the
+  // weighted sum of its residual and of those after it.
+  void residuals(int64_t token) const {
     const T* target = static_cast<const T*>(a.target) + token * a.D;
-    Vec<T> squares{};
-    for_each_vector<T>(a.D, [&](auto get, auto put) SAE_INLINE_LAMBDA {
-      const Vec<T> difference = get(e) - get(target);
-      squares += difference * difference;
-      put(e, difference);
-    });
-    static_cast<T*>(a.sse)[token] = horizontal_sum<T>(squares);
+    const T* weights = static_cast<const T*>(a.group_weights);
+    const T* later = nullptr;
+    for (int64_t g = a.G - 1; g >= 0; --g) {
+      T* e = out_of(g, token);
+      const Vec<T> weight = splat(weights ? weights[g] : T{1});
+      Vec<T> squares{};
+      for_each_vector<T>(a.D, [&](auto get, auto put) SAE_INLINE_LAMBDA {
+        const Vec<T> difference = get(e) - get(target);
+        squares += difference * difference;
+        put(e, later ? weight * difference + get(later) : weight * difference);
+      });
+      static_cast<T*>(a.sse)[g * a.B + token] = horizontal_sum<T>(squares);
+      later = e;
+    }
+  }
+
+  // The decoder rows are still in cache: their dot products with the residual cost no traffic.
+  void code_gradients(int64_t token, int64_t first, int64_t last) const {
     T* grad = static_cast<T*>(a.code_grad);
-    for (int64_t j = token * a.K; j < (token + 1) * a.K; ++j) {
+    for (int64_t j = first; j < last; ++j) {
       const bool dropped = a.drop_zeros && values[j] == T{0};
-      grad[j] = dropped ? T{0} : dot(e, W + static_cast<int64_t>(a.indices[j]) * a.D, a.D);
+      const int64_t g = a.G > 1 ? group_of(a.indices[j], a.group_ends, a.G) : 0;
+      const E* row = W + static_cast<int64_t>(a.indices[j]) * a.D;
+      grad[j] = dropped ? T{0} : dot(out_of(g, token), row, a.D);
     }
   }
 };
@@ -97,17 +125,20 @@ template <class E>
 bool code_grad(const CodeGradArgs& a) {
   using T = Acc<E>;
   const E* W = static_cast<const E*>(a.W);
+  const EntriesOf entries{a.offsets, a.K};
   std::atomic<bool> in_range{true};
   parallel_for(a.B, 8, a.threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t j = begin * a.K; j < end * a.K; ++j) {
-      const int32_t latent = a.indices[j];
-      if (latent < 0 || latent >= a.F) {
-        in_range = false;
-        return;
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t j = entries.begin(token); j < entries.begin(token + 1); ++j) {
+        const int32_t latent = a.indices[j];
+        if (latent < 0 || latent >= a.F) {
+          in_range = false;
+          return;
+        }
+        const int64_t g = a.G > 1 ? group_of(latent, a.group_ends, a.G) : 0;
+        const T* grad = static_cast<const T*>(a.grad) + (g * a.B + token) * a.D;
+        static_cast<T*>(a.out)[j] = dot(grad, W + static_cast<int64_t>(latent) * a.D, a.D);
       }
-      const int64_t g = a.G > 1 ? group_of(latent, a.group_ends, a.G) : 0;
-      const T* grad = static_cast<const T*>(a.grad) + (g * a.B + j / a.K) * a.D;
-      static_cast<T*>(a.out)[j] = dot(grad, W + static_cast<int64_t>(latent) * a.D, a.D);
     }
   });
   return in_range;

@@ -112,10 +112,13 @@ class RowUpdate {
                  a.width);
       touched = true;
     }
-    const T coef = a.row_coef ? static_cast<const T*>(a.row_coef)[f] : T{0};
-    if (coef != T{0}) {
-      const T norm = std::sqrt(dot(param, param, a.width));
-      if (norm > T{0}) add_scaled(grad, param, coef / norm, a.width);
+    if (!a.row_coef) return touched;
+    const int64_t part = a.width / a.row_parts;
+    for (int64_t i = 0; i < a.row_parts; ++i, grad += part, param += part) {
+      const T coef = static_cast<const T*>(a.row_coef)[f * a.row_parts + i];
+      if (coef == T{0}) continue;
+      const T norm = std::sqrt(dot(param, param, part));
+      if (norm > T{0}) add_scaled(grad, param, coef / norm, part);
       touched = true;
     }
     return touched;

@@ -187,28 +187,34 @@ SAE_INLINE Vec<T> square_root(Vec<T> x) {
 #endif
 }
 
-// Bit i: lane i is NOT below the threshold. Written so that NaN survives.
-template <class T>
+// Bit i: lane i is NOT below the threshold (kStrict: nor at it). Written so that NaN survives.
+template <class T, bool kStrict = false>
 SAE_INLINE uint32_t survivors(Vec<T> key, Vec<T> threshold) {
+#if defined(__AVX2__)
+  constexpr int kTest = kStrict ? _CMP_NLE_UQ : _CMP_NLT_UQ;
+#endif
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(key), reinterpret_cast<__m512>(threshold),
-                              _CMP_NLT_UQ);
+                              kTest);
   } else {
     return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(key), reinterpret_cast<__m512d>(threshold),
-                              _CMP_NLT_UQ);
+                              kTest);
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(
-        reinterpret_cast<__m256>(key), reinterpret_cast<__m256>(threshold), _CMP_NLT_UQ)));
+    return static_cast<uint32_t>(_mm256_movemask_ps(
+        _mm256_cmp_ps(reinterpret_cast<__m256>(key), reinterpret_cast<__m256>(threshold), kTest)));
   } else {
     return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(
-        reinterpret_cast<__m256d>(key), reinterpret_cast<__m256d>(threshold), _CMP_NLT_UQ)));
+        reinterpret_cast<__m256d>(key), reinterpret_cast<__m256d>(threshold), kTest)));
   }
 #else
   uint32_t mask = 0;
-  for (int i = 0; i < kLanes<T>; ++i) mask |= static_cast<uint32_t>(!(key[i] < threshold[i])) << i;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    const bool below = kStrict ? key[i] <= threshold[i] : key[i] < threshold[i];
+    mask |= static_cast<uint32_t>(!below) << i;
+  }
   return mask;
 #endif
 }

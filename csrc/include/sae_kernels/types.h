@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace sae {
 
@@ -38,26 +39,37 @@ struct SelectTopkArgs {
   int threads;
 };
 
-// Shapes: values and indices [B, K], W [F, D], b_dec [D] or null, group_ends [G] or null,
-// out [G, B, D]; the fused form adds target [B, D], sse [B] and code_grad [B, K].
+// Shapes: x [B, D], W [F, D], b [F] or null, bounds [F]. Kept is every h that is not <= its bound.
+struct SelectThresholdArgs {
+  DType dtype;
+  const void *x, *W, *b, *bounds;
+  int64_t B, D, F;
+  void* workspace;
+  int threads;
+};
+
+// Codes are [B, K], or, with offsets [B + 1], ragged: one token's entries after the other's.
+// Shapes: values and indices as the codes, W [F, D], b_dec [D] or null, group_ends [G] or null,
+// out [G, B, D]; the fused form adds target [B, D], group_weights [G] or null, sse [G, B] and
+// code_grad as the codes.
 struct DecodeArgs {
   DType dtype;
   const void* values;
-  const int32_t* indices;
+  const int32_t *indices, *offsets;
   const void *W, *b_dec;
   const int32_t* group_ends;
-  const void* target;
+  const void *group_weights, *target;
   void *out, *sse, *code_grad;
   int64_t B, K, D, F, G;
   bool drop_zeros;
   int threads;
 };
 
-// Shapes: grad [G, B, D], indices and out [B, K], W [F, D].
+// Shapes: grad [G, B, D], indices and out as the codes, W [F, D].
 struct CodeGradArgs {
   DType dtype;
   const void* grad;
-  const int32_t* indices;
+  const int32_t *indices, *offsets;
   const void* W;
   const int32_t* group_ends;
   void* out;
@@ -103,9 +115,10 @@ struct RowUpdateArgs {
   void *param, *m, *v, *copy;  // [F, width]; copy may be null
   const Term* terms;
   int64_t n_terms, F, width;
-  const void* row_coef;       // [F] or null
+  const void* row_coef;       // [F, row_parts] or null
   const void* dense_grad;     // [n_dense, width] or null
   const int32_t* dense_slot;  // [F], row of dense_grad or -1; null without dense_grad
+  int64_t row_parts = 1;      // equal parts of a row, each with a norm of its own for row_coef
   const double* hyper;
   double beta1, beta2, eps;
   Norm norm;
@@ -116,10 +129,21 @@ struct RowUpdateArgs {
   int threads;
 };
 
+// What select_threshold found, until the caller has made room for it.
+class Selection {
+ public:
+  virtual ~Selection();  // defined once, outside the ISA variants
+  virtual int64_t count() const = 0;
+  // Shapes: values and indices [count], offsets [B + 1]; by token, then by latent.
+  virtual void write(void* values, int32_t* indices, int32_t* offsets) const = 0;
+};
+
 // The kernels of one ISA. Those that read indices return false when one lies outside [0, F).
 struct KernelTable {
   size_t (*select_topk_workspace)(const SelectTopkArgs&);
   void (*select_topk)(const SelectTopkArgs&);
+  size_t (*select_threshold_workspace)(const SelectThresholdArgs&);
+  std::unique_ptr<Selection> (*select_threshold)(const SelectThresholdArgs&);
   bool (*decode)(const DecodeArgs&);
   bool (*code_grad)(const CodeGradArgs&);
   bool (*transpose_codes)(const TransposeArgs&);

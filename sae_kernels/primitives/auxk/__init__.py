@@ -14,10 +14,13 @@ that rounds to 0 is none.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.operator import Operator
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _check(
@@ -32,9 +35,10 @@ def _check(
     alpha: float,
 ) -> None:
     checks.shape("x", x, ["B", "D"], "tokens by d_in")
-    checks.shape("residual", residual, list(x.shape), "like x")
+    checks.shape("residual", residual, [x.shape[0], "D_out"], "a row per token")
     checks.shape("W_enc", W_enc, ["F", x.shape[1]], "latents first, as wide as x")
-    checks.shape("W_dec", W_dec, list(W_enc.shape), "like W_enc")
+    width = residual.shape[1]
+    checks.shape("W_dec", W_dec, [W_enc.shape[0], width], "latents first, as wide as residual")
     checks.shape("b_enc", b_enc, [W_enc.shape[0]], "one bias per latent")
     checks.shape("latents", latents, ["A"], "the dead latents")
     checks.shape("count", count, [], "how many of them are in use")
@@ -62,8 +66,10 @@ def _fake(
     k: int,
     alpha: float,
 ) -> tuple[torch.Tensor, ...]:
-    rows = residual.new_empty((latents.shape[0], x.shape[1]))
-    return residual.new_empty(()), rows, rows.new_empty(latents.shape[0]), torch.empty_like(rows)
+    A = latents.shape[0]
+    dW_enc = residual.new_empty((A, x.shape[1]))
+    dW_dec = residual.new_empty((A, residual.shape[1]))
+    return residual.new_empty(()), dW_enc, dW_enc.new_empty(A), dW_dec
 
 
 auxk = Operator(

@@ -34,7 +34,8 @@ def run(
     product = gradient_operand(x.dtype)
     W_enc, b_enc, W_dec = W_enc[rows], b_enc[rows], W_dec[rows].to(x.dtype).to(product)
     sse = residual.new_zeros(())
-    dW_enc, dW_dec = (residual.new_zeros(latents.shape[0], x.shape[1]) for _ in range(2))
+    widths = x.shape[1], residual.shape[1]
+    dW_enc, dW_dec = (residual.new_zeros(latents.shape[0], width) for width in widths)
     db_enc = residual.new_zeros(latents.shape[0])
     if not used or not x.shape[0]:
         return sse, dW_enc, db_enc, dW_dec

@@ -32,7 +32,7 @@ def run(
     error = codes @ W + residual
     variance = (residual - residual.mean(0)).square().sum()
     some = (count > 0) & (x.shape[0] > 0)
-    weight = torch.where(some, alpha * (count / k).clamp(max=1) / variance, 0)
+    weight = torch.where(some, alpha * (count.to(high) / k).clamp(max=1) / variance, 0)
     grad = (2 * weight * error).to(to_product).to(high)
     dh = torch.where(codes != 0, grad @ W.T, 0).to(to_product).to(high)
     return weight * error.square().sum(), dh.T @ x.to(high), dh.sum(0), codes.T @ grad

@@ -213,6 +213,8 @@ def refuses(
     *_: object,
 ) -> str | None:
     """Why these arguments are out of the kernels' range, or None."""
+    if residual.shape != x.shape:
+        return f"it takes targets as wide as the tokens, got {residual.shape[1]} and {x.shape[1]}"
     if latents.shape[0] > _MOST_PLACES:
         return f"at most {_MOST_PLACES} dead latents at a time, got {latents.shape[0]}"
     return None

@@ -17,24 +17,24 @@ def run(
     indices: torch.Tensor,
     W: torch.Tensor,
     group_ends: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs csrc/cpu/decode.cpp."""
+    checks.offsets_split_entries(offsets, indices.numel())
     checks.groups_split_latents(group_ends, W.shape[0])
     out = grad.new_empty(indices.shape)
-    alive = [packed(t) for t in (grad, indices, W, group_ends, out)]
-    (B, K), (F, D) = indices.shape, W.shape
-    groups = 1 if group_ends is None else group_ends.shape[0]
+    alive = [packed(t) for t in (grad, indices, offsets, W, group_ends, out)]
     in_range = cpu.module().code_grad(
         cpu.isa(),
         cpu.code(W.dtype),
         *(cpu.address(t) for t in alive),
-        B,
-        K,
-        D,
-        F,
-        groups,
+        checks.n_tokens(indices, offsets),
+        1 if offsets is not None else indices.shape[1],
+        W.shape[1],
+        W.shape[0],
+        1 if group_ends is None else group_ends.shape[0],
         cpu.threads(),
     )
     if not in_range:
-        checks.latents_in_range(indices, F)
+        checks.latents_in_range(indices, W.shape[0])
     return out

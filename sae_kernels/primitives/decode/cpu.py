@@ -18,44 +18,50 @@ def run(
     W: torch.Tensor,
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs csrc/cpu/decode.cpp."""
-    checks.groups_split_latents(group_ends, W.shape[0])
     groups = 1 if group_ends is None else group_ends.shape[0]
-    out = values.new_empty((groups, values.shape[0], W.shape[1]))
-    launch(values, indices, W, b_dec, group_ends, None, out, None, None, False)
+    out = values.new_empty((groups, checks.n_tokens(values, offsets), W.shape[1]))
+    codes = (values, indices, offsets)
+    launch(codes, W, b_dec, group_ends, (None, None), (out, None, None), False)
     return out[0] if group_ends is None else out
 
 
 def launch(
-    values: torch.Tensor,
-    indices: torch.Tensor,
+    codes: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     W: torch.Tensor,
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
-    target: torch.Tensor | None,
-    out: torch.Tensor,
-    sse: torch.Tensor | None,
-    code_grad: torch.Tensor | None,
+    compared: tuple[torch.Tensor | None, torch.Tensor | None],
+    results: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     drop_zeros: bool,
 ) -> None:
-    """Calls the kernel in its plain form, or in its fused form when there is a target."""
-    alive = [
-        packed(t) for t in (values, indices, W, b_dec, group_ends, target, out, sse, code_grad)
-    ]
-    (B, K), (F, D) = values.shape, W.shape
-    groups = 1 if group_ends is None else group_ends.shape[0]
+    """Calls the kernel in its plain form, or in its fused form when there is a target.
+
+    Args:
+        codes: values, indices and, if ragged, offsets.
+        W, b_dec, group_ends: as of decode.
+        compared: weights of the groups, and the target.
+        results: the output, squared errors and code gradients.
+        drop_zeros: as of decode_residual.
+    """
+    values, indices, offsets = codes
+    checks.offsets_split_entries(offsets, indices.numel())
+    checks.groups_split_latents(group_ends, W.shape[0])
+    tensors = (*codes, W, b_dec, group_ends, *compared, *results)
+    alive = [packed(t) for t in tensors]
     in_range = cpu.module().decode(
         cpu.isa(),
         cpu.code(W.dtype),
         *(cpu.address(t) for t in alive),
-        B,
-        K,
-        D,
-        F,
-        groups,
+        checks.n_tokens(values, offsets),
+        1 if offsets is not None else values.shape[1],
+        W.shape[1],
+        W.shape[0],
+        1 if group_ends is None else group_ends.shape[0],
         drop_zeros,
         cpu.threads(),
     )
     if not in_range:
-        checks.latents_in_range(indices, F)
+        checks.latents_in_range(indices, W.shape[0])

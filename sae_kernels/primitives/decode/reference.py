@@ -13,15 +13,33 @@ def run(
     W: torch.Tensor,
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gathers the K rows of every token and sums them."""
+    """Gathers the rows of every token and sums them."""
     checks.latents_in_range(indices, W.shape[0])
+    checks.offsets_split_entries(offsets, indices.numel())
     checks.groups_split_latents(group_ends, W.shape[0])
-    rows = W[indices.long()].to(values.dtype)  # [B, K, D]
+    rows = W[indices.long()].to(values.dtype)  # [B, K, D] or [N, D]
     weighted = torch.where((values == 0)[..., None], 0, values[..., None] * rows)
     ends = [W.shape[0]] if group_ends is None else group_ends.tolist()
-    prefixes = [(weighted * (indices < end)[..., None]).sum(1) for end in ends]
+    tokens = checks.n_tokens(values, offsets)
+    prefixes = []
+    for end in ends:
+        part = weighted * (indices < end)[..., None]
+        prefixes.append(part.sum(1) if offsets is None else sum_by_token(part, offsets, tokens))
     out = torch.stack(prefixes)
     if b_dec is not None:
         out = out + b_dec
     return out[0] if group_ends is None else out
+
+
+def sum_by_token(entries: torch.Tensor, offsets: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Adds up the entries [N, D] of each token, in their order."""
+    out = entries.new_zeros((tokens, *entries.shape[1:]))
+    return out.index_add_(0, entry_tokens(offsets), entries[: int(offsets[-1])])
+
+
+def entry_tokens(offsets: torch.Tensor) -> torch.Tensor:
+    """The token of each entry, int64 [offsets[-1]]."""
+    tokens = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return tokens.repeat_interleave(offsets.diff().long())

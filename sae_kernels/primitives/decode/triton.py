@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
+from sae_kernels.primitives import checks
 from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _MOST_WARPS = 8
 _ELEMENTS = 32  # of a tile, in each thread
 _NARROWEST, _WIDEST = 64, 256  # columns; in bf16 the narrowest are the 128 bytes of a cache line
+_MOST_ROWS = 16  # gathered at a time, where entries come in a loop
 
 
 class Tile(NamedTuple):
@@ -48,7 +50,22 @@ def tile(rows: int, D: int) -> Tile:
 
 def gather_tile(K: int, D: int) -> Tile:
     """The tile of the kernels that go through the entries or the columns in a loop."""
-    return tile(min(16, gpu.next_power_of_two(K)), D)
+    return tile(min(_MOST_ROWS, gpu.next_power_of_two(K)), D)
+
+
+def kept(indices: torch.Tensor, offsets: torch.Tensor | None) -> int:
+    """K; for ragged codes, whose kernels ask the offsets, a number that fills a tile."""
+    return indices.shape[1] if offsets is None else _MOST_ROWS
+
+
+@triton.jit
+def entries_of(offsets, token, K: tl.constexpr):
+    """A token's first entry and their number."""
+    if offsets is None:
+        return token * K, K
+    else:
+        first = tl.load(offsets + token)
+        return first.to(tl.int64), tl.load(offsets + token + 1) - first
 
 
 @triton.jit
@@ -88,6 +105,7 @@ def _decode_kernel(
     W,
     b_dec,
     group_ends,
+    offsets,
     out,
     B,
     F,
@@ -102,16 +120,18 @@ def _decode_kernel(
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // blocks).to(tl.int64)
     columns, inside = block_of_columns(tl.program_id(0) % blocks * BLOCK, D, BLOCK)
+    start, count = entries_of(offsets, token, K)
     partial = tl.zeros((ROWS, BLOCK), tl.float32)
     begin = -1
     for g in range(GROUPS):
         end = F
         if group_ends is not None:
             end = tl.load(group_ends + g)
-        for first in range(0, K, ROWS):
+        for first in range(0, count, ROWS):
             entries = first + tl.arange(0, ROWS)
-            latents = latents_of(indices, token * K + entries, entries < K, group_ends, F, GROUPS)
-            coef = tl.load(values + token * K + entries, mask=entries < K, other=0)
+            present = entries < count
+            latents = latents_of(indices, start + entries, present, group_ends, F, GROUPS)
+            coef = tl.load(values + start + entries, mask=present, other=0)
             added = (coef != 0) & (latents >= begin) & (latents < end)
             rows = load_rows(W, latents, added, columns, inside, D)
             coef = tl.where(latents < 0, float("nan"), coef)
@@ -129,9 +149,10 @@ def run(
     W: torch.Tensor,
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Decodes every token, a block of columns to a program."""
-    (B, K), (F, D) = values.shape, W.shape
+    B, K, (F, D) = checks.n_tokens(values, offsets), kept(indices, offsets), W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]
     rows, columns, warps = gather_tile(K, D)
     out = values.new_empty((groups, B, D))
@@ -141,6 +162,7 @@ def run(
         W.contiguous(),
         packed(b_dec),
         packed(group_ends),
+        packed(offsets),
         out,
         B,
         F,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
+from sae_kernels.primitives import checks
 from sae_kernels.primitives.decode import cpu as decode
-
-if TYPE_CHECKING:
-    import torch
 
 
 def run(
@@ -17,10 +15,18 @@ def run(
     b_dec: torch.Tensor | None,
     target: torch.Tensor,
     drop_zeros: bool,
+    group_ends: torch.Tensor | None = None,
+    group_weights: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/decode.cpp with a target."""
-    e = values.new_empty((values.shape[0], W.shape[1]))
-    sse = values.new_empty((values.shape[0],))
-    grad = values.new_empty(values.shape)
-    decode.launch(values, indices, W, b_dec, None, target, e, sse, grad, drop_zeros)
+    groups = () if group_ends is None else (group_ends.shape[0],)
+    tokens = checks.n_tokens(values, offsets)
+    e = values.new_empty((*groups, tokens, W.shape[1]))
+    sse = values.new_empty((*groups, tokens))
+    # Past the last offset nothing is an entry: zero, so that nobody reads what memory held.
+    grad = torch.zeros_like(values) if offsets is not None else torch.empty_like(values)
+    codes = (values, indices, offsets)
+    results = (e, sse, grad)
+    decode.launch(codes, W, b_dec, group_ends, (group_weights, target), results, drop_zeros)
     return e, sse, grad

@@ -15,10 +15,18 @@ def run(
     b_dec: torch.Tensor | None,
     target: torch.Tensor,
     drop_zeros: bool,
+    group_ends: torch.Tensor | None = None,
+    group_weights: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Residual, squared error per token, and the residual's products with the selected rows."""
-    e = decode.run(values, indices, W, b_dec, None) - target
-    grad = code_grad.run(e, indices, W, None)
+    e = decode.run(values, indices, W, b_dec, group_ends, offsets) - target
+    sse = e.square().sum(-1)
+    if group_weights is not None:
+        e = e * group_weights[:, None, None]
+    if group_ends is not None:
+        e = e.flip(0).cumsum(0).flip(0)
+    grad = code_grad.run(e, indices, W, group_ends, offsets)
     if drop_zeros:
         grad = torch.where(values == 0, 0, grad)
-    return e, e.square().sum(1), grad
+    return e, sse, grad

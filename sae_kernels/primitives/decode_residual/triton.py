@@ -1,4 +1,8 @@
-"""decode_residual in Triton: every selected decoder row is read once, if a token's rows fit."""
+"""decode_residual in Triton: every selected decoder row is read once, if a token's rows fit.
+
+Ragged codes, groups of latents and more rows than fit take three kernels: decode, one that makes
+residuals of the reconstructions, and code_grad.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from sae_kernels.tensors import packed
 
 # Above it a block of all rows would be narrower than the 64 bytes that memory hands out at once.
 MOST_FUSED = 256
+_WIDEST = 1024  # columns that are compared at a time
 
 
 @triton.jit
@@ -68,6 +73,37 @@ def _decode_residual_kernel(
     tl.store(code_grad + token * K + entries, tl.where(dropped, 0, total), mask=entries < K)
 
 
+@triton.jit
+def _residual_kernel(
+    x_hat,
+    target,
+    group_weights,
+    sse,
+    B,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # From the last prefix to the first: each adds what the one after it has left in memory.
+    token = tl.program_id(0).to(tl.int64)
+    for nth in range(GROUPS):
+        g = GROUPS - 1 - nth
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, D, BLOCK):
+            columns, inside = block_of_columns(first, D, BLOCK)
+            at = x_hat + (g * B + token) * D + columns
+            after = x_hat + ((g + 1) * B + token) * D + columns
+            e = tl.load(at, mask=inside, other=0)
+            e -= tl.load(target + token * D + columns, mask=inside, other=0)
+            squares += e * e
+            if group_weights is not None:
+                e *= tl.load(group_weights + g)
+            e += tl.load(after, mask=inside & (nth > 0), other=0)
+            tl.store(at, e, mask=inside)
+        tl.store(sse + g * B + token, tl.sum(squares, 0))
+        tl.debug_barrier()  # another thread may load what this one has stored
+
+
 def run(
     values: torch.Tensor,
     indices: torch.Tensor,
@@ -75,14 +111,18 @@ def run(
     b_dec: torch.Tensor | None,
     target: torch.Tensor,
     drop_zeros: bool,
+    group_ends: torch.Tensor | None = None,
+    group_weights: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Residual, squared error per token and code gradients, a token to a program."""
+    if group_ends is not None or offsets is not None or values.shape[1] > MOST_FUSED:
+        e = decode.run(values, indices, W, b_dec, group_ends, offsets)
+        sse = _compare(e, target, group_weights)
+        grad = code_grad.run(e, indices, W, group_ends, offsets)
+        return e, sse, torch.where(values == 0, 0, grad) if drop_zeros else grad
     (B, K), (F, D) = values.shape, W.shape
     sse, grad = values.new_empty((B,)), values.new_empty((B, K))
-    if K > MOST_FUSED:
-        e = decode.run(values, indices, W, b_dec, None).sub_(target)
-        code_grad.launch(e, indices, W, None, grad, sse)
-        return e, sse, torch.where(values == 0, 0, grad) if drop_zeros else grad
     rows, columns, warps = decode.tile(gpu.next_power_of_two(K), D)
     e = values.new_empty((B, D))
     _decode_residual_kernel[(B,)](
@@ -104,3 +144,23 @@ def run(
         num_warps=warps,
     )
     return e, sse, grad
+
+
+def _compare(
+    x_hat: torch.Tensor, target: torch.Tensor, group_weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Squared errors of [B, D] or [G, B, D], in whose place the residuals come."""
+    sse = x_hat.new_empty(x_hat.shape[:-1])
+    B, D = target.shape
+    _residual_kernel[(B,)](
+        x_hat,
+        target.contiguous(),
+        packed(group_weights),
+        sse,
+        B,
+        D=D,
+        GROUPS=x_hat.shape[0] if x_hat.dim() == 3 else 1,
+        BLOCK=min(_WIDEST, gpu.next_power_of_two(D)),
+        num_warps=4,
+    )
+    return sse

@@ -34,10 +34,12 @@ def gather(param: torch.Tensor, gradient: Gradient) -> tuple[torch.Tensor, torch
         out.index_add_(0, latents, gradient.dense[used])
         touched[latents] = True
     if gradient.row_coef is not None:
-        norms = param.norm(dim=1)
-        scale = torch.where(norms > 0, gradient.row_coef / norms, 0)
-        out += scale[:, None] * param
-        touched |= gradient.row_coef != 0
+        coef = gradient.row_coef.view(param.shape[0], gradient.row_parts)
+        parts = param.unflatten(1, (gradient.row_parts, -1))
+        norms = parts.norm(dim=2)
+        scale = torch.where(norms > 0, coef / norms, 0)
+        out += (scale[..., None] * parts).flatten(1)
+        touched |= (coef != 0).any(1)
     return out, touched
 
 

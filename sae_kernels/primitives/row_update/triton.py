@@ -52,12 +52,16 @@ def gradient_rows(
     ENTRIES: tl.constexpr,
 ):
     """[LATENTS, COLUMNS] of the gradient before projection; ``param`` holds the same weights."""
-    terms, row_coef, norms, dense, slots = parts
+    terms, row_coef, norms, split, dense, slots = parts
     grad = gather(terms, latents, wanted, first, columns, inside, width, TERMS, CHUNK, ENTRIES)
     if row_coef is not None:
-        coef = tl.load(row_coef + latents, mask=wanted, other=0)
-        norm = tl.load(norms + latents, mask=wanted, other=1)
-        grad += tl.where(norm > 0, tl.div_rn(coef, norm), 0)[:, None] * param
+        at, mask = latents[:, None], wanted[:, None]
+        if split is not None:
+            at = at * split[0] + ((first + columns) // split[1])[None, :]
+            mask = mask & inside[None, :]
+        coef = tl.load(row_coef + at, mask=mask, other=0)
+        norm = tl.load(norms + at, mask=mask, other=1)
+        grad += tl.where(norm > 0, tl.div_rn(coef, norm), 0) * param
     if dense is not None:
         slot = tl.load(slots + latents, mask=wanted, other=-1)
         at = pointers(dense, slot.to(tl.int64) * width + first, columns)
@@ -78,14 +82,19 @@ def projected(grad, param, NORM: tl.constexpr):
 @triton.jit
 def _touched(parts, latents, wanted, F, TERMS: tl.constexpr):
     """Which latents have any part of a gradient."""
-    terms, row_coef, _, dense, slots = parts
+    terms, row_coef, _, split, dense, slots = parts
     touched = latents < 0
     for t in tl.static_range(TERMS):
         offsets = terms[t][0]
         begin = tl.load(offsets + latents, mask=wanted, other=0)
         touched |= tl.load(offsets + latents + 1, mask=wanted, other=0) > begin
     if row_coef is not None:
-        touched |= tl.load(row_coef + latents, mask=wanted, other=0) != 0
+        if split is None:
+            touched |= tl.load(row_coef + latents, mask=wanted, other=0) != 0
+        else:
+            for nth in range(split[0]):
+                at = row_coef + latents * split[0] + nth
+                touched |= tl.load(at, mask=wanted, other=0) != 0
     if dense is not None:
         touched |= tl.load(slots + latents, mask=wanted, other=-1) >= 0
         touched |= tl.load(slots + F) >= 0
@@ -234,16 +243,19 @@ def packed_parts(
     """A gradient as the kernels take it, and the constants of its terms."""
     F, width = param.shape
     terms, constants = packed_terms(gradient.terms, width)
-    row_coef, norms, dense, slots = None, None, None, None
+    row_coef, norms, split, dense, slots = None, None, None, None, None
     if gradient.row_coef is not None:
-        row_coef, norms = gradient.row_coef.contiguous(), torch.empty_like(gradient.row_coef)
-        tile = blocks(width)
-        _row_norms[(triton.cdiv(F, tile.latents),)](
+        # The parts of a matrix's rows are the rows of one that is as much longer.
+        S = gradient.row_parts
+        split, tile = (S, width // S) if S > 1 else None, blocks(width // S)
+        row_coef = gradient.row_coef.contiguous()
+        norms = torch.empty_like(row_coef)
+        _row_norms[(triton.cdiv(F * S, tile.latents),)](
             norms,
             param,
             high,
-            F,
-            width,
+            F * S,
+            width // S,
             LATENTS=tile.latents,
             COLUMNS=tile.columns,
             num_warps=tile.warps,
@@ -254,7 +266,7 @@ def packed_parts(
         _fill_slots[(triton.cdiv(latents.numel(), 256),)](
             slots, latents, F, latents.numel(), BLOCK=256
         )
-    return (terms, row_coef, norms, dense, slots), constants
+    return (terms, row_coef, norms, split, dense, slots), constants
 
 
 def run(

@@ -80,14 +80,11 @@ def tile_for(x: torch.Tensor, W: torch.Tensor) -> Tile:
 def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
     """Scores a slab and lets through what is not below the thresholds."""
     x, W, b, rank_scale = operands
-    (B, D), F, depth = x.shape, W.shape[0], tile.depth // x.element_size()
-    described = _described(x, W)
+    (B, D), F = x.shape, W.shape[0]
     n_tiles = triton.cdiv(B, tile.rows) * (slab.stop - slab.start)
-    tokens: Any = TensorDescriptor(x, [B, D], [D, 1], [tile.rows, depth]) if described else x
-    latents: Any = TensorDescriptor(W, [F, D], [D, 1], [tile.columns, depth]) if described else W
+    matrices, constants = tiled(x, W, tile)
     _encode_slab[(min(n_tiles, gpu.multiprocessors(x.device)),)](
-        tokens,
-        latents,
+        *matrices,
         b,
         rank_scale,
         *lists,
@@ -96,17 +93,59 @@ def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> Non
         D,
         *slab,
         CAPACITY=lists.candidates.shape[1],
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=depth,
-        GROUP=_GROUP,
         CHUNKS=tile.chunks,
         EMISSION=_EMISSION,
-        DESCRIBED=described,
-        WIDEN=gpu.interpreted(),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **constants,
     )
+
+
+def tiled(x: torch.Tensor, W: torch.Tensor, tile: Tile) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """Two packed matrices as a kernel of `scores` takes them, and what it is launched with."""
+    depth, is_described = tile.depth // x.element_size(), _described(x, W)
+    matrices: tuple[Any, Any] = (x, W)
+    if is_described:
+        rows = (tile.rows, tile.columns)
+        matrices = tuple(
+            TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [n, depth])
+            for matrix, n in zip((x, W), rows, strict=True)
+        )
+    return matrices, {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": depth,
+        "GROUP": _GROUP,
+        "DESCRIBED": is_described,
+        "WIDEN": gpu.interpreted(),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+@triton.jit
+def scores(
+    x,
+    W,
+    row,
+    column,
+    B,
+    F,
+    D,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A tile of the product; beyond the last token or latent it holds anything."""
+    if DESCRIBED:
+        h = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for part in range(0, D, DEPTH):
+            h = dot(x.load([row, part]), W.load([column, part]).T, h, WIDEN)
+        return h
+    else:
+        rows = tl.minimum(row + tl.arange(0, ROWS), B - 1)
+        columns = tl.minimum(column + tl.arange(0, COLUMNS), F - 1)
+        return product(x, W, rows, columns, D, DEPTH, WIDEN)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "stride"])
@@ -149,13 +188,7 @@ def _encode_slab(
         place = tile % in_group // size
         column = ((start + place) * stride % column_tiles).to(tl.int32) * COLUMNS
         rows = row + tl.arange(0, ROWS)
-        if DESCRIBED:
-            h = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for part in range(0, D, DEPTH):
-                h = dot(x.load([row, part]), W.load([column, part]).T, h, WIDEN)
-        else:
-            columns = tl.minimum(column + tl.arange(0, COLUMNS), F - 1)
-            h = product(x, W, tl.minimum(rows, B - 1), columns, D, DEPTH, WIDEN)
+        h = scores(x, W, row, column, B, F, D, ROWS, COLUMNS, DEPTH, DESCRIBED, WIDEN)
         threshold = tl.load(thresholds + rows)
         threshold = tl.where(threshold == threshold, threshold, float("inf"))
         lists = candidates + rows.to(tl.int64) * CAPACITY

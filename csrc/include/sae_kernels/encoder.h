@@ -1,0 +1,144 @@
+// The encoder product streamed over tiles of latents: the [B, F] scores exist one cache-sized tile
+// at a time, and a sink takes from each tile what it wants.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "sae_kernels/parallel.h"
+#include "sae_kernels/product_fma.h"
+
+namespace sae::SAE_ISA {
+
+// Carves pieces out of a thread's share of the workspace.
+struct Carver {
+  char* memory;
+  template <class T = char>
+  T* take(size_t bytes) {
+    char* piece = memory;
+    memory += aligned(bytes);
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+template <class Product>
+struct Encoder {
+  using E = typename Product::Element;
+  using T = typename Product::T;
+  static constexpr int kGroup = Product::kGroup;
+  static_assert(Product::kLatents % 4 == 0 && kGroup == kLanes<T>);
+
+  const void *x, *W, *b;
+  int64_t B, D, F;
+  int threads;
+  int64_t tokens = block_tokens();  // of one block
+
+  int64_t block_tokens() const {
+    const int64_t step = Product::kTokenStep;
+    const int64_t share = ((B + threads - 1) / threads + step - 1) / step * step;
+    return std::min(Product::max_tokens(D), std::max(share, step));
+  }
+  int64_t blocks() const { return (B + tokens - 1) / tokens; }
+
+  size_t thread_bytes() const {
+    return packed_bytes() + Product::scratch_bytes(D) + aligned(kScoresBytes) +
+           aligned(Product::kLatents * sizeof(T));
+  }
+
+  // make_sink(carver) is called once a thread. A sink has start_block(first, count),
+  // start_tile(f, latents), scan(scores, bias, f, latents, token, count) and
+  // finish_block(first, count); scores are [vectors of a step][kLatents][kGroup tokens].
+  template <class MakeSink>
+  void run(void* workspace, size_t sink_bytes, const MakeSink& make_sink) const {
+    if (B == 0) return;
+    const size_t bytes = thread_bytes() + sink_bytes;
+    std::atomic<int64_t> next{0};
+    on_threads(static_cast<int>(std::min<int64_t>(threads, blocks())), [&](int thread) {
+      Carver carver{static_cast<char*>(workspace) + static_cast<size_t>(thread) * bytes};
+      void* packed = carver.take(packed_bytes());
+      void* scratch = carver.take(Product::scratch_bytes(D));
+      T* scores = carver.template take<T>(kScoresBytes);
+      T* bias = carver.template take<T>(Product::kLatents * sizeof(T));
+      auto sink = make_sink(carver);
+      Product::enter_thread();
+      for (int64_t block; (block = next.fetch_add(1)) < blocks();) {
+        const int64_t first = block * tokens;
+        const int64_t count = std::min(tokens, B - first);
+        sink.start_block(first, count);
+        encode_block(first, count, packed, scratch, scores, bias, sink);
+        sink.finish_block(first, count);
+      }
+      Product::leave_thread();
+    });
+  }
+
+  static void fill(T* out, const void* from, int64_t f, int64_t latents, T missing) {
+    const T* source = static_cast<const T*>(from);
+    for (int64_t i = 0; i < latents; ++i) out[i] = source ? source[f + i] : missing;
+  }
+
+ private:
+  static constexpr size_t kScoresBytes = sizeof(T) * Product::kTokenStep * Product::kLatents;
+
+  size_t packed_bytes() const {
+    return aligned(static_cast<size_t>(tokens / Product::kTokenStep * Product::panel_bytes(D)));
+  }
+
+  template <class Sink>
+  void encode_block(int64_t first, int64_t count, void* packed, void* scratch, T* scores, T* bias,
+                    Sink& sink) const {
+    const int64_t step = Product::kTokenStep;
+    const int64_t padded = (count + step - 1) / step * step;
+    const E* w = static_cast<const E*>(W);
+    Product::pack(static_cast<const E*>(x) + first * D, count, padded, D, packed);
+    for (int64_t f = 0; f < F; f += Product::kLatents) {
+      const int64_t latents = std::min<int64_t>(Product::kLatents, F - f);
+      const auto* rows = Product::rows(w + f * D, latents, D, scratch);
+      fill(bias, b, f, latents, T{0});
+      sink.start_tile(f, latents);
+      // The next tile of W is fetched in equal shares while this one is multiplied.
+      const char* ahead = reinterpret_cast<const char*>(w + (f + latents) * D);
+      const int64_t next = std::min<int64_t>(Product::kLatents, F - f - latents);
+      const int64_t share = next * D * static_cast<int64_t>(sizeof(E)) * step / padded;
+      const char* panel = static_cast<const char*>(packed);
+      for (int64_t token = 0; token < count; token += step) {
+        Product::tile(panel, rows, latents, D, scores, ahead, share);
+        sink.scan(scores, bias, f, latents, token, count);
+        panel += Product::panel_bytes(D);
+        ahead += share;
+      }
+    }
+  }
+};
+
+// Tests the scores of one step of tokens, four latents by one branch; almost always nothing
+// survives. test(scores, i) is a mask of tokens, visit(token, i, lane, scores) takes a survivor and
+// renew(token) loads what test compares with for the tokens from there on.
+template <class Product, class Renew, class Test, class Visit>
+SAE_INLINE void scan_step(const typename Product::T* scores, int64_t latents, int64_t token,
+                          int64_t count, const Renew& renew, const Test& test, const Visit& visit) {
+  constexpr int kGroup = Product::kGroup;
+  const int64_t end = std::min<int64_t>(count, token + Product::kTokenStep);
+  for (; token < end; token += kGroup, scores += Product::kLatents * kGroup) {
+    // Never wider than a group, so that nothing beyond a mask's own bits can pass.
+    const uint32_t live = (1u << std::min<int64_t>(end - token, kGroup)) - 1;
+    auto against = renew(token);
+    for (int64_t i = 0; i < latents; i += 4) {
+      uint32_t mask[4], any = 0;
+      SAE_UNROLL for (int u = 0; u < 4; ++u) {
+        mask[u] = test(scores + (i + u) * kGroup, i + u, against) & live;
+        any |= mask[u];
+      }
+      if (__builtin_expect(any == 0, 1)) continue;
+      for (int u = 0; u < 4 && i + u < latents; ++u) {
+        for (uint32_t left = mask[u]; left; left &= left - 1) {
+          const int lane = __builtin_ctz(left);
+          visit(token + lane, i + u, scores[(i + u) * kGroup + lane]);
+        }
+      }
+      against = renew(token);
+    }
+  }
+}
+
+}  // namespace sae::SAE_ISA

@@ -1,0 +1,25 @@
+"""The public differentiable functions.
+
+Gradients are of first order: a backward pass that is itself recorded (``create_graph=True``)
+raises. Shapes: B tokens (any leading dimensions), D d_in, F n_latents, K kept per token.
+"""
+
+from sae_kernels.functional.decode import decode
+from sae_kernels.functional.encode import (
+    encode_batch_topk,
+    encode_jumprelu,
+    encode_threshold,
+    encode_topk,
+)
+from sae_kernels.functional.entries import jumprelu, of_latents, step
+
+__all__ = [
+    "decode",
+    "encode_batch_topk",
+    "encode_jumprelu",
+    "encode_threshold",
+    "encode_topk",
+    "jumprelu",
+    "of_latents",
+    "step",
+]

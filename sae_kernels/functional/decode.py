@@ -1,0 +1,127 @@
+"""The decoder: reconstructions from codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sae_kernels.codes import LatentOrder, SparseCodes
+from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
+from sae_kernels.primitives import checks
+from sae_kernels.primitives.code_grad import code_grad
+from sae_kernels.primitives.decode import decode as decode_rows
+from sae_kernels.primitives.row_grad import row_grad
+from sae_kernels.primitives.transpose_codes import transpose_codes
+
+
+def decode(
+    codes: SparseCodes,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor | None = None,
+    *,
+    group_ends: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Reconstructs tokens from codes: ``x_hat = b_dec + sum_j values_j W_dec[indices_j]``.
+
+    Args:
+        codes: of any leading shape; indices outside [0, F) raise IndexError.
+        W_dec: [F, D_out]; D_out need not be d_in (transcoders).
+        b_dec: [D_out] or None.
+        group_ends: int32 [G], ascending, the last being F: returns the G prefix reconstructions
+            of a Matryoshka SAE (arXiv 2503.17547), shape [G, ..., D_out].
+        compute_dtype: the dtype in which W_dec is read; sums are fp32 (fp64 for fp64). Default as
+            in :func:`encode_topk`.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        [..., D_out] in the accumulator dtype, fp32 (or fp64).
+
+    Example:
+        >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0]]), k=1)
+        >>> decode(codes, torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2)).tolist()
+        [[1.0, 7.0]]
+    """
+    checks.shape("W_dec", W_dec, [codes.n_latents, "D"], "one row per latent of the codes")
+    dtype = compute_dtype or autocast_dtype(W_dec) or W_dec.dtype
+    flat = codes.flat()
+    out = _Decode.apply(
+        flat.values, flat.indices, W_dec, b_dec, group_ends, flat.offsets, dtype, backend
+    )
+    leading = out.shape[:-2]
+    result: torch.Tensor = out.reshape(*leading, *codes.batch_shape, W_dec.shape[1])
+    return result
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        group_ends: torch.Tensor | None,
+        offsets: torch.Tensor | None,
+        dtype: torch.dtype,
+        backend: str | None,
+    ) -> torch.Tensor:
+        accumulator = checks.accumulator(dtype)
+        b = None if b is None else b.to(accumulator)
+        out: torch.Tensor = decode_rows(
+            values.to(accumulator), indices, W.to(dtype), b, group_ends, offsets, backend=backend
+        )
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        values, indices, W, b, group_ends, offsets, ctx.dtype, ctx.backend = inputs
+        ctx.b_dtype = None if b is None else b.dtype
+        ctx.save_for_backward(values, indices, W, group_ends, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        values, indices, W, group_ends, offsets = ctx.saved_tensors
+        needs_values, _, needs_W, needs_b = ctx.needs_input_grad[:4]
+        grad = grad.contiguous()
+        dvalues = dW = db = None
+        if needs_b:
+            db = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.b_dtype)
+        if group_ends is not None:
+            # A latent of group g is in the prefixes g, g + 1, ...: its gradient is their sum.
+            grad = grad.flip(0).cumsum(0).flip(0).contiguous()
+        if needs_values:
+            rows = W.to(ctx.dtype)
+            dvalues = code_grad(grad, indices, rows, group_ends, offsets, backend=ctx.backend)
+            dvalues = dvalues.to(values.dtype)
+        if needs_W:
+            codes = SparseCodes(values.to(grad.dtype), indices, W.shape[0], offsets)
+            dW = decoder_grad(codes, grad, group_ends, ctx.backend).to(W.dtype)
+        return dvalues, None, dW, db, None, None, None, None
+
+
+def decoder_grad(
+    codes: SparseCodes, grad: torch.Tensor, group_ends: torch.Tensor | None, backend: str | None
+) -> torch.Tensor:
+    """dL/dW_dec from dL/dx_hat [B, D], or [G, B, D] for prefixes."""
+    order = grouped_order(codes, group_ends, backend=backend)
+    source = grad.reshape(-1, grad.shape[-1])
+    term = order.term(codes.values, source)
+    return row_grad([term], codes.n_latents, source.shape[1], backend=backend)
+
+
+def grouped_order(
+    codes: SparseCodes, group_ends: torch.Tensor | None, *, backend: str | None = None
+) -> LatentOrder:
+    """The codes by latent, rows being those of [G * B, D]: each group has tokens of its own."""
+    if group_ends is None:
+        return codes.latent_order(backend=backend)
+    group = torch.bucketize(codes.indices, group_ends, right=True, out_int32=True)
+    tokens = 1
+    for size in codes.batch_shape:
+        tokens *= size
+    rows = group * tokens + codes.tokens
+    order = transpose_codes(codes.indices, codes.values, rows, codes.n_latents, backend=backend)
+    return LatentOrder(*order)

@@ -1,0 +1,304 @@
+"""Encoders: which latents a token keeps, and their pre-activations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from sae_kernels.codes import LatentOrder, SparseCodes
+from sae_kernels.functional.entries import jumprelu
+from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
+from sae_kernels.primitives import checks
+from sae_kernels.primitives.decode import decode as decode_rows
+from sae_kernels.primitives.row_grad import row_grad
+from sae_kernels.primitives.select_batch_topk import select_batch_topk
+from sae_kernels.primitives.select_threshold import select_threshold
+from sae_kernels.primitives.select_topk import select_topk
+from sae_kernels.primitives.transpose_codes import transpose_codes
+
+
+def encode_topk(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    *,
+    b_dec: torch.Tensor | None = None,
+    relu: bool = True,
+    rank_scale: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> SparseCodes:
+    """Encodes tokens into their k largest latents (TopK SAE, Gao et al., arXiv 2406.04093).
+
+    ``h = (x - b_dec) W_enc^T + b_enc``; kept are the first k of ``h * rank_scale`` (largest first,
+    ties to the lower latent, NaN first), with values ``relu(h)`` or ``h``. The [B, F] matrix h is
+    never stored.
+
+    Args:
+        x: [..., D].
+        W_enc: [F, D].
+        b_enc: [F] or None.
+        k: latents kept per token, 1 to F.
+        b_dec: [D], subtracted from x first; or None.
+        relu: zero the kept values that are not positive. They keep their index, get no gradient
+            and do not count as fired; whether ReLU acts before or after the selection then makes
+            no difference to any value, gradient or count.
+        rank_scale: [F], multiplies h for ranking only (SAELens ranks by the decoder norm); no
+            gradient flows into it.
+        compute_dtype: of the operands of the product; sums and values are fp32 (fp64 for fp64).
+            Default: the autocast dtype inside autocast, else the dtype of W_enc.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        SparseCodes with values and indices [..., k], largest key first.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or k that do not fit, named in the message.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> W_enc = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> codes = encode_topk(x, W_enc, None, k=2)
+        >>> codes.values.tolist(), codes.indices.tolist()
+        ([[3.0, 2.0]], [[2, 1]])
+    """
+    checks.same_device(x=x, rank_scale=rank_scale)
+    call = _call(x, W_enc, b_enc, b_dec, compute_dtype, backend)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    values, indices, _ = _Encode.apply(*call.tensors, ("topk", k, rank_scale, relu), call)
+    shape = (*x.shape[:-1], k)
+    return SparseCodes(values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
+
+
+def encode_threshold(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    threshold: torch.Tensor | float,
+    *,
+    b_dec: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> SparseCodes:
+    """Every latent whose pre-activation is above a threshold; with 0, a ReLU encoder.
+
+    ``h = (x - b_dec) W_enc^T + b_enc``; kept is every h that is not ``<= threshold`` (so NaN is).
+
+    Args:
+        x, W_enc, b_enc, b_dec, compute_dtype, backend: as of :func:`encode_topk`.
+        threshold: [F], or one for all latents; no gradient flows into it (but see
+            :func:`encode_jumprelu`).
+
+    Returns:
+        Ragged SparseCodes; values are h. Waits for the device, which alone knows how many there
+        are.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [-1.0, -1.0]])
+        >>> W_enc = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> codes = encode_threshold(x, W_enc, None, 1.5)
+        >>> codes.values.tolist(), codes.indices.tolist(), codes.offsets.tolist()
+        ([2.0, 3.0], [1, 2], [0, 2, 2])
+    """
+    call = _call(x, W_enc, b_enc, b_dec, compute_dtype, backend)
+    bounds = torch.as_tensor(threshold, device=x.device).detach()
+    if bounds.dim() == 0:
+        bounds = bounds.expand(W_enc.shape[0])
+    checks.shape("threshold", bounds, [W_enc.shape[0]], "one per latent, or one for all")
+    checks.same_device(x=x, threshold=bounds)
+    return _ragged(x, W_enc, call, ("threshold", bounds.to(call.accumulator)))
+
+
+def encode_jumprelu(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    threshold: torch.Tensor,
+    *,
+    bandwidth: float = 0.0,
+    b_dec: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> SparseCodes:
+    """JumpReLU codes, ``h * 1[h > threshold]`` (Rajamanoharan et al., arXiv 2407.14435).
+
+    The threshold learns through the rectangle that stands for the derivative of the step: entries
+    within half the bandwidth of the threshold. Those below it are among the codes, with the value
+    0, as dropped entries.
+
+    Args:
+        x, W_enc, b_enc, b_dec, compute_dtype, backend: as of :func:`encode_topk`.
+        threshold: [F]; fp32 also where the rest is bf16, or it stops learning.
+        bandwidth: width of the rectangle; 0 for inference.
+
+    Returns:
+        Ragged SparseCodes, differentiable in x, W_enc, b_enc and, by the estimator, threshold.
+
+    Example:
+        >>> x, W_enc = torch.tensor([[1.0]]), torch.tensor([[1.0], [2.0], [3.0]])
+        >>> codes = encode_jumprelu(x, W_enc, None, torch.full((3,), 2.1), bandwidth=0.4)
+        >>> codes.values.tolist(), codes.indices.tolist()
+        ([0.0, 3.0], [1, 2])
+    """
+    checks.shape("threshold", threshold, [W_enc.shape[0]], "one per latent")
+    lower = threshold.detach() - bandwidth / 2
+    pre = encode_threshold(
+        x, W_enc, b_enc, lower, b_dec=b_dec, compute_dtype=compute_dtype, backend=backend
+    )
+    return jumprelu(pre, threshold, bandwidth, backend=backend)
+
+
+def encode_batch_topk(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: float,
+    *,
+    b_dec: torch.Tensor | None = None,
+    rank_scale: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> SparseCodes:
+    """The int(k B) largest positive pre-activations of a batch of B tokens (arXiv 2412.06410).
+
+    Args:
+        x, W_enc, b_enc, b_dec, rank_scale, compute_dtype, backend: as of :func:`encode_topk`; the
+            batch is all leading dimensions of x together.
+        k: latents per token on average, more than 0 and at most F; may be a fraction.
+        start: scalar, a guess of the smallest kept key; it saves work and changes no result.
+
+    Returns:
+        Ragged SparseCodes of exactly min(int(k B), positives) entries, ties to the lower token and
+        then the lower latent; values are h, all of them positive (or NaN).
+
+    Example:
+        >>> x, W_enc = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0], [3.0]])
+        >>> codes = encode_batch_topk(x, W_enc, None, k=1.5)
+        >>> codes.values.tolist(), codes.offsets.tolist()
+        ([3.0, 4.0, 6.0], [0, 1, 3])
+    """
+    checks.same_device(x=x, rank_scale=rank_scale)
+    call = _call(x, W_enc, b_enc, b_dec, compute_dtype, backend)
+    if not isinstance(k, (int, float)) or isinstance(k, bool) or not 0 < k <= W_enc.shape[0]:
+        raise ValueError(f"k: expected 0 < k <= n_latents = {W_enc.shape[0]}, got {k!r}")
+    count = int(k * call.tensors[0].shape[0])
+    return _ragged(x, W_enc, call, ("batch_topk", count, rank_scale, start))
+
+
+class _Call(NamedTuple):
+    """A checked call of an encoder."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # centred x [B, D], W, b
+    dtype: torch.dtype
+    backend: str | None
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return checks.accumulator(self.dtype)
+
+
+def _call(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    b_dec: torch.Tensor | None,
+    compute_dtype: torch.dtype | None,
+    backend: str | None,
+) -> _Call:
+    for name, tensor in (("x", x), ("W_enc", W_enc), ("b_enc", b_enc), ("b_dec", b_dec)):
+        checks.dtype(name, tensor, checks.OPERAND_DTYPES)
+    checks.same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+    dtype = compute_dtype or autocast_dtype(x) or W_enc.dtype
+    checks.dtype("compute_dtype", torch.empty(0, dtype=dtype), checks.OPERAND_DTYPES)
+    checks.shape("W_enc", W_enc, ["F", "D"], "latents first")
+    checks.shape("b_enc", b_enc, [W_enc.shape[0]], "one bias per latent")
+    if x.dim() < 1 or x.shape[-1] != W_enc.shape[1]:
+        raise ValueError(
+            f"x: expected shape [..., {W_enc.shape[1]}] (as wide as W_enc), got {list(x.shape)}"
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
+    checks.shape("b_dec", b_dec, [W_enc.shape[1]], "one bias per input")
+    centred = x if b_dec is None else x - b_dec
+    return _Call((centred.reshape(-1, x.shape[-1]), W_enc, b_enc), dtype, backend)
+
+
+def _ragged(
+    x: torch.Tensor, W_enc: torch.Tensor, call: _Call, rule: tuple[Any, ...]
+) -> SparseCodes:
+    values, indices, offsets = _Encode.apply(*call.tensors, rule, call)
+    leading = None if x.dim() == 2 else tuple(x.shape[:-1])
+    return SparseCodes(values, indices, W_enc.shape[0], offsets, leading)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        rule: tuple[Any, ...],
+        call: _Call,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        operands = (x.to(call.dtype), W.to(call.dtype), _as(b, call.accumulator))
+        name, *arguments = rule
+        backend = call.backend
+        if name == "topk":
+            k, rank_scale, relu = arguments
+            scale = _as(rank_scale, call.accumulator)
+            values, indices = select_topk(*operands, k, scale, backend=backend)
+            return values.relu() if relu else values, indices, None
+        if name == "threshold":
+            ragged = select_threshold(*operands, *arguments, backend=backend)
+        else:
+            count, rank_scale, start = arguments
+            scale = _as(rank_scale, call.accumulator)
+            ragged = select_batch_topk(*operands, count, scale, start, backend=backend)
+        values, indices, offsets = ragged
+        return values, indices, offsets
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, W, b, rule, ctx.call = inputs
+        values, indices, offsets = output
+        ctx.mark_non_differentiable(indices, *([] if offsets is None else [offsets]))
+        ctx.set_materialize_grads(False)
+        ctx.drops = rule[0] == "topk" and rule[3]
+        ctx.b_dtype = None if b is None else b.dtype
+        ctx.save_for_backward(x, W, values, indices, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        refuse_double_backward()
+        if grad is None:
+            return (None,) * 5
+        x, W, values, indices, offsets = ctx.saved_tensors
+        needs_x, needs_W, needs_b = ctx.needs_input_grad[:3]
+        dtype, backend = ctx.call.dtype, ctx.call.backend
+        dh = torch.where(values == 0, 0, grad) if ctx.drops else grad.contiguous()
+        dx = dW = db = None
+        if needs_W or needs_b:
+            kept = values if ctx.drops else None
+            rows = None
+            if offsets is not None:
+                rows = SparseCodes(values, indices, W.shape[0], offsets).tokens
+            order = LatentOrder(*transpose_codes(indices, kept, rows, W.shape[0], backend=backend))
+            if needs_W:
+                term = order.term(dh, x.to(dtype))
+                dW = row_grad([term], *W.shape, backend=backend).to(W.dtype)
+            if needs_b:
+                db = row_grad([order.term(dh, None)], W.shape[0], 1, backend=backend)
+                db = db.flatten().to(ctx.b_dtype)
+        if needs_x:
+            rows_of_W = W.to(dtype)
+            dx = decode_rows(dh, indices, rows_of_W, None, None, offsets, backend=backend)
+            dx = dx.to(x.dtype)
+        return dx, dW, db, None, None
+
+
+def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

@@ -1,0 +1,149 @@
+"""Functions of the entries of codes: what an architecture does between encoder and decoder.
+
+Each acts on the kept entries alone. What is a matrix [B, F] on paper is a vector of entries here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sae_kernels.codes import LatentOrder, SparseCodes
+from sae_kernels.functional.recording import refuse_double_backward
+from sae_kernels.primitives.row_grad import row_grad
+
+
+def of_latents(
+    vector: torch.Tensor, codes: SparseCodes, *, backend: str | None = None
+) -> torch.Tensor:
+    """The number of each entry's latent, like ``codes.values``; differentiable in ``vector``.
+
+    Its gradient adds up a latent's entries in a fixed order, unlike that of indexing.
+
+    Args:
+        vector: fp32 or fp64 [F].
+        codes: of any form.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Example:
+        >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 1.0]]), k=2)
+        >>> of_latents(torch.tensor([5.0, 6.0, 7.0]), codes).tolist()
+        [[6.0, 7.0]]
+    """
+    if codes.offsets is None and codes.indices.dim() == 2 and codes.indices.stride(0) == 0:
+        # All tokens have the same latents (a dense tile): one row of numbers serves them.
+        return vector[codes.indices[:1].long().flatten()].expand(codes.indices.shape)
+    if not vector.requires_grad:
+        return vector[codes.indices.long()]
+    flat = codes.flat()
+    entries = _OfLatents.apply(vector, flat.indices, flat.offsets, codes.n_latents, backend)
+    result: torch.Tensor = entries.reshape(codes.values.shape)
+    return result
+
+
+def jumprelu(
+    pre: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
+) -> SparseCodes:
+    """``h * 1[h > threshold]`` of kept pre-activations.
+
+    The estimator of arXiv 2407.14435: ``d/dh = 1[h > threshold]`` and ``d/dthreshold =
+    -(threshold / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]``.
+
+    Args:
+        pre: pre-activations, from ``threshold - bandwidth / 2`` on.
+        threshold: [F].
+        bandwidth: width of the rectangle.
+        backend: see :mod:`sae_kernels.backends`.
+    """
+    thresholds = of_latents(threshold, pre, backend=backend)
+    return pre.with_values(_JumpReLU.apply(pre.values, thresholds, bandwidth))
+
+
+def step(
+    pre: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
+) -> torch.Tensor:
+    """``1[h > threshold]`` of kept pre-activations, by entry; their sum is what L0 counts.
+
+    ``d/dthreshold = -(1 / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]`` and
+    ``d/dh = 0``. It acts on pre-activations, so both halves of the window count.
+    """
+    thresholds = of_latents(threshold, pre, backend=backend)
+    entries: torch.Tensor = _Step.apply(pre.values, thresholds, bandwidth)
+    return entries
+
+
+def _in_window(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    # The lower edge as encode_jumprelu computes it, so that no entry of the window is missing.
+    return (h > threshold - bandwidth / 2) & (h < threshold + bandwidth / 2)
+
+
+class _OfLatents(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        vector: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        n_latents: int,
+        backend: str | None,
+    ) -> torch.Tensor:
+        return vector[indices.long()]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        vector, indices, offsets, ctx.n_latents, ctx.backend = inputs
+        ctx.dtype = vector.dtype
+        ctx.save_for_backward(indices, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        indices, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+        # An entry of gradient 0 adds nothing: of a window only its few entries are sorted.
+        order: LatentOrder = SparseCodes(grad, indices, ctx.n_latents, offsets).latent_order(
+            backend=ctx.backend
+        )
+        total = row_grad([order.term(grad, None)], ctx.n_latents, 1, backend=ctx.backend)
+        return total.flatten().to(ctx.dtype), None, None, None, None
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+        return torch.where(h <= threshold, 0, h)  # so that NaN stays
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        h, threshold, ctx.bandwidth = inputs
+        ctx.save_for_backward(h, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        h, threshold = ctx.saved_tensors
+        dh = torch.where(h <= threshold, 0, grad)
+        if not ctx.needs_input_grad[1]:
+            return dh, None, None
+        window = _in_window(h, threshold, ctx.bandwidth)
+        slope = -threshold / ctx.bandwidth if ctx.bandwidth else torch.zeros_like(threshold)
+        return dh, torch.where(window, slope * grad, 0), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+        return (~(h <= threshold)).to(h.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        h, threshold, ctx.bandwidth = inputs
+        ctx.save_for_backward(h, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        h, threshold = ctx.saved_tensors
+        window = _in_window(h, threshold, ctx.bandwidth)
+        slope = -1 / ctx.bandwidth if ctx.bandwidth else 0.0
+        return None, torch.where(window, slope * grad, 0), None

@@ -1,0 +1,64 @@
+"""select_batch_topk: the largest positive scores of a whole batch of tokens, as ragged codes.
+
+``h = x W^T + b`` in the accumulator dtype. Of all entries with ``h > 0`` and ``h * rank_scale > 0``
+(or NaN) the first ``count`` in the order (``h * rank_scale`` descending, NaN first, then token and
+latent ascending) are kept, or all where there are fewer: exactly min(count, positives) entries,
+values ``h``.
+
+``start`` is a guess of the last kept key, such as the one of the batch before. It decides how much
+work is done and never what comes out.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sae_kernels.primitives import checks
+from sae_kernels.primitives.operator import Operator
+
+
+def _check(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    count: int,
+    rank_scale: torch.Tensor | None,
+    start: torch.Tensor | None,
+) -> None:
+    checks.shape("x", x, ["B", "D"], "tokens by d_in")
+    checks.shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
+    checks.shape("b", b, [W.shape[0]], "one bias per latent")
+    checks.shape("rank_scale", rank_scale, [W.shape[0]], "one scale per latent")
+    checks.shape("start", start, [], "one number for all latents")
+    checks.dtype("x", x, checks.OPERAND_DTYPES)
+    checks.dtype("W", W, (x.dtype,))
+    accumulator = checks.accumulator(x.dtype)
+    checks.dtype("b", b, (accumulator,))
+    checks.dtype("rank_scale", rank_scale, (accumulator,))
+    checks.same_device(x=x, W=W, b=b, rank_scale=rank_scale)
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
+    if count < 0:
+        raise ValueError(f"count: expected at least 0, got {count}")
+
+
+def _fake(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    count: int,
+    rank_scale: torch.Tensor | None,
+    start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = torch.library.get_ctx().new_dynamic_size()
+    values = x.new_empty(found, dtype=checks.accumulator(x.dtype))
+    indices = x.new_empty(found, dtype=torch.int32)
+    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int32)
+
+
+select_batch_topk = Operator(
+    "select_batch_topk(Tensor x, Tensor W, Tensor? b, SymInt count, Tensor? rank_scale,"
+    " Tensor? start, str backend) -> (Tensor, Tensor, Tensor)",
+    _check,
+    _fake,
+)

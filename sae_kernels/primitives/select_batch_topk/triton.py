@@ -1,0 +1,23 @@
+"""select_batch_topk in Triton: by a certified bound."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sae_kernels.primitives.select_batch_topk.certified import Scores, select
+from sae_kernels.primitives.select_threshold import triton as select_threshold
+
+if TYPE_CHECKING:
+    import torch
+
+
+def run(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    count: int,
+    rank_scale: torch.Tensor | None,
+    start: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Selects from what select_threshold finds."""
+    return select(Scores(select_threshold.run, x, W, b, rank_scale), count, start)

@@ -1,0 +1,48 @@
+"""select_threshold: the encoder product and every score above its latent's bound, as ragged codes.
+
+``h = x W^T + b`` in the accumulator dtype; token by token every latent whose h is not ``<=`` its
+bound, in latent order, so NaN is kept. The entries of token t are
+``values[offsets[t]:offsets[t + 1]]``. How many there are is known when they are all found: no
+capacity, nothing is ever left out. ReLU (bound 0), JumpReLU (a threshold per latent, lowered by
+half the bandwidth where the straight-through estimator asks for the entries just below it) and
+BatchTopK (one bound for all) are this with other bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sae_kernels.primitives import checks
+from sae_kernels.primitives.operator import Operator
+
+
+def _check(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor) -> None:
+    checks.shape("x", x, ["B", "D"], "tokens by d_in")
+    checks.shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
+    checks.shape("b", b, [W.shape[0]], "one bias per latent")
+    checks.shape("bounds", bounds, [W.shape[0]], "one bound per latent")
+    checks.dtype("x", x, checks.OPERAND_DTYPES)
+    checks.dtype("W", W, (x.dtype,))
+    accumulator = checks.accumulator(x.dtype)
+    checks.dtype("b", b, (accumulator,))
+    checks.dtype("bounds", bounds, (accumulator,))
+    checks.same_device(x=x, W=W, b=b, bounds=bounds)
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
+
+
+def _fake(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = torch.library.get_ctx().new_dynamic_size()
+    values = x.new_empty(found, dtype=checks.accumulator(x.dtype))
+    indices = x.new_empty(found, dtype=torch.int32)
+    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int32)
+
+
+select_threshold = Operator(
+    "select_threshold(Tensor x, Tensor W, Tensor? b, Tensor bounds, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _check,
+    _fake,
+)
