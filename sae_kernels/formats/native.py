@@ -13,24 +13,24 @@ from safetensors.torch import load_file, save_file
 
 from sae_kernels._version import __version__
 from sae_kernels.errors import DataError
-from sae_kernels.nn.config import TopKConfig
+from sae_kernels.nn.architectures import CONFIGS, build
 from sae_kernels.primitives.checks import OPERAND_DTYPES
 
 if TYPE_CHECKING:
-    from sae_kernels.nn.topk import TopKSAE
+    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.nn.sae import SparseAutoencoder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
-ARCHITECTURE = "topk"
 
 
-def save(sae: TopKSAE, folder: str | Path) -> None:
+def save(sae: SparseAutoencoder, folder: str | Path) -> None:
     """Writes both files, each complete or not at all: a failed save leaves what was there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
     config = {
-        "architecture": ARCHITECTURE,
+        "architecture": sae.config.architecture,
         "sae_kernels_version": __version__,
         **sae.config.to_dict(),
     }
@@ -47,39 +47,48 @@ def save(sae: TopKSAE, folder: str | Path) -> None:
 
 def load(
     name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
-) -> TopKSAE:
+) -> SparseAutoencoder:
     """Reads both files from a folder, or from the hub for a name that is no folder.
 
     Raises:
         DataError: files missing or damaged, unknown configuration, weights of other shapes than
             the configuration says, or weights that are not finite.
     """
-    from sae_kernels.nn.topk import TopKSAE
-
     config_path, weights_path = _files(str(name_or_path), revision, local_files_only)
     config = _read_config(config_path)
     weights = _read_weights(weights_path)
-    F, D = config.n_latents, config.d_in
-    expected = {"W_enc": [F, D], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
     came = {name: list(t.shape) for name, t in weights.items()}
+    try:
+        with torch.device("meta"):
+            sae = build(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch counts
+        raise DataError(
+            f"{weights_path}: expected tensors of {config.n_latents} latents, got {came}"
+        ) from error
+    expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
     if expected != came:
         raise DataError(f"{weights_path}: expected tensors {expected}, got {came}")
-    dtypes = {str(tensor.dtype) for tensor in weights.values()}
-    if len(dtypes) > 1 or not dtypes <= {str(dtype) for dtype in OPERAND_DTYPES}:
-        raise DataError(
-            f"{weights_path}: expected weights of one floating point dtype, "
-            f"got {', '.join(sorted(dtypes))}"
-        )
+    _check_dtypes(sae, weights, weights_path)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise DataError(
                 f"{weights_path}: expected finite weights, {name} holds NaN or infinity; "
                 "use an earlier checkpoint"
             )
-    with torch.device("meta"):
-        sae = TopKSAE(config)
     sae.load_state_dict(weights, assign=True)
     return sae
+
+
+def _check_dtypes(sae: SparseAutoencoder, weights: dict[str, torch.Tensor], path: Path) -> None:
+    own = {name: t.dtype for name, t in sae.state_dict().items() if name in sae.keeps_dtype}
+    for name, dtype in own.items():
+        if weights[name].dtype != dtype:
+            raise DataError(f"{path}: expected {name} in {dtype}, got {weights[name].dtype}")
+    dtypes = {str(tensor.dtype) for name, tensor in weights.items() if name not in own}
+    if len(dtypes) > 1 or not dtypes <= {str(dtype) for dtype in OPERAND_DTYPES}:
+        raise DataError(
+            f"{path}: expected weights of one floating point dtype, got {', '.join(sorted(dtypes))}"
+        )
 
 
 def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Path, Path]:
@@ -108,7 +117,7 @@ def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Pat
     return config, weights
 
 
-def _read_config(path: Path) -> TopKConfig:
+def _read_config(path: Path) -> SAEConfig:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -117,10 +126,11 @@ def _read_config(path: Path) -> TopKConfig:
         raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
     values.pop("sae_kernels_version", None)
     architecture = values.pop("architecture", None)
-    if architecture != ARCHITECTURE:
-        raise DataError(f"{path}: expected architecture {ARCHITECTURE!r}, got {architecture!r}")
+    if architecture not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise DataError(f"{path}: expected architecture {known}, got {architecture!r}")
     try:
-        return TopKConfig.from_dict(values)
+        return CONFIGS[architecture].from_dict(values)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
 

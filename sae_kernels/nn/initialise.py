@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from sae_kernels.nn.config import SAEConfig
 
 _DRAWN_AT_ONCE = 1 << 24
 
@@ -63,3 +68,29 @@ def unit_rows(
         drawn = torch.randn(part.shape, generator=generator, device="cpu")
         part.copy_(torch.nn.functional.normalize(drawn, dim=1, out=drawn))
     return rows
+
+
+def initial_weights(
+    config: SAEConfig, seed: int, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_enc and W_dec where training starts.
+
+    The decoder has random unit rows (a unit row for each layer where those are kept at unit norm),
+    and the encoder is a copy of it. A transcoder's decoder cannot be its encoder: it starts at zero
+    (sparsify), or, where rows are kept at unit norm, at random ones of its own.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    F, width, layers = config.n_latents, config.input_width, config.n_layers
+    if config.transcodes:
+        W_enc = unit_rows(F, width, generator, device)
+        W_dec = torch.zeros(F, config.output_width, device=device)
+        if not config.unit_norm_decoder:
+            return W_enc, W_dec
+        return W_enc, unit_rows(F * layers, config.output_width // layers, generator, device).view(
+            F, -1
+        )
+    if config.unit_norm_decoder:
+        W_dec = unit_rows(F * layers, width // layers, generator, device).view(F, -1)
+    else:
+        W_dec = unit_rows(F, width, generator, device)
+    return W_dec.clone(), W_dec

@@ -198,8 +198,8 @@ def test_wrong_weights(folder: Path, damage: Callable[..., Any], parts: list[str
 
 CONFIGS: dict[str, tuple[Any, list[str]]] = {
     "unknown-key": ({"n_latent": 20}, ["unknown key 'n_latent'", "did you mean 'n_latents'?"]),
-    "architecture": ({"architecture": "gated"}, ["expected architecture 'topk', got 'gated'"]),
-    "no-architecture": ({"architecture": None}, ["expected architecture 'topk', got None"]),
+    "architecture": ({"architecture": "gate"}, ["expected architecture topk,", "got 'gate'"]),
+    "no-architecture": ({"architecture": None}, ["expected architecture topk,", "got None"]),
     "k-too-large": ({"k": 21}, ["k: expected at most n_latents = 20, got 21"]),
     "k-a-string": ({"k": "3"}, ["k: expected a positive integer, got '3'"]),
     "scale-a-string": ({"activation_scale": "1"}, ["activation_scale: expected a positive"]),

@@ -46,6 +46,12 @@ def test_defaults() -> None:
         "d_in": 4,
         "n_latents": 64,
         "k": 32,
+        "d_out": None,
+        "n_layers": 1,
+        "skip": False,
+        "decoder_norm": "joint",
+        "target_scale": 1.0,
+        "groups": None,
         "subtract_b_dec": True,
         "relu": "after",
         "rank_by_decoder_norm": False,
@@ -55,7 +61,9 @@ def test_defaults() -> None:
 
 
 def test_survives_json() -> None:
-    config = TopKConfig(4, 16, 2, False, "none", True, False, 0.1 + 0.2)
+    config = TopKConfig(
+        4, 16, 2, "none", True, (4, 12), subtract_b_dec=False, activation_scale=0.1 + 0.2
+    )
     assert TopKConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -64,7 +72,7 @@ def test_survives_json() -> None:
     [
         ({**GOOD, "n_latent": 1}, "config: unknown key 'n_latent'; did you mean 'n_latents'?"),
         ({**GOOD, "decoder_unit_norm": 1}, "config: unknown key 'decoder_unit_norm'; "),
-        ({**GOOD, "zzz": 1}, "config: unknown key 'zzz'; known are d_in, n_latents, k, "),
+        ({**GOOD, "zzz": 1}, "config: unknown key 'zzz'; known are d_in, n_latents, d_out, "),
         ({"n_latents": 4}, "config: expected the key 'd_in', it is not there"),
         ({"d_in": 4}, "config: expected the key 'n_latents', it is not there"),
     ],

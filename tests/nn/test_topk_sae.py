@@ -229,4 +229,4 @@ def test_autocast_sets_the_dtype_of_the_operands() -> None:
 
 
 def test_repr_names_the_configuration() -> None:
-    assert "n_latents=100, k=9" in repr(_sae())
+    assert repr(_sae()) == f"TopKSAE(d_in={D}, n_latents=100, k=9)"

@@ -1,0 +1,194 @@
+"""The tensors of an SAE: what they are called here, how large they are, and as whose they go."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_kernels.errors import DataError
+from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig
+from sae_kernels.primitives.checks import OPERAND_DTYPES
+from sae_kernels.tensors import rounded_down
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from sae_kernels.formats.files import Tensors
+    from sae_kernels.nn.config import SAEConfig
+
+_THRESHOLDS = ("threshold", "log_threshold")
+
+
+class Weights(NamedTuple):
+    """An SAE as another tool's files hold it.
+
+    Attributes:
+        config: what it is.
+        tensors: by our names, latents first, in the dtype of the file: W_enc [F, D_in],
+            b_enc [F], W_dec [F, D_out], b_dec [D_out] and what the architecture adds.
+        metadata: what the files say of the model and the layer, as plain JSON values.
+    """
+
+    config: SAEConfig
+    tensors: Tensors
+    metadata: dict[str, Any]
+
+
+def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an SAE, by our names.
+
+    Example:
+        >>> from sae_kernels.nn.config import JumpReLUConfig
+        >>> shapes(JumpReLUConfig(8, 32))["log_threshold"]
+        (32,)
+    """
+    n, d_in, d_out = config.n_latents, config.input_width, config.output_width
+    sizes: dict[str, tuple[int, ...]] = {
+        "W_enc": (n, d_in),
+        "b_enc": (n,),
+        "W_dec": (n, d_out),
+        "b_dec": (d_out,),
+    }
+    if config.skip:
+        sizes["W_skip"] = (d_out, d_in)
+    if isinstance(config, JumpReLUConfig):
+        sizes["log_threshold" if config.log_threshold else "threshold"] = (n,)
+    if isinstance(config, GatedConfig):
+        sizes |= {"r_mag": (n,), "b_mag": (n,)}
+    if isinstance(config, BatchTopKConfig):
+        sizes["threshold"] = ()
+    return sizes
+
+
+def weight_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that holds every weight exactly; thresholds have one of their own."""
+    dtypes = [t.dtype for name, t in tensors.items() if name not in _THRESHOLDS]
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors) -> Tensors:
+    """Our tensors out of another tool's.
+
+    Weights get one dtype, the widest among them; thresholds of latents are fp32 and the single
+    threshold of BatchTopK fp64, whatever the weights are.
+
+    Args:
+        path: where they come from, for the messages.
+        config: what the file claims to be.
+        names: theirs by ours; one that ends in ``.T`` lies transposed in the file.
+        found: what is in the file; emptied on the way.
+
+    Raises:
+        DataError: tensors that are missing, unknown, of another shape, not of floating point or
+            not finite.
+    """
+    sizes = shapes(config)
+    expected = {_plain(names[our]): _turned(names[our], size) for our, size in sizes.items()}
+    check(path, expected, found)
+    ours = {our: _turned(names[our], found.pop(_plain(names[our]))) for our in sizes}
+    dtype = weight_dtype(ours)
+    for name, tensor in ours.items():
+        if name not in _THRESHOLDS:
+            ours[name] = tensor.to(dtype).contiguous()
+        elif name == "log_threshold":
+            ours[name] = tensor.float()
+        else:
+            ours[name] = rounded_down(tensor.double()) if tensor.ndim else tensor.double()
+    return ours
+
+
+def give(where: str, config: SAEConfig, names: Mapping[str, str], tensors: Tensors) -> Tensors:
+    """The inverse of `take`: another tool's tensors out of ours, on the CPU.
+
+    Raises:
+        DataError: as `take`.
+    """
+    check(where, shapes(config), tensors)
+    dtype = weight_dtype(tensors)
+    theirs = {}
+    for our, name in names.items():
+        tensor = tensors[our].detach().cpu()
+        own = tensor.dtype if our in _THRESHOLDS else dtype
+        theirs[_plain(name)] = _turned(name, tensor).to(own).contiguous()
+    return theirs
+
+
+def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors) -> None:
+    """Compares names, shapes, dtypes and values.
+
+    Raises:
+        DataError: names the tensor, what was expected and what came.
+    """
+    for name, size in expected.items():
+        if name not in found:
+            got = ", ".join(sorted(found)) or "nothing"
+            raise DataError(f"{where}: expected a tensor {name} {list(size)}, got {got:.300}")
+        if tuple(found[name].shape) != size:
+            raise DataError(
+                f"{where}: {name}: expected {list(size)}, got {list(found[name].shape)}"
+            )
+    for name, tensor in found.items():
+        if name not in expected:
+            raise DataError(
+                f"{where}: expected no tensors but {', '.join(expected)}, got {name!r:.80} too"
+            )
+        if tensor.dtype not in OPERAND_DTYPES:
+            known = ", ".join(str(dtype) for dtype in OPERAND_DTYPES)
+            raise DataError(f"{where}: {name}: expected one of {known}, got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise DataError(
+                f"{where}: {name}: expected finite numbers, got NaN or infinity; use an earlier "
+                "checkpoint"
+            )
+
+
+def configure(path: Path, make: Callable[..., SAEConfig], **values: Any) -> SAEConfig:
+    """A configuration from what a file says.
+
+    Raises:
+        DataError: what the configuration refuses, with the file's name.
+    """
+    try:
+        return make(**values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def at_least_zero(thresholds: torch.Tensor) -> torch.Tensor:
+    """Thresholds for ``h 1[h > t]`` out of those of ``relu(h) 1[h > t]``: the same codes.
+
+    Below 0 the ReLU decides, which is a threshold of 0.
+    """
+    return thresholds.clamp(min=0)
+
+
+def only_raw_activations(tool: str, config: SAEConfig) -> None:
+    """Refuses what no other tool's file can say: layers side by side, and a scale.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if config.n_layers != 1:
+        raise ValueError(
+            f"{tool}: expected n_layers 1, got {config.n_layers}; its format has no crosscoders"
+        )
+    for name in ("activation_scale", "target_scale"):
+        if (scale := getattr(config, name)) != 1:
+            raise ValueError(
+                f"{tool}: expected {name} 1, got {scale}; fold it into the weights first, with "
+                "sae.folded()"
+            )
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".T")
+
+
+def _turned(name: str, what: Any) -> Any:
+    """A tensor or a shape, transposed where the name says so."""
+    if not name.endswith(".T"):
+        return what
+    return what.T if isinstance(what, torch.Tensor) else what[::-1]

@@ -1,0 +1,86 @@
+"""SAELens' folders: ``cfg.json`` and ``sae_weights.safetensors`` (its version 6, and older ones).
+
+The encoder lies transposed, W_enc [D, F]. Read are what ``save_model`` and ``save_inference_model``
+write and the checkpoints of its training runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_kernels.errors import DataError
+from sae_kernels.formats.files import Tensors, read_safetensors
+from sae_kernels.formats.layout import Weights, at_least_zero, check, shapes, take
+from sae_kernels.formats.saelens_config import read_config, to_config
+from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig
+
+if TYPE_CHECKING:
+    from sae_kernels.nn.config import SAEConfig
+
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+
+
+def read_saelens(folder: str | Path) -> Weights:
+    """Reads an SAE that SAELens saved.
+
+    Codes are those of SAELens, but for ``rescale_acts_by_decoder_norm``: there SAELens' codes are
+    ours times the norm of the decoder's row, and reconstructions are the same. A negative JumpReLU
+    threshold becomes 0 (SAELens' ReLU says so); a per-latent scaling factor from fine-tuning is
+    multiplied into the decoder. The scale of an unfinished training run is `activation_scale`.
+
+    Raises:
+        DataError: files missing or damaged, an architecture or normalisation that is not here,
+            tensors that are not what the configuration says.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from sae_kernels.formats import read_saelens, write_saelens
+        >>> from sae_kernels.nn.config import ReLUConfig
+        >>> tensors = {name: torch.zeros(size) for name, size in shapes(ReLUConfig(2, 3)).items()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_saelens(folder, ReLUConfig(2, 3), tensors, {"model_name": "gpt2"})
+        ...     read_saelens(folder).metadata["model_name"]
+        'gpt2'
+    """
+    folder = Path(folder)
+    path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    values = read_config(path)
+    found = read_safetensors(weights)
+    factor = found.pop("scaling_factor", None)
+    config = to_config(path, values, "log_threshold" in found)
+    tensors = take(weights, config, names(config), found)
+    _fold_scaling_factor(weights, values, tensors, factor)
+    if isinstance(config, JumpReLUConfig) and not config.log_threshold:
+        tensors["threshold"] = at_least_zero(tensors["threshold"])
+    return Weights(config, tensors, values["metadata"])
+
+
+def names(config: SAEConfig) -> dict[str, str]:
+    """SAELens' names by ours."""
+    theirs = {"W_enc": "W_enc.T"}
+    if isinstance(config, GatedConfig):
+        theirs["b_enc"] = "b_gate"
+    if isinstance(config, BatchTopKConfig):
+        theirs["threshold"] = "topk_threshold"
+    return {name: theirs.get(name, name) for name in shapes(config)}
+
+
+def _fold_scaling_factor(
+    path: Path, values: dict[str, Any], tensors: Tensors, factor: torch.Tensor | None
+) -> None:
+    """Codes times a factor, then decoded, are the codes decoded by rows times the factor."""
+    if factor is None:
+        return
+    W_dec = tensors["W_dec"]
+    check(path, {"scaling_factor": (len(W_dec),)}, {"scaling_factor": factor})
+    if torch.allclose(factor, torch.ones_like(factor)):
+        return
+    if not values.get("finetuning_scaling_factor"):
+        raise DataError(
+            f"{path}: scaling_factor: expected ones where {CONFIG_FILE} does not say "
+            "finetuning_scaling_factor, got others"
+        )
+    tensors["W_dec"] = (W_dec * factor[:, None]).to(W_dec.dtype)

@@ -1,0 +1,297 @@
+"""What all sparse autoencoders share: the weights, the scale, reading and writing.
+
+An architecture is a class of its own, with two methods: :meth:`SparseAutoencoder.select`, which
+latents a token keeps, and :meth:`SparseAutoencoder.activate`, what becomes of their
+pre-activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from sae_kernels import functional
+from sae_kernels.nn.initialise import geometric_median, initial_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sae_kernels.codes import SparseCodes
+    from sae_kernels.nn.config import SAEConfig
+
+_SAE = TypeVar("_SAE", bound="SparseAutoencoder")
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        x_hat: [..., output width], the reconstruction, in the dtype of the input.
+        codes: the kept latents of every token.
+    """
+
+    x_hat: torch.Tensor
+    codes: SparseCodes
+
+
+class SparseAutoencoder(nn.Module):
+    """The base of all architectures.
+
+    Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
+    [output width] and, with a skip connection, W_skip [output width, input width].
+
+    Args:
+        config: shape and variant.
+        seed: of the initial weights.
+        compute_dtype: of the operands of the kernels (bf16 is fastest where the CPU has AMX);
+            default: the autocast dtype inside autocast, else the dtype of the weights.
+        backend: see :mod:`sae_kernels.backends`.
+        device: where the weights are made.
+    """
+
+    # What stays in its own precision when the module is cast: a bf16 threshold stops learning.
+    keeps_dtype: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        seed: int = 0,
+        compute_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.backend = backend
+        W_enc, W_dec = initial_weights(config, seed, device)
+        self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device))
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(config.output_width, device=device))
+        if config.skip:
+            skip = torch.zeros(config.output_width, config.input_width, device=device)
+            self.W_skip = nn.Parameter(skip)
+
+    def extra_repr(self) -> str:
+        """The configuration where it is not the default, as ``print(sae)`` shows it."""
+        fields = dataclasses.fields(self.config)
+        values = {field.name: getattr(self.config, field.name) for field in fields}
+        shown = [f.name for f in fields if values[f.name] != f.default]
+        return ", ".join(f"{name}={values[name]}" for name in shown)
+
+    # -- what an architecture says ------------------------------------------------------------
+
+    def select(
+        self,
+        x_centred: torch.Tensor,
+        *,
+        W_enc: torch.Tensor | None = None,
+        k: float | None = None,
+    ) -> SparseCodes:
+        """The kept latents of centred tokens [..., input width], with their pre-activations.
+
+        Args:
+            x_centred: in the scale of training, b_dec subtracted where that is the variant.
+            W_enc: another copy of the weights to read (the optimizer's compute copy).
+            k: another k than the configuration's, where there is one.
+        """
+        raise NotImplementedError
+
+    def activate(self, pre: SparseCodes) -> SparseCodes:
+        """The codes from kept pre-activations; differentiable in values and thresholds."""
+        return pre.with_values(pre.values.relu())
+
+    def auxiliary(self, pre: SparseCodes) -> SparseCodes | None:
+        """Other codes from the same entries that training reconstructs too, or None."""
+        return None
+
+    @property
+    def auxiliary_stops_decoder(self) -> bool:
+        """Whether the decoder gets no gradient from the auxiliary reconstruction."""
+        return True
+
+    @property
+    def drops_zeros(self) -> bool:
+        """Whether a code of 0 is a dropped entry: no gradient, not fired."""
+        return True
+
+    def fold_vectors_(self, scale: float, target_scale: float) -> None:
+        """Divides by its scale what is measured in pre-activations, or in targets."""
+        self.b_enc.div_(scale)
+
+    # -- encoding and decoding ----------------------------------------------------------------
+
+    def encode(self, x: torch.Tensor, *, k: float | None = None) -> SparseCodes:
+        """The codes of tokens [..., input width]; k in the place of the configuration's."""
+        scale = self.config.activation_scale
+        if scale != 1:  # in fp32 at least: a scaled bf16 or fp16 number is rounded, or infinite
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+        return self.encode_scaled(x, k=k)
+
+    def encode_scaled(self, x: torch.Tensor, *, k: float | None = None) -> SparseCodes:
+        """:meth:`encode` for activations that already carry the activation scale."""
+        return self.activate(self.select(self.centred(x), k=k))
+
+    def centred(self, x: torch.Tensor) -> torch.Tensor:
+        """What the encoder multiplies: x less b_dec, or x."""
+        width = self.config.input_width
+        if x.dim() < 1 or x.shape[-1] != width:
+            raise ValueError(
+                f"x: expected shape [..., {width}] (a row per token), got {list(x.shape)}"
+            )
+        return x - self.b_dec if self.config.subtract_b_dec else x
+
+    def decode(self, codes: SparseCodes, x: torch.Tensor | None = None) -> torch.Tensor:
+        """The reconstruction from codes, [..., output width] in fp32.
+
+        A skip connection needs the input too.
+        """
+        if x is not None and self.config.activation_scale != 1:
+            x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.activation_scale
+        return self.decode_scaled(codes, x) / self.target_scale
+
+    def decode_scaled(self, codes: SparseCodes, x: torch.Tensor | None = None) -> torch.Tensor:
+        """:meth:`decode` in the scale in which the SAE is trained."""
+        x_hat = functional.decode(
+            codes,
+            self.W_dec,
+            self.b_dec,
+            compute_dtype=self.compute_dtype,
+            backend=self.backend,
+        )
+        if not self.config.skip:
+            return x_hat
+        if x is None:
+            raise ValueError(
+                "x: expected the input of the SAE (it has a skip connection), got None"
+            )
+        return x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def forward(self, x: torch.Tensor) -> SAEOutput:
+        """Encodes and decodes [..., input width]."""
+        codes = self.encode(x)
+        return SAEOutput(self.decode(codes, x if self.config.skip else None).to(x.dtype), codes)
+
+    @property
+    def target_scale(self) -> float:
+        """What targets are multiplied by: the activations' scale, or a transcoder's own."""
+        config = self.config
+        return config.target_scale if config.transcodes else config.activation_scale
+
+    # -- the decoder's norms ------------------------------------------------------------------
+
+    def decoder_norms(self) -> torch.Tensor:
+        """The norm of each layer's part of the decoder rows, [F, n_layers] in fp32."""
+        W_dec = self.W_dec.detach()
+        dtype = torch.promote_types(W_dec.dtype, torch.float32)
+        parts = W_dec.unflatten(1, (self.config.n_layers, -1))
+        norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=2, dtype=dtype)
+        return norms
+
+    def latent_norms(self, norms: torch.Tensor) -> torch.Tensor:
+        """What a latent weighs, [F], from its layers' norms; see ``config.decoder_norm``."""
+        if self.config.n_layers == 1:
+            return norms[:, 0]
+        joint, total = norms.norm(dim=1), norms.sum(1)
+        kinds = {"joint": joint, "sum": total, "mixed": joint + total / 10}
+        norm: torch.Tensor = kinds[self.config.decoder_norm]
+        return norm
+
+    def rank_scale(self) -> torch.Tensor | None:
+        """What ranks the latents besides their value: the decoder norms, or nothing."""
+        if not getattr(self.config, "rank_by_decoder_norm", False):
+            return None
+        return self.latent_norms(self.decoder_norms())
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scales decoder rows (of each layer) to unit norm; zero rows stay."""
+        rows = self.W_dec.unflatten(1, (self.config.n_layers, -1))
+        norms = rows.norm(dim=2, keepdim=True)
+        rows.div_(torch.where(norms > 0, norms, 1))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Takes from the decoder's gradient the part along its (unit) rows.
+
+        That part only changes their length, which :meth:`normalize_decoder_` undoes. Call it
+        after backward and before clipping and the optimizer.
+        """
+        if self.W_dec.grad is None:
+            raise RuntimeError("W_dec.grad: expected a gradient, got None; call backward() first")
+        shape = (self.config.n_layers, -1)
+        grad, rows = self.W_dec.grad.unflatten(1, shape), self.W_dec.unflatten(1, shape)
+        grad.addcmul_((grad * rows).sum(2, keepdim=True), rows, value=-1)
+
+    # -- beginning and end of training ----------------------------------------------------------
+
+    @torch.no_grad()
+    def initialise_b_dec_(self, x: torch.Tensor) -> None:
+        """Sets b_dec to the geometric median of a sample of raw targets [N, output width]."""
+        self.b_dec.copy_(geometric_median(x) * self.target_scale)
+
+    @torch.no_grad()
+    def folded(self: _SAE) -> _SAE:
+        """The same function of raw activations, with scales of 1.
+
+        All architectures commute with a positive scale once what is measured in pre-activations is
+        divided by it. Codes come out in units of the raw activations, and decoder rows keep their
+        norm unless the target has a scale of its own.
+        """
+        scale, target_scale = self.config.activation_scale, self.target_scale
+        config = dataclasses.replace(self.config, activation_scale=1.0, target_scale=1.0)
+        with torch.device("meta"):
+            copy = type(self)(config, compute_dtype=self.compute_dtype, backend=self.backend)
+        weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        copy.load_state_dict(weights, assign=True)
+        copy.fold_vectors_(scale, target_scale)
+        copy.b_dec.div_(target_scale)
+        if scale != target_scale:
+            for name in ("W_dec", "W_skip"):
+                if name in weights:
+                    copy.get_parameter(name).mul_(scale / target_scale)
+        return copy.train(self.training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``sae.safetensors``, the scale folded into the weights."""
+        from sae_kernels.formats import native
+
+        native.save(self.folded(), folder)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_SAE],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> _SAE:
+        """Reads what :meth:`save_pretrained` wrote, from a folder or a Hugging Face repository.
+
+        On the base class it gives whatever architecture was saved; on an architecture's own class
+        another one is an error. The module is in evaluation mode.
+        """
+        from sae_kernels.formats import native
+
+        sae = native.load(name_or_path, revision=revision, local_files_only=local_files_only)
+        if not isinstance(sae, cls):
+            raise TypeError(
+                f"{name_or_path}: expected a {cls.__name__}, got a {type(sae).__name__}; load it "
+                "with SparseAutoencoder.from_pretrained"
+            )
+        return sae.eval()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name).data for name in self.keeps_dtype}
+        result = super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.dtype != before.dtype:
+                now.data = before.to(now.device)
+        return result
