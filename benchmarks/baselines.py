@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels.testing.dense_selection import jumprelu, step
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -63,10 +65,17 @@ class DenseStep:
     def _dense_loss(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             h = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
-            values, indices = h.relu().topk(self.k, dim=1, sorted=False)
-            codes = torch.zeros_like(h).scatter(1, indices, values)
+            codes = self._codes(h)
             x_hat = codes @ self.W_dec + self.b_dec
-        return (x_hat.float() - x).square().sum() / (x - x.mean(0)).square().sum()
+            penalty = self._penalty(h, codes)
+        return (x_hat.float() - x).square().sum() / (x - x.mean(0)).square().sum() + penalty
+
+    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+        values, indices = h.relu().topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(h).scatter(1, indices, values)
+
+    def _penalty(self, _h: torch.Tensor, _codes: torch.Tensor) -> torch.Tensor | float:
+        return 0.0
 
     def _without_parallel_part(self) -> None:
         grad = self.W_dec.grad
@@ -75,3 +84,49 @@ class DenseStep:
 
     def _unit_norm(self) -> None:
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+
+class DenseBatchTopKStep(DenseStep):
+    """The same with the k B largest of the whole batch."""
+
+    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+        flat = h.relu().flatten()
+        values, places = flat.topk(self.k * h.shape[0], sorted=False)
+        return torch.zeros_like(flat).scatter(0, places, values).view_as(h)
+
+
+class DenseReLUStep(DenseStep):
+    """ReLU and an L1 penalty."""
+
+    coefficient = 1e-3
+
+    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+        return h.relu()
+
+    def _penalty(self, _h: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | float:
+        return self.coefficient * codes.float().sum() / codes.shape[0]
+
+
+class DenseJumpReLUStep(DenseStep):
+    """JumpReLU with the rectangle estimator and an L0 penalty on pre-activations.
+
+    Args:
+        threshold, bandwidth: of the estimator; the logarithms of the thresholds are trained.
+        others: as of :class:`DenseStep`.
+    """
+
+    coefficient = 1e-3
+
+    def __init__(self, *others: Any, threshold: float, bandwidth: float, **options: Any) -> None:
+        super().__init__(*others, **options)
+        self.bandwidth = bandwidth
+        start = torch.full_like(self.b_enc, threshold).log()
+        self.log_threshold = start.detach().requires_grad_()
+        self.optimizer.add_param_group({"params": [self.log_threshold]})
+
+    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+        return jumprelu(h, self.log_threshold.exp(), self.bandwidth)
+
+    def _penalty(self, h: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | float:
+        fires = step(h, self.log_threshold.exp(), self.bandwidth)
+        return self.coefficient * fires.float().sum() / codes.shape[0]

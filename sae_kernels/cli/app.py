@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sae_kernels._version import __version__
+from sae_kernels.cli.convert import convert
 from sae_kernels.cli.demo import demo
 from sae_kernels.cli.env import env
 from sae_kernels.cli.evaluate import evaluate
@@ -18,13 +19,16 @@ from sae_kernels.cli.explain import explain
 from sae_kernels.cli.harvest import harvest
 from sae_kernels.cli.options import Debug
 from sae_kernels.cli.train import train
+from sae_kernels.cli.train_e2e import train_e2e
 from sae_kernels.errors import SaeKernelsError
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "harvest": harvest,
     "train": train,
+    "train-e2e": train_e2e,
     "eval": evaluate,
+    "convert": convert,
     "env": env,
     "explain": explain,
 }

@@ -1,49 +1,178 @@
 """``sae-kernels eval``."""
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae_kernels.cli.files import Data
 from sae_kernels.cli.options import Debug, Json, Verify
 from sae_kernels.cli.output import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae_kernels.cli.output import Progress
+    from sae_kernels.harvest.language_model import LanguageModelLoss
+    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.train import Evaluation
 
 
 def evaluate(
     sae: Annotated[str, typer.Argument(help="A folder of a saved SAE, or a hub name.")],
-    data: Annotated[Path, typer.Argument(help="A folder of activations.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A folder of activations; a crosscoder's several, in order."),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="A folder of what a transcoder is to reconstruct.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens at a time.")] = 4096,
     verify: Verify = False,
+    model: Annotated[
+        str | None, typer.Option(help="The language model: a folder, or a name on the hub.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Dotted path of the module that the SAE was trained on.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file, .jsonl file (key text) or folder; may be repeated."),
+    ] = None,
+    model_batch_size: Annotated[int, typer.Option(help="Chunks of full length at once.")] = 8,
+    context_length: Annotated[int, typer.Option(help="Tokens the model sees at once.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    keep_first: Annotated[
+        bool, typer.Option("--keep-first", help="Leave each chunk's first token as it is.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure an SAE: FVU, explained variance, L0, cosine, dead and dense latents."""
+    """Measure an SAE, on stored activations, in the language model it came from, or both."""
+    _check(data, verify, {"--model": model, "--layer": layer, "--text": text})
     from sae_kernels import train as training
-    from sae_kernels.nn import TopKSAE
+    from sae_kernels.nn import SparseAutoencoder
 
-    source = training.ShardDataset(data)
-    if verify:
-        source.verify()
-    measured = training.evaluate(TopKSAE.from_pretrained(sae), source, batch_size=batch_size)
+    output = Output(as_json)
+    opened = Data.open(data, target) if data else None
+    if opened is not None and verify:
+        opened.verify()
+    loaded = SparseAutoencoder.from_pretrained(sae)
+    values: dict[str, Any] = {}
+    rows: list[tuple[str, str]] = []
+    if opened is not None:
+        measured = training.evaluate(
+            loaded, opened.source, target=opened.target, batch_size=batch_size
+        )
+        values |= _values(measured)
+        rows += _rows(measured)
+    if model and layer and text:
+        options = {
+            "batch_size": model_batch_size,
+            "context_length": context_length,
+            "max_tokens": max_tokens,
+        }
+        with output.progress() as show:
+            loss = _in_model(loaded, model, layer, text, keep_first, options, show)
+        values |= {**loss.scalars(), "model": model, "layer": layer}
+        rows += _loss_rows(loss)
+    output.record(values)
+    output.table(rows)
+
+
+def _check(data: list[Path] | None, verify: bool, of_model: dict[str, object]) -> None:
+    """Refuses what does not go together."""
+    given = [name for name, value in of_model.items() if value]
+    missing = [name for name in of_model if name not in given]
+    if given and missing:
+        raise ValueError(
+            f"{' and '.join(given)}: expected {' and '.join(missing)} too, as a language model is "
+            "measured on a text at a layer; see sae-kernels eval --help"
+        )
+    if not data and not given:
+        raise ValueError(
+            "expected DATA, or --model with --layer and --text, got neither; see sae-kernels eval "
+            "--help"
+        )
+    if not data and verify:
+        raise ValueError("--verify: expected DATA, whose checksums it compares, got none")
+
+
+def _in_model(
+    sae: "SparseAutoencoder",
+    name: str,
+    layer: str,
+    text: "Sequence[Path]",
+    keep_first: bool,
+    options: dict[str, Any],
+    show: "Progress",
+) -> "LanguageModelLoss":
+    from sae_kernels import harvest as harvesting
+
+    documents = harvesting.read_documents(text)
+    show("load model", 0, 1)
+    model, tokenizer = harvesting.load_causal_model(name)
+    show("load model", 1, 1)
+    batches = list(harvesting.token_batches(model, tokenizer, documents, **options))
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        show("language model", done, 2 * len(batches))
+
+    return harvesting.language_model_loss(
+        model, batches, layer, sae, keep_first=keep_first, progress=progress
+    )
+
+
+def _values(measured: "Evaluation") -> dict[str, Any]:
     density = measured.latent_density
-    n_dead = int((density == 0).sum())
-    n_dense = round(measured.dense_fraction * len(density))
-    values = {
+    return {
         **measured.scalars(),
         "n_latents": len(density),
-        "n_dead": n_dead,
-        "n_dense": n_dense,
+        "n_dead": int((density == 0).sum()),
+        "n_dense": round(measured.dense_fraction * len(density)),
     }
-    output = Output(as_json)
-    output.record(values)
-    output.table(
-        [
-            ("tokens", f"{measured.n_tokens:,}"),
-            ("FVU", f"{measured.fvu:.5f}"),
-            ("explained variance", f"{measured.explained_variance:.5f}"),
-            ("L0", f"{measured.l0:.2f}"),
-            ("cosine", f"{measured.cosine:.5f}"),
-            ("dead latents", f"{n_dead:,} of {len(density):,} fired on none of these tokens"),
-            ("dense latents", f"{n_dense:,} of {len(density):,} fired on more than a tenth"),
-        ]
-    )
+
+
+def _rows(measured: "Evaluation") -> list[tuple[str, str]]:
+    values = _values(measured)
+    n = values["n_latents"]
+    codes, residual = measured.bits_codes, measured.bits_residual
+    layers = measured.layer_fvu
+    return [
+        ("tokens", f"{measured.n_tokens:,}"),
+        ("FVU", f"{measured.fvu:.5f}"),
+        *([("FVU by layer", ", ".join(f"{v:.5f}" for v in measured.layer_fvu))] * bool(layers)),
+        ("explained variance", f"{measured.explained_variance:.5f}"),
+        ("L0", f"{measured.l0:.2f}"),
+        ("cosine", f"{measured.cosine:.5f}"),
+        ("dead latents", f"{values['n_dead']:,} of {n:,} fired on none of these tokens"),
+        ("dense latents", f"{values['n_dense']:,} of {n:,} fired on more than a tenth"),
+        (
+            "bits per token",
+            f"{measured.bits_per_token:,.0f} ({codes:,.0f} codes + {residual:,.0f} residual), "
+            f"{measured.bits_without_sae:,.0f} without the SAE",
+        ),
+    ]
+
+
+def _loss_rows(loss: "LanguageModelLoss") -> list[tuple[str, str]]:
+    return [
+        ("predicted tokens", f"{loss.n_predictions:,}"),
+        ("loss, clean", f"{loss.clean_loss:.5f} nats per token"),
+        ("loss, SAE spliced in", f"{loss.spliced_loss:.5f}"),
+        ("loss, layer at zero", f"{loss.zero_loss:.5f}"),
+        ("loss, layer at its mean", f"{loss.mean_loss:.5f}"),
+        ("loss recovered (zero)", _recovered(loss.loss_recovered)),
+        ("loss recovered (mean)", _recovered(loss.loss_recovered_from_mean)),
+        ("KL(clean || spliced)", f"{loss.kl:.5f} nats per token"),
+    ]
+
+
+def _recovered(part: float) -> str:
+    if math.isnan(part):
+        return "undefined: without the layer's output the loss is the clean one"
+    return f"{part:.5f}"

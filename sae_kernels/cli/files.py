@@ -1,13 +1,44 @@
-"""What stands where a command wants to write."""
+"""The folders that commands read activations from and write to."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from sae_kernels.train import ShardDataset
+    from sae_kernels.train.batches import RowSource
+
+
+class Data(NamedTuple):
+    """Activations on disk: the layers that an SAE reads, and a transcoder's target."""
+
+    layers: list[ShardDataset]
+    target: ShardDataset | None
+
+    @classmethod
+    def open(cls, folders: Sequence[Path], target: Path | None) -> Data:
+        """Opens the folders; what they hold is not read yet."""
+        from sae_kernels.train import ShardDataset
+
+        layers = [ShardDataset(folder) for folder in folders]
+        return cls(layers, None if target is None else ShardDataset(target))
+
+    @property
+    def source(self) -> RowSource:
+        """The layers side by side."""
+        from sae_kernels.train import JointRows
+
+        return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
+
+    def verify(self) -> None:
+        """Compares every file with its checksum."""
+        for data in (*self.layers, *([] if self.target is None else [self.target])):
+            data.verify()
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

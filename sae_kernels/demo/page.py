@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels import machine
+from sae_kernels.nn import TopKConfig
 from sae_kernels.report import CurvePoint, RunReport
 from sae_kernels.report.examples import decoder_cosine, latent_examples
 from sae_kernels.train.compute import compute_dtype
@@ -28,6 +29,7 @@ def describe(
     """The report of a run of the demo."""
     sae = trained.sae
     shape = sae.config
+    assert isinstance(shape, TopKConfig)
 
     def to_tokens(ids: list[int]) -> list[str]:
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]

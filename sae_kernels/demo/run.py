@@ -16,7 +16,7 @@ from sae_kernels.nn import TopKConfig
 from sae_kernels.report import write_report
 from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
 from sae_kernels.train.compute import compute_dtype
-from sae_kernels.train.trainer import SAE_FOLDER
+from sae_kernels.train.run_folder import SAE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,16 +1,32 @@
-"""Activations of real models on real text, as data sets to train on."""
+"""Activations of real models on real text, as data sets to train on; SAEs back in the models."""
 
 from sae_kernels.harvest.collect import harvest
-from sae_kernels.harvest.model import layer_output, load_model, minilm_folder, resolve_layer
+from sae_kernels.harvest.language_model import LanguageModelLoss, language_model_loss
+from sae_kernels.harvest.model import (
+    layer_output,
+    load_causal_model,
+    load_model,
+    minilm_folder,
+    resolve_layer,
+)
+from sae_kernels.harvest.splice import splice, spliced_logits
 from sae_kernels.harvest.text import python_corpus, read_documents, split_documents
+from sae_kernels.harvest.tokens import TokenBatch, token_batches
 
 __all__ = [
+    "LanguageModelLoss",
+    "TokenBatch",
     "harvest",
+    "language_model_loss",
     "layer_output",
+    "load_causal_model",
     "load_model",
     "minilm_folder",
     "python_corpus",
     "read_documents",
     "resolve_layer",
+    "splice",
+    "spliced_logits",
     "split_documents",
+    "token_batches",
 ]

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_kernels.errors import ModelError
+from sae_kernels.harvest.chunks import Chunk, by_length, check_options, cut, limited, windows
 from sae_kernels.harvest.model import layer_output, resolve_layer
 from sae_kernels.train.shards import ShardWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Rows held while batches run in order of length; enough that hardly any padding is computed.
 _WINDOW_ROWS = 32768
-_DOCUMENTS = 64  # tokenized at once
-
-
-class _Chunk(NamedTuple):
-    document: int
-    ids: Tensor  # int64 [length], special tokens included
-    kept: Tensor  # bool [length]
-    rows: int  # how many are kept
 
 
 def harvest(
@@ -80,7 +72,7 @@ def harvest(
     if isinstance(documents, str):
         raise TypeError("expected an iterable of documents, got one string; put it in a list")
     module = resolve_layer(model, layer)
-    _check(model, tokenizer, batch_size, context_length, max_tokens)
+    check_options(model, tokenizer, batch_size, context_length, max_tokens)
     model.eval()
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id or 0
@@ -93,22 +85,22 @@ def harvest(
         **(metadata or {}),
     }
     window_rows = max(min(_WINDOW_ROWS, rows_per_shard), context_length)
-    chunks = _chunks(tokenizer, documents, context_length, drop_special_tokens)
+    chunks = cut(tokenizer, documents, context_length, drop_special_tokens)
     total = 0
     with (
         torch.inference_mode(),
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
     ):
         # One token tells the width, and what is wrong, before any work is done.
-        probe = _Chunk(0, torch.tensor([pad]), torch.tensor([True]), 1)
+        probe = Chunk(0, torch.tensor([pad]), torch.tensor([True]), 1)
         d_in = _forward(model, module, [probe], pad).shape[1]
         held = torch.empty(window_rows, d_in, dtype=dtype)
         options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "overwrite": overwrite}
         with ShardWriter(folder, d_in, dtype=dtype, metadata=record, **options) as writer:
-            for window in _windows(_limited(chunks, max_tokens), window_rows):
+            for window in windows(limited(chunks, max_tokens), window_rows):
                 counts = torch.tensor([chunk.rows for chunk in window])
                 places = torch.arange(int(counts.sum())).split(counts.tolist())
-                for batch in _batches(window, batch_size * context_length):
+                for batch in by_length(window, batch_size * context_length):
                     rows = _forward(model, module, [window[i] for i in batch], pad)
                     held[torch.cat([places[i] for i in batch])] = rows.to("cpu", dtype)
                     if progress is not None:
@@ -122,88 +114,7 @@ def harvest(
     return total
 
 
-def _check(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    context_length: int,
-    max_tokens: int | None,
-) -> None:
-    if not tokenizer.is_fast:
-        raise ModelError(f"expected a fast tokenizer, got {type(tokenizer).__name__}")
-    least = tokenizer.num_special_tokens_to_add() + 1
-    most = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if not least <= context_length <= most:
-        raise ValueError(
-            f"expected context_length from {least} to {most} for this model, got {context_length}"
-        )
-    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-        raise ValueError(
-            f"expected batch_size and max_tokens of at least 1, got {batch_size} and {max_tokens}"
-        )
-
-
-def _chunks(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, drop: bool
-) -> Iterator[_Chunk]:
-    """The documents in order, cut to the length the model sees."""
-    source = iter(documents)
-    first = 0
-    while texts := list(islice(source, _DOCUMENTS)):
-        encoded = tokenizer(
-            texts,
-            truncation=True,
-            max_length=length,
-            return_overflowing_tokens=True,
-            return_special_tokens_mask=True,
-        )
-        columns = ("overflow_to_sample_mapping", "input_ids", "special_tokens_mask")
-        for document, ids, special in zip(*(encoded[name] for name in columns), strict=True):
-            kept = ~torch.tensor(special, dtype=torch.bool) if drop else torch.ones(len(ids)).bool()
-            ids = torch.tensor(ids, dtype=torch.long)
-            yield _Chunk(first + document, ids, kept, int(kept.sum()))
-        first += len(texts)
-
-
-def _limited(chunks: Iterable[_Chunk], max_tokens: int | None) -> Iterator[_Chunk]:
-    """Chunks with rows to keep, `max_tokens` rows in all."""
-    left = max_tokens
-    for chunk in chunks:
-        if left is not None and chunk.rows >= left:
-            kept = chunk.kept & (chunk.kept.cumsum(0) <= left)
-            yield chunk._replace(kept=kept, rows=left)
-            return
-        if chunk.rows:
-            yield chunk
-            left = left and left - chunk.rows
-
-
-def _windows(chunks: Iterable[_Chunk], rows: int) -> Iterator[list[_Chunk]]:
-    """Runs of chunks with at most `rows` rows together."""
-    window: list[_Chunk] = []
-    held = 0
-    for chunk in chunks:
-        if held + chunk.rows > rows:
-            yield window
-            window, held = [], 0
-        window.append(chunk)
-        held += chunk.rows
-    if window:
-        yield window
-
-
-def _batches(window: list[_Chunk], budget: int) -> Iterator[list[int]]:
-    """Numbers of chunks of like length that make at most `budget` tokens with their padding."""
-    batch: list[int] = []
-    for number in sorted(range(len(window)), key=lambda i: -len(window[i].ids)):
-        if batch and len(window[batch[0]].ids) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(number)
-    yield batch
-
-
-def _forward(model: PreTrainedModel, module: nn.Module, batch: list[_Chunk], pad: int) -> Tensor:
+def _forward(model: PreTrainedModel, module: nn.Module, batch: list[Chunk], pad: int) -> Tensor:
     """The rows [n, D] of a batch of chunks, one chunk after the other."""
     device = next(model.parameters()).device
     ids = pad_sequence([chunk.ids for chunk in batch], batch_first=True, padding_value=pad)

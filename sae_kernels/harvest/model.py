@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from sae_kernels.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,8 +29,29 @@ def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
         ModelError: nothing there, or nothing that loads under these rules.
         ImportError: transformers is not installed.
     """
+    return _load(name_or_path, _without_head)
+
+
+def load_causal_model(
+    name_or_path: str | Path,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that predicts the next token, in evaluation mode, and its tokenizer.
+
+    The rules are those of :func:`load_model`.
+
+    Raises:
+        ModelError: as :func:`load_model`; also a model without a language-model head, or one whose
+            predictions depend on the tokens that follow, such as a masked language model.
+        ImportError: transformers is not installed.
+    """
+    return _load(name_or_path, _with_head)
+
+
+def _load(
+    name_or_path: str | Path, load: Callable[..., PreTrainedModel]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
             'harvesting needs transformers; pip install "sae-kernels[harvest]"'
@@ -45,8 +67,10 @@ def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
         try:
             with _quiet():
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
-                model = AutoModel.from_pretrained(source, use_safetensors=True, **options)
+                model = load(source, **options)
             return model.eval(), tokenizer
+        except ModelError:
+            raise
         except (OSError, ValueError, ImportError) as error:
             failure = error
     reason = " ".join(str(failure).split())
@@ -56,8 +80,63 @@ def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
     ) from failure
 
 
+def _without_head(source: str, **options: Any) -> PreTrainedModel:
+    from transformers import AutoModel
+
+    model: PreTrainedModel = AutoModel.from_pretrained(source, use_safetensors=True, **options)
+    return model
+
+
+def _with_head(source: str, **options: Any) -> PreTrainedModel:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = AutoConfig.from_pretrained(source, **options)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"expected a model with a language-model head, got {source!r}, whose kind "
+            f"({config.model_type}) has none that predicts the next token; choose a causal model"
+        )
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # what transformers warns of here is refused below
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
+        )
+    finally:
+        logging.set_verbosity(shown)
+    model: PreTrainedModel
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"expected a model with a language-model head, {source!r} holds no weights for "
+            f"{', '.join(missing[:3])}; choose a checkpoint that was saved with its head"
+        )
+    if _looks_ahead(model.eval()):
+        raise ModelError(
+            f"expected a model that predicts the next token, the predictions of {source!r} depend "
+            "on the tokens that follow; choose a causal model"
+        )
+    return model
+
+
+@torch.inference_mode()
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether the prediction after the first token changes with the second one."""
+    first, other = (
+        model(input_ids=torch.tensor([[0, second]], device=model.device)).logits[0, 0]
+        for second in (0, 1)
+    )
+    # Equal bits but for models that route tokens in groups, where a few roundings may differ.
+    roundings = 32 * torch.finfo(first.dtype).eps
+    return bool((first - other).abs().max() > roundings * first.abs().max())
+
+
 def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
     """The module at a dotted path, such as "encoder.layer.4" or "h.3".
+
+    In a model with a head the path may start in its body, so that one name serves with and without
+    it: "h.3" is then "transformer.h.3".
 
     Raises:
         ModelError: no such module; the message lists the nearest names.
@@ -66,11 +145,14 @@ def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
     ReLU()
     """
     modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name}
-    if layer in modules:
-        return modules[layer]
+    body = getattr(model, "base_model_prefix", "")
+    for name in (layer, f"{body}.{layer}"):
+        if name in modules:
+            return modules[name]
     # A prefix too many or too few is the likely slip; after it, a name that is spelt alike.
     near = [name for name in modules if name.endswith(f".{layer}") or layer.endswith(f".{name}")]
-    near += difflib.get_close_matches(layer, modules, n=5, cutoff=0.4)
+    known = dict.fromkeys([*modules, *(name.removeprefix(f"{body}.") for name in modules)])
+    near += difflib.get_close_matches(layer, known, n=5, cutoff=0.4)
     children = ", ".join(name for name, _ in model.named_children())
     nearest = ", ".join(list(dict.fromkeys(near))[:5])
     hint = f"nearest: {nearest}" if near else f"its parts: {children}"

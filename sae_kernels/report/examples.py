@@ -16,7 +16,7 @@ from .data import Context, LatentExamples
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sae_kernels.nn import TopKSAE
+    from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.train.batches import Rows, RowSource
 
 _BATCH = 4096
@@ -42,7 +42,7 @@ def decoder_cosine(W_dec: Tensor) -> Tensor:
 
 
 def latent_examples(
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     source: RowSource,
     to_tokens: Callable[[list[int]], list[str]],
     *,
@@ -112,9 +112,10 @@ def _clarity(example: LatentExamples) -> tuple[bool, int, float]:
 class _Codes(NamedTuple):
     """The codes of all rows, and their entries by latent, the strongest first."""
 
-    values: Tensor  # [N, K]
-    indices: Tensor  # [N, K]
-    entries: Tensor  # int64, positions in the flattened codes
+    values: Tensor  # [N], row after row
+    indices: Tensor  # [N]
+    rows: Tensor  # int64 [N], ascending
+    entries: Tensor  # int64, positions in the codes
     counts: Tensor  # int64 [F], entries that fired
     ends: Tensor  # int64 [F]
 
@@ -122,7 +123,15 @@ class _Codes(NamedTuple):
         """Values and rows of a latent's entries."""
         end, count = int(self.ends[latent]), int(self.counts[latent])
         entries = self.entries[end - count : end]
-        return self.values.flatten()[entries], entries // self.values.shape[1]
+        return self.values[entries], self.rows[entries]
+
+    def activations(self, latent: int, first: int, last: int) -> list[float]:
+        """A latent's codes on the rows from ``first`` up to ``last``."""
+        start, stop = torch.searchsorted(self.rows, torch.tensor([first, last])).tolist()
+        here = self.indices[start:stop] == latent
+        result = torch.zeros(last - first)
+        result[self.rows[start:stop][here] - first] = self.values[start:stop][here].float()
+        return result.tolist()
 
     def peaks(self, latent: int, documents: Tensor, n: int) -> list[int]:
         """The rows where a latent is strongest, one of each document."""
@@ -136,17 +145,20 @@ class _Codes(NamedTuple):
 
 
 @torch.inference_mode()
-def _encode(sae: TopKSAE, rows: Rows) -> _Codes:
+def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
     device = sae.W_enc.device
     parts = [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
-    values = torch.cat([part.values.cpu() for part in parts])
-    indices = torch.cat([part.indices.cpu() for part in parts])
-    fired = (values != 0).flatten().nonzero().flatten()
-    by_value = fired[values.flatten()[fired].argsort(descending=True, stable=True)]
-    latents = indices.flatten()[by_value]
+    values = torch.cat([part.values.flatten().cpu() for part in parts])
+    indices = torch.cat([part.indices.flatten().cpu() for part in parts])
+    tokens = torch.cat(
+        [part.tokens.flatten().long().cpu() + i * _BATCH for i, part in enumerate(parts)]
+    )
+    fired = (values != 0).nonzero().flatten()
+    by_value = fired[values[fired].argsort(descending=True, stable=True)]
+    latents = indices[by_value]
     entries = by_value[latents.argsort(stable=True)]
     counts = torch.bincount(latents, minlength=sae.config.n_latents)
-    return _Codes(values, indices, entries, counts, counts.cumsum(0))
+    return _Codes(values, indices, tokens, entries, counts, counts.cumsum(0))
 
 
 def _context(
@@ -156,5 +168,5 @@ def _context(
     start, stop = max(0, peak - radius), peak + radius + 1
     same = (documents[start:stop] == documents[peak]).nonzero().flatten() + start
     first, last = int(same[0]), int(same[-1]) + 1
-    activations = (codes.values[first:last] * (codes.indices[first:last] == latent)).sum(1)
-    return Context(text[first:last], activations.tolist(), peak - first)
+    activations = codes.activations(latent, first, last)
+    return Context(text[first:last], activations, peak - first)

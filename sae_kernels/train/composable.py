@@ -10,59 +10,80 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_kernels.nn import BatchTopKSAE
+from sae_kernels.train import autograd
 from sae_kernels.train.compute import compute_dtype
 from sae_kernels.train.dead import DeadLatents
-from sae_kernels.train.losses import autograd_losses, checked_batch
+from sae_kernels.train.losses import checked_batch, loss_scale
+from sae_kernels.train.objective import (
+    check_objective,
+    fixed_prefixes,
+    kept_per_token,
+    objective,
+    random_prefixes,
+)
+from sae_kernels.train.sparsity import SparsitySchedule
 from sae_kernels.train.step import StepResult
 
 if TYPE_CHECKING:
-    from sae_kernels.nn import TopKSAE
+    from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
 
 
 class ComposableStep:
-    """Trains a :class:`~sae_kernels.nn.TopKSAE` in place through autograd.
+    """Trains a :class:`~sae_kernels.nn.SparseAutoencoder` in place through autograd.
 
     Args and attributes as of :class:`~sae_kernels.train.step.FusedStep`, with ``optimizer`` in the
     place of ``rows``.
     """
 
-    def __init__(self, sae: TopKSAE, config: TrainConfig) -> None:
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
+        check_objective(sae, config)
         self.sae, self.config = sae, config
         sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
-        betas = (config.beta1, config.beta2)
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=1.0, betas=betas, eps=config.eps, fused=True
-        )
+        self.optimizer = autograd.adam(sae, config)
         device = sae.W_enc.device
         self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
         self.n_updates = torch.zeros((), dtype=torch.int64, device=device)
-        self.k_aux = config.k_aux or max(1, sae.config.d_in // 2)
+        self.k_aux = config.k_aux or max(1, sae.config.input_width // 2)
+        self.schedule = SparsitySchedule(config)
+        self._prefixes = fixed_prefixes(sae, config)
 
-    def __call__(self, x: torch.Tensor, *, lr: float, k: int | None = None) -> StepResult:
-        """One step on raw activations [B, D] with this learning rate and k."""
-        sae, config = self.sae, self.config
-        x = checked_batch(x, sae.config)
-        dead = self.dead.longest(config.auxk_latents if config.auxk_alpha else 0)
-        k = sae.config.k if k is None else k
-        loss, aux, fvu, codes = autograd_losses(sae, x, config, k, dead, self.k_aux)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if sae.config.unit_norm_decoder:
-            sae.remove_parallel_gradient_()
-        finite = loss.detach().isfinite()
-        if config.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
-            finite = finite & norm.isfinite()
-        if finite:
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
-            if sae.config.unit_norm_decoder:
-                sae.normalize_decoder_()
-            self.n_updates += 1
-        fired = codes.latent_order(
-            drop_zeros=sae.config.relu != "none", backend=sae.backend
-        ).counts()
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        lr: float,
+        k: float | None = None,
+        target: torch.Tensor | None = None,
+    ) -> StepResult:
+        """One step on raw activations [B, input width] with this learning rate and k."""
+        sae, config = self.sae.train(), self.config
+        x, target = checked_batch(sae, x, target)
+        scale, variance = loss_scale(target, config.loss)
+        k = getattr(sae.config, "k", 0) if k is None else k
+        pre = sae.select(sae.centred(x), k=kept_per_token(sae, k, config))
+        facts = autograd.facts(sae, config, x, k, self.dead.mask())
+        aim = objective(sae, pre, facts, self.schedule)
+        ends = self._prefixes or random_prefixes(sae, config, self.schedule.step)
+        loss, main = x.new_zeros(()), None
+        for part in aim.reconstructions:
+            e = autograd.reconstruct(sae, pre, part, x, ends) - target
+            loss = loss + part.weight * scale * autograd.squared_error(e, ends)
+            if main is None:
+                main = e.detach() if ends is None else e[-1].detach()
+        assert main is not None
+        if aim.penalty is not None:
+            loss = loss + aim.penalty
+        aux = autograd.aux_loss(sae, config, self.dead, x, -main)
+        loss = loss + aux
+        finite = autograd.update(sae, self.optimizer, loss, lr, config.clip_norm)
+        self.n_updates += finite
+        fired = autograd.fired(sae, config, pre, aim, k)
         self.dead.update(fired, x.shape[0], ~finite)
         l0 = fired.sum() / x.shape[0]
+        self.schedule.advance(l0)
+        if isinstance(sae, BatchTopKSAE):
+            sae.follow_threshold_(finite)
+        fvu = main.square().sum() / variance
         return StepResult(loss.detach(), fvu, l0, aux.detach(), ~finite)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 _CHOICES = {
     "loss": ("fvu", "mse"),
+    "sparsity": ("none", "l1", "lp", "l0", "target_l0", "tanh"),
+    "matryoshka": ("mean", "sum"),
     "compute": ("auto", "float32", "bfloat16", "float16"),
     "master": ("float32", "split"),
     "states": ("float32", "bfloat16"),
@@ -27,10 +29,21 @@ _INTEGERS = {
     "dead_after_tokens": 1,
     "k_start": 1,
     "k_anneal_steps": 0,
+    "sparsity_warmup_steps": 0,
+    "p_steps": 1,
+    "random_prefixes": 0,
     "seed": 0,
     "log_every": 1,
 }
-_OPTIONAL = ("lr", "warmup_steps", "clip_norm", "k_aux", "k_start")
+_OPTIONAL = (
+    "lr",
+    "warmup_steps",
+    "clip_norm",
+    "k_aux",
+    "k_start",
+    "sparsity_warmup_steps",
+    "target_l0",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +66,29 @@ class TrainConfig:
             (sparsify, OpenAI).
         loss: "fvu", squared error over the batch's variance (sparsify), or "mse", squared error
             per token (dictionary_learning, SAELens).
+        sparsity: the penalty added to the loss, per token (docs/architectures.md): "none"; "l1",
+            the sum of the codes; "lp", the sum of their p-th powers, p falling from 1 (p-annealing,
+            arXiv 2408.00113); "l0", how many fire, and "target_l0", (L0 / target_l0 - 1)^2, through
+            JumpReLU's estimator; "tanh", the sum of tanh(tanh_scale * code).
+        sparsity_coefficient: multiplies the penalty.
+        sparsity_warmup_steps: the coefficient rises linearly from 0; None is 2000
+            (dictionary_learning) but at most a fifth of the run.
+        sparsity_norm_weighted: weigh codes by the norm of their decoder row in "l1", "lp" and
+            "tanh" (Conerly et al., April 2024; Anthropic, January 2025).
+        target_l0: what "target_l0" aims at. With another penalty the coefficient follows it: each
+            step it grows or shrinks by 10 / steps of itself (noanabeshima). None: it stays.
+        tanh_scale: 4 (Anthropic, January 2025; SAELens).
+        preact_coefficient: weight of the loss that raises dead latents of a JumpReLU SAE,
+            relu(threshold - h) weighed by the decoder norm (SAELens: 3e-6); 0 is off.
+        p_end, p_steps, p_start: p takes p_steps values from 1 to p_end, the first change after
+            this part of the run; at each the coefficient is scaled so that the penalty stays what
+            it was (dictionary_learning).
+        fix_shrinkage: once a ReLU SAE is trained, fit a scale per latent and fold it into the
+            encoder (Wright and Sharkey 2024): L1 makes codes too small.
+        matryoshka: squared errors of the prefixes are weighed equally and add up to one ("mean",
+            dictionary_learning up to its second 1 / G) or count in full each ("sum", SAELens).
+        random_prefixes: a Matryoshka SAE's prefixes are drawn anew each step, so many and the
+            whole, sizes by a Pareto law (noanabeshima); 0: the SAE's own groups.
         multi_topk: adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify).
         auxk_alpha: weight of AuxK, 1/32 (OpenAI, dictionary_learning); 0 is off.
         k_aux: dead latents per token in AuxK; None is d_in / 2 (sparsify, dictionary_learning).
@@ -93,6 +129,19 @@ class TrainConfig:
     decay_fraction: float = 0.2
     clip_norm: float | None = None
     loss: Literal["fvu", "mse"] = "fvu"
+    sparsity: Literal["none", "l1", "lp", "l0", "target_l0", "tanh"] = "none"
+    sparsity_coefficient: float = 0.0
+    sparsity_warmup_steps: int | None = None
+    sparsity_norm_weighted: bool = False
+    target_l0: float | None = None
+    tanh_scale: float = 4.0
+    preact_coefficient: float = 0.0
+    p_end: float = 0.2
+    p_steps: int = 10
+    p_start: float = 0.25
+    fix_shrinkage: bool = False
+    matryoshka: Literal["mean", "sum"] = "mean"
+    random_prefixes: int = 0
     multi_topk: bool = False
     auxk_alpha: float = 1 / 32
     k_aux: int | None = None
@@ -117,15 +166,19 @@ class TrainConfig:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             self._expect(name, whole and value >= least, f"an integer of at least {least}")
-        for name in ("lr", "clip_norm", "eps"):
+        for name in ("lr", "clip_norm", "eps", "target_l0", "tanh_scale"):
             self._expect(name, self._number(name) > 0, "a positive number")
         for name in ("beta1", "beta2"):
             self._expect(name, 0 <= self._number(name) < 1, "a number in [0, 1)")
         self._expect(
             "decay_fraction", 0 <= self._number("decay_fraction") <= 1, "a number in [0, 1]"
         )
-        self._expect("auxk_alpha", self._number("auxk_alpha") >= 0, "a number of at least 0")
-        self._expect("multi_topk", isinstance(self.multi_topk, bool), "true or false")
+        for name in ("auxk_alpha", "sparsity_coefficient", "preact_coefficient"):
+            self._expect(name, self._number(name) >= 0, "a number of at least 0")
+        for name in ("p_end", "p_start"):
+            self._expect(name, 0 <= self._number(name) <= 1, "a number in [0, 1]")
+        for name in ("multi_topk", "sparsity_norm_weighted", "fix_shrinkage"):
+            self._expect(name, isinstance(getattr(self, name), bool), "true or false")
         for name, choices in _CHOICES.items():
             self._expect(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
         self._expect("device", isinstance(self.device, str), "auto or a device such as cuda:0")
@@ -165,8 +218,8 @@ class TrainConfig:
         rising = (step + 1) / warmup if warmup else 1.0
         return peak * max(0.0, min(1.0, rising, (self.steps - step) / decay))
 
-    def k_at(self, step: int, k: int) -> int:
-        """How many latents are kept at a step (from 0).
+    def k_at(self, step: int, k: float) -> float:
+        """How many latents are kept at a step (from 0); whole where k is.
 
         Example:
             >>> [TrainConfig(k_start=8, k_anneal_steps=4).k_at(s, 4) for s in range(6)]
@@ -174,4 +227,5 @@ class TrainConfig:
         """
         if self.k_start is None or step >= self.k_anneal_steps:
             return k
-        return round(self.k_start + (k - self.k_start) * step / self.k_anneal_steps)
+        now = self.k_start + (k - self.k_start) * step / self.k_anneal_steps
+        return round(now) if isinstance(k, int) else now

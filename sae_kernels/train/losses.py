@@ -1,8 +1,4 @@
-"""The losses of TopK training and what both training routes share of them.
-
-With ``scale`` = 1 / sum |x - mean(x)|^2 ("fvu") or 1 / B ("mse") the reconstruction loss is
-``scale * sum |x_hat - x|^2``; multi-TopK adds the same of the 4k reconstruction, divided by 8.
-"""
+"""What both training routes do with a batch before the objective."""
 
 from __future__ import annotations
 
@@ -10,35 +6,46 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.codes import SparseCodes
-from sae_kernels.train import auxk
-
 if TYPE_CHECKING:
-    from sae_kernels.nn import TopKConfig, TopKSAE
-    from sae_kernels.train.config import TrainConfig
-
-_MULTI_TOPK, _MULTI_TOPK_WEIGHT = 4, 1 / 8
+    from sae_kernels.nn import SparseAutoencoder
 
 
-def checked_batch(x: torch.Tensor, config: TopKConfig) -> torch.Tensor:
-    """The batch in fp32 and in the scale of training.
+def checked_batch(
+    sae: SparseAutoencoder, x: torch.Tensor, target: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens and their targets in fp32 and in the scale of training.
 
     Raises:
-        ValueError: not [B, D] with at least one token.
+        ValueError: not [B, input width] and [B, output width] with at least one token; a target
+            where the input is its own, or none where it is not.
     """
-    if x.dim() != 2 or x.shape[1] != config.d_in or x.shape[0] == 0:
+    config = sae.config
+    if x.dim() != 2 or x.shape[1] != config.input_width or x.shape[0] == 0:
         raise ValueError(
-            f"x: expected shape [B, {config.d_in}] with B > 0 (tokens by d_in), got {list(x.shape)}"
+            f"x: expected shape [B, {config.input_width}] with B > 0 (tokens by "
+            f"{_widths('d_in', config.d_in, config.n_layers)}), got {list(x.shape)}"
         )
-    x = x.float()
-    return x if config.activation_scale == 1 else x * config.activation_scale
+    x = _scaled(x.float(), config.activation_scale)
+    if not config.transcodes:
+        if target is not None:
+            raise ValueError("target: expected none, the SAE reconstructs its input; got one")
+        return x, x
+    if target is None:
+        raise ValueError("target: expected what the transcoder is to reconstruct, got None")
+    if target.shape != (x.shape[0], config.output_width):
+        raise ValueError(
+            f"target: expected shape [{x.shape[0]}, {config.output_width}] (a row per token), got "
+            f"{list(target.shape)}"
+        )
+    return x, _scaled(target.float(), config.target_scale)
 
 
-def reconstruction_parts(k: int, n_latents: int, multi_topk: bool) -> list[tuple[int, float]]:
-    """Each reconstruction's number of latents per token and its weight in the loss."""
-    if not multi_topk:
-        return [(k, 1.0)]
-    return [(k, 1.0), (min(_MULTI_TOPK * k, n_latents), _MULTI_TOPK_WEIGHT)]
+def _widths(name: str, width: int, n_layers: int) -> str:
+    return name if n_layers == 1 else f"{n_layers} layers of {name} = {width}"
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x if scale == 1 else x * scale
 
 
 def loss_scale(
@@ -51,39 +58,3 @@ def loss_scale(
     deviation = torch.sub(x, x.mean(0), out=scratch)
     variance = deviation.square_().sum(1).sum()
     return (1 / variance if loss == "fvu" else torch.ones_like(variance) / x.shape[0]), variance
-
-
-def autograd_losses(
-    sae: TopKSAE, x: torch.Tensor, config: TrainConfig, k: int, dead: torch.Tensor, k_aux: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SparseCodes]:
-    """The losses as autograd sees them.
-
-    Args:
-        sae: the module.
-        x: [B, D], from :func:`checked_batch`.
-        config: the settings.
-        k: latents per token.
-        dead: the dead latents that take part in AuxK, int64 [A], possibly empty.
-        k_aux: AuxK's latents per token.
-
-    Returns:
-        The whole loss, AuxK's part, the FVU (no gradient) and the main codes.
-    """
-    scale, variance = loss_scale(x, config.loss)
-    parts = reconstruction_parts(k, sae.config.n_latents, config.multi_topk)
-    kept = sae.encode_scaled(x, k=max(count for count, _ in parts))
-    total, errors = x.new_zeros(()), []
-    for count, weight in parts:
-        codes = SparseCodes(kept.values[:, :count], kept.indices[:, :count], kept.n_latents)
-        error = sae.decode_scaled(codes) - x
-        errors.append(error.detach())
-        total = total + weight * scale * error.square().sum()
-        if count == k:
-            main = codes
-    aux = x.new_zeros(())
-    if dead.numel():
-        rows = auxk.DeadRows(sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead])
-        dtype = sae.compute_dtype or sae.W_enc.dtype
-        x_centred = x - sae.b_dec if sae.config.subtract_b_dec else x
-        aux = auxk.loss(x_centred, -errors[0], rows, k_aux, config.auxk_alpha, dtype, sae.backend)
-    return total + aux, aux, errors[0].square().sum() / variance, main

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_kernels.errors import NonFiniteError
-from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train.batches import RowSource, ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.nn import ReLUSAE
+from sae_kernels.train.batches import RowSource, ShuffledBatches, TensorRows
 from sae_kernels.train.composable import ComposableStep
 from sae_kernels.train.compute import training_device
-from sae_kernels.train.metrics import MetricLog
+from sae_kernels.train.fresh import check_width, fresh_sae
+from sae_kernels.train.joint import JointRows, split
+from sae_kernels.train.run_folder import run_folder
+from sae_kernels.train.shrinkage import fit_scales, scale_latents_
 from sae_kernels.train.step import FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
+    from sae_kernels.train.metrics import MetricLog
     from sae_kernels.train.step import StepResult
 
-RUN_FILE, METRICS_FILE, SAE_FOLDER = "run.json", "metrics.jsonl", "sae"
 _SAMPLE = 16384  # rows from which scale and b_dec are estimated
 
 
@@ -40,7 +43,7 @@ class TrainingResult:
         skipped: steps skipped because something was not finite.
     """
 
-    sae: TopKSAE
+    sae: SparseAutoencoder
     metrics: list[dict[str, Any]]
     seconds: float
     dead: torch.Tensor
@@ -48,58 +51,42 @@ class TrainingResult:
 
 
 def prepare(
-    source: RowSource | torch.Tensor, sae_config: TopKConfig, config: TrainConfig
-) -> TopKSAE:
-    """A fresh SAE whose scale and b_dec are estimated on a random sample of the source."""
+    source: RowSource | torch.Tensor, sae_config: SAEConfig, config: TrainConfig
+) -> SparseAutoencoder:
+    """A fresh SAE whose scales and b_dec are estimated on a random sample of the source.
+
+    A transcoder's source holds its targets too, to the right of its inputs.
+    """
     source = TensorRows(source) if isinstance(source, torch.Tensor) else source
     device = training_device(config.device)
-    if source.d_in != sae_config.d_in:
-        raise ValueError(
-            f"d_in: expected {source.d_in}, the width of the activations, got {sae_config.d_in}"
-        )
-    if config.k_start is not None and config.k_start > sae_config.n_latents:
-        raise ValueError(
-            f"k_start: expected at most n_latents = {sae_config.n_latents}, got {config.k_start}"
-        )
+    check_width(source.d_in, sae_config)
     if source.n_tokens < config.batch_size:
         raise ValueError(
             f"batch_size: expected at most the {source.n_tokens} rows of activations, "
             f"got {config.batch_size}"
         )
     rows = min(_SAMPLE, source.n_tokens)
-    sample = next(ShuffledBatches(source, rows, seed=config.seed)).float()
-    finite = sample.isfinite().all(1)
-    if not (finite.any() if config.on_nonfinite == "skip" else finite.all()):
-        raise NonFiniteError(
-            "activations: expected finite numbers, got NaN or infinity among the first rows; "
-            "find what wrote them"
-        )
-    sample = sample[finite].to(device)
-    if config.activation_scale == "sqrt_d":
-        scale = estimate_scale(sample, sample.shape[0])
-        sae_config = dataclasses.replace(sae_config, activation_scale=scale)
-    sae = TopKSAE(sae_config, seed=config.seed, device=device)
-    if config.init_b_dec == "geometric_median":
-        sae.initialise_b_dec_(sample)
-    elif config.init_b_dec == "mean":
-        sae.b_dec.data.copy_(sample.mean(0) * sae_config.activation_scale)
-    return sae
+    sample = next(ShuffledBatches(source, rows, seed=config.seed))
+    return fresh_sae(sample, sae_config, config, device)
 
 
 def train(
     source: RowSource | torch.Tensor,
-    sae_config: TopKConfig,
+    sae_config: SAEConfig,
     config: TrainConfig,
     *,
+    target: RowSource | torch.Tensor | None = None,
     folder: str | Path | None = None,
     on_step: Callable[[int, dict[str, Any] | None], None] | None = None,
 ) -> TrainingResult:
-    """Trains a TopK SAE.
+    """Trains an SAE of any architecture.
 
     Args:
-        source: raw activations, a tensor [N, D] or a :class:`~sae_kernels.train.ShardDataset`.
-        sae_config: the SAE; its activation_scale is replaced by the estimate if config asks.
+        source: raw activations, a tensor [N, D] or a :class:`~sae_kernels.train.ShardDataset`; for
+            a crosscoder its layers side by side (:class:`~sae_kernels.train.JointRows`).
+        sae_config: the SAE; its scales are replaced by estimates if config asks.
         config: the settings.
+        target: what a transcoder is to reconstruct, of the same tokens.
         folder: where run.json, metrics.jsonl and the SAE go; None keeps everything in memory.
         on_step: called after every step with the step and, when one was made, its metric line.
 
@@ -108,32 +95,26 @@ def train(
             weights are those before that step, and are saved.
 
     Example:
+        >>> from sae_kernels.nn import TopKConfig
         >>> from sae_kernels.train import TrainConfig
         >>> x = torch.randn(512, 8)
         >>> result = train(x, TopKConfig(8, 32, 4), TrainConfig(steps=20, batch_size=64))
         >>> len(result.metrics), result.skipped
         (2, 0)
     """
+    if target is not None:
+        source = JointRows([source, target])
     sae = prepare(source, sae_config, config)
     loop = _Loop(sae, source, config, on_step)
-    if folder is None:
-        return loop.run(None)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {"sae": sae.config.to_dict(), "train": config.to_dict()}
-    (folder / RUN_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / METRICS_FILE).unlink(missing_ok=True)
-    try:
-        with MetricLog(folder / METRICS_FILE) as log:
-            return loop.run(log)
-    finally:
-        sae.save_pretrained(folder / SAE_FOLDER)
+    with run_folder(folder, sae, settings) as log:
+        return loop.run(log)
 
 
 class _Loop:
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SparseAutoencoder,
         source: RowSource | torch.Tensor,
         config: TrainConfig,
         on_step: Callable[[int, dict[str, Any] | None], None] | None,
@@ -156,10 +137,10 @@ class _Loop:
         config, device = self.config, self.sae.W_enc.device
         start = time.perf_counter()
         for i in range(config.steps):
-            x = next(self.batches).to(device)
+            x, target = split(next(self.batches).to(device), self.sae.config)
             lr = config.learning_rate(i, self.sae.config.n_latents)
-            k = config.k_at(i, self.sae.config.k)
-            result = self.step(x, lr=lr, k=k)
+            k = self._k(i)
+            result = self.step(x, lr=lr, k=k, target=target)
             self.skipped += result.skipped
             due = (i + 1) % config.log_every == 0 or i + 1 == config.steps
             # On the CPU looking costs nothing; elsewhere it would stall the step.
@@ -172,9 +153,21 @@ class _Loop:
                     log.write(line)
             if self.on_step is not None:
                 self.on_step(i, line)
+        if config.fix_shrinkage:
+            self._fix_shrinkage()
         seconds = time.perf_counter() - start
         dead = self.step.dead.mask().cpu()
         return TrainingResult(self.sae, self.metrics, seconds, dead, int(self.skipped))
+
+    def _fix_shrinkage(self) -> None:
+        assert isinstance(self.sae, ReLUSAE)
+        if isinstance(self.step, FusedStep):
+            self.step.restore_()
+        scale_latents_(self.sae, fit_scales(self.sae, self.batches.source, seed=self.config.seed))
+
+    def _k(self, i: int) -> float | None:
+        k = getattr(self.sae.config, "k", None)
+        return None if k is None else self.config.k_at(i, k)
 
     def _stop_if_skipped(self, i: int) -> None:
         if self.skipped:
@@ -185,7 +178,7 @@ class _Loop:
             )
 
     def _line(
-        self, i: int, result: StepResult, lr: float, k: int, seconds: float
+        self, i: int, result: StepResult, lr: float, k: float | None, seconds: float
     ) -> dict[str, Any]:
         tokens = (i + 1) * self.config.batch_size
         return {
@@ -197,7 +190,7 @@ class _Loop:
             "aux_loss": float(result.aux_loss),
             "dead_fraction": float(self.step.dead.mask().float().mean()),
             "lr": lr,
-            "k": k,
+            **({} if k is None else {"k": k}),
             "skipped": int(self.skipped),
             "tokens_per_second": tokens / seconds,
         }

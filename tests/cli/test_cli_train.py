@@ -96,7 +96,7 @@ def test_a_scale_of_the_sae_replaces_the_estimate(run, data, tmp_path):
     ("text", "expected"),
     [
         ("[train]\nstpes = 3\n", "[train]: unknown key 'stpes'; did you mean 'steps'?"),
-        ("[sae]\nwidth = 3\n", "known are d_in, n_latents"),
+        ("[sae]\nzzz = 3\n", "known are d_in, n_latents"),
         ("[trian]\nsteps = 3\n", "unknown table 'trian'; did you mean 'train'?"),
         ("train = 3\n", "expected a table [train], got 3"),
         ('[train]\nsteps = "3"\n', "steps: expected an integer"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_kernels.errors import DataError, ModelError, NonFiniteError
 from sae_kernels.harvest import (
+    chunks,
     collect,
     harvest,
     layer_output,
@@ -121,7 +122,7 @@ def test_rows_are_the_layers_output_in_the_order_of_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(collect, "_WINDOW_ROWS", window)
-    monkeypatch.setattr(collect, "_DOCUMENTS", 7)
+    monkeypatch.setattr(chunks, "_DOCUMENTS", 7)
     model, tokenizer = models[kind]
     documents = _documents(40)
     rows, tokens, numbers = _expected(model, tokenizer, documents)
@@ -169,7 +170,7 @@ def test_max_tokens_is_exact_and_reads_no_further(
     options: dict[str, Any] = {"context_length": CONTEXT, "max_tokens": limit}
     n = harvest(*bert, endless(), LAYERS["bert"], tmp_path, progress=seen.append, **options)
     assert n == limit == ShardDataset(tmp_path).n_tokens == sum(seen)
-    assert len(drawn) <= collect._DOCUMENTS
+    assert len(drawn) <= chunks._DOCUMENTS
     rows, tokens, _ = _expected(*bert, documents[:10])
     stored = ShardDataset(tmp_path).rows(0, limit)
     assert stored.tokens is not None

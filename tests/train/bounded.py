@@ -192,11 +192,11 @@ def expected_step(
         rows = W_enc.take(dead), b_enc.take(dead), W_dec.take(dead)
         aux_loss, aux_h, blocks = auxk_step(x_c, target, rows, aux_kept, train, dtype)
         for name, block in blocks.items():
-            gradients[name] = _add_rows(gradients[name], dead, block)
+            gradients[name] = add_rows(gradients[name], dead, block)
     if sae.unit_norm_decoder:
-        gradients["W_dec"] = _projected(gradients["W_dec"], Bounded.exact(weights["W_dec"]))
+        gradients["W_dec"] = projected(gradients["W_dec"], Bounded.exact(weights["W_dec"]))
     if train.clip_norm is not None:
-        gradients = _clipped(gradients, train.clip_norm)
+        gradients = clipped(gradients, train.clip_norm)
     total = loss + aux_loss
     return Expected(h, key, aux_h, total, first[1], aux_loss, gradients, sae.unit_norm_decoder)
 
@@ -240,19 +240,27 @@ def _sqrt(x: Bounded) -> Bounded:
     return Bounded(value, value - (x.value - x.error).clamp(min=0).sqrt()).rounded(_U)
 
 
-def _add_rows(whole: Bounded, latents: Tensor, block: Bounded) -> Bounded:
+def add_rows(whole: Bounded, latents: Tensor, block: Bounded) -> Bounded:
+    """The block added to the rows of these latents."""
     value, error = whole.value.clone(), whole.error.clone()
     value[latents] += block.value
     error[latents] += block.error
     return Bounded(value, error).rounded(_U)
 
 
-def _projected(grad: Bounded, W: Bounded) -> Bounded:
-    along = (grad * W).sum(1)
-    return grad - Bounded(along.value[:, None], along.error[:, None]) * W
+def projected(grad: Bounded, W: Bounded, slices: int = 1) -> Bounded:
+    """Without what lies along each (unit) slice of the rows."""
+    g, w = (
+        Bounded(*(t.unflatten(1, (slices, -1)) for t in (each.value, each.error)))
+        for each in (grad, W)
+    )
+    along = (g * w).sum(2)
+    out = g - Bounded(along.value[..., None], along.error[..., None]) * w
+    return Bounded(out.value.flatten(1), out.error.flatten(1))
 
 
-def _clipped(gradients: dict[str, Bounded], at: float) -> dict[str, Bounded]:
+def clipped(gradients: dict[str, Bounded], at: float) -> dict[str, Bounded]:
+    """By their norm together."""
     total = None
     for gradient in gradients.values():
         squares = (gradient * gradient).sum(None)

@@ -1,0 +1,177 @@
+"""The CPU bars of the other architectures: ``python -m benchmarks.architecture_bars [--out FILE]``.
+
+Steps at cpu-small with L0 = 32 against the TopK step and against the same step written densely, and
+ReLU steps from L0 = F / 2 down to 32 against the dense step in the same dtype. Every ratio comes
+from one process with interleaved contestants; medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.baselines import (
+    DenseBatchTopKStep,
+    DenseJumpReLUStep,
+    DenseReLUStep,
+)
+from benchmarks.cpu_bars import B, D, F, K, Record, inputs, ratios
+from benchmarks.timing import provenance
+from sae_kernels.functional import encode_batch_topk
+from sae_kernels.nn import (
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    ReLUConfig,
+    SAEConfig,
+    TopKConfig,
+    build,
+)
+from sae_kernels.train import FusedStep, TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LR = 1e-7  # so small that L0 stays what it is set to
+GROUPS_OF_LATENTS = (F // 16, F // 16, F // 8, F // 4, F // 2)
+DENSITIES = (F // 2, 4096, 512, 128, 32)
+
+
+def fused(config: SAEConfig, W: torch.Tensor | None, **settings: Any) -> FusedStep:
+    """A step on these encoder and decoder rows."""
+    sae = build(config)
+    if W is not None:
+        sae.W_enc.data.copy_(W)
+        sae.W_dec.data.copy_(W)
+    return FusedStep(sae, TrainConfig(**{"compute": "bfloat16", "auxk_alpha": 0.0, **settings}))
+
+
+def threshold(x: torch.Tensor, W: torch.Tensor, l0: float) -> float:
+    """Above which this many pre-activations of a token lie, on average."""
+    some = x[:: max(1, x.shape[0] // 128)].bfloat16()
+    return float(encode_batch_topk(some, W.bfloat16(), None, l0).values.min())
+
+
+def steps(kind: str, rounds: int) -> Iterator[Record]:
+    """Every architecture's step against TopK's."""
+    x, W = inputs(kind, B, D, F)
+    edge = threshold(x, W, K)
+    jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
+    l0 = {"sparsity": "l0", "sparsity_coefficient": 1e-3}
+    l1 = {"sparsity": "l1", "sparsity_coefficient": 1e-3}
+    made = {
+        "TopK": fused(TopKConfig(D, F, K), W),
+        "BatchTopK": fused(BatchTopKConfig(D, F, K), W),
+        "JumpReLU, L0 penalty": fused(jump, W, **l0),
+        "JumpReLU, tanh penalty": fused(jump, W, sparsity="tanh", sparsity_coefficient=1e-3),
+        "ReLU, L1": _biased(fused(ReLUConfig(D, F), W, **l1), edge),
+        "Gated": _biased(fused(GatedConfig(D, F), W, **l1), edge),
+        "Matryoshka of 5, TopK": fused(TopKConfig(D, F, K, groups=GROUPS_OF_LATENTS), W),
+        "Matryoshka of 5, BatchTopK": fused(BatchTopKConfig(D, F, K, groups=GROUPS_OF_LATENTS), W),
+        "multi-TopK": fused(TopKConfig(D, F, K), W, multi_topk=True),
+    }
+    contestants: dict[str, Callable[[], object]] = {
+        name: (lambda step=step: step(x, lr=LR)) for name, step in made.items()
+    }
+    yield from ratios(f"steps {kind}", contestants, "TopK", rounds)
+
+
+def dense(kind: str, rounds: int) -> Iterator[Record]:
+    """BatchTopK and JumpReLU against the same step in eager fp32 and under bf16 autocast."""
+    x, W = inputs(kind, B, D, F)
+    edge = threshold(x, W, K)
+    window = {"threshold": edge, "bandwidth": 0.1 * edge}
+    jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
+    ours = {
+        "BatchTopK": fused(BatchTopKConfig(D, F, K), W),
+        "JumpReLU": fused(jump, W, sparsity="l0", sparsity_coefficient=1e-3),
+    }
+    for name, step in ours.items():
+        contestants: dict[str, Callable[[], object]] = {
+            "FusedStep bf16": lambda step=step: step(x, lr=LR)
+        }
+        for cast, label in ((False, "dense fp32"), (True, "dense autocast bf16")):
+            if name == "BatchTopK":
+                slow: Any = DenseBatchTopKStep(W, W, K, "fused", cast)
+            else:
+                slow = DenseJumpReLUStep(W, W, K, "fused", cast, **window)
+            contestants[label] = lambda slow=slow: slow(x)
+        yield from ratios(f"{name} {kind}", contestants, "FusedStep bf16", rounds)
+
+
+def density(kind: str, rounds: int) -> Iterator[Record]:
+    """ReLU steps from nearly dense to sparse: as FusedStep chooses, each pass forced, and dense."""
+    x, W = inputs(kind, B, D, F)
+    for dtype, cast in (("bfloat16", True), ("float32", False)):
+        slow = DenseReLUStep(W, W, K, "fused", cast)
+        for l0 in DENSITIES:
+            edge = threshold(x, W, l0)
+            step = fused(ReLUConfig(D, F), W, compute=dtype, sparsity="l1")
+            _biased(step, edge)
+            slow.b_enc.data.fill_(-edge)
+            contestants: dict[str, Callable[[], object]] = {
+                f"dense {dtype}": lambda slow=slow: slow(x),
+                "FusedStep": lambda step=step: step(x, lr=LR),
+                "FusedStep, sparse pass": lambda step=step: _forced(step, x, dense=False),
+                "FusedStep, dense pass": lambda step=step: _forced(step, x, dense=True),
+            }
+            case = f"ReLU {kind} {dtype} L0={l0}"
+            yield from ratios(case, contestants, f"dense {dtype}", rounds)
+
+
+def crosscoder(kind: str, rounds: int) -> Iterator[Record]:
+    """A crosscoder of two layers against one layer, both BatchTopK ranked by decoder norms."""
+    x, W = inputs(kind, B, D, F)
+    both = torch.cat([x, x.flip(1)], dim=1)
+    rows = torch.cat([W, W.flip(1)], dim=1) / 2**0.5
+    options: dict[str, Any] = {"unit_norm_decoder": False, "decoder_norm": "sum"}
+    one = fused(BatchTopKConfig(D, F, K, True, **options), W)
+    two = fused(BatchTopKConfig(D, F, K, True, n_layers=2, **options), rows)
+    contestants: dict[str, Callable[[], object]] = {
+        "one layer": lambda: one(x, lr=LR),
+        "two layers": lambda: two(both, lr=LR),
+    }
+    yield from ratios(f"crosscoder {kind}", contestants, "one layer", rounds)
+
+
+def _biased(step: FusedStep, edge: float) -> FusedStep:
+    """Moves the encoder's bias so that what is above the edge fires."""
+    step.sae.b_enc.data.fill_(-edge)
+    return step
+
+
+def _forced(step: FusedStep, x: torch.Tensor, *, dense: bool) -> object:
+    step.dense_next = dense
+    return step(x, lr=LR)
+
+
+GROUPS = {"steps": steps, "dense": dense, "density": density, "crosscoder": crosscoder}
+
+
+def main() -> None:
+    """Prints JSON lines and, with --out, writes them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--inputs", choices=("zipf", "random"), default="zipf")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = [json.dumps({"provenance": provenance("benchmarks.architecture_bars")})]
+    print(lines[0])
+    for name in options.only:
+        for entry in GROUPS[name](options.inputs, options.rounds):
+            lines.append(json.dumps(entry))
+            print(lines[-1], flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

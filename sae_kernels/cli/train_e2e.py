@@ -1,0 +1,161 @@
+"""``sae-kernels train-e2e``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_kernels.cli.files import check_free
+from sae_kernels.cli.options import Debug, Json, Overwrite
+from sae_kernels.cli.output import Output
+from sae_kernels.cli.runs import follow, summarise
+from sae_kernels.cli.settings import Widths, architecture, configs, with_flags
+from sae_kernels.train import PRESETS, EndToEnd, preset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sae_kernels.harvest import TokenBatch
+    from sae_kernels.nn import SAEConfig
+
+_ABOUT = [f"{name}, {preset.about}" for name, preset in PRESETS.items() if preset.data == "layer"]
+
+
+@with_flags
+def train_e2e(
+    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
+    text: Annotated[
+        list[Path], typer.Argument(help="Text files, .jsonl files (key text), folders of them.")
+    ],
+    layer: Annotated[str, typer.Option(help="Dotted path of the module to reconstruct, as h.6.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture: " + "; ".join(_ABOUT) + ". [default: topk]")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML with arch and tables [sae] and [train]; flags come first."),
+    ] = None,
+    kl_coefficient: Annotated[
+        float, typer.Option(help="Weight of KL(clean || spliced) of the predictions.")
+    ] = EndToEnd.kl_coefficient,
+    downstream_layer: Annotated[
+        list[str] | None,
+        typer.Option(help="A later layer that is to stay as it was; may be repeated."),
+    ] = None,
+    downstream_coefficient: Annotated[
+        float, typer.Option(help="Weight of the later layers' mean FVU.")
+    ] = EndToEnd.downstream_coefficient,
+    reconstruction_coefficient: Annotated[
+        float, typer.Option(help="Weight of the FVU at the layer itself.")
+    ] = EndToEnd.reconstruction_coefficient,
+    keep_first: Annotated[
+        bool, typer.Option("--keep-first", help="Leave each chunk's first token as it is.")
+    ] = False,
+    context_length: Annotated[
+        int, typer.Option(min=1, help="Tokens the model sees at once.")
+    ] = 128,
+    sequences_per_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Chunks of full length a step [default: batch_size tokens]."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **flags: Any,
+) -> None:
+    """Train an SAE through a language model, on what it does to the model's predictions."""
+    from sae_kernels import harvest as harvesting
+    from sae_kernels import train as training
+    from sae_kernels.train.compute import training_device
+    from sae_kernels.train.through_model import layer_width
+
+    weights = EndToEnd(
+        kl_coefficient,
+        downstream_coefficient,
+        reconstruction_coefficient,
+        tuple(downstream_layer or ()),
+        keep_first,
+    )
+    _check_data(architecture(config, arch))
+    check_free(out, overwrite)
+    flags["batch_size"] = _tokens(flags["batch_size"], sequences_per_batch, context_length)
+    harvesting.read_documents(text)  # what is missing is missed before the model loads
+    output = Output(as_json)
+    with output.progress() as show:
+        show("load model", 0, 1)
+        loaded, tokenizer = harvesting.load_causal_model(model)
+        show("load model", 1, 1)
+        widths = Widths([layer_width(loaded, layer, weights)])
+        sae_config, train_config = configs(config, flags, widths, arch)
+        _check_layers(sae_config)
+        loaded.to(training_device(train_config.device))  # type: ignore[arg-type]
+        options = {
+            "batch_size": max(1, train_config.batch_size // context_length),
+            "context_length": context_length,
+        }
+        batches = _Text(loaded, tokenizer, text, options)
+        sae = training.prepare_end_to_end(
+            loaded, batches, layer, sae_config, train_config, keep_first=keep_first
+        )
+        result = training.train_end_to_end(
+            loaded,
+            batches,
+            layer,
+            sae,
+            train_config,
+            weights,
+            folder=out,
+            metadata={"text": list(map(str, text)), "context_length": context_length},
+            on_step=follow(output, show, train_config.steps),
+        )
+    summarise(output, result, out, ("loss", "kl", "downstream", "fvu", "l0", "sparsity"))
+
+
+class _Text:
+    """Text as batches of tokens, read anew whenever it is gone through.
+
+    What is left over, less than half of a batch, is left out: its few tokens would count as much
+    as a whole batch, and may all be the same one, which has no variance.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, paths: list[Path], options: dict[str, int]
+    ) -> None:
+        self.model, self.tokenizer, self.paths, self.options = model, tokenizer, paths, options
+
+    def __iter__(self) -> "Iterator[TokenBatch]":
+        from sae_kernels.harvest import read_documents, token_batches
+
+        documents, most = read_documents(self.paths), 0
+        for batch in token_batches(self.model, self.tokenizer, documents, **self.options):
+            n_tokens = int(batch.attention_mask.sum())
+            most = max(most, n_tokens)
+            if 2 * n_tokens >= most:
+                yield batch
+
+
+def _tokens(batch_size: int | None, sequences: int | None, context_length: int) -> int | None:
+    """The batch size in tokens, which may have been given in sequences."""
+    if sequences is None:
+        return batch_size
+    if batch_size is not None:
+        raise ValueError("--sequences-per-batch: expected it or --batch-size, got both")
+    return sequences * context_length
+
+
+def _check_data(arch: str) -> None:
+    if preset(arch).data != "layer":
+        raise ValueError(
+            f"--arch: expected one that reconstructs a single layer, got {arch!r}; train it on "
+            "stored activations, see sae-kernels train --help"
+        )
+
+
+def _check_layers(sae_config: "SAEConfig") -> None:
+    if sae_config.transcodes or sae_config.n_layers > 1:
+        kind = "a transcoder" if sae_config.transcodes else "a crosscoder"
+        raise ValueError(
+            f"d_out, skip, n_layers: expected an SAE that reconstructs a single layer, got {kind}; "
+            "train it on stored activations, see sae-kernels train --help"
+        )

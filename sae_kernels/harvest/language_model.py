@@ -1,0 +1,195 @@
+"""What an SAE does to the language model that it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_kernels.harvest.splice import (
+    apply_sae,
+    clean_logits,
+    frozen,
+    spliced_logits,
+)
+from sae_kernels.harvest.tokens import TokenBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelLoss:
+    """Cross entropies of next tokens in nats per token, with and without an SAE in the model.
+
+    Attributes:
+        n_predictions: over how many tokens, each predicted from those before it.
+        clean_loss: of the model as it is.
+        spliced_loss: with the layer's output replaced by its reconstruction.
+        zero_loss: with the layer's output set to zero.
+        mean_loss: with the layer's output set to its mean over these tokens.
+        kl: ``KL(clean || spliced)`` of the predicted distributions, nats per token.
+
+    Example:
+        >>> loss = LanguageModelLoss(
+        ...     1000, clean_loss=3.0, spliced_loss=3.5, zero_loss=8.0, mean_loss=7.0, kl=0.4
+        ... )
+        >>> loss.loss_recovered, loss.loss_recovered_from_mean
+        (0.9, 0.875)
+    """
+
+    n_predictions: int
+    clean_loss: float
+    spliced_loss: float
+    zero_loss: float
+    mean_loss: float
+    kl: float
+
+    @property
+    def loss_recovered(self) -> float:
+        """``(zero_loss - spliced_loss) / (zero_loss - clean_loss)``.
+
+        1 for a perfect reconstruction, 0 for one that is no better than zeros; NaN where zeros do
+        not change the loss.
+        """
+        return self._recovered(self.zero_loss)
+
+    @property
+    def loss_recovered_from_mean(self) -> float:
+        """The same with ``mean_loss`` in the place of ``zero_loss``."""
+        return self._recovered(self.mean_loss)
+
+    def _recovered(self, ablated: float) -> float:
+        lost = ablated - self.clean_loss
+        return (ablated - self.spliced_loss) / lost if lost else math.nan
+
+    def scalars(self) -> dict[str, float]:
+        """All numbers, for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "loss_recovered": self.loss_recovered,
+            "loss_recovered_from_mean": self.loss_recovered_from_mean,
+        }
+
+
+def language_model_loss(
+    model: nn.Module,
+    batches: Iterable[TokenBatch | Tensor | Mapping[str, Tensor]],
+    layer: str,
+    sae: Callable[[Tensor], Any],
+    *,
+    keep_first: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> LanguageModelLoss:
+    """Runs the model over the tokens clean, with the SAE spliced in, and with the layer ablated.
+
+    Every token that has an attended one before it is predicted. The replacement is made at all
+    attended positions, in the dtype of the layer's output.
+
+    Args:
+        model: a causal model, see :func:`load_causal_model`; left as it was.
+        batches: from :func:`token_batches`, or token ids [B, S]. They are gone through twice, the
+            second time for the mean, so their ids are kept.
+        layer: the dotted path of the module whose output the SAE reconstructs.
+        sae: gives an ``SAEOutput`` for activations [n, D], on the model's device; in evaluation
+            mode meanwhile.
+        keep_first: the first token of each sequence keeps its activation. It still predicts.
+        progress: called with 1 after each batch of either pass, as `tqdm.update` expects.
+
+    Raises:
+        ModelError: no such layer, one without such an output, or a model without logits.
+        ValueError: a layer of another width than the SAE, or no token to predict.
+    """
+    kept: list[TokenBatch] = []
+    meter = _Meter(model, layer, keep_first)
+    still = frozen(sae) if isinstance(sae, nn.Module) else nullcontext()
+    with frozen(model), still, torch.inference_mode():
+        for inputs in batches:
+            kept.append(TokenBatch.of(inputs))
+            meter.first_pass(kept[-1], sae)
+            if progress is not None:
+                progress(1)
+        if not meter.n_predictions:
+            raise ValueError("expected at least one token with another before it, got none")
+        for batch in kept:
+            meter.second_pass(batch)
+            if progress is not None:
+                progress(1)
+    return meter.result()
+
+
+class _Meter:
+    """Sums over the predicted tokens, in fp64."""
+
+    def __init__(self, model: nn.Module, layer: str, keep_first: bool) -> None:
+        self.model, self.layer, self.keep_first = model, layer, keep_first
+        self.device = next(model.parameters()).device
+        self.n_predictions = self.n_rows = 0
+        self.losses = dict.fromkeys(("clean_loss", "spliced_loss", "zero_loss", "mean_loss"), 0.0)
+        self.kl = 0.0
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def first_pass(self, batch: TokenBatch, sae: Callable[[Tensor], Any]) -> None:
+        def reconstruct(x: Tensor) -> Tensor:
+            self.total = self.total + x.sum(0, dtype=torch.float64)
+            self.n_rows += len(x)
+            x_hat: Tensor = apply_sae(sae, x, self.layer).x_hat
+            return x_hat
+
+        batch = batch.to(self.device)
+        self._add("zero_loss", self._spliced(batch, torch.zeros_like), batch)
+        clean = _log_predictions(clean_logits(self.model, batch), batch)
+        spliced = self._spliced(batch, reconstruct)
+        self._add("clean_loss", clean, batch)
+        self._add("spliced_loss", spliced, batch)
+        self.kl += float(divergence(clean, spliced).sum(dtype=torch.float64))
+        self.n_predictions += len(clean)
+
+    def second_pass(self, batch: TokenBatch) -> None:
+        mean = self.total / max(self.n_rows, 1)
+        batch = batch.to(self.device)
+        self._add("mean_loss", self._spliced(batch, lambda x: mean.expand(x.shape)), batch)
+
+    def result(self) -> LanguageModelLoss:
+        n = self.n_predictions
+        losses = {name: total / n for name, total in self.losses.items()}
+        return LanguageModelLoss(n, kl=self.kl / n, **losses)
+
+    def _spliced(self, batch: TokenBatch, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        keep_first = self.keep_first
+        logits = spliced_logits(self.model, batch, self.layer, replace, keep_first=keep_first)
+        return _log_predictions(logits, batch)
+
+    def _add(self, name: str, log_predictions: Tensor, batch: TokenBatch) -> None:
+        tokens = batch.input_ids[:, 1:][_predicted(batch)]
+        chosen = log_predictions.gather(1, tokens[:, None])
+        self.losses[name] -= float(chosen.sum(dtype=torch.float64))
+
+
+def _predicted(batch: TokenBatch) -> Tensor:
+    """Which tokens but the first of each sequence have an attended one before them."""
+    return batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+
+
+def _log_predictions(logits: Tensor, batch: TokenBatch) -> Tensor:
+    """Log probabilities [n, V] of the predicted tokens, in fp32 at least."""
+    return log_probabilities(logits[:, :-1][_predicted(batch)])
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """``log softmax`` in fp32, or in fp64 where the logits are."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q)`` in nats of distributions [..., V] given by their log probabilities.
+
+    >>> p = torch.tensor([0.5, 0.5])
+    >>> round(float(divergence(p.log(), torch.tensor([0.25, 0.75]).log())), 4)
+    0.1438
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

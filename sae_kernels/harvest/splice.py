@@ -1,0 +1,203 @@
+"""A model run with one layer's output replaced by a function of it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sae_kernels.errors import ModelError
+from sae_kernels.harvest.model import resolve_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sae_kernels.harvest.tokens import TokenBatch
+
+
+@contextmanager
+def splice(
+    model: nn.Module,
+    layer: str,
+    replace: Callable[[Tensor], Tensor],
+    positions: Tensor | None = None,
+) -> Iterator[None]:
+    """While it lasts, the layer puts out ``replace`` of what it computed.
+
+    Of a tuple the first element is replaced. Gradients flow through the replacement, and through
+    the original where it stays.
+
+    Args:
+        model: any model.
+        layer: the dotted path of a module that puts out [B, S, D] or a tuple of it first.
+        replace: takes the activations at the replaced positions, [n, D], and gives as many, which
+            are converted to the dtype of the original.
+        positions: bool [B, S], where to replace; None is everywhere. What lies elsewhere keeps
+            its bits.
+
+    Raises:
+        ModelError: no such layer, or one without such an output.
+        ValueError: ``replace`` gives another shape.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Identity(), nn.Flatten())
+        >>> with splice(model, "0", torch.zeros_like, torch.tensor([[True, False]])):
+        ...     model(torch.ones(1, 2, 2)).tolist()
+        [[0.0, 0.0, 1.0, 1.0]]
+    """
+
+    def hook(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        x = _activations(output, layer, positions)
+        spliced = _replaced(x, replace, positions)
+        return (spliced, *output[1:]) if isinstance(output, tuple) else spliced
+
+    handle = resolve_layer(model, layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _activations(output: Any, layer: str, positions: Tensor | None) -> Tensor:
+    x = output[0] if isinstance(output, tuple) else output
+    shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    expected = "B, S" if positions is None else ", ".join(map(str, positions.shape))
+    fits = isinstance(x, Tensor) and x.ndim == 3
+    if not fits or (positions is not None and x.shape[:2] != positions.shape):
+        raise ModelError(
+            f"{layer}: expected a layer that puts out [{expected}, D], got {shape}; choose a "
+            "whole block of the model"
+        )
+    result: Tensor = x
+    return result
+
+
+def _replaced(x: Tensor, replace: Callable[[Tensor], Tensor], positions: Tensor | None) -> Tensor:
+    rows = x.flatten(0, 1) if positions is None else x[positions.to(x.device)]
+    replacement = replace(rows)
+    if replacement.shape != rows.shape:
+        raise ValueError(
+            f"expected a replacement {list(rows.shape)}, as the activations, got "
+            f"{list(replacement.shape)}"
+        )
+    replacement = replacement.to(x.dtype)
+    if positions is None:
+        return replacement.reshape(x.shape)
+    where = positions.to(x.device)[..., None].expand_as(x)
+    return x.masked_scatter(where, replacement)
+
+
+def clean_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """The logits [B, S, V] of a causal model.
+
+    Raises:
+        ModelError: a model that puts out no logits.
+    """
+    mask = batch.attention_mask.long()
+    logits = getattr(model(input_ids=batch.input_ids, attention_mask=mask), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"expected a model with a language-model head, {type(model).__name__} puts out no "
+            "logits; load it with load_causal_model"
+        )
+    return logits
+
+
+def spliced_logits(
+    model: nn.Module,
+    batch: TokenBatch,
+    layer: str,
+    replace: Callable[[Tensor], Tensor],
+    *,
+    keep_first: bool = False,
+) -> Tensor:
+    """The logits with a layer's output replaced at every attended position, see :func:`splice`.
+
+    ``keep_first`` leaves the first attended token of each sequence as it is: in many models its
+    activation is far larger than any other, and no SAE was trained on it.
+
+    Raises:
+        ModelError: as :func:`splice` and :func:`clean_logits`; a layer that does not run.
+    """
+    ran = False
+
+    def replace_and_note(rows: Tensor) -> Tensor:
+        nonlocal ran
+        ran = True
+        return replace(rows) if len(rows) else rows
+
+    positions = batch.replaced(keep_first)
+    with splice(model, layer, replace_and_note, positions):
+        logits = clean_logits(model, batch)
+    if not ran:
+        raise ModelError(f"{layer}: expected a layer that runs, it did not; choose a whole block")
+    return logits
+
+
+def apply_sae(sae: Callable[[Tensor], Any], x: Tensor, layer: str) -> Any:
+    """What the SAE gives for activations [n, D] of a layer, an ``SAEOutput``.
+
+    Raises:
+        ValueError: see :func:`check_fits`.
+    """
+    check_fits(sae, x.shape[-1], layer)
+    return sae(x)
+
+
+def check_fits(sae: object, width: int, layer: str) -> None:
+    """Raises ValueError for an SAE that cannot stand in the place of a layer of this width.
+
+    That is a transcoder, a crosscoder, or an SAE of another width.
+    """
+    config = getattr(sae, "config", None)
+    if getattr(config, "transcodes", False):
+        raise ValueError(f"{layer}: expected an SAE that reconstructs it, got a transcoder")
+    n_layers = getattr(config, "n_layers", 1)
+    if n_layers > 1:
+        raise ValueError(
+            f"{layer}: expected an SAE of this layer alone, got a crosscoder of {n_layers}"
+        )
+    reads = getattr(config, "input_width", width)
+    if reads != width:
+        raise ValueError(
+            f"{layer}: expected a layer as wide as what the SAE reads, {reads}, got {width}; name "
+            "the layer that it was trained on"
+        )
+
+
+@contextmanager
+def record(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """A dict that a forward pass fills with the outputs [B, S, D] of layers, in their order."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(layer: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+            outputs[layer] = _activations(output, layer, None)
+
+        return hook
+
+    try:
+        for layer in layers:
+            handles.append(resolve_layer(model, layer).register_forward_hook(keep(layer)))
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients for the parameters; both come back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, needs in trained.items():
+            parameter.requires_grad_(needs)

@@ -1,0 +1,166 @@
+"""``eval`` in a language model, a tiny one made here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sae_kernels.harvest import language_model_loss, load_causal_model, token_batches
+from sae_kernels.nn import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
+from sae_kernels.train import ShardDataset, evaluate
+
+transformers = pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
+
+D_IN, LAYER = 8, "h.0"  # as wide as the data fixture
+WORDS = ["the", "cat", "sat", "on", "a", "mat"]
+OPTIONS = ["--context-length", 8, "--model-batch-size", 2]
+
+
+def _save(folder, **changes):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(vocabulary),
+        n_embd=D_IN,
+        n_layer=2,
+        n_head=2,
+        n_positions=20,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    if changes.get("blind"):
+        torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return _save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = ["the cat sat on a mat " * 5, "a mat sat on the cat the mat", "cat"]
+    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return path
+
+
+@pytest.fixture
+def flags(model, text):
+    return ["--model", model, "--layer", LAYER, "--text", text, *OPTIONS]
+
+
+def _expected(model, text, sae, **options):
+    loaded, tokenizer = load_causal_model(model)
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    batches = token_batches(loaded, tokenizer, documents, batch_size=2, context_length=8)
+    return language_model_loss(loaded, batches, LAYER, sae, **options).scalars()
+
+
+def test_in_a_model_alone(run, model, text, saved, flags):
+    ran = run("eval", saved, *flags, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    (record,) = ran.records()
+    want = _expected(model, text, TopKSAE.from_pretrained(saved))
+    # 30 words in chunks of 8, 8 words in one; each chunk's first word is not predicted.
+    assert want["n_predictions"] == 30 - 4 + 8 - 1
+    assert record == {**want, "model": str(model), "layer": LAYER}
+    assert record["loss_recovered"] != 1
+    kept = _expected(model, text, TopKSAE.from_pretrained(saved), keep_first=True)
+    assert run("eval", saved, *flags, "--keep-first", "--json").records()[0] == {
+        **kept,
+        "model": str(model),
+        "layer": LAYER,
+    }
+    (record,) = run("eval", saved, *flags, "--max-tokens", 12, "--json").records()
+    assert record["n_predictions"] == 12 - 2
+
+
+def test_on_data_and_in_a_model(run, data, model, text, saved, flags):
+    (record,) = run("eval", saved, data, *flags, "--json").records()
+    sae = TopKSAE.from_pretrained(saved)
+    measured = evaluate(sae, ShardDataset(data)).scalars()
+    assert record.items() >= {**measured, **_expected(model, text, sae)}.items()
+    assert record["bits_per_token"] > 0
+    ran = run("eval", saved, data, *flags)
+    assert ran.code == 0
+    lines = dict(line.split("  ", 1) for line in ran.out.splitlines())
+    assert f"{record['loss_recovered']:.5f}" in lines["loss recovered (zero)"]
+    assert f"{record['kl']:.5f} nats per token" in lines["KL(clean || spliced)"]
+    assert "codes + " in lines["bits per token"]
+    assert f"{record['fvu']:.5f}" in lines["FVU"]
+
+
+def test_an_sae_of_another_architecture(run, flags, data, tmp_path):
+    BatchTopKSAE(BatchTopKConfig(D_IN, 32, k=3)).save_pretrained(tmp_path / "sae")
+    (record,) = run("eval", tmp_path / "sae", data, *flags, "--json").records()
+    assert record["spliced_loss"] > 0
+    assert record["fvu"] > 0
+
+
+def test_a_model_that_does_not_look_at_the_layer(run, saved, text, tmp_path):
+    blind = _save(tmp_path / "blind", blind=True)
+    flags = ["--model", blind, "--layer", LAYER, "--text", text, *OPTIONS]
+    (record,) = run("eval", saved, *flags, "--json").records()
+    assert record["zero_loss"] == record["clean_loss"] == pytest.approx(torch.tensor(8.0).log())
+    assert record["loss_recovered"] is None
+    assert "undefined: without the layer's output" in run("eval", saved, *flags).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            [],
+            "expected DATA, or --model with --layer and --text, got neither; see sae-kernels eval",
+        ),
+        (["--model", "m"], "--model: expected --layer and --text too"),
+        (["--layer", "h.0"], "--layer: expected --model and --text too"),
+        (["--text", "t"], "--text: expected --model and --layer too"),
+        (["--model", "m", "--layer", "h.0"], "--model and --layer: expected --text too"),
+        (["--model", "m", "--text", "t", "data"], "--model and --text: expected --layer too"),
+        (["--verify", "--model", "m", "--text", "t", "--layer", "l"], "--verify: expected DATA"),
+    ],
+)
+def test_what_does_not_go_together(run, saved, arguments, expected):
+    assert expected in run("eval", saved, *arguments).refusal()
+
+
+def test_what_does_not_fit(run, model, text, saved, flags, tmp_path):
+    def refusal(*arguments):
+        return run("eval", *arguments, "--json").refusal()
+
+    assert "nearest: h." in refusal(saved, *flags, "--layer", "h.5")
+    assert "does not exist" in refusal(saved, *flags, "--text", tmp_path / "novel.txt")
+    assert "nothing is there" in refusal(saved, *flags, "--model", tmp_path / "none")
+    assert "from 1 to 20" in refusal(saved, *flags, "--context-length", 21)
+    assert "max_tokens of at least 1" in refusal(saved, *flags, "--max-tokens", 0)
+    TopKSAE(TopKConfig(D_IN + 1, 32, 4)).save_pretrained(tmp_path / "wide")
+    assert "h.0: expected a layer as wide as what the SAE reads, 9, got 8" in refusal(
+        tmp_path / "wide", *flags
+    )
+    bert = transformers.BertConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    headless = tmp_path / "headless"
+    transformers.BertModel(bert).save_pretrained(headless)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(headless)
+    message = refusal(saved, *flags, "--model", headless)
+    assert "expected a model with a language-model head" in message
