@@ -65,14 +65,7 @@ class BatchTopKSAE(SparseAutoencoder):
         W_enc = self.W_enc if W_enc is None else W_enc
         scale = self.rank_scale()
         if not self.training:
-            return functional.encode_threshold(
-                x_centred,
-                W_enc,
-                self.b_enc,
-                self._bounds(scale),
-                compute_dtype=self.compute_dtype,
-                backend=self.backend,
-            )
+            return self._above(x_centred, W_enc, self._bounds(scale))
         start = self.last_key if bool(self.last_key > 0) else None
         pre = functional.encode_batch_topk(
             x_centred,

@@ -43,14 +43,7 @@ class GatedSAE(SparseAutoencoder):
         k: float | None = None,
     ) -> SparseCodes:
         """The positive gate pre-activations of each token."""
-        return functional.encode_threshold(
-            x_centred,
-            self.W_enc if W_enc is None else W_enc,
-            self.b_enc,
-            0.0,
-            compute_dtype=self.compute_dtype,
-            backend=self.backend,
-        )
+        return self._above(x_centred, W_enc, 0.0)
 
     def activate(self, pre: SparseCodes) -> SparseCodes:
         """The magnitudes of the latents whose gate is open."""

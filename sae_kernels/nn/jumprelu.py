@@ -60,14 +60,7 @@ class JumpReLUSAE(SparseAutoencoder):
     ) -> SparseCodes:
         """The pre-activations above the threshold or, in training, above its window."""
         below = self.config.bandwidth / 2 if self.training else 0.0
-        return functional.encode_threshold(
-            x_centred,
-            self.W_enc if W_enc is None else W_enc,
-            self.b_enc,
-            self.thresholds().detach() - below,
-            compute_dtype=self.compute_dtype,
-            backend=self.backend,
-        )
+        return self._above(x_centred, W_enc, self.thresholds().detach() - below)
 
     def activate(self, pre: SparseCodes) -> SparseCodes:
         """The step at the threshold."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels import functional
 from sae_kernels.nn.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
@@ -41,11 +40,4 @@ class ReLUSAE(SparseAutoencoder):
         k: float | None = None,
     ) -> SparseCodes:
         """The positive pre-activations of each token."""
-        return functional.encode_threshold(
-            x_centred,
-            self.W_enc if W_enc is None else W_enc,
-            self.b_enc,
-            0.0,
-            compute_dtype=self.compute_dtype,
-            backend=self.backend,
-        )
+        return self._above(x_centred, W_enc, 0.0)

@@ -103,6 +103,19 @@ class SparseAutoencoder(nn.Module):
         """
         raise NotImplementedError
 
+    def _above(
+        self, x_centred: torch.Tensor, W_enc: torch.Tensor | None, bounds: torch.Tensor | float
+    ) -> SparseCodes:
+        """The latents whose pre-activation is above their bound."""
+        return functional.encode_threshold(
+            x_centred,
+            self.W_enc if W_enc is None else W_enc,
+            self.b_enc,
+            bounds,
+            compute_dtype=self.compute_dtype,
+            backend=self.backend,
+        )
+
     def activate(self, pre: SparseCodes) -> SparseCodes:
         """The codes from kept pre-activations; differentiable in values and thresholds."""
         return pre.with_values(pre.values.relu())

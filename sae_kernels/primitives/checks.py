@@ -63,6 +63,22 @@ def indices(name: str, tensor: torch.Tensor) -> None:
     dtype(name, tensor, (torch.int32,))
 
 
+def encoder(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, **per_latent: torch.Tensor | None
+) -> None:
+    """Raises for tokens, weights and vectors [F] that are no encoder's."""
+    shape("x", x, ["B", "D"], "tokens by d_in")
+    shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
+    dtype("x", x, OPERAND_DTYPES)
+    dtype("W", W, (x.dtype,))
+    for name, vector in {"b": b, **per_latent}.items():
+        shape(name, vector, [W.shape[0]], "one per latent")
+        dtype(name, vector, (accumulator(x.dtype),))
+    same_device(x=x, W=W, b=b, **per_latent)
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
+
+
 def latents_in_range(
     indices: torch.Tensor, n_latents: int, name: str = "codes", lowest: int = 0
 ) -> None:

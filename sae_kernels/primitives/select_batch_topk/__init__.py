@@ -25,19 +25,8 @@ def _check(
     rank_scale: torch.Tensor | None,
     start: torch.Tensor | None,
 ) -> None:
-    checks.shape("x", x, ["B", "D"], "tokens by d_in")
-    checks.shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
-    checks.shape("b", b, [W.shape[0]], "one bias per latent")
-    checks.shape("rank_scale", rank_scale, [W.shape[0]], "one scale per latent")
+    checks.encoder(x, W, b, rank_scale=rank_scale)
     checks.shape("start", start, [], "one number for all latents")
-    checks.dtype("x", x, checks.OPERAND_DTYPES)
-    checks.dtype("W", W, (x.dtype,))
-    accumulator = checks.accumulator(x.dtype)
-    checks.dtype("b", b, (accumulator,))
-    checks.dtype("rank_scale", rank_scale, (accumulator,))
-    checks.same_device(x=x, W=W, b=b, rank_scale=rank_scale)
-    if x.shape[1] == 0:
-        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
     if count < 0:
         raise ValueError(f"count: expected at least 0, got {count}")
 

@@ -17,18 +17,7 @@ from sae_kernels.primitives.operator import Operator
 
 
 def _check(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor) -> None:
-    checks.shape("x", x, ["B", "D"], "tokens by d_in")
-    checks.shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
-    checks.shape("b", b, [W.shape[0]], "one bias per latent")
-    checks.shape("bounds", bounds, [W.shape[0]], "one bound per latent")
-    checks.dtype("x", x, checks.OPERAND_DTYPES)
-    checks.dtype("W", W, (x.dtype,))
-    accumulator = checks.accumulator(x.dtype)
-    checks.dtype("b", b, (accumulator,))
-    checks.dtype("bounds", bounds, (accumulator,))
-    checks.same_device(x=x, W=W, b=b, bounds=bounds)
-    if x.shape[1] == 0:
-        raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
+    checks.encoder(x, W, b, bounds=bounds)
 
 
 def _fake(
