@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LR = 1e-7  # so small that L0 stays what it is set to
 GROUPS_OF_LATENTS = (F // 16, F // 16, F // 8, F // 4, F // 2)
-DENSITIES = (F // 2, 4096, 512, 128, 32)
+DENSITIES = (F // 2, 4096, 2048, 1024, 512, 128, 32)
 
 
 def fused(config: SAEConfig, W: torch.Tensor | None, **settings: Any) -> FusedStep:
@@ -116,9 +116,12 @@ def density(kind: str, rounds: int) -> Iterator[Record]:
             contestants: dict[str, Callable[[], object]] = {
                 f"dense {dtype}": lambda slow=slow: slow(x),
                 "FusedStep": lambda step=step: step(x, lr=LR),
-                "FusedStep, sparse pass": lambda step=step: _forced(step, x, dense=False),
                 "FusedStep, dense pass": lambda step=step: _forced(step, x, dense=True),
             }
+            if l0 < F // 2:  # there its entries would be gigabytes
+                contestants["FusedStep, sparse pass"] = lambda step=step: _forced(
+                    step, x, dense=False
+                )
             case = f"ReLU {kind} {dtype} L0={l0}"
             yield from ratios(case, contestants, f"dense {dtype}", rounds)
 

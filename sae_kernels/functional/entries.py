@@ -37,7 +37,7 @@ def of_latents(
     if not vector.requires_grad:
         return vector[codes.indices.long()]
     flat = codes.flat()
-    entries = _OfLatents.apply(vector, flat.indices, flat.offsets, codes.n_latents, backend)
+    entries = _OfLatents.apply(vector, flat.indices, flat.offsets, backend)
     result: torch.Tensor = entries.reshape(codes.values.shape)
     return result
 
@@ -84,15 +84,14 @@ class _OfLatents(torch.autograd.Function):
         vector: torch.Tensor,
         indices: torch.Tensor,
         offsets: torch.Tensor | None,
-        n_latents: int,
         backend: str | None,
     ) -> torch.Tensor:
         return vector[indices.long()]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        vector, indices, offsets, ctx.n_latents, ctx.backend = inputs
-        ctx.dtype = vector.dtype
+        vector, indices, offsets, ctx.backend = inputs
+        ctx.dtype, ctx.n_latents = vector.dtype, vector.shape[0]
         ctx.save_for_backward(indices, offsets)
 
     @staticmethod
@@ -105,7 +104,7 @@ class _OfLatents(torch.autograd.Function):
             backend=ctx.backend
         )
         total = row_grad([order.term(grad, None)], ctx.n_latents, 1, backend=ctx.backend)
-        return total.flatten().to(ctx.dtype), None, None, None, None
+        return total.flatten().to(ctx.dtype), None, None, None
 
 
 class _JumpReLU(torch.autograd.Function):
