@@ -31,7 +31,8 @@ def of_latents(
         >>> of_latents(torch.tensor([5.0, 6.0, 7.0]), codes).tolist()
         [[6.0, 7.0]]
     """
-    if codes.offsets is None and codes.indices.dim() == 2 and codes.indices.stride(0) == 0:
+    rows = codes.offsets is None and codes.indices.dim() == 2 and len(codes.indices) > 0
+    if rows and codes.indices.stride(0) == 0:
         # All tokens have the same latents (a dense tile): one row of numbers serves them.
         return vector[codes.indices[:1].long().flatten()].expand(codes.indices.shape)
     if not vector.requires_grad:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from sae_kernels.train.sparsity import SparsitySchedule
 
 _TILE_BYTES = 8 << 20  # of fp32 numbers [B, latents of a tile]
-# From this part of the latents on a token's codes are faster as a dense row: see
-# docs/benchmarks.md for where it was measured.
-DENSE_FROM = 1 / 16
+# From this part of the latents on a token's codes are faster as a dense row: measured between 1/24
+# and 1/12 in bf16 (docs/benchmarks.md).
+DENSE_FROM = 1 / 20
 
 
 def can_be_dense(sae: SparseAutoencoder, config: TrainConfig) -> bool:

@@ -88,9 +88,9 @@ def _with_entries(n: int) -> tuple[FusedStep, Tensor]:
 
 
 @pytest.mark.parametrize("first", ["dense", "sparse"])
-def test_dense_begins_above_a_sixteenth_of_the_entries(first: str, taken: list[str]) -> None:
+def test_dense_begins_above_a_twentieth_of_the_entries(first: str, taken: list[str]) -> None:
     limit = int(DENSE_FROM * 8 * 64)
-    assert limit == 32
+    assert limit == 8 * 64 // 20
     for n, expected_next in ((limit - 1, "sparse"), (limit, "sparse"), (limit + 1, "dense")):
         step, x = _with_entries(n)
         step.dense_next = first == "dense"
