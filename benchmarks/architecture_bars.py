@@ -7,9 +7,6 @@ from one process with interleaved contestants; medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +16,7 @@ from benchmarks.baselines import (
     DenseJumpReLUStep,
     DenseReLUStep,
 )
-from benchmarks.cpu_bars import B, D, F, K, Record, inputs, ratios
-from benchmarks.timing import provenance
+from benchmarks.cpu_bars import B, D, F, K, Record, command_line, inputs, ratios
 from sae_kernels.functional import encode_batch_topk
 from sae_kernels.nn import (
     BatchTopKConfig,
@@ -41,12 +37,11 @@ GROUPS_OF_LATENTS = (F // 16, F // 16, F // 8, F // 4, F // 2)
 DENSITIES = (F // 2, 4096, 2048, 1024, 512, 128, 32)
 
 
-def fused(config: SAEConfig, W: torch.Tensor | None, **settings: Any) -> FusedStep:
+def fused(config: SAEConfig, W: torch.Tensor, **settings: Any) -> FusedStep:
     """A step on these encoder and decoder rows."""
     sae = build(config)
-    if W is not None:
-        sae.W_enc.data.copy_(W)
-        sae.W_dec.data.copy_(W)
+    sae.W_enc.data.copy_(W)
+    sae.W_dec.data.copy_(W)
     return FusedStep(sae, TrainConfig(**{"compute": "bfloat16", "auxk_alpha": 0.0, **settings}))
 
 
@@ -155,26 +150,5 @@ def _forced(step: FusedStep, x: torch.Tensor, *, dense: bool) -> object:
 GROUPS = {"steps": steps, "dense": dense, "density": density, "crosscoder": crosscoder}
 
 
-def main() -> None:
-    """Prints JSON lines and, with --out, writes them to a file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--inputs", choices=("zipf", "random"), default="zipf")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lines = [json.dumps({"provenance": provenance("benchmarks.architecture_bars")})]
-    print(lines[0])
-    for name in options.only:
-        for entry in GROUPS[name](options.inputs, options.rounds):
-            lines.append(json.dumps(entry))
-            print(lines[-1], flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join(lines) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    command_line(GROUPS, __doc__, "benchmarks.architecture_bars")

@@ -156,22 +156,24 @@ def _sae(W: torch.Tensor, k: int = K) -> TopKSAE:
 GROUPS = {"encode": encode, "step": step, "auxk": auxk, "small": small}
 
 
-def main() -> None:
-    """Prints JSON lines and, with --out, writes them to a file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+def command_line(
+    groups: dict[str, Callable[[str, int], Iterator[Record]]], about: str | None, command: str
+) -> None:
+    """Prints the groups' records as JSON lines and, with --out, writes them to a file."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--only", nargs="+", choices=groups, default=list(groups))
     parser.add_argument("--inputs", nargs="+", choices=("zipf", "random"), default=["zipf"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    lines = [json.dumps({"provenance": provenance()})]
+    lines = [json.dumps({"provenance": provenance(command)})]
     print(lines[0])
     for name in options.only:
         kinds = options.inputs if name != "small" else ["random"]
         for kind in kinds:
-            for entry in GROUPS[name](kind, options.rounds):
+            for entry in groups[name](kind, options.rounds):
                 lines.append(json.dumps(entry))
                 print(lines[-1], flush=True)
     if options.out:
@@ -180,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(GROUPS, __doc__, "benchmarks.cpu_bars")

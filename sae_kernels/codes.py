@@ -34,6 +34,16 @@ class LatentOrder(NamedTuple):
         """How often each latent fired, int32 [F]."""
         return self.offsets.diff()
 
+    def by_group(
+        self, indices: torch.Tensor, group_ends: torch.Tensor, n_tokens: int
+    ) -> LatentOrder:
+        """The same with the rows of [G * n_tokens, D]: each group of latents has its own.
+
+        ``indices`` are those of the codes; group g ends before latent ``group_ends[g]``.
+        """
+        group = torch.bucketize(indices.flatten(), group_ends, right=True, out_int32=True)
+        return self._replace(rows=group[self.entries.long()] * n_tokens + self.rows)
+
     def term(self, coef: torch.Tensor, source: torch.Tensor | None) -> Term:
         """``sum coef * source[row]`` per latent; a None source stands for ones."""
         return Term(*self, coef.flatten(), source)

@@ -28,6 +28,15 @@ class ModelError(SaeKernelsError, ValueError):
 class NonFiniteError(SaeKernelsError, ArithmeticError):
     """A batch, a loss or a gradient norm holds NaN or infinity."""
 
+    @classmethod
+    def in_step(cls, i: int) -> NonFiniteError:
+        """What stops a run at step i (from 0)."""
+        return cls(
+            f"step {i + 1}: expected a finite loss and gradient norm, got NaN or infinity (a batch "
+            "that is not finite, or a diverged run); the weights are those before it. Lower the "
+            "learning rate, mend the data or choose on_nonfinite 'skip'"
+        )
+
 
 def name_hint(name: str, known: Iterable[str]) -> str:
     """What to write in the place of an unknown name: the nearest known one, or all of them.

@@ -141,11 +141,11 @@ def _rows(measured: "Evaluation") -> list[tuple[str, str]]:
     values = _values(measured)
     n = values["n_latents"]
     codes, residual = measured.bits_codes, measured.bits_residual
-    layers = measured.layer_fvu
+    by_layer = ", ".join(f"{fvu:.5f}" for fvu in measured.layer_fvu)
     return [
         ("tokens", f"{measured.n_tokens:,}"),
         ("FVU", f"{measured.fvu:.5f}"),
-        *([("FVU by layer", ", ".join(f"{v:.5f}" for v in measured.layer_fvu))] * bool(layers)),
+        *([("FVU by layer", by_layer)] if by_layer else []),
         ("explained variance", f"{measured.explained_variance:.5f}"),
         ("L0", f"{measured.l0:.2f}"),
         ("cosine", f"{measured.cosine:.5f}"),

@@ -44,6 +44,12 @@ _DEFAULTS = {
 }
 
 
+def arch_help(*data: str) -> str:
+    """What --arch says: the architectures that are trained on such data."""
+    fit = [f"{name}, {each.about}" for name, each in PRESETS.items() if each.data in data]
+    return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"
+
+
 class Widths(typing.NamedTuple):
     """What the data says about an SAE: the width of each folder, and of a transcoder's target."""
 

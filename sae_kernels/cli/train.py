@@ -9,10 +9,8 @@ from sae_kernels.cli.files import Data, check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite, Verify
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.runs import follow, summarise
-from sae_kernels.cli.settings import Widths, architecture, configs, with_flags
-from sae_kernels.train import PRESETS, preset
-
-_ABOUT = [f"{name}, {each.about}" for name, each in PRESETS.items()]
+from sae_kernels.cli.settings import Widths, arch_help, architecture, configs, with_flags
+from sae_kernels.train import preset
 
 
 @with_flags
@@ -21,9 +19,7 @@ def train(
         list[Path], typer.Argument(help="A folder of activations; several for a crosscoder.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    arch: Annotated[
-        str | None, typer.Option(help="Architecture: " + "; ".join(_ABOUT) + ". [default: topk]")
-    ] = None,
+    arch: Annotated[str | None, typer.Option(help=arch_help("layer", "target", "layers"))] = None,
     target: Annotated[
         Path | None, typer.Option(help="A folder of what a transcoder is to reconstruct.")
     ] = None,

@@ -9,16 +9,14 @@ from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.runs import follow, summarise
-from sae_kernels.cli.settings import Widths, architecture, configs, with_flags
-from sae_kernels.train import PRESETS, EndToEnd, preset
+from sae_kernels.cli.settings import Widths, arch_help, architecture, configs, with_flags
+from sae_kernels.train import EndToEnd, preset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sae_kernels.harvest import TokenBatch
     from sae_kernels.nn import SAEConfig
-
-_ABOUT = [f"{name}, {preset.about}" for name, preset in PRESETS.items() if preset.data == "layer"]
 
 
 @with_flags
@@ -29,9 +27,7 @@ def train_e2e(
     ],
     layer: Annotated[str, typer.Option(help="Dotted path of the module to reconstruct, as h.6.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    arch: Annotated[
-        str | None, typer.Option(help="Architecture: " + "; ".join(_ABOUT) + ". [default: topk]")
-    ] = None,
+    arch: Annotated[str | None, typer.Option(help=arch_help("layer"))] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="TOML with arch and tables [sae] and [train]; flags come first."),

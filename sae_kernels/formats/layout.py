@@ -145,14 +145,16 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
             )
 
 
-def configure(path: Path, make: Callable[..., SAEConfig], **values: Any) -> SAEConfig:
+def configure(
+    path: Path, make: Callable[..., SAEConfig], *arguments: Any, **values: Any
+) -> SAEConfig:
     """A configuration from what a file says.
 
     Raises:
         DataError: what the configuration refuses, with the file's name.
     """
     try:
-        return make(**values)
+        return make(*arguments, **values)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
 from sae_kernels.errors import DataError
+from sae_kernels.formats.files import json_writer, publish, read_json, read_safetensors
+from sae_kernels.formats.layout import configure, shapes
 from sae_kernels.nn.architectures import CONFIGS, build
 from sae_kernels.primitives.checks import OPERAND_DTYPES
 
@@ -26,23 +26,14 @@ WEIGHTS_FILE = "sae.safetensors"
 
 def save(sae: SparseAutoencoder, folder: str | Path) -> None:
     """Writes both files, each complete or not at all: a failed save leaves what was there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
     config = {
         "architecture": sae.config.architecture,
         "sae_kernels_version": __version__,
         **sae.config.to_dict(),
     }
-    partial = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(weights, partial[WEIGHTS_FILE])
-        partial[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+    save_weights = functools.partial(save_file, weights)
+    publish(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: json_writer(config)})
 
 
 def load(
@@ -56,18 +47,13 @@ def load(
     """
     config_path, weights_path = _files(str(name_or_path), revision, local_files_only)
     config = _read_config(config_path)
-    weights = _read_weights(weights_path)
+    weights = read_safetensors(weights_path)
     came = {name: list(t.shape) for name, t in weights.items()}
-    try:
-        with torch.device("meta"):
-            sae = build(config)
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch counts
-        raise DataError(
-            f"{weights_path}: expected tensors of {config.n_latents} latents, got {came}"
-        ) from error
-    expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
+    expected = {name: list(size) for name, size in shapes(config).items()}
     if expected != came:
         raise DataError(f"{weights_path}: expected tensors {expected}, got {came}")
+    with torch.device("meta"):
+        sae = build(config)
     _check_dtypes(sae, weights, weights_path)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
@@ -118,27 +104,10 @@ def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Pat
 
 
 def _read_config(path: Path) -> SAEConfig:
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON object ({error})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    values = read_json(path)
     values.pop("sae_kernels_version", None)
     architecture = values.pop("architecture", None)
     if architecture not in CONFIGS:
         known = ", ".join(CONFIGS)
         raise DataError(f"{path}: expected architecture {known}, got {architecture!r}")
-    try:
-        return CONFIGS[architecture].from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{path}: expected a safetensors file, it cannot be read ({error})"
-        ) from error
+    return configure(path, CONFIGS[architecture].from_dict, values)

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from sae_kernels.codes import LatentOrder, SparseCodes
+from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode as decode_rows
 from sae_kernels.primitives.row_grad import row_grad
-from sae_kernels.primitives.transpose_codes import transpose_codes
 
 
 def decode(
@@ -106,22 +105,9 @@ def decoder_grad(
     codes: SparseCodes, grad: torch.Tensor, group_ends: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
     """dL/dW_dec from dL/dx_hat [B, D], or [G, B, D] for prefixes."""
-    order = grouped_order(codes, group_ends, backend=backend)
+    order = codes.latent_order(backend=backend)
+    if group_ends is not None:
+        order = order.by_group(codes.indices, group_ends, grad.shape[1])
     source = grad.reshape(-1, grad.shape[-1])
     term = order.term(codes.values, source)
     return row_grad([term], codes.n_latents, source.shape[1], backend=backend)
-
-
-def grouped_order(
-    codes: SparseCodes, group_ends: torch.Tensor | None, *, backend: str | None = None
-) -> LatentOrder:
-    """The codes by latent, rows being those of [G * B, D]: each group has tokens of its own."""
-    if group_ends is None:
-        return codes.latent_order(backend=backend)
-    group = torch.bucketize(codes.indices, group_ends, right=True, out_int32=True)
-    tokens = 1
-    for size in codes.batch_shape:
-        tokens *= size
-    rows = group * tokens + codes.tokens
-    order = transpose_codes(codes.indices, codes.values, rows, codes.n_latents, backend=backend)
-    return LatentOrder(*order)

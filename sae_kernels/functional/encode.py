@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_kernels.codes import LatentOrder, SparseCodes
+from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.entries import jumprelu
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
 from sae_kernels.primitives import checks
@@ -15,7 +15,6 @@ from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.select_batch_topk import select_batch_topk
 from sae_kernels.primitives.select_threshold import select_threshold
 from sae_kernels.primitives.select_topk import select_topk
-from sae_kernels.primitives.transpose_codes import transpose_codes
 
 
 def encode_topk(
@@ -104,7 +103,9 @@ def encode_threshold(
         ([2.0, 3.0], [1, 2], [0, 2, 2])
     """
     call = _call(x, W_enc, b_enc, b_dec, compute_dtype, backend)
-    bounds = torch.as_tensor(threshold, device=x.device).detach()
+    if not isinstance(threshold, torch.Tensor):
+        threshold = torch.as_tensor(threshold, device=x.device)
+    bounds = threshold.detach()
     if bounds.dim() == 0:
         bounds = bounds.expand(W_enc.shape[0])
     checks.shape("threshold", bounds, [W_enc.shape[0]], "one per latent, or one for all")
@@ -282,11 +283,8 @@ class _Encode(torch.autograd.Function):
         dh = torch.where(values == 0, 0, grad) if ctx.drops else grad.contiguous()
         dx = dW = db = None
         if needs_W or needs_b:
-            kept = values if ctx.drops else None
-            rows = None
-            if offsets is not None:
-                rows = SparseCodes(values, indices, W.shape[0], offsets).tokens
-            order = LatentOrder(*transpose_codes(indices, kept, rows, W.shape[0], backend=backend))
+            codes = SparseCodes(values, indices, W.shape[0], offsets)
+            order = codes.latent_order(drop_zeros=ctx.drops, backend=backend)
             if needs_W:
                 term = order.term(dh, x.to(dtype))
                 dW = row_grad([term], *W.shape, backend=backend).to(W.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sae_kernels.codes import LatentOrder, SparseCodes
+from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.recording import refuse_double_backward
 from sae_kernels.primitives.row_grad import row_grad
 
@@ -101,9 +101,8 @@ class _OfLatents(torch.autograd.Function):
         indices, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         # An entry of gradient 0 adds nothing: of a window only its few entries are sorted.
-        order: LatentOrder = SparseCodes(grad, indices, ctx.n_latents, offsets).latent_order(
-            backend=ctx.backend
-        )
+        codes = SparseCodes(grad, indices, ctx.n_latents, offsets)
+        order = codes.latent_order(backend=ctx.backend)
         total = row_grad([order.term(grad, None)], ctx.n_latents, 1, backend=ctx.backend)
         return total.flatten().to(ctx.dtype), None, None, None
 

@@ -15,11 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels import backends
+from sae_kernels.primitives.checks import accumulator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LIBRARY = torch.library.Library("sae_kernels", "DEF")
+
+
+def fake_ragged(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an encoder of tokens [B, D] returns whose data decide how many entries there are."""
+    found = torch.library.get_ctx().new_dynamic_size()
+    values = x.new_empty(found, dtype=accumulator(x.dtype))
+    indices = x.new_empty(found, dtype=torch.int32)
+    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int32)
 
 
 class Operator:

@@ -55,6 +55,12 @@ class Gradient(NamedTuple):
         """S of ``row_coef``."""
         return 1 if self.row_coef is None or self.row_coef.dim() < 2 else self.row_coef.shape[1]
 
+    @classmethod
+    def whole(cls, dense: torch.Tensor, row_coef: torch.Tensor | None = None) -> Gradient:
+        """A gradient that is known as a matrix [F, width]."""
+        every = torch.arange(dense.shape[0], dtype=torch.int32, device=dense.device)
+        return cls(row_coef=row_coef, dense=dense, dense_latents=every)
+
     def columns(self) -> tuple[Any, ...]:
         """The arguments that `SCHEMA` spells."""
         lists = [list(c) for c in zip(*self.terms, strict=True)] if self.terms else [[]] * 5

@@ -8,7 +8,7 @@ import torch
 
 from sae_kernels import functional
 from sae_kernels.train import auxk
-from sae_kernels.train.objective import Facts, needs_norms
+from sae_kernels.train.objective import Facts, main_codes, needs_norms
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 def facts(
-    sae: SparseAutoencoder, config: TrainConfig, x: torch.Tensor, k: float, dead: torch.Tensor
+    sae: SparseAutoencoder, config: TrainConfig, x: torch.Tensor, k: float, dead: DeadLatents
 ) -> Facts:
     """What the objective is told of tokens [B, input width], differentiable."""
-    norms, sums = None, None
+    norms, sums, mask = None, None, None
     if needs_norms(config):
         norms = sae.W_dec.unflatten(1, (sae.config.n_layers, -1)).norm(dim=2)
     if config.preact_coefficient:
+        mask = dead.mask()
         sums = sae.W_enc @ sae.centred(x).sum(0) + x.shape[0] * sae.b_enc
-    return Facts(x.shape[0], k, norms, sums, dead)
+    return Facts(x.shape[0], k, norms, sums, mask)
 
 
 def reconstruct(
@@ -68,7 +69,7 @@ def aux_loss(
     if not latents.numel():
         return x.new_zeros(())
     rows = auxk.DeadRows(sae.W_enc[latents], sae.b_enc[latents], sae.W_dec[latents])
-    k_aux = config.k_aux or max(1, sae.config.input_width // 2)
+    k_aux = auxk.latents_per_token(sae, config)
     dtype = sae.compute_dtype or sae.W_enc.dtype
     return auxk.loss(sae.centred(x), residual, rows, k_aux, config.auxk_alpha, dtype, sae.backend)
 
@@ -110,8 +111,5 @@ def fired(
     sae: SparseAutoencoder, config: TrainConfig, pre: SparseCodes, aim: Objective, k: float
 ) -> torch.Tensor:
     """How often each latent fired, int [F], by the main reconstruction's codes."""
-    main = pre.with_values(aim.reconstructions[0].values.detach())
-    if config.multi_topk:  # of the 4 k entries the first k are the main ones
-        first = slice(None), slice(int(k))
-        main = pre.with_values(main.values[first], main.indices[first])
+    main = main_codes(pre, aim.reconstructions[0].values.detach(), k, config)
     return main.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend).counts()

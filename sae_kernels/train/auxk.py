@@ -14,6 +14,14 @@ from sae_kernels.primitives.checks import gradient_operand
 if TYPE_CHECKING:
     import torch
 
+    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.train.config import TrainConfig
+
+
+def latents_per_token(sae: SparseAutoencoder, config: TrainConfig) -> int:
+    """How many dead latents take part per token: half the width of a token unless config says."""
+    return config.k_aux or max(1, sae.config.input_width // 2)
+
 
 class DeadRows(NamedTuple):
     """The compact matrices of the dead latents, operands in the compute dtype.

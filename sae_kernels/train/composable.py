@@ -10,19 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.train import autograd
 from sae_kernels.train.compute import compute_dtype
-from sae_kernels.train.dead import DeadLatents
 from sae_kernels.train.losses import checked_batch, loss_scale
-from sae_kernels.train.objective import (
-    check_objective,
-    fixed_prefixes,
-    kept_per_token,
-    objective,
-    random_prefixes,
-)
-from sae_kernels.train.sparsity import SparsitySchedule
+from sae_kernels.train.objective import k_of, kept_per_token, objective
+from sae_kernels.train.progress import Progress
 from sae_kernels.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -30,7 +22,7 @@ if TYPE_CHECKING:
     from sae_kernels.train.config import TrainConfig
 
 
-class ComposableStep:
+class ComposableStep(Progress):
     """Trains a :class:`~sae_kernels.nn.SparseAutoencoder` in place through autograd.
 
     Args and attributes as of :class:`~sae_kernels.train.step.FusedStep`, with ``optimizer`` in the
@@ -38,16 +30,10 @@ class ComposableStep:
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
-        check_objective(sae, config)
-        self.sae, self.config = sae, config
+        super().__init__(sae, config)
         sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
         self.optimizer = autograd.adam(sae, config)
-        device = sae.W_enc.device
-        self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
-        self.n_updates = torch.zeros((), dtype=torch.int64, device=device)
-        self.k_aux = config.k_aux or max(1, sae.config.input_width // 2)
-        self.schedule = SparsitySchedule(config)
-        self._prefixes = fixed_prefixes(sae, config)
+        self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
 
     def __call__(
         self,
@@ -61,11 +47,11 @@ class ComposableStep:
         sae, config = self.sae.train(), self.config
         x, target = checked_batch(sae, x, target)
         scale, variance = loss_scale(target, config.loss)
-        k = getattr(sae.config, "k", 0) if k is None else k
+        k = k_of(sae, k)
         pre = sae.select(sae.centred(x), k=kept_per_token(sae, k, config))
-        facts = autograd.facts(sae, config, x, k, self.dead.mask())
+        facts = autograd.facts(sae, config, x, k, self.dead)
         aim = objective(sae, pre, facts, self.schedule)
-        ends = self._prefixes or random_prefixes(sae, config, self.schedule.step)
+        ends = self.prefixes()
         loss, main = x.new_zeros(()), None
         for part in aim.reconstructions:
             e = autograd.reconstruct(sae, pre, part, x, ends) - target
@@ -80,10 +66,7 @@ class ComposableStep:
         finite = autograd.update(sae, self.optimizer, loss, lr, config.clip_norm)
         self.n_updates += finite
         fired = autograd.fired(sae, config, pre, aim, k)
-        self.dead.update(fired, x.shape[0], ~finite)
         l0 = fired.sum() / x.shape[0]
-        self.schedule.advance(l0)
-        if isinstance(sae, BatchTopKSAE):
-            sae.follow_threshold_(finite)
+        self.advance(fired, x.shape[0], l0, finite)
         fvu = main.square().sum() / variance
         return StepResult(loss.detach(), fvu, l0, aux.detach(), ~finite)

@@ -156,16 +156,12 @@ def dense_pass(
     db = slopes.pop("h")
     slopes["b_enc"] = slopes["b_enc"] + db if "b_enc" in slopes else db
     gradients = gradients_of_vectors(sae, slopes, Gradient())
-    gradients["W_enc"] = Gradient(dense=dW_enc, dense_latents=dense.every)
-    gradients["W_dec"] = Gradient(
-        row_coef=slopes.get("norms"), dense=dW_dec, dense_latents=dense.every
-    )
+    gradients["W_enc"] = Gradient.whole(dW_enc)
+    gradients["W_dec"] = Gradient.whole(dW_dec, slopes.get("norms"))
     grads = [out.factor * out.residual for out in outputs if out.trains_decoder]
     dx_hat = sum(grads[1:], grads[0])
     if batch.skip_input is not None:
-        dW_skip = dx_hat.T @ batch.skip_input
-        rows = torch.arange(dW_skip.shape[0], dtype=torch.int32, device=dW_skip.device)
-        gradients["W_skip"] = Gradient(dense=dW_skip, dense_latents=rows)
+        gradients["W_skip"] = Gradient.whole(dx_hat.T @ batch.skip_input)
     return Pass(
         loss=loss,
         error=squares[0],

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.harvest.tokens import TokenBatch
-from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.train import autograd
 from sae_kernels.train.compute import compute_dtype
-from sae_kernels.train.dead import DeadLatents
 from sae_kernels.train.end_to_end import EndToEnd, check_end_to_end, measured_loss
-from sae_kernels.train.run_folder import run_folder
-from sae_kernels.train.sparsity import SparsitySchedule
+from sae_kernels.train.objective import k_at
+from sae_kernels.train.progress import Progress
+from sae_kernels.train.run_folder import MetricLines, run_folder
 from sae_kernels.train.spliced import SplicedSAE
 from sae_kernels.train.through_model import layer_width
 from sae_kernels.train.trainer import TrainingResult
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
     from sae_kernels.train.end_to_end import EndToEndLoss
-    from sae_kernels.train.metrics import MetricLog
 
     Batches = Iterable[TokenBatch | Tensor | Mapping[str, Tensor]]
     OnStep = Callable[[int, dict[str, Any] | None], None]
@@ -84,7 +82,8 @@ def train_end_to_end(
     training = sae.training
     try:
         with run_folder(folder, sae, settings) as log:
-            return loop.run(_repeated(batches, weights.keep_first), log, on_step)
+            lines = MetricLines(config, log, on_step)
+            return loop.run(_repeated(batches, weights.keep_first), lines)
     finally:
         sae.train(training)
 
@@ -101,7 +100,7 @@ def _repeated(batches: Batches, keep_first: bool) -> Iterator[TokenBatch]:
                 yield batch
 
 
-class _Loop:
+class _Loop(Progress):
     def __init__(
         self,
         model: nn.Module,
@@ -110,19 +109,13 @@ class _Loop:
         config: TrainConfig,
         weights: EndToEnd,
     ) -> None:
-        self.model, self.layer, self.sae = model, layer, sae
-        self.config, self.weights = config, weights
-        device = sae.W_enc.device
-        sae.compute_dtype = compute_dtype(config.compute, device)
+        super().__init__(sae, config)
+        self.model, self.layer, self.weights = model, layer, weights
+        sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
         self.optimizer = autograd.adam(sae, config)
-        self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
-        self.schedule = SparsitySchedule(config)
         self.tokens = self.skipped = 0
-        self.metrics: list[dict[str, Any]] = []
 
-    def run(
-        self, batches: Iterator[TokenBatch], log: MetricLog | None, on_step: OnStep | None
-    ) -> TrainingResult:
+    def run(self, batches: Iterator[TokenBatch], lines: MetricLines) -> TrainingResult:
         config, start = self.config, time.perf_counter()
         for i in range(config.steps):
             batch = next(batches, None)
@@ -132,37 +125,25 @@ class _Loop:
                     "steps, or give a list, which is gone through again"
                 )
             result = self._step(i, batch)
-            due = (i + 1) % config.log_every == 0 or i + 1 == config.steps
-            line = self._line(i, result, time.perf_counter() - start) if due else None
-            if line is not None:
-                self.metrics.append(line)
-                if log is not None:
-                    log.write(line)
-            if on_step is not None:
-                on_step(i, line)
+            seconds = time.perf_counter() - start
+            lines.add(i, self._line(i, result, seconds) if lines.due(i) else None)
         seconds = time.perf_counter() - start
         dead = self.dead.mask().cpu()
-        return TrainingResult(self.sae, self.metrics, seconds, dead, self.skipped)
+        return TrainingResult(self.sae, lines.kept, seconds, dead, self.skipped)
 
     def _step(self, i: int, batch: TokenBatch) -> EndToEndLoss:
         sae, config = self.sae.train(), self.config
-        spliced = SplicedSAE(sae, self.layer, self.weights, self.schedule, self.dead, self._k(i))
+        k = k_at(sae, config, i)
+        spliced = SplicedSAE(sae, self.layer, self.weights, self.schedule, self.dead, k)
         result = measured_loss(self.model, batch, spliced)
         assert spliced.measured is not None
         # The gradients come from all over the model, so their norm is looked at in any case.
         limit = math.inf if config.clip_norm is None else config.clip_norm
         finite = autograd.update(sae, self.optimizer, result.loss, self._lr(i), limit)
         if not finite and config.on_nonfinite == "stop":
-            raise NonFiniteError(
-                f"step {i + 1}: expected a finite loss and gradient norm, got NaN or infinity; "
-                "the weights are those before it. Lower the learning rate, mend the data or "
-                "choose on_nonfinite 'skip'"
-            )
+            raise NonFiniteError.in_step(i)
         n_tokens = int(batch.attention_mask.sum())
-        self.dead.update(spliced.measured.fired, n_tokens, ~finite)
-        self.schedule.advance(result.l0)
-        if isinstance(sae, BatchTopKSAE):
-            sae.follow_threshold_(finite)
+        self.advance(spliced.measured.fired, n_tokens, result.l0, finite)
         self.tokens += n_tokens
         self.skipped += not finite
         return result
@@ -170,12 +151,8 @@ class _Loop:
     def _lr(self, i: int) -> float:
         return self.config.learning_rate(i, self.sae.config.n_latents)
 
-    def _k(self, i: int) -> float | None:
-        k = getattr(self.sae.config, "k", None)
-        return None if k is None else self.config.k_at(i, k)
-
     def _line(self, i: int, result: EndToEndLoss, seconds: float) -> dict[str, Any]:
-        k = self._k(i)
+        k = k_at(self.sae, self.config, i)
         return {
             "step": i + 1,
             "tokens": self.tokens,

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
         k: latents per token, where the architecture has a k.
         norms: [F, n_layers], the decoder's norms, or None where no penalty weighs them.
         sums: [F], sums of all pre-activations over the batch, or None.
-        dead: bool [F].
+        dead: bool [F], or None where no penalty looks at it.
         prefixes: of a Matryoshka SAE.
         skip_input: fp32 [B, input width], what the skip connection reads, or None.
     """
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     k: float
     norms: torch.Tensor | None
     sums: torch.Tensor | None
-    dead: torch.Tensor
+    dead: torch.Tensor | None
     prefixes: Prefixes | None
     skip_input: torch.Tensor | None
 
@@ -135,11 +135,10 @@ def gradients_of_vectors(
         slopes: of :meth:`Leaves.gradients`.
         db_enc: b_enc's share as the bias of the encoder product, of terms alone.
     """
-    every = torch.arange(sae.config.n_latents, dtype=torch.int32, device=sae.b_enc.device)
     result = {"b_enc": db_enc}
     for name, parameter in sae.named_parameters():
         if parameter.dim() != 1 or name == "b_dec" or name not in slopes:
             continue
-        known = result.get(name, Gradient())
-        result[name] = known._replace(dense=slopes[name][:, None], dense_latents=every)
+        terms = result.get(name, Gradient()).terms
+        result[name] = Gradient.whole(slopes[name][:, None])._replace(terms=terms)
     return result

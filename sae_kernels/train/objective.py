@@ -60,7 +60,7 @@ class Facts(NamedTuple):
     k: float
     norms: torch.Tensor | None
     sums: torch.Tensor | None
-    dead: torch.Tensor
+    dead: torch.Tensor | None
 
 
 def objective(
@@ -88,15 +88,36 @@ def objective(
     return Objective(parts, penalty(sae, looked_at, schedule))
 
 
+def main_codes(
+    pre: SparseCodes, values: torch.Tensor, k: float, config: TrainConfig
+) -> SparseCodes:
+    """The codes of the main reconstruction alone: of multi-TopK's entries the first k."""
+    if not config.multi_topk:
+        return pre.with_values(values)
+    first = slice(None), slice(int(k))
+    return pre.with_values(values[first], pre.indices[first])
+
+
 def needs_norms(config: TrainConfig) -> bool:
     """Whether the penalty looks at the decoder's norms."""
     weighted = config.sparsity_norm_weighted and config.sparsity in ("l1", "lp", "tanh")
     return weighted or bool(config.preact_coefficient)
 
 
-def kept_per_token(sae: SparseAutoencoder, k: float | None, config: TrainConfig) -> float:
+def k_of(sae: SparseAutoencoder, k: float | None) -> float:
+    """Latents per token: k, or the configuration's; 0 where the architecture has none."""
+    own: float = getattr(sae.config, "k", 0)
+    return own if k is None else k
+
+
+def k_at(sae: SparseAutoencoder, config: TrainConfig, step: int) -> float | None:
+    """The k of a step (from 0) of a run; None where the architecture has none."""
+    own: float | None = getattr(sae.config, "k", None)
+    return None if own is None else config.k_at(step, own)
+
+
+def kept_per_token(sae: SparseAutoencoder, k: float, config: TrainConfig) -> float:
     """How many latents the encoder keeps: 4 k for multi-TopK."""
-    k = getattr(sae.config, "k", 0) if k is None else k
     return min(_MULTI_TOPK * k, sae.config.n_latents) if config.multi_topk else k
 
 

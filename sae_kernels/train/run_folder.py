@@ -1,4 +1,4 @@
-"""What a run leaves on disk: its settings, its metric lines, its SAE."""
+"""What a run leaves: its settings, its metric lines, its SAE."""
 
 from __future__ import annotations
 
@@ -10,11 +10,44 @@ from typing import TYPE_CHECKING, Any
 from sae_kernels.train.metrics import MetricLog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.train.config import TrainConfig
+
+    OnStep = Callable[[int, dict[str, Any] | None], None]
 
 RUN_FILE, METRICS_FILE, SAE_FOLDER = "run.json", "metrics.jsonl", "sae"
+
+
+class MetricLines:
+    """The metric lines of a run: kept, written and handed on.
+
+    Args:
+        config: says how often there is one.
+        log: where they are written; None: nowhere.
+        on_step: called after every step with the step and, when one was made, its line.
+
+    Attributes:
+        kept: all of them.
+    """
+
+    def __init__(self, config: TrainConfig, log: MetricLog | None, on_step: OnStep | None) -> None:
+        self._config, self._log, self._on_step = config, log, on_step
+        self.kept: list[dict[str, Any]] = []
+
+    def due(self, i: int) -> bool:
+        """Whether step i (from 0) has a line."""
+        return (i + 1) % self._config.log_every == 0 or i + 1 == self._config.steps
+
+    def add(self, i: int, line: dict[str, Any] | None) -> None:
+        """Takes in what step i has to say."""
+        if line is not None:
+            self.kept.append(line)
+            if self._log is not None:
+                self._log.write(line)
+        if self._on_step is not None:
+            self._on_step(i, line)
 
 
 @contextmanager

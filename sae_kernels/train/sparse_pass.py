@@ -16,11 +16,18 @@ from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.terms import Gradient, Term
 from sae_kernels.train.entries import Batch, Leaves, Operands, Pass, gradients_of_vectors
-from sae_kernels.train.objective import Facts, Reconstruction, kept_per_token, objective
+from sae_kernels.train.objective import (
+    Facts,
+    Reconstruction,
+    kept_per_token,
+    main_codes,
+    objective,
+)
 
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
     from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.train.config import TrainConfig
     from sae_kernels.train.sparsity import SparsitySchedule
 
 
@@ -47,7 +54,7 @@ def sparse_pass(
         aim = objective(sae, pre.with_values(leaves.h), facts, schedule)
     decoded = [_decode(sae, operands, batch, pre, part) for part in aim.reconstructions]
     slopes = leaves.gradients([(d.part.values, d.grad) for d in decoded], aim.penalty)
-    order, fired = _orders(sae, pre, decoded, batch.k)
+    order, fired = _orders(sae, pre, decoded, batch.k, schedule.config)
     gradients, dx_sum = _encoder_gradients(sae, order, slopes, batch)
     terms = _decoder_terms(order, pre, decoded, batch)
     gradients["W_dec"] = Gradient(terms, row_coef=slopes.get("norms"))
@@ -103,7 +110,11 @@ def _decode(
 
 
 def _orders(
-    sae: SparseAutoencoder, pre: SparseCodes, decoded: list[Decoded], k: float
+    sae: SparseAutoencoder,
+    pre: SparseCodes,
+    decoded: list[Decoded],
+    k: float,
+    config: TrainConfig,
 ) -> tuple[LatentOrder, torch.Tensor]:
     """The entries that have a gradient, by latent, and how often each latent fired."""
     drops, backend = sae.drops_zeros, sae.backend
@@ -114,10 +125,7 @@ def _orders(
     order = pre.with_values(live).latent_order(drop_zeros=drops, backend=backend)
     if len(decoded) == 1:
         return order, order.counts()
-    codes = pre.with_values(main)
-    if pre.offsets is None:  # of multi-TopK's entries the first k are the main ones
-        first = slice(None), slice(int(k))
-        codes = pre.with_values(main[first].contiguous(), pre.indices[first].contiguous())
+    codes = main_codes(pre, main, k, config)
     return order, codes.latent_order(drop_zeros=drops, backend=backend).counts()
 
 
@@ -151,10 +159,8 @@ def _decoder_terms(
     order: LatentOrder, pre: SparseCodes, decoded: list[Decoded], batch: Batch
 ) -> list[Term]:
     if batch.prefixes is not None:
-        # The rows of [G * B, width]: a latent's own prefix, and with it all after that.
-        group = torch.bucketize(pre.indices.flatten(), batch.prefixes.ends, right=True)
-        rows = group[order.entries.long()] * batch.x.shape[0] + order.rows
-        order = order._replace(rows=rows.to(torch.int32))
+        # Of [G * B, width] the rows of a latent's own prefix, and with it of all after that.
+        order = order.by_group(pre.indices, batch.prefixes.ends, batch.x.shape[0])
     return [
         order.term(d.factor * d.part.values.detach(), d.residual.flatten(0, -2))
         for d in decoded
@@ -170,6 +176,4 @@ def _total(decoded: Decoded, batch: Batch) -> torch.Tensor:
 def _skip_gradient(decoded: list[Decoded], batch: Batch) -> Gradient:
     assert batch.skip_input is not None
     grads = [d.factor * _total(d, batch) for d in decoded if d.part.trains_decoder]
-    dense = torch.stack(grads).sum(0).T @ batch.skip_input
-    every = torch.arange(dense.shape[0], dtype=torch.int32, device=dense.device)
-    return Gradient(dense=dense, dense_latents=every)
+    return Gradient.whole(torch.stack(grads).sum(0).T @ batch.skip_input)

@@ -30,7 +30,7 @@ class Penalised(NamedTuple):
         n_tokens: of the whole batch.
         norms: [F, n_layers], the decoder's norms, where they weigh.
         sums: [F], sums of all pre-activations over the batch, for ``preact_coefficient``.
-        dead: bool [F], for the same.
+        dead: bool [F], for the same; else None.
     """
 
     pre: SparseCodes
@@ -38,7 +38,7 @@ class Penalised(NamedTuple):
     n_tokens: int
     norms: torch.Tensor | None
     sums: torch.Tensor | None
-    dead: torch.Tensor
+    dead: torch.Tensor | None
 
 
 class SparsitySchedule:
@@ -167,6 +167,7 @@ def _preact(sae: SparseAutoencoder, parts: Penalised) -> torch.Tensor:
     assert isinstance(sae, JumpReLUSAE)
     assert parts.sums is not None
     assert parts.norms is not None
+    assert parts.dead is not None
     thresholds = sae.thresholds()
     weights = torch.where(parts.dead, parts.norms.detach().norm(dim=1), 0)
     below = (weights * (parts.n_tokens * thresholds - parts.sums)).sum()

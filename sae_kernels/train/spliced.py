@@ -13,6 +13,7 @@ from sae_kernels.train.dead import DeadLatents
 from sae_kernels.train.losses import loss_scale
 from sae_kernels.train.objective import (
     fixed_prefixes,
+    k_of,
     kept_per_token,
     objective,
     random_prefixes,
@@ -74,7 +75,7 @@ class SplicedSAE:
         device = sae.W_enc.device
         none = DeadLatents(sae.config.n_latents, self.config.dead_after_tokens, device)
         self.dead = none if dead is None else dead
-        self.k = getattr(sae.config, "k", 0) if k is None else k
+        self.k = k_of(sae, k)
         self.measured: Measured | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class SplicedSAE:
         check_fits(sae, x.shape[-1], self.layer)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * sae.config.activation_scale
         pre = sae.select(sae.centred(x), k=kept_per_token(sae, self.k, config))
-        facts = autograd.facts(sae, config, x, self.k, self.dead.mask())
+        facts = autograd.facts(sae, config, x, self.k, self.dead)
         aim = objective(sae, pre, facts, self.schedule)
         x_hat, error = self._reconstruct(pre, aim, x)
         scale, variance = loss_scale(x, config.loss)

@@ -13,24 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.train.adam import FusedAdam
 from sae_kernels.train.compute import compute_dtype
-from sae_kernels.train.dead import DeadLatents
 from sae_kernels.train.dense_pass import DENSE_FROM, can_be_dense, dense_pass
 from sae_kernels.train.entries import Batch, Operands
 from sae_kernels.train.losses import checked_batch, loss_scale
-from sae_kernels.train.objective import (
-    check_objective,
-    fixed_prefixes,
-    needs_norms,
-    random_prefixes,
-)
+from sae_kernels.train.objective import k_of, needs_norms
+from sae_kernels.train.progress import Progress
 from sae_kernels.train.sparse_pass import sparse_pass
-from sae_kernels.train.sparsity import SparsitySchedule
 
 if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
@@ -56,7 +49,7 @@ class StepResult(NamedTuple):
     skipped: torch.Tensor
 
 
-class FusedStep:
+class FusedStep(Progress):
     """Trains a :class:`~sae_kernels.nn.SparseAutoencoder` in place.
 
     Args:
@@ -85,18 +78,13 @@ class FusedStep:
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
-        check_objective(sae, config)
-        self.sae, self.config = sae, config
+        super().__init__(sae, config)
         device = sae.W_enc.device
         self.dtype = compute_dtype(config.compute, device)
         if config.master == "split" and self.dtype != torch.bfloat16:
             raise ValueError(f"compute: expected 'bfloat16' with master 'split', got {self.dtype}")
         self.adam = FusedAdam(sae, config, self.dtype)
         self.rows, self.n_updates = self.adam.rows, self.adam.n_updates
-        self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
-        self.k_aux = config.k_aux or max(1, sae.config.input_width // 2)
-        self.schedule = SparsitySchedule(config)
-        self._prefixes = fixed_prefixes(sae, config)
         # Until the first step has been seen a ReLU-like SAE is taken to be dense, as it starts.
         self.dense_next = can_be_dense(sae, config)
         self._scratch: torch.Tensor | None = None
@@ -124,19 +112,12 @@ class FusedStep:
         gradients, aux_loss = self._gradients(done, batch)
         loss = done.loss + aux_loss
         finite = self.adam.update(gradients, loss, lr)
-        self.dead.update(done.fired, x.shape[0], ~finite)
         l0 = done.fired.sum() / x.shape[0]
-        self._after(done, finite, l0)
-        return StepResult(loss, done.error / variance, l0, aux_loss, ~finite)
-
-    def _after(self, done: Pass, finite: torch.Tensor, l0: torch.Tensor) -> None:
-        """What the host keeps from a step for the next one."""
-        self.schedule.advance(l0)
-        if isinstance(self.sae, BatchTopKSAE):
-            self.sae.follow_threshold_(finite)
+        self.advance(done.fired, x.shape[0], l0, finite)
         if can_be_dense(self.sae, self.config):
-            entries = done.residual.shape[0] * self.sae.config.n_latents
+            entries = x.shape[0] * self.sae.config.n_latents
             self.dense_next = done.n_kept > DENSE_FROM * entries
+        return StepResult(loss, done.error / variance, l0, aux_loss, ~finite)
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -161,8 +142,9 @@ class FusedStep:
         scale, variance = loss_scale(target, config.loss, scratch)
         x_centred = torch.sub(x, sae.b_dec, out=scratch) if sae.config.subtract_b_dec else x
         x_centred = x_centred.to(self.dtype)
-        sums = None
+        sums = dead = None
         if config.preact_coefficient:
+            dead = self.dead.mask()
             W_enc = self.adam.operand("W_enc") if config.master == "split" else sae.W_enc
             sums = W_enc.float() @ x_centred.float().sum(0) + x.shape[0] * sae.b_enc
         skips = sae.config.skip
@@ -170,11 +152,11 @@ class FusedStep:
             x=x_centred,
             target=target - x @ sae.W_skip.T if skips else target,
             scale=scale,
-            k=getattr(sae.config, "k", 0) if k is None else k,
+            k=k_of(sae, k),
             norms=sae.decoder_norms() if needs_norms(config) else None,
             sums=sums,
-            dead=self.dead.mask(),
-            prefixes=self._prefixes or random_prefixes(sae, config, self.schedule.step),
+            dead=dead,
+            prefixes=self.prefixes(),
             skip_input=x if skips else None,
         )
         return batch, variance
@@ -210,8 +192,7 @@ class FusedStep:
         grad = done.db_dec
         if self.sae.config.subtract_b_dec:
             grad = grad - self._rows_weighted(self.adam.operand("W_enc"), done.dx_sum)
-        first = torch.zeros(1, dtype=torch.int32, device=grad.device)
-        return Gradient(dense=grad[None], dense_latents=first)
+        return Gradient.whole(grad[None])
 
     def _rows_weighted(self, W: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``W^T weights`` [D]: a decode of all latents, split over some pretended tokens."""

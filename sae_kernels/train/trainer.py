@@ -15,7 +15,8 @@ from sae_kernels.train.composable import ComposableStep
 from sae_kernels.train.compute import training_device
 from sae_kernels.train.fresh import check_width, fresh_sae
 from sae_kernels.train.joint import JointRows, split
-from sae_kernels.train.run_folder import run_folder
+from sae_kernels.train.objective import k_at
+from sae_kernels.train.run_folder import MetricLines, run_folder
 from sae_kernels.train.shrinkage import fit_scales, scale_latents_
 from sae_kernels.train.step import FusedStep
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
-    from sae_kernels.train.metrics import MetricLog
     from sae_kernels.train.step import StepResult
 
 _SAMPLE = 16384  # rows from which scale and b_dec are estimated
@@ -105,10 +105,10 @@ def train(
     if target is not None:
         source = JointRows([source, target])
     sae = prepare(source, sae_config, config)
-    loop = _Loop(sae, source, config, on_step)
+    loop = _Loop(sae, source, config)
     settings = {"sae": sae.config.to_dict(), "train": config.to_dict()}
     with run_folder(folder, sae, settings) as log:
-        return loop.run(log)
+        return loop.run(MetricLines(config, log, on_step))
 
 
 class _Loop:
@@ -117,47 +117,40 @@ class _Loop:
         sae: SparseAutoencoder,
         source: RowSource | torch.Tensor,
         config: TrainConfig,
-        on_step: Callable[[int, dict[str, Any] | None], None] | None,
     ) -> None:
-        self.sae, self.config, self.on_step = sae, config, on_step
+        self.sae, self.config = sae, config
         make = FusedStep if config.route == "fused" else ComposableStep
         self.step = make(sae, config)
         self.batches = ShuffledBatches(source, config.batch_size, seed=config.seed)
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
-        self.metrics: list[dict[str, Any]] = []
 
-    def run(self, log: MetricLog | None) -> TrainingResult:
+    def run(self, lines: MetricLines) -> TrainingResult:
         try:
-            return self._run(log)
+            return self._run(lines)
         finally:  # whatever happened, the weights are saved next
             if isinstance(self.step, FusedStep):
                 self.step.restore_()
 
-    def _run(self, log: MetricLog | None) -> TrainingResult:
+    def _run(self, lines: MetricLines) -> TrainingResult:
         config, device = self.config, self.sae.W_enc.device
         start = time.perf_counter()
         for i in range(config.steps):
             x, target = split(next(self.batches).to(device), self.sae.config)
             lr = config.learning_rate(i, self.sae.config.n_latents)
-            k = self._k(i)
+            k = k_at(self.sae, config, i)
             result = self.step(x, lr=lr, k=k, target=target)
             self.skipped += result.skipped
-            due = (i + 1) % config.log_every == 0 or i + 1 == config.steps
+            due = lines.due(i)
             # On the CPU looking costs nothing; elsewhere it would stall the step.
             if config.on_nonfinite == "stop" and (due or device.type == "cpu"):
                 self._stop_if_skipped(i)
             line = self._line(i, result, lr, k, time.perf_counter() - start) if due else None
-            if line is not None:
-                self.metrics.append(line)
-                if log is not None:
-                    log.write(line)
-            if self.on_step is not None:
-                self.on_step(i, line)
+            lines.add(i, line)
         if config.fix_shrinkage:
             self._fix_shrinkage()
         seconds = time.perf_counter() - start
         dead = self.step.dead.mask().cpu()
-        return TrainingResult(self.sae, self.metrics, seconds, dead, int(self.skipped))
+        return TrainingResult(self.sae, lines.kept, seconds, dead, int(self.skipped))
 
     def _fix_shrinkage(self) -> None:
         assert isinstance(self.sae, ReLUSAE)
@@ -165,17 +158,9 @@ class _Loop:
             self.step.restore_()
         scale_latents_(self.sae, fit_scales(self.sae, self.batches.source, seed=self.config.seed))
 
-    def _k(self, i: int) -> float | None:
-        k = getattr(self.sae.config, "k", None)
-        return None if k is None else self.config.k_at(i, k)
-
     def _stop_if_skipped(self, i: int) -> None:
         if self.skipped:
-            raise NonFiniteError(
-                f"step {i + 1}: expected a finite loss and gradient norm, got NaN or infinity "
-                "(a batch that is not finite, or a diverged run); the weights are those before "
-                "it. Lower the learning rate, mend the data or choose on_nonfinite 'skip'"
-            )
+            raise NonFiniteError.in_step(i)
 
     def _line(
         self, i: int, result: StepResult, lr: float, k: float | None, seconds: float

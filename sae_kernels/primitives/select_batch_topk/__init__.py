@@ -11,10 +11,13 @@ work is done and never what comes out.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.operator import Operator
+from sae_kernels.primitives.operator import Operator, fake_ragged
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _check(
@@ -31,23 +34,9 @@ def _check(
         raise ValueError(f"count: expected at least 0, got {count}")
 
 
-def _fake(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    count: int,
-    rank_scale: torch.Tensor | None,
-    start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    found = torch.library.get_ctx().new_dynamic_size()
-    values = x.new_empty(found, dtype=checks.accumulator(x.dtype))
-    indices = x.new_empty(found, dtype=torch.int32)
-    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int32)
-
-
 select_batch_topk = Operator(
     "select_batch_topk(Tensor x, Tensor W, Tensor? b, SymInt count, Tensor? rank_scale,"
     " Tensor? start, str backend) -> (Tensor, Tensor, Tensor)",
     _check,
-    _fake,
+    lambda x, *_: fake_ragged(x),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sae_kernels.primitives.checks import accumulator
 from sae_kernels.primitives.select_threshold import reference as select_threshold
 
 
@@ -16,7 +17,7 @@ def run(
     start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A stable sort keeps equal keys in the order of tokens and latents."""
-    bounds = x.new_zeros(W.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    bounds = x.new_zeros(W.shape[0], dtype=accumulator(x.dtype))
     values, indices, offsets = select_threshold.run(x, W, b, bounds)
     key = values if rank_scale is None else values * rank_scale[indices.long()]
     possible = (~(key <= 0)).nonzero()[:, 0]

@@ -10,28 +10,22 @@ BatchTopK (one bound for all) are this with other bounds.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.operator import Operator
+from sae_kernels.primitives.operator import Operator, fake_ragged
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _check(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor) -> None:
     checks.encoder(x, W, b, bounds=bounds)
 
 
-def _fake(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    found = torch.library.get_ctx().new_dynamic_size()
-    values = x.new_empty(found, dtype=checks.accumulator(x.dtype))
-    indices = x.new_empty(found, dtype=torch.int32)
-    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int32)
-
-
 select_threshold = Operator(
     "select_threshold(Tensor x, Tensor W, Tensor? b, Tensor bounds, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _check,
-    _fake,
+    lambda x, *_: fake_ragged(x),
 )
