@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.baselines import (
+from benchmarks.cpu_bars import B, D, F, K, Record, command_line, ratios
+from sae_kernels.bench.contestants.dense_steps import (
     DenseBatchTopKStep,
     DenseJumpReLUStep,
     DenseReLUStep,
 )
-from benchmarks.cpu_bars import B, D, F, K, Record, command_line, inputs, ratios
-from sae_kernels.functional import encode_batch_topk
+from sae_kernels.bench.inputs import activations, threshold
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
@@ -45,15 +45,9 @@ def fused(config: SAEConfig, W: torch.Tensor, **settings: Any) -> FusedStep:
     return FusedStep(sae, TrainConfig(**{"compute": "bfloat16", "auxk_alpha": 0.0, **settings}))
 
 
-def threshold(x: torch.Tensor, W: torch.Tensor, l0: float) -> float:
-    """Above which this many pre-activations of a token lie, on average."""
-    some = x[:: max(1, x.shape[0] // 128)].bfloat16()
-    return float(encode_batch_topk(some, W.bfloat16(), None, l0).values.min())
-
-
 def steps(kind: str, rounds: int) -> Iterator[Record]:
     """Every architecture's step against TopK's."""
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     edge = threshold(x, W, K)
     jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
     l0 = {"sparsity": "l0", "sparsity_coefficient": 1e-3}
@@ -77,7 +71,7 @@ def steps(kind: str, rounds: int) -> Iterator[Record]:
 
 def dense(kind: str, rounds: int) -> Iterator[Record]:
     """BatchTopK and JumpReLU against the same step in eager fp32 and under bf16 autocast."""
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     edge = threshold(x, W, K)
     window = {"threshold": edge, "bandwidth": 0.1 * edge}
     jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
@@ -100,7 +94,7 @@ def dense(kind: str, rounds: int) -> Iterator[Record]:
 
 def density(kind: str, rounds: int) -> Iterator[Record]:
     """ReLU steps from nearly dense to sparse: as FusedStep chooses, each pass forced, and dense."""
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     for dtype, cast in (("bfloat16", True), ("float32", False)):
         slow = DenseReLUStep(W, W, K, "fused", cast)
         for l0 in DENSITIES:
@@ -123,7 +117,7 @@ def density(kind: str, rounds: int) -> Iterator[Record]:
 
 def crosscoder(kind: str, rounds: int) -> Iterator[Record]:
     """A crosscoder of two layers against one layer, both BatchTopK ranked by decoder norms."""
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     both = torch.cat([x, x.flip(1)], dim=1)
     rows = torch.cat([W, W.flip(1)], dim=1) / 2**0.5
     options: dict[str, Any] = {"unit_norm_decoder": False, "decoder_norm": "sum"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,26 +19,12 @@ from sae_kernels.primitives.transpose_codes import transpose_codes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from sae_kernels.bench.cases import Shape
+
 GPU_BACKENDS = ("cuda", "triton", "gluon")
 # The argument that decides the backend, where it is not the first; as in the primitives' Operators.
 _DTYPE_OF = {"code_grad": 2, "decode": 2, "decode_residual": 2}
 _FOLDER = Path(primitives.__file__).parent
-
-
-class Shape(NamedTuple):
-    """Tokens, d_in, n_latents and kept per token."""
-
-    B: int
-    D: int
-    F: int
-    K: int
-
-
-YARDSTICKS = {
-    "gpu-small": Shape(8192, 768, 65536, 32),
-    "gpu-mid": Shape(8192, 2304, 131072, 64),
-    "gpu-wide": Shape(4096, 2688, 1048576, 32),
-}
 
 
 def kernels() -> list[tuple[str, str]]:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.baselines import DenseStep
-from benchmarks.timing import Timing, interleaved, provenance
+from sae_kernels.bench.contestants.dense_steps import DenseStep
+from sae_kernels.bench.inputs import activations
+from sae_kernels.bench.provenance import provenance
+from sae_kernels.bench.timing import Timing, interleaved
 from sae_kernels.functional import encode_topk
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.train import ComposableStep, FusedStep, TrainConfig
@@ -25,18 +27,6 @@ if TYPE_CHECKING:
 
 B, D, F, K = 2048, 768, 24576, 32  # cpu-small
 Record = dict[str, object]
-
-
-def inputs(kind: str, tokens: int, d_in: int, n_latents: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations and unit encoder rows: "random", or "zipf" with latents of Zipf popularity."""
-    torch.manual_seed(0)
-    W = torch.nn.functional.normalize(torch.randn(n_latents, d_in), dim=1)
-    if kind == "random":
-        return torch.randn(tokens, d_in), W
-    weights = 1 / torch.arange(1, n_latents + 1, dtype=torch.float64)
-    chosen = torch.multinomial(weights, tokens * K, replacement=True).view(tokens, K)
-    strength = torch.rand(tokens, K, 1) + 0.5
-    return (W[chosen] * strength).sum(1) + 0.1 * torch.randn(tokens, d_in) / d_in**0.5, W
 
 
 def ratios(
@@ -56,7 +46,7 @@ def record(case: str, name: str, timing: Timing, ratio: float, base: str) -> Rec
 def encode(kind: str, rounds: int) -> Iterator[Record]:
     """encode_topk against the product alone, bf16 and fp32, at D=768 and D=2304."""
     for d_in in (D, 2304):
-        x, W = inputs(kind, B, d_in, F)
+        x, W = activations(kind, B, d_in, F, K)
         xb, Wb = x.bfloat16(), W.bfloat16()
         buffer = torch.empty(B, F, dtype=torch.bfloat16)
         contestants: dict[str, Callable[[], object]] = {
@@ -65,7 +55,7 @@ def encode(kind: str, rounds: int) -> Iterator[Record]:
             "encode_topk bf16": lambda xb=xb, Wb=Wb: encode_topk(xb, Wb, None, K),
         }
         yield from ratios(f"encode {kind} bf16 D={d_in}", contestants, "P", rounds)
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     wide = torch.empty(B, F)
     yield from ratios(
         f"encode {kind} fp32 D={D}",
@@ -80,7 +70,7 @@ def encode(kind: str, rounds: int) -> Iterator[Record]:
 
 def step(kind: str, rounds: int) -> Iterator[Record]:
     """FusedStep against P, and against the dense steps."""
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     xb, Wb = x.bfloat16(), W.bfloat16()
     buffer = torch.empty(B, F, dtype=torch.bfloat16)
     sae = _sae(W)
@@ -108,7 +98,7 @@ def step(kind: str, rounds: int) -> Iterator[Record]:
 
 def auxk(kind: str, rounds: int) -> Iterator[Record]:
     """FusedStep with AuxK at 0 %, 2 % and 50 % dead latents."""
-    x, W = inputs(kind, B, D, F)
+    x, W = activations(kind, B, D, F, K)
     steps = {"AuxK off": FusedStep(_sae(W), TrainConfig(compute="bfloat16", auxk_alpha=0.0))}
     for percent in (0, 2, 50):
         fused = FusedStep(_sae(W), TrainConfig(compute="bfloat16"))
@@ -134,7 +124,7 @@ def small(_kind: str, rounds: int) -> Iterator[Record]:
         (512, 256, 4096, 32),
         (1024, 384, 8192, 32),
     ):
-        x, W = inputs("random", tokens, d_in, n_latents)
+        x, W = activations("uniform", tokens, d_in, n_latents, k)
         contestants: dict[str, Callable[[], object]] = {}
         for optimizer in ("foreach", "fused"):
             dense = DenseStep(W, W, k, optimizer, autocast=False)
@@ -162,16 +152,16 @@ def command_line(
     """Prints the groups' records as JSON lines and, with --out, writes them to a file."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--only", nargs="+", choices=groups, default=list(groups))
-    parser.add_argument("--inputs", nargs="+", choices=("zipf", "random"), default=["zipf"])
+    parser.add_argument("--inputs", nargs="+", choices=("zipf", "uniform"), default=["zipf"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    lines = [json.dumps({"provenance": provenance(command)})]
+    lines = [json.dumps({"provenance": provenance(f"python -m {command}")})]
     print(lines[0])
     for name in options.only:
-        kinds = options.inputs if name != "small" else ["random"]
+        kinds = options.inputs if name != "small" else ["uniform"]
         for kind in kinds:
             for entry in groups[name](kind, options.rounds):
                 lines.append(json.dumps(entry))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from benchmarks.calls import Shape
+    from sae_kernels.bench.cases import Shape
 
 # fp32 weight, m and v read and written, and the bf16 copy written.
 ADAM_BYTES = 26

@@ -21,6 +21,7 @@ import triton
 
 from benchmarks import calls
 from benchmarks.aot import ARCHITECTURES, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compiled_for
+from sae_kernels.bench.cases import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -200,7 +201,7 @@ def versions() -> str:
 def compile_case(case: Case, architecture: int) -> Row:
     """Calls the implementation as a user would, on small tensors of the real widths."""
     torch.set_num_threads(1)
-    shape = calls.Shape(case.B, case.D, case.F, case.K)
+    shape = Shape(case.B, case.D, case.F, case.K)
     inputs = calls.arguments(case.primitive, shape, case.dtype, **dict(case.options))
     module = calls.implementation(case.primitive, case.backend)
     error = ""

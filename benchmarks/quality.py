@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import provenance
+from sae_kernels.bench.provenance import provenance
 from sae_kernels.cli.settings import Widths, configs
 from sae_kernels.demo.run import train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
@@ -119,7 +119,7 @@ def main() -> None:
     if options.acts is not None:
         if not options.acts.exists():
             fill(options.acts)
-        lines: list[dict[str, Any]] = [{"provenance": provenance("benchmarks.quality")}]
+        lines: list[dict[str, Any]] = [{"provenance": provenance("python -m benchmarks.quality")}]
         for arch in options.only:
             lines.append(run(options.acts, arch, options.steps, options.seed))
             print({k: lines[-1][k] for k in ("arch", "fvu", "l0", "dead_in_training")}, flush=True)

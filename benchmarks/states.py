@@ -11,7 +11,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.timing import provenance
+from sae_kernels.bench.provenance import provenance
 from sae_kernels.nn import TopKConfig
 from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
 
@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     data, held_out = (ShardDataset(options.acts / side) for side in ("train", "held_out"))
     shape = TopKConfig(d_in=data.d_in, n_latents=8 * data.d_in, k=32)
-    facts = provenance("benchmarks.states")
+    facts = provenance("python -m benchmarks.states")
     lines: list[dict[str, object]] = [{"provenance": facts, "sae": shape.to_dict()}]
     for name, layout in LAYOUTS.items():
         fvu = []

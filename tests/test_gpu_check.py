@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import calls, floors, timing
-from benchmarks.calls import GPU_BACKENDS, Shape
+from benchmarks import calls, floors
+from benchmarks.calls import GPU_BACKENDS
 from benchmarks.floors import Rates
 from benchmarks.gpu_check import correctness, measure, page
 from benchmarks.gpu_check.__main__ import STAGES, summary, verdict
 from benchmarks.gpu_check.bars import BARS, Bar
+from sae_kernels.bench import timing
+from sae_kernels.bench.cases import Shape
 
 ROOT = Path(__file__).parent.parent
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -249,12 +251,15 @@ def test_tests_that_are_stopped_are_incomplete() -> None:
 def test_readings_are_taken_after_all_runs() -> None:
     events = []
 
-    def clock(run):
-        run()
-        return lambda: events.append("read") or 1.0
+    class Clock:
+        def start(self):
+            pass
+
+        def stop(self):
+            return lambda: events.append("read") or 1.0
 
     contestants = {name: (lambda n=name: events.append(n)) for name in "ab"}
-    times = timing.interleaved(contestants, 2, clock, warmup=1)
+    times = timing.interleaved(contestants, 2, Clock(), warmup=1)
     assert events == ["a", "b", "b", "a", "a", "b", *["read"] * 4]
     assert times["a"] == timing.Timing(1000.0, 1000.0, 1000.0)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import timing
 from benchmarks.gpu_check import bars, correctness, measure, sanitizer
+from sae_kernels.bench import provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,9 +108,9 @@ def summary(records: list[Record], dry: bool) -> str:
 
 def where(commit: str | None, dry: bool) -> Record:
     """The first line of the results: what ran where."""
-    facts = timing.provenance("benchmarks.gpu_check")
+    facts = provenance.provenance("python -m benchmarks.gpu_check")
     if not dry:
-        facts |= timing.gpu_provenance(torch.device("cuda"))
+        facts |= provenance.gpu_provenance(torch.device("cuda"))
     if commit:
         facts |= {"commit": commit, "dirty": None}
     return {"provenance": {**facts, "dry": dry}}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.calls import YARDSTICKS
 from benchmarks.gpu_check.kernels import DECODE_SHAPES, PEER
 from benchmarks.gpu_check.steps import LAYOUTS
+from sae_kernels.bench.cases import GPU_YARDSTICKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,7 +51,7 @@ def _select(backend: str, name: str, limit: float) -> Iterable[Bar]:
     case, of = f"select_topk {name}", f"select_topk on {backend} at {name}"
     yield Bar(case, backend, "ratio", limit, f"{of}: time over that of the product alone")
     # No [B, F] in any dtype or part: results, lists and scratch are a small share of it.
-    B, _, F, _ = YARDSTICKS[name]
+    B, _, F, _ = GPU_YARDSTICKS[name]
     share = 2 * B * F / 16 / 2**20
     yield Bar(case, backend, "extra_mib", share, f"{of}: MiB allocated, a 16th of bf16 scores")
 

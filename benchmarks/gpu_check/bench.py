@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks import calls
-from benchmarks.calls import Shape
 from benchmarks.floors import Rates
-from benchmarks.timing import Timing, clock_of, interleaved
+from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
+from sae_kernels.bench.contestants.clock import clock_of
+from sae_kernels.bench.timing import Timing, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ class Bench(NamedTuple):
 
     def shape(self, name: str) -> Shape:
         """A yardstick, or what stands for it in a dry run."""
-        return self.cut(calls.YARDSTICKS[name])
+        return self.cut(GPU_YARDSTICKS[name])
 
     def cut(self, shape: Shape) -> Shape:
         """The shape itself, or a tiny one in a dry run."""

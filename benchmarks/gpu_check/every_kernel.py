@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import calls
-from benchmarks.calls import Shape
+from sae_kernels.bench.cases import Shape
 
 _SHAPES = (Shape(67, 200, 1031, 5), Shape(33, 768, 4099, 32))
 

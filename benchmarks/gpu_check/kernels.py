@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import calls, floors
-from benchmarks.calls import Shape
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, gather_rate, rates
-from benchmarks.timing import nvidia_smi
+from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
+from sae_kernels.bench.provenance import nvidia_smi
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional import decode
 
@@ -32,7 +32,7 @@ def device_rates(bench: Bench) -> Iterator[Record]:
     for row_bytes in _ROW_BYTES:
         rate = gather_rate(bench, row_bytes)
         yield {"kind": "rate", "what": f"gather of {row_bytes}-byte rows", "bytes_per_s": rate}
-    for name in calls.YARDSTICKS:
+    for name in GPU_YARDSTICKS:
         B, D, F, _ = bench.shape(name)
         ms = bench.time({PRODUCT: product(bench, bench.shape(name))})[PRODUCT].median_ms
         yield {"kind": "rate", "what": f"product {name}", "flops": 2e3 * B * D * F / ms}

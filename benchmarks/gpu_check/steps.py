@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import floors
-from benchmarks.baselines import DenseStep
-from benchmarks.calls import Shape
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, rates
 from benchmarks.gpu_check.kernels import PRODUCT, product
+from sae_kernels.bench.cases import Shape
+from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.train import FusedStep, TrainConfig
 

@@ -1,4 +1,4 @@
-"""The dense baselines: what SAE trainers do today, in plain torch, written from the formulas."""
+"""What SAE trainers do today, in plain torch: dense steps, written from the formulas."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class DenseStep:
         self.b_enc = W_enc.new_zeros(n_latents).requires_grad_()
         self.b_dec = W_enc.new_zeros(d_in).requires_grad_()
         self.parameters = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4, **{optimizer: True})
+        kind: dict[str, Any] = {optimizer: True}
+        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4, **kind)
 
         def built(part: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(part, backend=compiler) if compiler else part

@@ -1,0 +1,156 @@
+"""What is measured: the one registry of cases, for the command, the suites and the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Shape(NamedTuple):
+    """Tokens, d_in, n_latents and kept per token."""
+
+    B: int
+    D: int
+    F: int
+    K: int
+
+
+CPU_SMALL = Shape(2048, 768, 24576, 32)
+GPU_YARDSTICKS = {
+    "gpu-small": Shape(8192, 768, 65536, 32),
+    "gpu-mid": Shape(8192, 2304, 131072, 64),
+    "gpu-wide": Shape(4096, 2688, 1048576, 32),
+}
+# The modes of an operation, in the order in which they build on each other.
+MODES = {
+    "encode": ("inference",),
+    "decode": ("inference",),
+    "sae": ("inference", "forward", "backward"),
+    "step": ("step",),
+}
+ARCHITECTURES = ("topk", "batch_topk", "jumprelu", "relu")
+POPULARITIES = ("uniform", "zipf", "real")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        operation: "encode", "decode" (codes of k latents), "sae" (both) or "step".
+        mode: one of the operation's :data:`MODES`; "backward" has the forward pass in it.
+        shape: B, D, F, K.
+        popularity: how often latents are chosen: "uniform", "zipf" or "real" (stored activations).
+        architecture: how they are selected.
+    """
+
+    operation: str
+    mode: str
+    shape: Shape
+    popularity: str = "zipf"
+    architecture: str = "topk"
+
+    @property
+    def name(self) -> str:
+        """Unique, and what --only matches.
+
+        Example:
+            >>> Case("step", "step", Shape(2048, 768, 24576, 32)).name
+            'step-topk-2048x768x24576x32-zipf'
+        """
+        what = self.operation
+        if len(MODES[self.operation]) > 1:
+            what += f"-{self.mode}"
+        size = "x".join(map(str, self.shape))
+        return f"{what}-{self.architecture}-{size}-{self.popularity}"
+
+    def facts(self) -> dict[str, str | int]:
+        """The part of a record that says what was measured."""
+        return {
+            "case": self.name,
+            "operation": self.operation,
+            "mode": self.mode,
+            "architecture": self.architecture,
+            **self.shape._asdict(),
+            "popularity": self.popularity,
+        }
+
+
+def step(shape: Shape, popularity: str = "zipf", architecture: str = "topk") -> Case:
+    """A training step."""
+    return Case("step", "step", shape, popularity, architecture)
+
+
+def real(case: Case, d_in: int) -> Case:
+    """The same on stored activations of this width."""
+    return dataclasses.replace(case, shape=case.shape._replace(D=d_in), popularity="real")
+
+
+def operators(shape: Shape, popularity: str = "zipf") -> list[Case]:
+    """Every operator and mode but the step."""
+    return [
+        Case(operation, mode, shape, popularity)
+        for operation, modes in MODES.items()
+        for mode in modes
+        if operation != "step"
+    ]
+
+
+_TINY = Shape(256, 64, 512, 8)
+
+
+def _sweep(shape: Shape, **values: tuple[int, ...]) -> list[Case]:
+    """Steps at a shape with one of its sizes varied."""
+    ((size, several),) = values.items()
+    return [step(shape._replace(**{size: value})) for value in several]
+
+
+# Widths in circulation (16k to 1M), as far as a machine of the kind takes them.
+PRESETS: dict[str, list[Case]] = {
+    "tiny": [step(_TINY, "uniform"), *operators(_TINY, "uniform")],
+    "cpu-small": [step(CPU_SMALL)],
+    "cpu-operators": operators(CPU_SMALL),
+    "cpu-architectures": [step(CPU_SMALL, architecture=name) for name in ARCHITECTURES],
+    "cpu-popularity": [step(CPU_SMALL, popularity) for popularity in ("uniform", "zipf")],
+    "cpu-sweep": [
+        *_sweep(CPU_SMALL, F=(2048, 8192, 24576, 65536)),
+        *_sweep(CPU_SMALL, B=(256, 1024, 4096)),
+        *_sweep(CPU_SMALL, K=(8, 128, 512)),
+    ],
+    "crossover": [
+        step(Shape(*sizes), "uniform")
+        for sizes in ((256, 64, 512, 8), (256, 128, 2048, 16), (512, 256, 4096, 32))
+    ]
+    + [step(Shape(1024, 384, 8192, 32), "uniform"), step(CPU_SMALL, "uniform")],
+    **{
+        name: [step(shape, "uniform"), *operators(shape, "uniform")]
+        for name, shape in GPU_YARDSTICKS.items()
+    },
+}
+
+
+def chosen(presets: Iterable[str], only: str | None = None) -> list[Case]:
+    """The cases of presets, each once, whose names a regular expression is found in.
+
+    Raises:
+        ValueError: an unknown preset, no regular expression, or none that is left.
+    """
+    found: dict[str, Case] = {}
+    for preset in presets:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        found |= {case.name: case for case in PRESETS[preset]}
+    try:
+        kept = [case for name, case in found.items() if re.search(only or "", name)]
+    except re.error as error:
+        raise ValueError(f"--only: expected a regular expression, got {only!r} ({error})") from None
+    if not kept:
+        raise ValueError(
+            f"--only: expected a part of the name of a case such as {next(iter(found))}, got "
+            f"{only!r}; see sae-kernels bench --list"
+        )
+    return kept

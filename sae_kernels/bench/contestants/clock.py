@@ -1,0 +1,200 @@
+"""Time, memory and phases of what happens between two moments on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    # Seconds, asked for once all runs are queued: asking at once would stop the device each time.
+    Reading = Callable[[], float]
+
+
+class Clock(Protocol):
+    """Measures from a start to a stop."""
+
+    def start(self) -> None:
+        """Begins."""
+
+    def stop(self) -> Reading:
+        """Ends; the answer may be asked for later."""
+
+
+class WallClock:
+    """For runs on the CPU: the machine's clock."""
+
+    def start(self) -> None:
+        """Begins."""
+        self._start = time.perf_counter()
+
+    def stop(self) -> Reading:
+        """Ends."""
+        seconds = time.perf_counter() - self._start
+        return lambda: seconds
+
+
+class CudaClock:
+    """For runs on a GPU: its own events, with nothing of an earlier run left in its L2 cache.
+
+    Writing the large buffer empties the cache, and takes the device long enough for the host to
+    have queued the run by the time it starts: what is measured is the device and not the launch,
+    unless a run is shorter than its own launches.
+    """
+
+    def __init__(self, device: torch.device, flushed_bytes: int = 512 << 20) -> None:
+        self._flushed = torch.empty(flushed_bytes, dtype=torch.int8, device=device)
+
+    def start(self) -> None:
+        """Queues the emptying of the cache and the first event."""
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()
+        self._begin.record()
+
+    def stop(self) -> Reading:
+        """Queues the second event."""
+        begin, end = self._begin, self._end
+        end.record()
+
+        def reading() -> float:
+            end.synchronize()
+            milliseconds: float = begin.elapsed_time(end)
+            return milliseconds / 1e3
+
+        return reading
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for work on a device."""
+    return CudaClock(device) if device.type == "cuda" else WallClock()
+
+
+class PeakMemory:
+    """The most memory taken on top of what was there at the start, in bytes.
+
+    On a GPU of torch's allocator; on the CPU of the process, where the kernel keeps its high-water
+    mark and glibc gives back what is free (Linux), else unknown.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+
+    def start(self) -> None:
+        """Begins."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        try:
+            # Freed memory that the allocator keeps would hide what a run takes of it.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is there now
+            self._before = _status("VmRSS")
+        except (OSError, AttributeError):
+            self._before = -1
+
+    def stop(self) -> int | None:
+        """Ends; None where it is unknown."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - self._before
+        return None if self._before < 0 else max(0, _status("VmHWM") - self._before)
+
+
+def _status(name: str) -> int:
+    line = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if line is None:
+        raise OSError(f"/proc/self/status: no {name}")
+    return int(line.group(1)) * 1024
+
+
+PHASES = ("product", "selection", "decode", "backward", "optimizer", "other")
+# Operators by what they do in a step; of ours, whose fused ones have no torch name.
+_OURS = {
+    "select_topk": "product",
+    "select_batch_topk": "product",
+    "select_threshold": "product",
+    "decode": "decode",
+    "decode_residual": "decode",
+    "code_grad": "backward",
+    "transpose_codes": "backward",
+    "row_grad": "backward",
+    "row_sqnorm": "optimizer",
+    "row_update": "optimizer",
+}
+_SELECTS = {"aten::topk", "aten::sort", "aten::kthvalue", "aten::scatter", "aten::scatter_"}
+_MULTIPLIES = {"aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::embedding_bag"}
+
+
+class Phases:
+    """How the time of one run divides, by torch's profiler: seconds by name of :data:`PHASES`.
+
+    An operator counts where it was called: in the optimizer, in the backward pass, else by what it
+    is. A product that reads a [B, F] matrix decodes; the others before the backward pass encode.
+    Our fused selection is all counted as "product", which it hides behind.
+    """
+
+    def __init__(self, device: torch.device, n_latents: int) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._on_gpu, self._n_latents = device.type == "cuda", n_latents
+        self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
+
+    def start(self) -> None:
+        """Begins."""
+        self._profile.__enter__()
+        self._began = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """Ends; "other" is what of the whole belongs to no phase."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        whole = time.perf_counter() - self._began
+        self._profile.__exit__(None, None, None)
+        found = dict.fromkeys(PHASES, 0.0)
+        for event in self._profile.events() or []:
+            phase = self._phase(event)
+            if phase is not None:
+                found[phase] += self._seconds(event)
+        found["other"] = max(0.0, whole - sum(found.values()))
+        return found
+
+    def _seconds(self, event: Any) -> float:
+        total = event.device_time_total if self._on_gpu else event.cpu_time_total
+        return float(total) / 1e6
+
+    def _phase(self, event: Any) -> str | None:
+        """The phase of an event that begins one; None inside another's or in none."""
+        above = event.cpu_parent
+        while above is not None:
+            if self._own(above) is not None:
+                return None
+            above = above.cpu_parent
+        own: str | None = self._own(event)
+        return own
+
+    def _own(self, event: Any) -> str | None:
+        name = event.name
+        if name.startswith("Optimizer.step"):
+            return "optimizer"
+        if name.startswith("autograd::engine"):
+            return "backward"
+        if name in _SELECTS:
+            return "selection"
+        if name in _MULTIPLIES:
+            sizes = [shape for shape in event.input_shapes if len(shape) == 2]
+            reads_codes = any(shape[1] == self._n_latents for shape in sizes[:1])
+            bag = name == "aten::embedding_bag"
+            return "decode" if bag or reads_codes else "product"
+        library, _, operator = name.partition("::")
+        return _OURS.get(operator) if library == "sae_kernels" else None

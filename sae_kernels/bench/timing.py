@@ -1,0 +1,62 @@
+"""Interleaved timing: every round runs every contestant once, so that drift hits all alike.
+
+The order rotates from round to round: what one leaves in the caches is not always another's.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from sae_kernels.bench.contestants.clock import WallClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from sae_kernels.bench.contestants.clock import Clock, Reading
+
+_T = TypeVar("_T")
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one contestant."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def interleaved(
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Clock | None = None,
+    warmup: int = 1,
+) -> dict[str, Timing]:
+    """Times each contestant once a round, after rounds of warm-up."""
+    clock = WallClock() if clock is None else clock
+    readings: dict[str, list[Reading]] = {name: [] for name in contestants}
+    for round_ in range(warmup + rounds):
+        for name in in_turn(list(contestants), round_):
+            clock.start()
+            contestants[name]()
+            reading = clock.stop()
+            if round_ >= warmup:
+                readings[name].append(reading)
+    return {name: summary([read() for read in taken]) for name, taken in readings.items()}
+
+
+def in_turn(contestants: Sequence[_T], round_: int) -> list[_T]:
+    """The order of a round."""
+    turn = round_ % max(1, len(contestants))
+    return [*contestants[turn:], *contestants[:turn]]
+
+
+def summary(seconds: Iterable[float]) -> Timing:
+    """Median, 20th and 80th percentile of some readings.
+
+    Example:
+        >>> summary([0.003, 0.001, 0.002])
+        Timing(median_ms=2.0, p20_ms=1.0, p80_ms=3.0)
+    """
+    ms = sorted(1e3 * s for s in seconds)
+    return Timing(statistics.median(ms), ms[len(ms) // 5], ms[-1 - len(ms) // 5])
