@@ -7,8 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sae_kernels.bench.output import cells
+from sae_kernels.bench.output.table import machine
+from sae_kernels.bench.results import read
+
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+PICTURES = PAGE.parent / "pictures"
 
 HEAD = """# Benchmarks
 
@@ -16,7 +21,7 @@ Written by `python -m benchmarks.page` from `benchmarks/results/`; do not edit. 
 of one process: contestants take turns every round, figures are medians with the 20th and 80th
 percentile, and only the ratios within a case mean something. P is
 `torch.mm(x_bf16, W_bf16.t(), out=preallocated)`, the one product that is necessary; the dense steps
-are in `benchmarks/baselines.py`.
+are in `sae_kernels/bench/contestants/dense_steps.py`.
 """
 
 
@@ -51,10 +56,58 @@ def table(case: str, records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def text(folder: Path) -> str:
+def bench_section(path: Path) -> str:
+    """A file that ``sae-kernels bench`` wrote, as Markdown."""
+    results = read(path)
+    facts = results.provenance
+    blocks = [
+        f"## {path.stem}",
+        f"{machine(facts)}, {str(facts.get('time'))[:10]}: `{facts.get('command')}`",
+        "By `sae-kernels bench`, each contestant in a process of its own, in turns. "
+        + cells.LEGEND.replace("*", "\\*"),
+    ]
+    libraries = cells.libraries(facts)
+    blocks.append("\n".join(f"- {names}: {_plain(about)}" for names, about in libraries))
+    for case, records in results.cases().items():
+        columns = [*cells.who(records), *cells.times(records), *cells.work(records)]
+        split, remarks = cells.phases(records), cells.remarks(records)
+        blocks += [f"### {case}", *map(_markdown, filter(None, (columns, split)))]
+        blocks.append("\n".join(f"- {_plain(line)}" for line in remarks))
+    return "\n\n".join(filter(None, blocks))
+
+
+def _markdown(columns: list[cells.Column]) -> str:
+    if not columns[0].cells:
+        return ""
+    rows = zip(*(column.cells for column in columns), strict=True)
+    lines = [
+        [" ".join(column.heading.split()) for column in columns],
+        ["---" if column.words else "---:" for column in columns],
+        *([_plain(cell.strip()) for cell in row] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(words: str) -> str:
+    """Text that Markdown takes for nothing else."""
+    for sign in ("\\", "|", "*", "<", "["):
+        words = words.replace(sign, f"\\{sign}")
+    return words
+
+
+def pictures(folder: Path) -> list[str]:
+    """Those of the benchmark in a folder beside the page."""
+    return [
+        f"![{path.stem.removeprefix('bench-')}]({folder.name}/{path.name})"
+        for path in sorted(folder.glob("bench-*.png"))
+    ]
+
+
+def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
     """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
-    sections = [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
-    return "\n\n".join([HEAD.strip(), *sections]) + "\n"
+    sections = [bench_section(path) for path in sorted(folder.glob("bench-*.jsonl"))]
+    sections += [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
+    return "\n\n".join([HEAD.strip(), *pictures(pictures_folder), *sections]) + "\n"
 
 
 def main() -> None:

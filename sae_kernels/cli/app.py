@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sae_kernels._version import __version__
+from sae_kernels.cli.bench import bench
 from sae_kernels.cli.convert import convert
 from sae_kernels.cli.demo import demo
 from sae_kernels.cli.env import env
@@ -29,6 +30,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train-e2e": train_e2e,
     "eval": evaluate,
     "convert": convert,
+    "bench": bench,
     "env": env,
     "explain": explain,
 }

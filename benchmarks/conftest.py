@@ -1,0 +1,25 @@
+"""Options of the pytest-benchmark suites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sae_kernels.bench import cases
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--preset``, as of ``sae-kernels bench``."""
+    parser.addoption("--preset", action="append", help=f"one of {', '.join(cases.PRESETS)}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case of the presets, whose operation is the test's."""
+    if "case" not in metafunc.fixturenames:
+        return
+    presets = metafunc.config.getoption("--preset") or ["tiny"]
+    is_step = metafunc.function.__name__ == "test_step"
+    found = [case for case in cases.chosen(presets) if (case.mode == "step") == is_step]
+    metafunc.parametrize("case", found, ids=lambda case: case.name)

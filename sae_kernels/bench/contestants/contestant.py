@@ -1,0 +1,147 @@
+"""What every contestant is, whoever's code it runs.
+
+This folder is also imported alone, in the environments of other packages: nothing in it may import
+sae_kernels but the modules that run ours, and no module may import more than it runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+Tensors = dict[str, torch.Tensor]
+LR = 1e-4  # where the library has no default of its own: it costs the same at any
+
+
+class Task(NamedTuple):
+    """What is to be done; the values come as JSON.
+
+    Attributes:
+        operation: "encode", "decode" (of given codes), "sae" (both), "step" (a training step), or
+            what a machine can do at best: "product" (the encoder's alone), "copy" (of memory).
+        mode: "inference", "forward" (as for training, with a graph), "backward" (with the forward
+            pass before it) or "step".
+        architecture: "topk", "batch_topk", "jumprelu" or "relu".
+        k: latents kept per token (jumprelu and relu: how many the data is made for).
+        dtype: "float32", or "bfloat16" for products in it with fp32 weights.
+        device: "cpu" or "cuda".
+        options: of the architecture: threshold, bandwidth, coefficient; of the contestant: which
+            backend of ours, whether dense passes are compiled.
+    """
+
+    operation: str
+    mode: str
+    architecture: str
+    k: int
+    dtype: str
+    device: str
+    options: dict[str, Any]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """torch's autocast to bf16 where the dtype asks for it."""
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device, torch.bfloat16)
+
+
+class Contestant:
+    """Does a task, once for every batch that it is handed.
+
+    Args:
+        task: what to do.
+        tensors: of the device, fp32: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] to start
+            from, and codes to decode: values [B, k] and indices int64 [B, k]. Not to be changed.
+
+    Raises:
+        Unable: this library cannot do this task here; the message says why.
+    """
+
+    def __init__(self, task: Task, tensors: Tensors) -> None:
+        self.task, self.tensors = task, tensors
+
+    def encode(self, x: torch.Tensor) -> Any:
+        """Codes of x [B, D], in the library's own form."""
+        raise Unable("it does not encode")
+
+    def decode(self) -> torch.Tensor:
+        """Reconstruction [B, D] of the given codes."""
+        raise Unable("it does not decode")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Reconstruction [B, D] of x."""
+        raise Unable("it does not reconstruct")
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What has a gradient."""
+        return []
+
+    def train(self, batches: Iterator[torch.Tensor]) -> None:
+        """Trains on the batches by the library's own loop: one step for each, all alike."""
+        for x in batches:
+            self.step(x)
+
+    def step(self, x: torch.Tensor) -> object:
+        """A training step, for libraries whose loop is their user's."""
+        raise Unable("it does not train")
+
+    def dense(self, codes: Any) -> torch.Tensor:
+        """Codes as a matrix [B, F]."""
+        raise NotImplementedError
+
+    def weights(self) -> Tensors:
+        """Copies of the present weights, by the names and shapes of ``tensors``, to mean the same.
+
+        A library that scales codes by decoder norms has them folded here: what counts is that the
+        plain formula on these weights gives its reconstruction. Default: those it was given.
+        """
+        return {name: self.tensors[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+    def trained(self) -> torch.Tensor:
+        """A copy of the encoder's rows [F, D] as they are trained, nothing folded."""
+        raise NotImplementedError
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of those rows [F, D] after :meth:`backward`."""
+        raise NotImplementedError
+
+    def loop(self, batches: Iterator[torch.Tensor]) -> None:
+        """Does the task once for every batch."""
+        if self.task.mode == "step":
+            return self.train(batches)
+        with torch.set_grad_enabled(self.task.mode != "inference"):
+            if self.task.mode != "inference":
+                for x in batches:
+                    with self.task.autocast():
+                        self.once(x)
+            else:  # weights that nobody trains are cast once for all batches, as ours are stored
+                with self.task.autocast():
+                    for x in batches:
+                        self.once(x)
+
+    def once(self, x: torch.Tensor) -> None:
+        """One encoding, decoding, forward or forward and backward pass."""
+        if self.task.operation == "encode":
+            self.encode(x)
+        elif self.task.operation == "decode":
+            self.decode()
+        elif self.task.mode != "backward":
+            self.forward(x)
+        else:
+            self.backward(x)
+
+    def backward(self, x: torch.Tensor) -> None:
+        """Leaves the gradients of the squared error per token."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        error = self.forward(x).float() - x
+        (error.square().sum() / x.shape[0]).backward()
+
+
+class Unable(Exception):
+    """What a library cannot do here, and why."""

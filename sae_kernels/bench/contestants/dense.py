@@ -1,0 +1,107 @@
+"""Plain torch: dense products, torch's topk and Adam, eager or compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .contestant import Contestant, Task, Tensors
+from .dense_steps import DenseBatchTopKStep, DenseJumpReLUStep, DenseReLUStep, DenseStep
+
+PACKAGE = "torch"
+DIFFERS = (
+    "the same loss, constraint and Adam (torch's fused one) as ours, written with dense products; "
+    "bfloat16 is torch.autocast"
+)
+_STEPS = {"topk": DenseStep, "batch_topk": DenseBatchTopKStep, "relu": DenseReLUStep}
+
+
+class Dense(Contestant):
+    """A dense SAE; with the option "compile" its passes go through torch.compile."""
+
+    def __init__(self, task: Task, tensors: Tensors) -> None:
+        super().__init__(task, tensors)
+        compiler = "inductor" if task.options.get("compile") else None
+        settings: dict[str, Any] = {
+            "optimizer": "fused",
+            "autocast": task.dtype != "float32",
+            "compiler": compiler,
+        }
+        rows = tensors["W_enc"], tensors["W_dec"], task.k
+        if task.architecture == "jumprelu":
+            window = {name: task.options[name] for name in ("threshold", "bandwidth")}
+            self.dense_step: DenseStep = DenseJumpReLUStep(*rows, **settings, **window)
+        else:
+            self.dense_step = _STEPS[task.architecture](*rows, **settings)
+        if isinstance(self.dense_step, DenseReLUStep | DenseJumpReLUStep):
+            self.dense_step.coefficient = task.options["coefficient"]
+        self.dense_step.b_enc.data.copy_(tensors["b_enc"])
+        self.dense_step.b_dec.data.copy_(tensors["b_dec"])
+        built = torch.compile if compiler else (lambda part: part)
+        self._encode, self._decode = built(self._encoded), built(self._decoded)
+        self._forward = built(lambda x: self._decoded(self._encoded(x)))
+        if task.operation == "decode":
+            shape = tensors["values"].shape[0], tensors["W_enc"].shape[0]
+            codes = tensors["values"].new_zeros(shape)
+            self._given = codes.scatter_(1, tensors["indices"], tensors["values"])
+
+    def _encoded(self, x: torch.Tensor) -> torch.Tensor:
+        step = self.dense_step
+        return step._codes(torch.nn.functional.linear(x - step.b_dec, step.W_enc, step.b_enc))
+
+    def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes @ self.dense_step.W_dec + self.dense_step.b_dec
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes, dense."""
+        codes: torch.Tensor = self._encode(x)
+        return codes
+
+    def decode(self) -> torch.Tensor:
+        """Reconstruction of the given codes, which are dense as this way has them."""
+        x_hat: torch.Tensor = self._decode(self._given)
+        return x_hat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Reconstruction."""
+        x_hat: torch.Tensor = self._forward(x)
+        return x_hat
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All four, and thresholds."""
+        return self.dense_step.parameters
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """The dense step."""
+        return self.dense_step(x)
+
+    def dense(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes as they are."""
+        return codes
+
+    def weights(self) -> Tensors:
+        """The step's."""
+        step = self.dense_step
+        copies = {
+            "W_enc": step.W_enc,
+            "b_enc": step.b_enc,
+            "W_dec": step.W_dec,
+            "b_dec": step.b_dec,
+        }
+        if isinstance(step, DenseJumpReLUStep):
+            copies["threshold"] = step.log_threshold.exp()
+        return {name: tensor.detach().clone() for name, tensor in copies.items()}
+
+    def trained(self) -> torch.Tensor:
+        """The encoder's rows."""
+        return self.dense_step.W_enc.detach().clone()
+
+    def gradient(self) -> torch.Tensor:
+        """Of those rows."""
+        grad = self.dense_step.W_enc.grad
+        assert grad is not None
+        return grad.detach().clone()
+
+
+contestant = Dense

@@ -1,0 +1,121 @@
+"""This package: the modules and FusedStep."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from sae_kernels import functional
+from sae_kernels.codes import SparseCodes
+from sae_kernels.nn import (
+    BatchTopKConfig,
+    JumpReLUConfig,
+    ReLUConfig,
+    SAEConfig,
+    TopKConfig,
+    build,
+)
+from sae_kernels.train import FusedStep, TrainConfig
+
+from .contestant import LR, Contestant, Task, Tensors
+
+PACKAGE = "sae-kernels"
+DIFFERS = (
+    "FusedStep: unit-norm decoder with the parallel gradient removed, Adam, loss divided by the "
+    "variance (FVU), dead latents counted, no clipping; no AuxK as no latent is dead yet"
+)
+
+
+class Ours(Contestant):
+    """FusedStep, the modules under autograd, and the functions on weights of the compute dtype."""
+
+    def __init__(self, task: Task, tensors: Tensors) -> None:
+        super().__init__(task, tensors)
+        self.dtype = getattr(torch, task.dtype)
+        backend = task.options.get("backend")
+        self.backend = str(backend) if backend else None
+        with torch.device(task.device):
+            self.sae = build(_config(task, tensors), compute_dtype=self.dtype, backend=self.backend)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(self.sae, name).data.copy_(tensors[name])
+        if task.mode == "inference":  # weights that no one trains are stored as they are computed
+            self.sae = self.sae.to(self.dtype).eval()
+        self.codes = SparseCodes(
+            tensors["values"], tensors["indices"].to(torch.int32), tensors["W_enc"].shape[0]
+        )
+
+    def encode(self, x: torch.Tensor) -> SparseCodes:
+        """Codes."""
+        return self.sae.encode(x)
+
+    def decode(self) -> torch.Tensor:
+        """Reconstruction of the given codes."""
+        return functional.decode(self.codes, self.sae.W_dec, self.sae.b_dec, backend=self.backend)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Reconstruction."""
+        x_hat: torch.Tensor = self.sae(x).x_hat
+        return x_hat
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All of the module's."""
+        return list(self.sae.parameters())
+
+    def step(self, x: torch.Tensor) -> object:
+        """FusedStep."""
+        return self.fused(x, lr=LR)
+
+    @functools.cached_property
+    def fused(self) -> FusedStep:
+        """The step, with its states."""
+        return FusedStep(self.sae, _training(self.task))
+
+    def dense(self, codes: SparseCodes) -> torch.Tensor:
+        """Codes as a matrix."""
+        return codes.to_dense()
+
+    def weights(self) -> Tensors:
+        """The module's, and thresholds where it has them."""
+        sae: Any = self.sae
+        copies = {
+            name: getattr(sae, name).detach().float() for name in self.tensors if hasattr(sae, name)
+        }
+        if self.task.architecture == "jumprelu":
+            copies["threshold"] = sae.thresholds().detach()
+        return {name: tensor.clone() for name, tensor in copies.items()}
+
+    def trained(self) -> torch.Tensor:
+        """The encoder's rows."""
+        return self.sae.W_enc.detach().clone()
+
+    def gradient(self) -> torch.Tensor:
+        """Of those rows."""
+        grad = self.sae.W_enc.grad
+        assert grad is not None
+        return grad.detach().clone()
+
+
+def _config(task: Task, tensors: Tensors) -> SAEConfig:
+    F, D = tensors["W_enc"].shape
+    if task.architecture == "topk":
+        return TopKConfig(D, F, task.k)
+    if task.architecture == "batch_topk":
+        return BatchTopKConfig(D, F, task.k)
+    if task.architecture == "relu":
+        return ReLUConfig(D, F)
+    threshold, bandwidth = task.options["threshold"], task.options["bandwidth"]
+    return JumpReLUConfig(D, F, threshold_init=threshold, bandwidth=bandwidth)
+
+
+def _training(task: Task) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "relu": {"sparsity": "l1", "sparsity_coefficient": task.options.get("coefficient", 0.0)},
+        "jumprelu": {"sparsity": "l0", "sparsity_coefficient": task.options.get("coefficient", 0)},
+    }.get(task.architecture, {})
+    settings["compute"] = task.dtype
+    return TrainConfig(loss="fvu", auxk_alpha=0.0, **settings)
+
+
+contestant = Ours

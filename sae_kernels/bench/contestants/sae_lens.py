@@ -1,0 +1,116 @@
+"""SAELens: its SAETrainer, whose data provider is our batches."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .contestant import Contestant, Task, Tensors, Unable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = "sae-lens"
+DIFFERS = (
+    "dense products of [B, F] codes; Adam on the squared error, the gradients' norm clipped to 1; "
+    "decoder rows are not renormalised: codes are scaled by their norms instead; AuxK is on "
+    "(coefficient 1), but costs nothing until a latent has been dead for 1000 steps; the host asks "
+    "for the number of dead latents at every step, and firing frequencies are counted. bf16 is its "
+    "own autocast option"
+)
+
+_FOREVER = 10**15
+_SAES = {"topk": "TopKTrainingSAE", "batch_topk": "BatchTopKTrainingSAE"}
+
+
+class SAELens(Contestant):
+    """``SAETrainer.fit`` with its defaults, on a TopK or BatchTopK training SAE with theirs."""
+
+    def __init__(self, task: Task, tensors: Tensors) -> None:
+        super().__init__(task, tensors)
+        if task.architecture not in _SAES:
+            raise Unable(f"no adapter for {task.architecture} SAEs of sae-lens")
+        self.sae = _sae(task, tensors)
+        _fill(self.sae, tensors)
+        if task.operation == "decode":
+            shape = len(tensors["values"]), len(tensors["W_enc"])
+            codes = tensors["values"].new_zeros(shape)
+            self._given = codes.scatter_(1, tensors["indices"], tensors["values"])
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes, dense, selected as in training."""
+        codes: torch.Tensor = self.sae.encode(x)
+        return codes
+
+    def decode(self) -> torch.Tensor:
+        """Reconstruction of the given codes, which are dense as its decoder has them."""
+        x_hat: torch.Tensor = self.sae.decode(self._given)
+        return x_hat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode and decode."""
+        x_hat: torch.Tensor = self.sae(x)
+        return x_hat
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The module's."""
+        return list(self.sae.parameters())
+
+    def train(self, batches: Iterator[torch.Tensor]) -> None:
+        """``fit``."""
+        settings = import_module("sae_lens.config").SAETrainerConfig(
+            total_training_samples=_FOREVER,
+            train_batch_size_samples=len(self.tensors["values"]),
+            lr_end=3e-5,  # it must be given, though a constant rate has no end
+            device=self.task.device,
+            autocast=self.task.dtype == "bfloat16",
+        )
+        trainer = import_module("sae_lens.training.sae_trainer").SAETrainer
+        with suppress(StopIteration):  # fit asks for the next batch whatever comes
+            trainer(settings, self.sae, batches).fit()
+
+    def dense(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes as they are."""
+        return codes
+
+    def weights(self) -> Tensors:
+        """The module's, with the decoder norms that scale its codes in the encoder."""
+        W_dec: torch.Tensor = self.sae.W_dec.detach()
+        norms = W_dec.norm(dim=1)
+        return {
+            "W_enc": self.trained() * norms[:, None],
+            "b_enc": self.sae.b_enc.detach() * norms,
+            "W_dec": W_dec / norms[:, None],
+            "b_dec": self.sae.b_dec.detach().clone(),
+        }
+
+    def trained(self) -> torch.Tensor:
+        """The encoder's rows."""
+        columns: torch.Tensor = self.sae.W_enc
+        return columns.detach().T.clone()
+
+    def gradient(self) -> torch.Tensor:
+        """Of those rows."""
+        grad: torch.Tensor = self.sae.W_enc.grad
+        return grad.T.clone()
+
+
+def _sae(task: Task, tensors: Tensors) -> Any:
+    n_latents, d_in = tensors["W_enc"].shape
+    saes, name = import_module("sae_lens.saes"), _SAES[task.architecture]
+    config = getattr(saes, f"{name}Config")
+    return getattr(saes, name)(config(d_in=d_in, d_sae=n_latents, k=task.k, device=task.device))
+
+
+@torch.no_grad()
+def _fill(sae: Any, tensors: Tensors) -> None:
+    sae.W_enc.copy_(tensors["W_enc"].T)
+    sae.b_enc.copy_(tensors["b_enc"])
+    sae.W_dec.copy_(tensors["W_dec"])
+    sae.b_dec.copy_(tensors["b_dec"])
+
+
+contestant = SAELens

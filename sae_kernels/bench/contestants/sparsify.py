@@ -1,0 +1,168 @@
+"""EleutherAI's sparsify: its Trainer, on a model whose activations are our batches."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .contestant import Contestant, Task, Tensors, Unable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = "eai-sparsify"
+DIFFERS = (
+    "the squared error is divided by the batch's variance; sign descent with schedule-free "
+    "averages (signum, its default) keeps one state a weight where Adam keeps two; no clipping, "
+    "AuxK off, as is its default; the host reads the loss at every step; encoder gradients go by "
+    "way of [B, k, D]. On a GPU its forward pass is always under bf16 autocast and its fp32 "
+    "products are TF32. For bf16 on a CPU the same autocast is put around its forward pass; its "
+    "decoder is torch's embedding_bag there, as its Triton kernels need a GPU"
+)
+
+_LAYER, _FOREVER = "layer", 2**40
+
+
+class Sparsify(Contestant):
+    """``sparsify.Trainer.fit`` as shipped: signum, one sequence of B tokens a batch."""
+
+    def __init__(self, task: Task, tensors: Tensors) -> None:
+        super().__init__(task, tensors)
+        _check(task)
+        if task.device == "cpu":  # read when sparsify is imported
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+        self._model = _Model(tensors["b_dec"])
+        self._trainer = _trainer(task, tensors, self._model)
+        self.sae = self._trainer.saes[_LAYER]
+        _fill(self.sae, tensors)
+        if (task.device, task.dtype, task.mode) == ("cpu", "bfloat16", "step"):
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            self.sae.forward = autocast(self.sae.forward)  # as its decorator does on a GPU
+
+    def encode(self, x: torch.Tensor) -> Any:
+        """Values, indices and all scores."""
+        return self.sae.encode(x)
+
+    def decode(self) -> torch.Tensor:
+        """Reconstruction of the given codes."""
+        x_hat: torch.Tensor = self.sae.decode(self.tensors["values"], self.tensors["indices"])
+        return x_hat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode and decode; its module's own call is for training: it computes losses too."""
+        values, indices, _ = self.sae.encode(x)
+        x_hat: torch.Tensor = self.sae.decode(values, indices)
+        return x_hat
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The module's."""
+        return list(self.sae.parameters())
+
+    def train(self, batches: Iterator[torch.Tensor]) -> None:
+        """``fit``: it sets b_dec to the mean of the first batch."""
+        self._trainer.dataset = _Dataset(batches, self._model)
+        with suppress(_OutOfBatchesError):
+            self._trainer.fit()
+
+    def dense(self, codes: Any) -> torch.Tensor:
+        """Codes as a matrix."""
+        values, indices, scores = codes
+        return torch.zeros_like(scores).scatter(1, indices, values)
+
+    def weights(self) -> Tensors:
+        """The module's, decoder rows at norm 1, which every step of its trainer begins with."""
+        sae = self.sae
+        sae.set_decoder_norm_to_unit_norm()
+        found = {"W_enc": sae.encoder.weight, "b_enc": sae.encoder.bias}
+        found |= {"W_dec": sae.W_dec, "b_dec": sae.b_dec}
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    def trained(self) -> torch.Tensor:
+        """The encoder's rows."""
+        rows: torch.Tensor = self.sae.encoder.weight
+        return rows.detach().clone()
+
+    def gradient(self) -> torch.Tensor:
+        """Of those rows."""
+        grad: torch.Tensor = self.sae.encoder.weight.grad
+        return grad.clone()
+
+
+class _Model(nn.Module):
+    """Stands for the language model: its only layer gives the batch that was handed out."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+        self.add_module(_LAYER, nn.Identity())
+        self.activations = like[None]  # one token, by which the trainer finds the width
+        self.device = like.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The part that has the layers."""
+        return self
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Activations [1, B, D] of one sequence, whatever its tokens."""
+        x: torch.Tensor = self.get_submodule(_LAYER)(self.activations[None])
+        return x
+
+
+class _Dataset:
+    """As many sequences as it is asked for; reading one hands the model the next batch."""
+
+    def __init__(self, batches: Iterator[torch.Tensor], model: _Model) -> None:
+        self._batches, self._model = batches, model
+
+    def __len__(self) -> int:
+        return _FOREVER
+
+    def __getitem__(self, _: int) -> dict[str, torch.Tensor]:
+        try:
+            self._model.activations = next(self._batches)
+        except StopIteration:
+            raise _OutOfBatchesError from None
+        return {"input_ids": torch.zeros(len(self._model.activations), dtype=torch.long)}
+
+    def select(self, _: range) -> _Dataset:
+        """What is left after the steps of an earlier ``fit``."""
+        return self
+
+
+class _OutOfBatchesError(Exception):
+    """Leaves ``fit`` before its end, where it would save into the working directory."""
+
+
+def _check(task: Task) -> None:
+    if task.architecture != "topk":
+        raise Unable(f"eai-sparsify has TopK and GroupMax SAEs, none of {task.architecture}")
+    if task.device == "cuda" and task.mode == "step":
+        own = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        if task.dtype != own:
+            raise Unable(f"eai-sparsify always trains in {own} on this GPU")
+
+
+def _trainer(task: Task, tensors: Tensors, model: _Model) -> Any:
+    sparsify = import_module("sparsify")
+    sae = sparsify.SparseCoderConfig(num_latents=len(tensors["W_enc"]), k=task.k)
+    config = sparsify.TrainConfig(
+        sae, batch_size=1, hookpoints=[_LAYER], log_to_wandb=False, save_every=_FOREVER
+    )
+    return sparsify.Trainer(config, _Dataset(iter(()), model), model)
+
+
+@torch.no_grad()
+def _fill(sae: Any, tensors: Tensors) -> None:
+    sae.encoder.weight.copy_(tensors["W_enc"])
+    sae.encoder.bias.copy_(tensors["b_enc"])
+    sae.W_dec.copy_(tensors["W_dec"])
+    sae.b_dec.copy_(tensors["b_dec"])
+
+
+contestant = Sparsify

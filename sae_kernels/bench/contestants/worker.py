@@ -1,0 +1,153 @@
+"""The worker process: one contestant at a time, told by the parent what to do.
+
+Commands and replies are JSON, one a line, on standard input and output; what a library prints goes
+to standard error. A contestant loops over batches that :func:`_batches` hands out: it is measured
+between a batch and the next one it asks for, whoever's loop that is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .clock import PeakMemory, Phases, clock_of
+from .contestant import Task, Unable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TextIO
+
+    from .contestant import Contestant
+
+
+class Ended(Exception):
+    """No further batch: the parent has all it wanted."""
+
+
+class Channel:
+    """The parent's commands, and the replies to them."""
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self._source, self._sink = source, sink
+
+    def next(self) -> dict[str, Any]:
+        """The next command; waits for it without a busy loop."""
+        line = self._source.readline()
+        if not line:
+            sys.exit(0)  # the parent is gone
+        command: dict[str, Any] = json.loads(line)
+        return command
+
+    def reply(self, **values: Any) -> None:
+        """Answers the last command."""
+        print(json.dumps(values), file=self._sink, flush=True)
+
+
+def main(name: str, threads: int) -> None:
+    """Serves the contestant of a module of this folder until the parent closes its end."""
+    channel = Channel(sys.stdin, os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+    torch.set_num_threads(threads)
+    try:
+        module = importlib.import_module(name if "." in name else f".{name}", __package__)
+    except Exception as error:
+        channel.next()
+        return channel.reply(unable=f"it cannot be imported: {_words(error)}")
+    while True:
+        command = channel.next()
+        if command["do"] == "end":  # of a loop that has failed
+            channel.reply()
+            continue
+        try:
+            _serve(module, command, channel)
+        except Ended:
+            channel.reply()
+        except Unable as answer:
+            channel.reply(unable=str(answer))
+        except Exception as error:
+            channel.reply(failed=_words(error))
+
+
+def _serve(module: Any, command: dict[str, Any], channel: Channel) -> None:
+    task = Task(**command["task"])
+    device = torch.device(task.device)
+    tensors = load_file(command["inputs"], device=task.device)
+    x = tensors.pop("x")
+    contestant: Contestant = module.contestant(task, tensors)
+    channel.reply(
+        torch=torch.__version__,
+        package=f"{module.PACKAGE} {metadata.version(module.PACKAGE)}",
+        differs=module.DIFFERS,
+    )
+    contestant.loop(_batches(contestant, x, device, channel))
+    raise RuntimeError("the library's loop ended before it was told to")
+
+
+def _batches(
+    contestant: Contestant, x: torch.Tensor, device: torch.device, channel: Channel
+) -> Iterator[torch.Tensor]:
+    """Hands out a batch whenever the parent wants one measured."""
+    clock = clock_of(device)
+    while True:
+        command = channel.next()
+        if command["do"] == "end":
+            raise Ended
+        if command["do"] == "gate":
+            yield from gate(contestant, x[: command["tokens"]], command["out"])
+            channel.reply()
+        elif command["do"] == "time":
+            for _ in range(command["untimed"]):
+                yield x
+            readings = []
+            for _ in range(command["times"]):
+                clock.start()
+                yield x
+                readings.append(clock.stop())
+            channel.reply(seconds=[read() for read in readings])
+        else:
+            measure: Any = PeakMemory(device)
+            if command["do"] == "phases":
+                measure = Phases(device, contestant.tensors["W_enc"].shape[0])
+            measure.start()
+            clock.start()
+            yield x
+            seconds = clock.stop()()
+            channel.reply(measured=measure.stop(), seconds=seconds)
+
+
+def gate(contestant: Contestant, x: torch.Tensor, out: str) -> Iterator[torch.Tensor]:
+    """Leaves what the parent judges: codes and reconstruction, and what training did.
+
+    The first batch may set things up (initial biases, a learning rate of 0), so the weights that
+    count are those after it.
+    """
+    yield x
+    task = contestant.task
+    with torch.no_grad(), task.autocast():
+        found = contestant.weights()
+        if task.operation != "decode":
+            found["codes"] = contestant.dense(contestant.encode(x)).float()
+        if task.operation in ("sae", "step"):
+            found["x_hat"] = contestant.forward(x).float()
+        elif task.operation == "decode":
+            found["x_hat"] = contestant.decode().float()
+    if task.mode == "step":
+        before = contestant.trained()
+        yield x
+        found["moved"] = contestant.trained() - before
+    elif task.mode == "backward":
+        yield x
+        found["moved"] = -contestant.gradient()
+    save_file({name: tensor.contiguous().cpu() for name, tensor in found.items()}, out)
+
+
+def _words(error: Exception) -> str:
+    lines = " ".join(str(error).split())
+    return f"{type(error).__name__}: {lines[:500]}"

@@ -1,0 +1,174 @@
+"""Environments of the peers' packages: one each, as they cannot all live beside one torch.
+
+They are made from the pinned files in ``requirements/`` below the user's cache folder:
+``$SAE_KERNELS_CACHE_DIR/peers/NAME``, by default ``~/.cache/sae-kernels/peers/NAME``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sae_kernels.errors import SaeKernelsError, name_hint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+class Peer(NamedTuple):
+    """A package that others train sparse autoencoders with.
+
+    Attributes:
+        package: what pip calls it.
+        version: the one that is measured.
+    """
+
+    package: str
+    version: str
+
+
+# By the names that Python imports them by.
+PEERS = {
+    "sparsify": Peer("eai-sparsify", "1.3.3"),
+    "dictionary_learning": Peer("dictionary-learning", "0.1.0"),
+    "sae_lens": Peer("sae-lens", "6.54.12"),
+}
+REQUIREMENTS = Path(__file__).parent / "requirements"
+_MARKER = "installed.txt"
+
+
+class EnvironmentSetupError(SaeKernelsError, RuntimeError):
+    """An environment could not be made; the message holds what pip said last."""
+
+
+def folder(name: str) -> Path:
+    """Where the environment of a peer lives, made or not.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> folder("sae_lens").parts[-2:]
+        ('peers', 'sae_lens')
+    """
+    _check(name)
+    return _cache() / "peers" / name
+
+
+def python_of(name: str) -> Path | None:
+    """The interpreter that has a peer: of its environment, else this one if it can import it.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if _ready(folder(name), name):
+        return _python(folder(name))
+    spec = find_spec(name)
+    # A folder that happens to be called so has no origin.
+    return None if spec is None or spec.origin is None else Path(sys.executable)
+
+
+def setup(names: Iterable[str], show: Callable[[str], None]) -> None:
+    """Makes the environments of these peers, where they are not there yet.
+
+    An environment made from other pins is made again. One that was interrupted does not count.
+
+    Args:
+        names: of :data:`PEERS`.
+        show: takes a line for a person before and after each.
+
+    Raises:
+        ValueError: an unknown name, before anything is made.
+        EnvironmentSetupError: Python or pip could not make one, or it cannot import its package.
+    """
+    for name, where in [(name, folder(name)) for name in names]:
+        if _ready(where, name):
+            show(f"{name}: there already, in {where}")
+            continue
+        show(f"{name}: installing into {where} (some GB, some minutes)")
+        began = time.monotonic()
+        torch_version = _make(where, name)
+        show(f"{name}: ready after {time.monotonic() - began:.0f} s, with torch {torch_version}")
+
+
+def _check(name: str) -> None:
+    if name not in PEERS:
+        raise ValueError(f"no peer {name!r}; {name_hint(name, PEERS)}")
+
+
+def _cache() -> Path:
+    chosen = os.environ.get("SAE_KERNELS_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae-kernels"
+
+
+def _python(where: Path) -> Path:
+    return where / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _passes(name: str) -> list[tuple[Path, list[str]]]:
+    """The files that pip installs from, in order, each with its options."""
+    alone = REQUIREMENTS / f"{name}.no-deps.txt"
+    return [
+        (REQUIREMENTS / f"{name}.txt", []),
+        *([(alone, ["--no-deps"])] if alone.exists() else []),
+    ]
+
+
+def _pins(name: str) -> str:
+    return "".join(path.read_text() for path, _ in _passes(name))
+
+
+def _ready(where: Path, name: str) -> bool:
+    marker = where / _MARKER
+    return _python(where).exists() and marker.exists() and marker.read_text() == _pins(name)
+
+
+def _make(where: Path, name: str) -> str:
+    """Makes an environment; returns its torch's version."""
+    _clear(where)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    # -I: what PYTHONPATH offers here is not in the environment.
+    python = [str(_python(where)), "-I"]
+    _run(name, [sys.executable, "-I", "-m", "venv", str(where)])
+    for path, options in _passes(name):
+        pip = ["-m", "pip", "install", "--no-input", "--quiet", *options, "-r", str(path)]
+        _run(name, [*python, *pip])
+    said = _run(name, [*python, "-c", f"import torch, {name}; print(torch.__version__)"])
+    (where / _MARKER).write_text(_pins(name))  # last: until here it does not count
+    return said.split()[-1]
+
+
+def _clear(where: Path) -> None:
+    """Removes an environment of ours, and nothing else."""
+    if not where.exists():
+        return
+    if any(where.iterdir()) and not (where / "pyvenv.cfg").exists():
+        raise EnvironmentSetupError(
+            f"{where}: expected an environment of ours or nothing, got other files; move them or "
+            "choose another SAE_KERNELS_CACHE_DIR"
+        )
+    shutil.rmtree(where)
+
+
+def _run(name: str, command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise EnvironmentSetupError(
+            f"{name}: {_reason(done.stderr) or _reason(done.stdout) or 'no reason given'}"
+        )
+    return done.stdout
+
+
+def _reason(said: str) -> str:
+    """The first line that pip calls an error, else the last one: an exception's."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    return [*errors, *lines[-1:], ""][0].removeprefix("ERROR:").strip()

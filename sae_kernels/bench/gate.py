@@ -1,0 +1,161 @@
+"""The gate: no speed is reported for a wrong result.
+
+A contestant says which weights it has, which codes it makes of the first tokens and what it
+reconstructs of them. All of it is judged by the plain formulas in fp64 on those weights:
+
+- the kept latents are the right ones, but for scores that rounding makes equal;
+- codes and reconstruction are within a bound of rounding (below);
+- where it trains, the encoder moves against the gradient of its squared error. Libraries differ in
+  the scale of their losses, in clipping and in optimizers (Adam, sign descent), all of which keep
+  the sign of a first step's elements; so it is their signs that count, where they are clear.
+
+A product of n terms whose operands are rounded to unit roundoff u, accumulated in fp32 with its
+own u32 and stored with u, is off by at most ``(2 u + n u32) sum |terms| + u |result|``, to first
+order (Higham, Accuracy and Stability of Numerical Algorithms, 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sae_kernels.errors import SaeKernelsError
+
+if TYPE_CHECKING:
+    from sae_kernels.bench.contestants.contestant import Task, Tensors
+
+TOKENS = 64  # of the batch that are judged: the oracle is dense, and in fp64
+_U32 = torch.finfo(torch.float32).eps / 2
+# Elements of the gradient above its root mean square are clear; of their signs so many must agree
+# (not all: kept sets drift as weights do, and momentum remembers the step before).
+_AGREE = 0.95
+
+
+class WrongResult(SaeKernelsError):
+    """A contestant's result is not what it should be."""
+
+
+class Error(NamedTuple):
+    """How far the result is off, relative to its largest element, and how far it may be.
+
+    The reconstruction, or codes where there is none.
+    """
+
+    error: float
+    budget: float
+
+
+def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Error:
+    """Judges what a contestant's worker left.
+
+    Args:
+        task: what it was told to do.
+        x: [N, D], the tokens that it was given.
+        came: its weights W_enc, b_enc, W_dec, b_dec, perhaps threshold; codes [N, F]; x_hat; for
+            training "moved" [F, D].
+        given: values and indices [N, k] of the codes to decode.
+
+    Raises:
+        WrongResult: says what is wrong.
+    """
+    u = torch.finfo(getattr(torch, task.dtype)).eps / 2
+    weights = {name: came[name].double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    for name, tensor in came.items():
+        if not bool(tensor.isfinite().all()):
+            raise WrongResult(f"{name}: expected finite numbers, got NaN or infinity")
+    if task.operation == "decode":
+        n, x_hat = x.shape[0], came["x_hat"][: x.shape[0]]
+        codes = weights["W_dec"].new_zeros(n, weights["W_dec"].shape[0])
+        codes.scatter_(1, given["indices"][:n], given["values"][:n].double())
+        came = {**came, "x_hat": x_hat}
+        return _reconstruction(codes, torch.zeros_like(codes), came, weights, u)
+    centred = x.double() - weights["b_dec"]
+    h = centred @ weights["W_enc"].T + weights["b_enc"]
+    terms = centred.abs() @ weights["W_enc"].abs().T + weights["b_enc"].abs()
+    off = (2 * u + x.shape[1] * _U32) * terms + u * h.abs()
+    if task.operation == "product":
+        _within("product", came["codes"], h, off)
+        return _error(came["codes"], h, off)
+    kept = came["codes"] != 0
+    _selection(task, h, off, kept, came.get("threshold"))
+    exact = torch.where(kept, h, 0)
+    off = torch.where(kept, 2 * off, 0)  # as much again for a scale that was folded
+    _within("code", came["codes"], exact, off)
+    if "x_hat" not in came:
+        return _error(came["codes"], exact, off)
+    found = _reconstruction(exact, off, came, weights, u)
+    if "moved" in came:
+        _movement(task, x.double(), kept, weights, came["moved"])
+    return found
+
+
+def _selection(
+    task: Task, h: torch.Tensor, off: torch.Tensor, kept: torch.Tensor, bound: torch.Tensor | None
+) -> None:
+    low, high = h - off, h + off
+    if task.architecture in ("jumprelu", "relu"):
+        edge = h.new_zeros(()) if bound is None else bound.double()
+        wrong = (kept & (high < edge)) | (~kept & (low > edge))
+    else:
+        count = task.k if task.architecture == "topk" else task.k * h.shape[0]
+        if task.architecture == "batch_topk":
+            low, high, kept = (t.reshape(1, -1) for t in (low, high, kept))
+        n = kept.sum(1, keepdim=True)
+        weakest = high.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+        # A row with fewer than its share has no positive score left.
+        weakest = torch.where(n < count, weakest.clamp(max=0), weakest)
+        wrong = (n > count) | (~kept & (low > weakest))
+    if bool(wrong.any()):
+        raise WrongResult(
+            f"kept latents: {int(wrong.sum())} of {wrong.numel()} are not the largest"
+        )
+
+
+def _reconstruction(
+    codes: torch.Tensor, off: torch.Tensor, came: Tensors, weights: Tensors, u: float
+) -> Error:
+    W, b = weights["W_dec"], weights["b_dec"]
+    exact = codes @ W + b
+    n = int((codes != 0).sum(1).max()) + 1
+    terms = codes.abs() @ W.abs() + b.abs()
+    budget = off @ W.abs() + (2 * u + n * _U32) * terms + 2 * u * exact.abs()
+    _within("reconstruction", came["x_hat"], exact, budget)
+    return _error(came["x_hat"], exact, budget)
+
+
+def _within(what: str, came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> None:
+    wrong = (came - exact).abs() > budget
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise WrongResult(
+            f"{what} at [{row}, {column}]: expected {exact[row, column]:.6g} within "
+            f"{budget[row, column]:.2g}, got {came[row, column]:.6g}; {int(wrong.sum())} of "
+            f"{wrong.numel()} are wrong"
+        )
+
+
+def _error(came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> Error:
+    scale = float(exact.abs().max())
+    return Error(float((came - exact).abs().max()) / scale, float(budget.max()) / scale)
+
+
+def _movement(
+    task: Task, x: torch.Tensor, kept: torch.Tensor, weights: Tensors, moved: torch.Tensor
+) -> None:
+    """Raises unless the encoder's rows moved against the gradient of the loss."""
+    W_enc, W_dec = weights["W_enc"], weights["W_dec"]
+    centred = x - weights["b_dec"]
+    h = torch.where(kept, centred @ W_enc.T + weights["b_enc"], 0)
+    error = h @ W_dec + weights["b_dec"] - x
+    slope = 2 * error @ W_dec.T / (x - x.mean(0)).square().sum()
+    if task.architecture == "relu":  # the L1 penalty, beside the loss divided by the variance
+        slope = slope + task.options["coefficient"] / x.shape[0]
+    gradient = torch.where(kept, slope, 0).T @ centred
+    clear = gradient.abs() > gradient.square().mean().sqrt()
+    agree = float((moved[clear].sign() == -gradient[clear].sign()).double().mean())
+    if not agree >= _AGREE:
+        raise WrongResult(
+            f"training: expected at least {_AGREE:.0%} of the encoder's elements with a clear "
+            f"gradient to move against it, got {agree:.1%}"
+        )

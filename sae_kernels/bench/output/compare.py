@@ -1,0 +1,152 @@
+"""Two runs side by side: what became faster or slower, and what cannot be said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sae_kernels.bench.output.cells import Column, dtype
+from sae_kernels.bench.output.ratios import Ratio, ratio, same_dtype
+from sae_kernels.bench.output.table import print_columns, say
+from sae_kernels.bench.results import key, measured
+from sae_kernels.report.units import number
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sae_kernels.bench.results import Key, Record, Results
+
+NOISE = 1.1
+"""Two runs of the same code on the same machine agree within this factor."""
+
+_MACHINE = ("cpu", "device", "isa", "threads", "malloc", "torch", "triton", "cupy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, provider and dtype that both runs measured.
+
+    Attributes:
+        now, stored: its two records.
+        time: the present time by the stored one; above 1 it became slower.
+        speedup: how many times as fast ours is in the same dtype, now and as stored; or None.
+        changed: by more than the noise and than p20 and p80 allow; of the times on the same
+            machine, of the speedups between two that differ.
+    """
+
+    now: Record
+    stored: Record
+    time: Ratio
+    speedup: tuple[Ratio, Ratio] | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs say together.
+
+    Attributes:
+        rows: what both measured.
+        only_now, only_stored: what one of them did not measure, with its status there if any.
+        differs: what of machine and libraries is not the same, as "threads 2, was 4".
+    """
+
+    rows: list[Row]
+    only_now: dict[Key, str]
+    only_stored: dict[Key, str]
+    differs: list[str]
+
+
+def compare(now: Results, stored: Results) -> Comparison:
+    """Matches two runs by case, provider and dtype."""
+    differs = [
+        f"{name} {now.provenance.get(name)}, was {stored.provenance.get(name)}"
+        for name in _MACHINE
+        if now.provenance.get(name) != stored.provenance.get(name)
+    ]
+    new, old = ({key(r): r for r in run.records} for run in (now, stored))
+    both = [k for k in new if _measured(new, k) and _measured(old, k)]
+    cases = now.cases(), stored.cases()
+    return Comparison(
+        [
+            _row(new[k], old[k], cases[0][k[0]], cases[1][k[0]], same_machine=not differs)
+            for k in both
+        ],
+        {k: _status(old, k) for k in new if _measured(new, k) and k not in both},
+        {k: _status(new, k) for k in old if _measured(old, k) and k not in both},
+        differs,
+    )
+
+
+def show(now: Results, stored: Results, console: Console) -> None:
+    """Prints how a run differs from a stored one; a star marks what changed."""
+    found = compare(now, stored)
+    if found.differs:
+        say(
+            console,
+            f"not the same machine or torch ({'; '.join(found.differs)}): only ratios mean much",
+        )
+    for case in now.cases():
+        rows = [row for row in found.rows if row.now["case"] == case]
+        if rows:
+            console.print()
+            say(console, case, "bold")
+            print_columns(*_columns(rows), console)
+    starred = sum(row.changed for row in found.rows)
+    console.print()
+    say(console, f"* {starred} of {len(found.rows)} changed: by more than 10 % and than p20 to p80")
+    for when, missing in (("now", found.only_now), ("in the stored run", found.only_stored)):
+        for (case, provider, kind), status in missing.items():
+            say(console, f"measured only {when}: {case} {provider} {kind} (the other: {status})")
+
+
+def _row(
+    now: Record, stored: Record, beside: list[Record], before: list[Record], *, same_machine: bool
+) -> Row:
+    time = ratio(now, stored)
+    ratios = same_dtype(now, beside), same_dtype(stored, before)
+    speedup = (ratios[0], ratios[1]) if ratios[0] and ratios[1] else None
+    if same_machine:
+        changed = _apart(_time(now), _time(stored))
+    else:
+        changed = speedup is not None and _apart(*speedup)
+    return Row(now, stored, time, speedup, changed)
+
+
+def _time(record: Record) -> Ratio:
+    return Ratio(record["median_ms"], record["p20_ms"], record["p80_ms"], False)
+
+
+def _apart(a: Ratio, b: Ratio) -> bool:
+    """Whether intervals do not touch and values differ by more than noise."""
+    disjoint = a.low > b.high or b.low > a.high
+    return disjoint and not 1 / NOISE <= a.value / b.value <= NOISE
+
+
+def _measured(records: dict[Key, Record], k: Key) -> bool:
+    return k in records and bool(measured([records[k]]))
+
+
+def _status(records: dict[Key, Record], k: Key) -> str:
+    return str(records[k]["status"]) if k in records else "absent"
+
+
+def _columns(rows: list[Row]) -> tuple[list[Column], list[Column]]:
+    names = [("* " if row.changed else "  ") + row.now["provider"] for row in rows]
+    who = [
+        Column("  provider", names, True),
+        Column("dtype", [dtype(row.now) for row in rows], True),
+    ]
+    speedups = [row.speedup for row in rows]
+    return who, [
+        Column("median ms", [number(row.now["median_ms"]) for row in rows]),
+        Column("was", [number(row.stored["median_ms"]) for row in rows]),
+        Column("change", [_percent(row.time.value) for row in rows]),
+        Column("ours x", [str(s[0]) if s else "" for s in speedups]),
+        Column("was", [str(s[1]) if s else "" for s in speedups]),
+        Column("change", [_percent(s[0].value / s[1].value) if s else "" for s in speedups]),
+    ]
+
+
+def _percent(factor: float) -> str:
+    return f"{100 * (factor - 1):+.1f} %"

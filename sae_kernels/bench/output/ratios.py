@@ -1,0 +1,105 @@
+"""How many times as fast ours is, and how sure of that one can be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from sae_kernels.bench.results import measured
+from sae_kernels.report.units import number
+
+if TYPE_CHECKING:
+    from sae_kernels.bench.results import Record
+
+SHORT_MS = 5.0
+"""Up to here a median wanders by more than a tenth from run to run: its ratios are intervals."""
+
+RATES = ("product", "copy")
+"""Providers that say how fast the machine is: they do a part of a case, or none."""
+
+
+class Ratio(NamedTuple):
+    """A time by another.
+
+    Attributes:
+        value: of the medians.
+        low, high: the least and the largest that their p20 and p80 allow.
+        short: one of the medians is too short for the value alone to be said.
+    """
+
+    value: float
+    low: float
+    high: float
+    short: bool
+
+    def __str__(self) -> str:
+        if self.short:
+            return f"{number(self.low, 2)} to {number(self.high, 2)}x"
+        return f"{number(self.value)}x"
+
+
+def ratio(record: Record, base: Record) -> Ratio:
+    """A measured record's time by that of another: above 1 the other is faster.
+
+    Example:
+        >>> theirs = {"median_ms": 8.0, "p20_ms": 6.0, "p80_ms": 9.0}
+        >>> ours = {"median_ms": 4.0, "p20_ms": 3.0, "p80_ms": 5.0}
+        >>> ratio(theirs, ours)
+        Ratio(value=2.0, low=1.2, high=3.0, short=True)
+        >>> str(ratio(theirs, theirs)), str(ratio(theirs, ours))
+        ('1.00x', '1.2 to 3.0x')
+    """
+    return Ratio(
+        record["median_ms"] / base["median_ms"],
+        record["p20_ms"] / base["p80_ms"],
+        record["p80_ms"] / base["p20_ms"],
+        min(record["median_ms"], base["median_ms"]) <= SHORT_MS,
+    )
+
+
+def ours(records: list[Record], dtype: str) -> Record | None:
+    """Our own measured record of a case in a dtype."""
+    found = [r for r in measured(records) if r["provider"] == "ours" and r["dtype"] == dtype]
+    return found[0] if found else None
+
+
+def default(records: list[Record]) -> Record | None:
+    """Our own measured record of a case in the dtype that this machine gets by default."""
+    found = [r for r in measured(records) if r["provider"] == "ours"]
+    return next((r for r in found if r.get("as_shipped")), found[0] if found else None)
+
+
+def same_dtype(record: Record, records: list[Record]) -> Ratio | None:
+    """Its time by ours in its own dtype; None of a rate, which does another thing."""
+    base = ours(records, record["dtype"])
+    return ratio(record, base) if base and _comparable(record) else None
+
+
+def as_shipped(record: Record, records: list[Record]) -> Ratio | None:
+    """The time of a library as it comes by ours as it comes."""
+    base = default(records)
+    shipped = _comparable(record) and record.get("as_shipped")
+    return ratio(record, base) if base and shipped else None
+
+
+def headline(records: list[Record]) -> list[Record]:
+    """One measured record for each provider: the one to be quoted.
+
+    It is the one in our default dtype; without it one in another dtype in which ours ran too.
+    """
+    base = default(records)
+    found: dict[str, Record] = {}
+    for record in filter(_comparable, records):
+        best = found.setdefault(record["provider"], record)
+        if _fitness(record, base, records) > _fitness(best, base, records):
+            found[record["provider"]] = record
+    return list(found.values())
+
+
+def _comparable(record: Record) -> bool:
+    return record["provider"] not in RATES and bool(measured([record]))
+
+
+def _fitness(record: Record, base: Record | None, records: list[Record]) -> int:
+    if base and record["dtype"] == base["dtype"]:
+        return 2
+    return 1 if ours(records, record["dtype"]) else 0

@@ -1,0 +1,131 @@
+"""Which records of a run make a picture together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sae_kernels.bench.output.cells import dtype
+from sae_kernels.bench.output.ratios import RATES, default, headline
+from sae_kernels.bench.results import measured
+
+if TYPE_CHECKING:
+    from sae_kernels.bench.results import Record, Results
+
+Lines = dict[str, list["Record"]]
+"""Records of each provider in the order of an axis; at least two each."""
+
+_SAME = ("operation", "mode", "architecture", "popularity", "B", "D", "F", "K")
+_LABELS = {"ours": "sae-kernels", "dense": "dense", "dense_compile": "dense, compiled",
+           "product": "the product alone", "cusparse": "cuSPARSE"}  # fmt: skip
+
+
+def label(record: Record) -> str:
+    """What a picture calls a provider."""
+    name: str = record["provider"]
+    return f"{_LABELS.get(name, name)} {dtype(record)}"
+
+
+def title(record: Record) -> str:
+    """What was done, and the sizes."""
+    sizes = ", ".join(f"{name} {record[name]:,}" for name in "BDFK" if record.get(name))
+    return f"{what(record)}: {sizes}"
+
+
+def what(record: Record) -> str:
+    """What was done."""
+    mode, operation = record.get("mode"), record.get("operation")
+    if operation == "step":
+        return "Training step"
+    return f"{operation}, {mode}" if operation else str(record["case"])
+
+
+def lines(results: Results, axis: str, value: str = "median_ms") -> Lines:
+    """The rows to quote where nothing but one size ("B", "F" or "K") varies, by label.
+
+    Of several such sweeps the one with most sizes, of those the first, but training steps before
+    anything else. Empty if there is none. Only records with the value are taken.
+    """
+    sweeps: dict[tuple[object, ...], list[Record]] = {}
+    for records in results.cases().values():
+        for record in headline(records):
+            if all((record.get(name) or 0) > 0 for name in ("B", axis, value)):
+                same = tuple(record.get(name) for name in _SAME if name != axis)
+                sweeps.setdefault(same, []).append(record)
+    found = [_by_label(records, axis) for records in sweeps.values()]
+    return max(filter(None, found), key=lambda sweep: _interest(sweep, axis), default={})
+
+
+def crossing(results: Results) -> tuple[str, Lines]:
+    """The axis ("K", else "F", else "B") along which ours and dense ran in one dtype, and both.
+
+    The first line is ours.
+    """
+    for axis in ("K", "F", "B"):
+        found = lines(results, axis)
+        mine = {name: rs for name, rs in found.items() if rs[0]["provider"] == "ours"}
+        beside = {(r[axis], r["dtype"]) for records in mine.values() for r in records}
+        dense = {
+            name: [r for r in records if (r[axis], r["dtype"]) in beside]
+            for name, records in found.items()
+            if records[0]["provider"] in ("dense", "dense_compile")
+        }
+        dense = {name: records for name, records in dense.items() if len(records) > 1}
+        if len(mine) == 1 and dense:
+            return axis, {**mine, **dense}
+    return "", {}
+
+
+def showpiece(results: Results) -> list[Record]:
+    """The measured records of the case to show first: the training step most libraries ran.
+
+    Of equals the largest product. Of the rates the product in our default dtype is with them.
+    Empty if no case has two records of which one is ours.
+    """
+    cases = [_contestants(measured(records)) for records in results.cases().values()]
+    return max((rs for rs in cases if len(rs) > 1), key=_worth, default=[])
+
+
+def split(results: Results) -> list[Record]:
+    """The records to quote with phases, of the case that has most of them."""
+    found = [
+        [r for r in headline(records) if len(r.get("phases_ms") or {}) > 1]
+        for records in results.cases().values()
+    ]
+    return max(found, key=lambda rs: (len(rs), _worth(rs) if rs else ()), default=[])
+
+
+def _contestants(records: list[Record]) -> list[Record]:
+    base = default(records)
+    return [
+        record
+        for record in records
+        if base is not None
+        and (
+            record["provider"] not in RATES
+            or (record["provider"] == "product" and record["dtype"] == base["dtype"])
+        )
+    ]
+
+
+def _by_label(records: list[Record], axis: str) -> Lines:
+    found: Lines = {}
+    for record in sorted(records, key=lambda r: float(r[axis])):
+        found.setdefault(label(record), []).append(record)
+    return {name: rs for name, rs in found.items() if len({r[axis] for r in rs}) > 1}
+
+
+def _interest(sweep: Lines, axis: str) -> tuple[bool, int, int]:
+    sizes = {r[axis] for rs in sweep.values() for r in rs}
+    first = next(iter(sweep.values()))[0]
+    return first.get("operation") == "step", len(sizes), len(sweep)
+
+
+def _product(record: Record) -> float:
+    return float(math.prod(record.get(size) or 0 for size in "BDF"))
+
+
+def _worth(records: list[Record]) -> tuple[bool, int, float]:
+    first = records[0]
+    providers = {record["provider"] for record in records}
+    return first.get("operation") == "step", len(providers), _product(first)

@@ -1,0 +1,122 @@
+"""Who takes part: ours, plain torch, the peers' packages, and the product that is necessary."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_kernels.bench import environments
+from sae_kernels.errors import name_hint
+from sae_kernels.train.compute import compute_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from sae_kernels.bench.cases import Case
+
+
+class Provider(NamedTuple):
+    """One contestant.
+
+    Attributes:
+        name: what it is called.
+        dtype: "float32", or "bfloat16" products with fp32 weights.
+        module: of the folder ``contestants``, or any one by its dotted name.
+        options: for the module.
+        as_shipped: whether this is what its user gets without asking for another dtype.
+        operations: what it can do.
+        devices: where it runs.
+        operation: what it does in the place of the case's: a rate of the machine.
+    """
+
+    name: str
+    dtype: str
+    module: str
+    options: dict[str, Any]
+    as_shipped: bool = False
+    operations: tuple[str, ...] = ("encode", "decode", "sae", "step")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    operation: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name and dtype."""
+        return f"{self.name} {self.dtype}"
+
+    @property
+    def python(self) -> Path | str | None:
+        """The interpreter that has its package; None where it is not installed."""
+        peer = self.name in environments.PEERS
+        return environments.python_of(self.name) if peer else sys.executable
+
+    def unable(self, case: Case, device: str) -> str | None:
+        """Why it does not take part in a case; None if it does, as far as can be told from here."""
+        if self.python is None:
+            return f"not installed; sae-kernels bench --setup-peers {self.name} installs it"
+        if device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} only"
+        if case.operation not in self.operations:
+            return f"it has no {case.operation}"
+        return None
+
+
+def _both(name: str, module: str, *dtypes: str, **options: Any) -> list[Provider]:
+    return [Provider(name, dtype, module, options) for dtype in dtypes]
+
+
+def _theirs(name: str) -> list[Provider]:
+    """In fp32, which is what most of them do by default, and in bf16, which is fastest."""
+    return _both(name, name, "float32", "bfloat16")
+
+
+def _ours(name: str, **options: Any) -> list[Provider]:
+    return _both(name, "ours", "bfloat16", "float32", **options)
+
+
+_ENCODING = ("encode", "sae", "step")
+_RATES = [
+    *(
+        Provider("product", dtype, "rates", {}, operations=_ENCODING, operation="product")
+        for dtype in ("bfloat16", "float32")
+    ),
+    Provider("copy", "int8", "rates", {}, operation="copy"),
+]
+# In the order in which tables show them.
+GROUPS: dict[str, list[Provider]] = {
+    "ours": [*_ours("ours"), *_RATES],
+    "ours-reference": _ours("ours-reference", backend="reference"),
+    "ours-triton": [p._replace(devices=("cuda",)) for p in _ours("ours-triton", backend="triton")],
+    "dense": [
+        *_theirs("dense"),
+        Provider("dense_compile", "bfloat16", "dense", {"compile": 1}),
+    ],
+    "cusparse": [
+        Provider("cusparse", "float32", "cusparse", {}, operations=("decode",), devices=("cuda",))
+    ],
+    **{peer: _theirs(peer) for peer in environments.PEERS},
+}
+
+
+def chosen(against: Iterable[str], device: str) -> list[Provider]:
+    """Ours and those of the named groups, for a device ("cpu", "cuda").
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    names = ["ours", *against]
+    for name in names:
+        if name not in GROUPS:
+            raise ValueError(f"--against: no provider {name!r}; {name_hint(name, GROUPS)}")
+    auto = str(compute_dtype("auto", torch.device(device))).removeprefix("torch.")
+    shipped = {"ours": auto}
+    if device == "cuda":  # where it puts its forward pass under autocast whatever it is told
+        shipped["sparsify"] = "bfloat16"
+    return [
+        provider._replace(as_shipped=provider.dtype == shipped.get(provider.module, "float32"))
+        for group in GROUPS
+        if group in names
+        for provider in GROUPS[group]
+    ]

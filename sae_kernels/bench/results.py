@@ -1,0 +1,210 @@
+"""What a benchmark measured, as JSON lines: where and how, and a record for each contestant.
+
+A record is what one provider did of one case in one dtype. ``status`` says whether it was measured;
+if not, ``reason`` says why. Numbers that there are none of are null. The first line is the
+provenance; later ones may add to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_kernels.bench.contestants.rates import COPIED_BYTES
+from sae_kernels.errors import DataError
+from sae_kernels.train.metrics import jsonable
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Record = dict[str, Any]
+Key = tuple[str, str, str]
+
+_TEXTS = ("case", "provider", "dtype", "status")
+_KINDS = ("operation", "mode", "architecture", "popularity")
+_TIMES = ("median_ms", "p20_ms", "p80_ms")
+_NUMBERS = (
+    *_TIMES,
+    *("B", "D", "F", "K", "peak_bytes", "max_error", "error_budget", "gflops", "gbps"),
+    *("of_roofline", "floor_ms", "speedup_of_ours", "speedup_of_ours_default"),
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run of the benchmark.
+
+    Attributes:
+        provenance: where, how and with what it was measured.
+        records: in the order of the file.
+        notes: what a reader should know of the file, a sentence each.
+    """
+
+    provenance: Record
+    records: list[Record]
+    notes: list[str] = field(default_factory=list)
+
+    def cases(self) -> dict[str, list[Record]]:
+        """The records of each case, in the order in which the cases first appear."""
+        found: dict[str, list[Record]] = {}
+        for record in self.records:
+            found.setdefault(record["case"], []).append(record)
+        return found
+
+
+def key(record: Record) -> Key:
+    """What tells a record from the others of its file: case, provider and dtype."""
+    return record["case"], record["provider"], record["dtype"]
+
+
+def measured(records: list[Record]) -> list[Record]:
+    """Those that have a time."""
+    return [r for r in records if r["status"] == "measured" and r.get("median_ms")]
+
+
+def roofs(results: Results) -> tuple[float, dict[str, float]]:
+    """Bytes/s of copying, read plus written (0: not known), and FLOP/s of products by dtype.
+
+    The best of the run.
+    """
+    copy, products = 0.0, dict[str, float]()
+    for record in measured(results.records):
+        seconds = record["median_ms"] / 1e3
+        if record["provider"] == "copy":
+            copy = max(copy, 2 * COPIED_BYTES / seconds)
+        elif record["provider"] == "product":
+            flops = 2.0 * math.prod(record.get(size) or 0 for size in "BDF")
+            products[record["dtype"]] = max(flops / seconds, products.get(record["dtype"], 0.0))
+    return copy, {name: rate for name, rate in products.items() if rate > 0}
+
+
+class Writer:
+    """Writes a file of results, each line whole as soon as it is known.
+
+    Whatever ends the run, what was measured until then can be read. Numbers that are not finite
+    become null, which JSON lacks.
+
+    Args:
+        path: the file; one that is there is replaced.
+        provenance: its first line.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "results.jsonl"
+        >>> with Writer(path, {"cpu": "this one"}) as writer:
+        ...     writer.write({"case": "step", "provider": "ours", "dtype": "float32",
+        ...                   "status": "unable", "reason": "no such kernel"})
+        >>> read(path).records[0]["reason"]
+        'no such kernel'
+    """
+
+    def __init__(self, path: str | Path, provenance: Record) -> None:
+        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        self.write({"provenance": provenance})
+
+    def write(self, record: Record) -> None:
+        """Appends a record."""
+        self._file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read(path: str | Path) -> Results:
+    """The results in a file. Keys that are not known are kept and mean nothing.
+
+    A last line that was cut off, as a killed run leaves it, is left out and noted.
+
+    Raises:
+        DataError: the file is missing, empty, damaged or of another kind; says in which line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a file of benchmark results, got {error}") from error
+    *lines, last = text.split("\n")
+    notes: list[str] = []
+    if _is_object(last):  # whole but for the end of its line
+        lines.append(last)
+    elif last.strip() and lines:
+        notes.append(f"{path}, line {len(lines) + 1} is cut off and was left out")
+    if not lines:
+        raise DataError(f"{path}, line 1: expected the provenance, got {_short(text)}")
+    first, *records = (_line(path, i, line) for i, line in enumerate(lines, 1))
+    return Results(first["provenance"], records, notes)
+
+
+def _line(path: Path, i: int, text: str) -> Record:
+    try:
+        found = _parsed(text)
+        (_check_provenance if i == 1 else _check_record)(found)
+    except ValueError as error:
+        raise DataError(f"{path}, line {i}: {error}") from None
+    record: Record = found
+    return record
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=float)
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected a JSON object, got {_short(text)}") from None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(_parsed(text), dict)
+    except ValueError:
+        return False
+
+
+def _check_provenance(found: Any) -> None:
+    if not isinstance(found, dict) or not isinstance(found.get("provenance"), dict):
+        raise ValueError(
+            'expected {"provenance": {...}}, as sae-kernels bench writes first, '
+            f"got {_short(json.dumps(found))}"
+        )
+
+
+def _check_record(found: Any) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got {_short(json.dumps(found))}")
+    for name in _TEXTS:
+        if not isinstance(found.get(name), str):
+            raise ValueError(f"{name}: expected a text, got {_short(repr(found.get(name)))}")
+    for name in _KINDS:
+        if not isinstance(found.get(name), str | None):
+            raise ValueError(f"{name}: expected a text or null, got {_short(repr(found[name]))}")
+    phases = found.get("phases_ms") or {}
+    if not isinstance(phases, dict):
+        raise ValueError(f"phases_ms: expected an object or null, got {_short(str(phases))}")
+    numbers = {name: found.get(name) for name in _NUMBERS}
+    for name, value in {**numbers, **phases}.items():
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+            raise ValueError(f"{name}: expected a finite number or null, got {_short(repr(value))}")
+    for name in _TIMES if found["status"] == "measured" else ():
+        if not (found.get(name) or 0) > 0:
+            raise ValueError(f"{name}: expected a time above 0, got {found.get(name)!r}")
+
+
+def _short(text: str) -> str:
+    """The beginning of a piece of someone's file, on one line."""
+    line = " ".join(text.split())
+    return (line[:40] + "..." if len(line) > 40 else line) or "nothing"

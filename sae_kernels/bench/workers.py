@@ -1,0 +1,126 @@
+"""The parent's side of a worker process: started, told what to do, given up when it hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_kernels.bench.providers import Provider
+
+LIMIT_S = 300.0  # an answer that takes longer is not waited for
+_FOLDER = Path(__file__).parent
+# The folder of contestants as a package of its own: appended, so that it hides nobody's module.
+_START = (
+    "import sys; sys.path.append(sys.argv[1]); from contestants.worker import main; "
+    "main(sys.argv[2], int(sys.argv[3]))"
+)
+
+
+class Unable(Exception):
+    """The contestant says that it cannot do this here."""
+
+
+class Failed(Exception):
+    """The contestant raised, died or did not answer in time."""
+
+
+class Worker:
+    """A process that holds one contestant.
+
+    Args:
+        provider: whose.
+        threads: of its products and kernels.
+    """
+
+    def __init__(self, provider: Provider, threads: int) -> None:
+        self.provider = provider
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        # How threads wait stays each library's own: told to sleep at once, one that runs many small
+        # operations took 2.5 times as long. They sleep by themselves after some milliseconds.
+        self._process = subprocess.Popen(
+            [str(provider.python), "-c", _START, str(_FOLDER), provider.module, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def tell(self, **command: Any) -> None:
+        """Sends a command; :meth:`answer` has what comes of it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Waits for the answer to the last command.
+
+        Raises:
+            Unable, Failed: with the contestant's words.
+        """
+        assert self._process.stdout is not None
+        alarm = threading.Timer(LIMIT_S, self.kill)
+        alarm.daemon = True
+        alarm.start()
+        line = self._process.stdout.readline()
+        alarm.cancel()
+        if not line:
+            raise Failed(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        if "unable" in answer:
+            raise Unable(answer["unable"])
+        if "failed" in answer:
+            raise Failed(answer["failed"])
+        return answer
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Sends a command and waits for the answer."""
+        self.tell(**command)
+        return self.answer()
+
+    def kill(self) -> None:
+        """Ends the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends the process, by its own will if it has one left."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        why = f"; its last line: {lines[-1][:300]}" if lines else ""
+        if code == -signal.SIGKILL:
+            return f"killed: it gave no answer in {LIMIT_S:.0f} s, or took too much memory{why}"
+        return f"its process ended with {code}{why}"

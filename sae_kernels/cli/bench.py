@@ -1,0 +1,161 @@
+"""``sae-kernels bench``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae_kernels.bench import cases, environments, providers
+from sae_kernels.cli.files import Data, check_free
+from sae_kernels.cli.options import Debug, Json, Overwrite
+from sae_kernels.cli.output import Output
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae_kernels.bench.cases import Case
+    from sae_kernels.bench.providers import Provider
+    from sae_kernels.bench.results import Results
+    from sae_kernels.bench.run import Settings
+
+_DEFAULT = {"cpu": "cpu-small", "cuda": "gpu-small"}
+_OTHERS = [name for name in providers.GROUPS if name != "ours"]
+
+
+def bench(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Cases: {', '.join(cases.PRESETS)}; may be repeated. [default: cpu-small, or "
+            "gpu-small with --device cuda]",
+        ),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(metavar="NAME,...|all", help=f"Beside ours: {', '.join(_OTHERS)}.")
+    ] = "dense",
+    only: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Cases whose names it is found in.")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 300.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant, at most.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each contestant. [default: torch's]")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it runs.")] = "cpu",
+    data: Annotated[
+        Path | None, typer.Option(help="Harvested activations in the place of random ones.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this .jsonl file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw pictures and a report into this folder.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Show what changed since the results in this file.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Say which cases there are.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be measured, what not and why.")
+    ] = False,
+    setup_peers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...|all",
+            help=f"Install {', '.join(environments.PEERS)} into environments of their own.",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure every operator and the training step against dense torch and other packages."""
+    output = Output(as_json)
+    if setup_peers is not None:
+        peers = _names(setup_peers, list(environments.PEERS))
+        with output.progress() as show:
+            return environments.setup(peers, lambda text: show(text, 0, None))
+    if device not in _DEFAULT:
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    if listed:
+        return _list(preset or list(cases.PRESETS), only, output)
+    who = providers.chosen(_names(against, _OTHERS), device)
+    chosen = cases.chosen(preset or [_DEFAULT[device]], only)
+    source = None if data is None else Data.open([data], None).source
+    if source is not None:
+        chosen = [cases.real(case, source.d_in) for case in chosen]
+    if dry_run:
+        return _dry_run(chosen, who, device, output)
+    from sae_kernels.bench import results, run
+
+    stored = None if compare is None else results.read(compare)
+    _check_places(out, plot, overwrite)
+    number = {} if threads is None else {"threads": threads}
+    settings = run.Settings(device, rounds=rounds, budget_s=budget, data=source, **number)
+    _measure(chosen, who, settings, out, plot, stored, output)
+
+
+def _names(text: str, every: "Sequence[str]") -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(every) if names == ["all"] else names
+
+
+def _list(presets: "Sequence[str]", only: str | None, output: Output) -> None:
+    rows = [("preset", "case")]
+    for case in cases.chosen(presets, only):
+        of = [name for name in presets if case in cases.PRESETS[name]]
+        output.record({**case.facts(), "presets": of})
+        rows.append((", ".join(of), case.name))
+    output.table(rows)
+
+
+def _dry_run(
+    chosen: "Sequence[Case]", who: "Sequence[Provider]", device: str, output: Output
+) -> None:
+    rows = [("case", "provider", "dtype", "")]
+    for case in chosen:
+        for provider in who:
+            reason = provider.unable(case, device)
+            facts = {"provider": provider.name, "dtype": provider.dtype, "unable": reason}
+            output.record({**case.facts(), **facts})
+            verdict = "would run" if reason is None else f"no: {reason}"
+            rows.append((case.name, provider.name, provider.dtype, verdict))
+    output.table(rows)
+
+
+def _check_places(out: Path | None, plot: Path | None, overwrite: bool) -> None:
+    if out is not None and out.exists() and not overwrite:
+        raise DataError(f"{out}: expected a new file; choose another --out, or --overwrite")
+    if out is not None and not out.parent.is_dir():
+        raise DataError(f"{out}: expected a file in a folder that is there; make it first")
+    if plot is not None:
+        check_free(plot, overwrite)
+
+
+def _measure(
+    chosen: "Sequence[Case]",
+    who: "Sequence[Provider]",
+    settings: "Settings",
+    out: Path | None,
+    plot: Path | None,
+    stored: "Results | None",
+    output: Output,
+) -> None:
+    from rich.console import Console
+
+    from sae_kernels.bench import session
+    from sae_kernels.bench.output import compare, page, table
+    from sae_kernels.train.compute import training_device
+
+    training_device(settings.device)  # says what is missing
+    with output.progress() as show:
+        done = session.measure(chosen, who, settings, out, output.record, show)
+    if not output.as_json:
+        console = Console()
+        table.show(done.results, console)
+        if stored is not None:
+            compare.show(done.results, stored, console)
+    if plot is not None and done.results.records:
+        output.text(f"report: {page.write(done.results, plot)}")
+    if done.interrupted:
+        raise KeyboardInterrupt

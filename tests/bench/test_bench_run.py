@@ -1,0 +1,207 @@
+"""The harness on contestants that are slow, wrong or broken, and interrupted half way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sae_kernels.bench import results, workers
+from sae_kernels.bench.cases import Case, Shape, step
+from sae_kernels.bench.providers import Provider, chosen
+from sae_kernels.bench.run import Run, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+CASE = step(Shape(64, 32, 256, 4), "uniform")
+SETTINGS = Settings(threads=1, rounds=3)
+
+
+FAULTS = {
+    "latent": "kept latents",
+    "value": "code at",
+    "reconstruction": "reconstruction at",
+    "direction": "training",
+    "idle": "training",
+    "nan": "finite",
+}
+OPERATORS = [
+    Case(op, mode, CASE.shape, "uniform")
+    for op, mode in (
+        ("encode", "inference"),
+        ("decode", "inference"),
+        ("sae", "inference"),
+        ("sae", "forward"),
+        ("sae", "backward"),
+    )
+]
+STEPS = [step(CASE.shape, "zipf", name) for name in ("topk", "batch_topk", "jumprelu", "relu")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def planted() -> Iterator[None]:
+    """Lets worker processes import the contestants of this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        yield
+
+
+def provider(module: str, name: str = "planted", **options: Any) -> Provider:
+    return Provider(name, "float32", f"planted.{module}", options)
+
+
+def run(*providers: Provider, case: Case = CASE) -> dict[str, results.Record]:
+    with Run(providers, SETTINGS) as session:
+        (records,) = session.records([case])
+    return {record["provider"]: record for record in records}
+
+
+@pytest.fixture(scope="module")
+def wrong(planted: None) -> dict[str, results.Record]:
+    return run(*(provider("wrong", fault, fault=fault) for fault in (*FAULTS, "none")))
+
+
+@pytest.fixture(scope="module")
+def everything(planted: None) -> dict[str, list[results.Record]]:
+    """Ours and dense torch in every operator and architecture, by case."""
+    cases = [*OPERATORS, *STEPS]
+    who = [p for p in chosen(["dense"], "cpu") if p.name != "dense_compile"]
+    with Run(who, SETTINGS) as session:
+        return dict(zip((c.name for c in cases), session.records(cases), strict=True))
+
+
+def test_a_planted_delay_is_measured() -> None:
+    found = run(Provider("dense", "float32", "dense", {}), provider("slow"))
+    assert found["planted"]["p20_ms"] >= 50  # the sleep alone
+    assert found["planted"]["median_ms"] - found["dense"]["median_ms"] > 40
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_result_is_refused_and_has_no_time(
+    fault: str, wrong: dict[str, results.Record]
+) -> None:
+    assert wrong[fault]["status"] == "refused"
+    assert FAULTS[fault] in wrong[fault]["reason"]
+    assert "median_ms" not in wrong[fault]
+
+
+def test_the_contestant_without_a_fault_is_accepted(wrong: dict[str, results.Record]) -> None:
+    assert wrong["none"]["status"] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "words"),
+    [
+        ("raises", "failed", "ArithmeticError: planted failure"),
+        ("dies", "failed", "ended with 3"),
+        ("hangs", "failed", "no answer in 8 s"),
+        ("unable", "unable", "planted inability"),
+    ],
+)
+def test_one_that_breaks_leaves_the_others_alone(
+    how: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "LIMIT_S", 8.0)
+    found = run(provider("failing", how=how), Provider("dense", "float32", "dense", {}))
+    assert found["planted"]["status"] == status
+    assert words in found["planted"]["reason"]
+    assert found["dense"]["status"] == "measured"
+
+
+def test_a_library_that_is_not_there_is_said_to_be_missing() -> None:
+    record = run(Provider("missing", "float32", "planted.no_such_module", {}))["missing"]
+    assert record["status"] == "unable"
+    assert "no_such_module" in record["reason"]
+
+
+@pytest.mark.parametrize("case", [*OPERATORS, *STEPS], ids=lambda case: case.name)
+def test_everything_passes_the_gate_and_is_timed(
+    case: Case, everything: dict[str, list[results.Record]]
+) -> None:
+    for record in everything[case.name]:
+        if record["provider"] == "product" and case.operation == "decode":
+            assert record["status"] == "unable"
+            continue
+        assert record["status"] == "measured", record["reason"]
+        assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+        assert record["provider"] == "copy" or record["max_error"] <= record["error_budget"]
+
+
+def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
+    everything: dict[str, list[results.Record]],
+) -> None:
+    records = everything[STEPS[0].name]
+    time_of = {(r["provider"], r["dtype"]): r["median_ms"] for r in records}
+    (shipped,) = (r for r in records if r["provider"] == "ours" and r["as_shipped"])
+    dense = [record for record in records if record["provider"] == "dense"]
+    assert len(dense) == 2
+    for record in dense:
+        ours = record["median_ms"] / time_of["ours", record["dtype"]]
+        assert record["speedup_of_ours"] == pytest.approx(ours, rel=1e-3)
+        default = record["median_ms"] / shipped["median_ms"]
+        assert record["speedup_of_ours_default"] == pytest.approx(default, rel=1e-3)
+
+
+def test_an_idle_worker_takes_no_time_of_the_processor() -> None:
+    """Its threads sleep after a parallel kernel: under 2 % of a core."""
+    two = Settings(threads=2, rounds=3)
+    with Run([p for p in chosen([], "cpu") if p.name == "ours"], two) as session:
+        generator = session.records([step(Shape(512, 128, 2048, 16), "uniform")])
+        next(generator)
+        (worker, *_) = session._workers.values()
+        before = _cpu_seconds(worker.pid)
+        time.sleep(1.0)
+        assert _cpu_seconds(worker.pid) - before < 0.02
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_what_does_not_fit_the_budget_is_skipped_and_said_so() -> None:
+    with Run([provider("slow")], Settings(threads=1, budget_s=1e-3)) as session:
+        time.sleep(0.01)
+        (records,) = session.records([CASE])
+    assert [record["status"] for record in records] == ["skipped"]
+    assert "over" in records[0]["reason"]
+
+
+def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
+    """Interrupted in the second case: the first is in the file, the exit code is that of Ctrl-C."""
+    out = tmp_path / "results.jsonl"
+    shapes = "step-topk-(256x64|512x256|1024)"
+    command = [sys.executable, "-m", "sae_kernels", "bench", "--preset", "crossover"]
+    command += ["--only", shapes, "--against", "", "--rounds", "2000", "--budget", "24"]
+    command += ["--threads", "1", "--out", str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    lines = 1 + len(chosen([], "cpu"))
+    _wait_for(lambda: out.exists() and out.read_text().count("\n") == lines, process)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    read = results.read(out)
+    first, *others = read.cases().values()
+    assert {r["status"] for r in first} == {"measured"}
+    assert {r["status"] for records in others for r in records} <= {"measured", "skipped"}
+    assert all(json.dumps(record) for record in read.records)
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < end, "nothing was measured in 90 s"
+        time.sleep(0.1)
