@@ -19,6 +19,7 @@ from sae_kernels.cli.evaluate import evaluate
 from sae_kernels.cli.explain import explain
 from sae_kernels.cli.harvest import harvest
 from sae_kernels.cli.options import Debug
+from sae_kernels.cli.plan import plan
 from sae_kernels.cli.train import train
 from sae_kernels.cli.train_e2e import train_e2e
 from sae_kernels.errors import SaeKernelsError
@@ -33,6 +34,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
     "env": env,
     "explain": explain,
+    "plan": plan,
 }
 
 # What the library raises for what it was given; anything else is a failure of its own.

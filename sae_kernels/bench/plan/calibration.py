@@ -1,0 +1,152 @@
+"""Rates of a device from stored results: its own product and copy, then a fit to steps of ours."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import sae_kernels
+from sae_kernels import machine
+from sae_kernels.bench import results
+from sae_kernels.errors import DataError
+
+from .devices import isa
+from .fit import Observation, fit
+from .layouts import Layout
+from .problem import Problem
+from .step import work
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .devices import Device
+    from .step import Amount
+
+_PRODUCTS = ("bfloat16", "float32")
+_SHAPE = ("B", "D", "F", "K")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The rates to predict with, and where they are from.
+
+    Attributes:
+        rates: per second, by unit.
+        origins: by unit "nominal", "measured" (alone, in the run of a result) or "fitted".
+        files: names of the results that count.
+        steps: measured steps of ours that the fit is of.
+    """
+
+    rates: dict[str, float]
+    origins: dict[str, str]
+    files: list[str] = field(default_factory=list)
+    steps: int = 0
+
+    def text(self, device: Device) -> str:
+        """A sentence for people."""
+        if not self.files:
+            return f"not calibrated: no stored result for {device.name}"
+        by_origin = {
+            origin: ", ".join(unit for unit, came in self.origins.items() if came == origin)
+            for origin in ("fitted", "measured", "nominal")
+        }
+        rest = "; ".join(f"{origin}: {units}" for origin, units in by_origin.items() if units)
+        by = f"{self.steps} steps" if self.steps else "rates"
+        return f"calibrated by {by} in {', '.join(self.files)} ({rest})"
+
+
+def calibrated(device: Device, files: Sequence[str | Path] | None = None) -> Calibration:
+    """The device's rates by these result files, or by those of the checkout (None).
+
+    Raises:
+        DataError: a named file is missing, damaged or tells nothing of this device.
+    """
+    found = {}
+    for path in stored() if files is None else map(Path, files):
+        try:
+            found[path] = _read(path, device)
+        except DataError:  # the checkout has results of other devices and of other kinds
+            if files is not None:
+                raise
+    rates, origins = dict(device.rates), dict.fromkeys(device.rates, "nominal")
+    for read in found.values():
+        measured = _measured_rates(read)
+        rates.update(measured)
+        origins.update(dict.fromkeys(measured, "measured"))
+    seen = [step for read in found.values() for step in observations(read, device)]
+    fitted = fit(seen, rates)
+    origins.update(dict.fromkeys(fitted, "fitted"))
+    return Calibration(rates | fitted, origins, [path.name for path in found], len(seen))
+
+
+def _read(path: Path, device: Device) -> results.Results:
+    read = results.read(path)
+    reason = foreign(read.provenance, device)
+    if reason is not None:
+        raise DataError(f"{path}: expected results of {device.name}, got {reason}")
+    if not (observations(read, device) or _measured_rates(read)):
+        raise DataError(f"{path}: expected a measured step of ours or rates, got neither")
+    return read
+
+
+def stored() -> list[Path]:
+    """The results that are committed beside the package, where it is a checkout."""
+    package = sae_kernels.__file__
+    assert package is not None
+    return sorted((Path(package).parents[1] / "benchmarks" / "results").glob("*.jsonl"))
+
+
+def foreign(provenance: Mapping[str, Any], device: Device) -> str | None:
+    """Why results do not speak for a device, or None."""
+    gpu = provenance.get("device")
+    if device.gpu is not None:
+        named = device.gpu in re.split(r"\W+", str(gpu))
+        return None if named else f"those of {gpu or provenance.get('cpu')}"
+    if gpu not in (None, "cpu"):
+        return f"those of {gpu}"
+    here = (machine.cpu_model(), isa(), torch.get_num_threads())
+    there = tuple(provenance.get(name) for name in ("cpu", "isa", "threads"))
+    if there == here:
+        return None
+    return "{}, {}, {} threads; here is {}, {}, {} threads".format(*there, *here)
+
+
+def observations(read: results.Results, device: Device) -> list[Observation]:
+    """The measured TopK steps of ours in results."""
+    return [
+        Observation(units(work(_problem(record), Layout(1, 1), device)), record["median_ms"] / 1e3)
+        for record in results.measured(read.records)
+        if _is_step_of_ours(record)
+    ]
+
+
+def units(amounts: Sequence[Amount]) -> dict[str, float]:
+    """Work by unit, whatever the part."""
+    total: dict[str, float] = {}
+    for _, unit, amount in amounts:
+        if amount:
+            total[unit] = total.get(unit, 0.0) + amount
+    return total
+
+
+def _measured_rates(read: results.Results) -> dict[str, float]:
+    """What the run measured of the device itself."""
+    copy, products = results.roofs(read)
+    found = {"moved": copy, **{dtype: products.get(dtype, 0.0) for dtype in _PRODUCTS}}
+    return {unit: rate for unit, rate in found.items() if rate > 0}
+
+
+def _is_step_of_ours(record: results.Record) -> bool:
+    whole = all(type(record.get(name)) is int and record[name] >= 1 for name in _SHAPE)
+    kind = (record["provider"], record.get("operation"), record.get("architecture", "topk"))
+    fits = whole and record["dtype"] in _PRODUCTS and record["K"] <= record["F"]
+    return fits and kind == ("ours", "step", "topk")
+
+
+def _problem(record: results.Record) -> Problem:
+    B, D, F, K = (record[name] for name in _SHAPE)
+    return Problem(D, F, K, batch=B, dtype=record["dtype"])

@@ -1,0 +1,175 @@
+"""What a device does in a second: nominal rates with their sources, until results replace them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from sae_kernels.backends import cpu
+from sae_kernels.errors import name_hint
+
+# The units in which a step's work is counted; a device has a rate for each.
+UNITS = {
+    "bfloat16": "flop of the encoder product in 16 bits",
+    "float32": "flop of the encoder product in fp32",
+    "gathered": "bytes of rows read from a cache",
+    "moved": "bytes read plus bytes written, from and to memory",
+    "candidates": "entries that selection and latent order handle one by one",
+    "latents": "rows of weights that an update visits",
+    "steps": "steps of nothing: what a step costs at any size",
+    "node": "bytes sent to GPUs of the same node",
+    "network": "bytes sent to other nodes",
+}
+# Torch, the driver and what an allocator cannot use.
+USABLE_MEMORY = 0.95
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that may train.
+
+    Attributes:
+        name: as ``--device`` has it.
+        rates: per second, by unit of :data:`UNITS`; without links on the CPU.
+        memory_bytes: what it has.
+        cache_bytes: of the cache that rows are gathered from; infinite where every gather is
+            counted at one rate.
+        node: devices in a node.
+        gpu: a word of a GPU's name in a result; None for the CPU.
+        source: where the rates are from.
+    """
+
+    name: str
+    rates: dict[str, float]
+    memory_bytes: float
+    cache_bytes: float
+    node: int
+    gpu: str | None
+    source: str
+
+    def dtype(self, compute: str) -> str:
+        """What a ``compute`` setting stands for here, "auto" among others."""
+        if compute != "auto":
+            return compute
+        return "bfloat16" if self.gpu is not None or has_amx() else "float32"
+
+
+_GPU_SOURCE = (
+    "80 % of NVIDIA's dense tensor-core rate and of its link rates, 90 % of its memory rate; the "
+    "rate of the L2 cache is assumed, what entries, rows and launches cost is estimated"
+)
+
+
+def _gpu(
+    name: str,
+    *,
+    tensor: float,
+    fp32: float,
+    memory: float,
+    cache: float,
+    links: tuple[float, float],
+    memory_gib: float,
+    cache_mib: float,
+) -> Device:
+    """A GPU by its data sheet: flop/s and bytes/s; links to the node and to the network."""
+    node, network = links
+    rates = {
+        "bfloat16": 0.8 * tensor,
+        "float32": 0.8 * fp32,
+        "gathered": cache,
+        "moved": 0.9 * memory,
+        "candidates": 3e10,
+        "latents": 5e9,
+        "steps": 5e3,
+        "node": 0.8 * node,
+        "network": 0.8 * network,
+    }
+    memory_bytes, cache_bytes = memory_gib * 2**30, cache_mib * 2**20
+    return Device(name, rates, memory_bytes, cache_bytes, 8, name.upper(), _GPU_SOURCE)
+
+
+_HOPPER = {"tensor": 989e12, "fp32": 67e12, "cache": 5.5e12}
+_GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("h200", **_HOPPER, memory=4.8e12, links=(450e9, 50e9), memory_gib=140, cache_mib=60),
+        _gpu("h100", **_HOPPER, memory=3.35e12, links=(450e9, 50e9), memory_gib=79, cache_mib=50),
+        _gpu(
+            "a100",
+            tensor=312e12,
+            fp32=19.5e12,
+            cache=4e12,
+            memory=2.04e12,
+            links=(300e9, 25e9),
+            memory_gib=79,
+            cache_mib=40,
+        ),
+    )
+}
+NAMES = (*_GPUS, "cpu")
+
+
+def device(name: str) -> Device:
+    """A device by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+
+    Example:
+        >>> f"{device('h200').rates['bfloat16']:.3g}"
+        '7.91e+14'
+    """
+    if name == "cpu":
+        return this_cpu()
+    if name not in _GPUS:
+        raise ValueError(
+            f"--device: expected a known device, got {name!r}; {name_hint(name, NAMES)}"
+        )
+    return _GPUS[name]
+
+
+def this_cpu() -> Device:
+    """This machine's processor, on torch's number of threads."""
+    threads = torch.get_num_threads()
+    return Device(
+        name="cpu",
+        rates=_cpu_rates(threads, has_amx()),
+        memory_bytes=_memory_bytes(),
+        cache_bytes=math.inf,
+        node=1,
+        gpu=None,
+        source=f"those of a core of one Xeon with AVX-512, times {threads} threads",
+    )
+
+
+def has_amx() -> bool:
+    """Whether the kernels multiply bf16 natively here."""
+    return isa() == "amx"
+
+
+def isa() -> str | None:
+    """Of the host kernels; None where they are not built."""
+    built = cpu.reason(torch.device("cpu"), torch.float32) is None
+    return cpu.isa() if built else None
+
+
+def _cpu_rates(threads: int, amx: bool) -> dict[str, float]:
+    per_core = {
+        "bfloat16": 0.8e12 if amx else 0.15e12,
+        "float32": 0.15e12,
+        "gathered": 25e9,
+        "moved": 16e9,
+        "candidates": 4e7,
+        "latents": 1e7,
+    }
+    return {unit: threads * rate for unit, rate in per_core.items()} | {"steps": 1e3}
+
+
+def _memory_bytes() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return math.inf
