@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.gpu_check import bars, correctness, measure, sanitizer
+from benchmarks.gpu_check import bars, compared, correctness, measure, sanitizer
 from sae_kernels.bench import provenance
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parent.parent.parent
 # Up to which share of the whole time each stage may go on; what one leaves, the next has.
-STAGES = {"build": 0.2, "tests": 0.5, "sanitizer": 0.6, "measure": 0.97}
+STAGES = {"build": 0.2, "tests": 0.5, "sanitizer": 0.6, "measure": 0.85, "bench": 0.97}
 
 
 def build(dry: bool, seconds: float) -> Iterator[Record]:
@@ -137,6 +137,7 @@ def staged(options: argparse.Namespace, dry: bool) -> Iterator[Record]:
         "tests": correctness.tests,
         "sanitizer": sanitizer.sanitized,
         "measure": measured(options.groups),
+        "bench": compared.compared(options.out / "bench.jsonl"),
     }
     for name, share in STAGES.items():
         begin, records = time.monotonic(), []

@@ -32,9 +32,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "convert": convert,
     "bench": bench,
+    "plan": plan,
     "env": env,
     "explain": explain,
-    "plan": plan,
 }
 
 # What the library raises for what it was given; anything else is a failure of its own.
