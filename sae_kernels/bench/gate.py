@@ -52,24 +52,24 @@ def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Error:
     Args:
         task: what it was told to do.
         x: [N, D], the tokens that it was given.
-        came: its weights W_enc, b_enc, W_dec, b_dec, perhaps threshold; codes [N, F]; x_hat; for
-            training "moved" [F, D].
+        came: its weights W_enc, b_enc, b_dec, perhaps threshold; codes [N, F]; x_hat; which latents
+            these tokens used, int64 [n]; of them W_dec [n, D] and, for training, how far the
+            encoder's rows moved, "moved" [n, D].
         given: values and indices [N, k] of the codes to decode.
 
     Raises:
         WrongResult: says what is wrong.
     """
-    u = torch.finfo(getattr(torch, task.dtype)).eps / 2
+    u, used = torch.finfo(getattr(torch, task.dtype)).eps / 2, came["used"]
     weights = {name: came[name].double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     for name, tensor in came.items():
         if not bool(tensor.isfinite().all()):
             raise WrongResult(f"{name}: expected finite numbers, got NaN or infinity")
     if task.operation == "decode":
-        n, x_hat = x.shape[0], came["x_hat"][: x.shape[0]]
-        codes = weights["W_dec"].new_zeros(n, weights["W_dec"].shape[0])
+        n = x.shape[0]
+        codes = weights["b_enc"].new_zeros(n, weights["b_enc"].shape[0])
         codes.scatter_(1, given["indices"][:n], given["values"][:n].double())
-        came = {**came, "x_hat": x_hat}
-        return _reconstruction(codes, torch.zeros_like(codes), came, weights, u)
+        return _reconstruction(codes[:, used], 0 * codes[:, used], came, weights, u)
     centred = x.double() - weights["b_dec"]
     h = centred @ weights["W_enc"].T + weights["b_enc"]
     terms = centred.abs() @ weights["W_enc"].abs().T + weights["b_enc"].abs()
@@ -84,10 +84,9 @@ def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Error:
     _within("code", came["codes"], exact, off)
     if "x_hat" not in came:
         return _error(came["codes"], exact, off)
-    found = _reconstruction(exact, off, came, weights, u)
     if "moved" in came:
-        _movement(task, x.double(), kept, weights, came["moved"])
-    return found
+        _movement(task, x.double(), exact[:, used], weights, came["moved"])
+    return _reconstruction(exact[:, used], off[:, used], came, weights, u)
 
 
 def _selection(
@@ -141,17 +140,14 @@ def _error(came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> Err
 
 
 def _movement(
-    task: Task, x: torch.Tensor, kept: torch.Tensor, weights: Tensors, moved: torch.Tensor
+    task: Task, x: torch.Tensor, codes: torch.Tensor, weights: Tensors, moved: torch.Tensor
 ) -> None:
     """Raises unless the encoder's rows moved against the gradient of the loss."""
-    W_enc, W_dec = weights["W_enc"], weights["W_dec"]
-    centred = x - weights["b_dec"]
-    h = torch.where(kept, centred @ W_enc.T + weights["b_enc"], 0)
-    error = h @ W_dec + weights["b_dec"] - x
-    slope = 2 * error @ W_dec.T / (x - x.mean(0)).square().sum()
+    error = codes @ weights["W_dec"] + weights["b_dec"] - x
+    slope = 2 * error @ weights["W_dec"].T / (x - x.mean(0)).square().sum()
     if task.architecture == "relu":  # the L1 penalty, beside the loss divided by the variance
         slope = slope + task.options["coefficient"] / x.shape[0]
-    gradient = torch.where(kept, slope, 0).T @ centred
+    gradient = torch.where(codes != 0, slope, 0).T @ (x - weights["b_dec"])
     clear = gradient.abs() > gradient.square().mean().sqrt()
     agree = float((moved[clear].sign() == -gradient[clear].sign()).double().mean())
     if not agree >= _AGREE:

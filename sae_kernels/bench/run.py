@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _LEAST_ROUNDS = 3
 _TURN_S = 0.03  # a turn of a short operation repeats it for so long
 _MOST_REPEATS = 50
+_LONG_S = 0.5
 _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 
@@ -224,10 +225,11 @@ class Run:
         entrant.peak_bytes, entrant.last = answer["measured"], answer["seconds"]
 
     def _turn(self, entrant: Entrant) -> None:
-        """What is timed follows an untimed run: caches, and pages of memory, were others'."""
+        """What is timed follows an untimed run, unless it is long: caches were others'."""
         time.sleep(_REST_S)
+        untimed = int(entrant.last < _LONG_S)
         times = max(1, min(_MOST_REPEATS, round(_TURN_S / max(entrant.last, 1e-6))))
-        answer = self._worker(entrant).ask(do="time", untimed=1, times=times)
+        answer = self._worker(entrant).ask(do="time", untimed=untimed, times=times)
         entrant.last = statistics.median(answer["seconds"])
         entrant.seconds.append(entrant.last)
 

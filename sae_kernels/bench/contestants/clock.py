@@ -131,6 +131,7 @@ _OURS = {
     "row_sqnorm": "optimizer",
     "row_update": "optimizer",
 }
+_MOST_EVENTS = 100_000
 _SELECTS = {"aten::topk", "aten::sort", "aten::kthvalue", "aten::scatter", "aten::scatter_"}
 _MULTIPLIES = {"aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::embedding_bag"}
 
@@ -155,12 +156,18 @@ class Phases:
         self._profile.__enter__()
         self._began = time.perf_counter()
 
-    def stop(self) -> dict[str, float]:
-        """Ends; "other" is what of the whole belongs to no phase."""
+    def stop(self) -> dict[str, float] | None:
+        """Ends; "other" is what of the whole belongs to no phase.
+
+        None of a run of very many operators: reading them would take minutes.
+        """
         if self._on_gpu:
             torch.cuda.synchronize()
         whole = time.perf_counter() - self._began
         self._profile.__exit__(None, None, None)
+        profiler: Any = self._profile.profiler
+        if len(profiler.kineto_results.events()) > _MOST_EVENTS:
+            return None
         found = dict.fromkeys(PHASES, 0.0)
         for event in self._profile.events() or []:
             phase = self._phase(event)

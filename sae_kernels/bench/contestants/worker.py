@@ -132,19 +132,22 @@ def gate(contestant: Contestant, x: torch.Tensor, out: str) -> Iterator[torch.Te
     task = contestant.task
     with torch.no_grad(), task.autocast():
         found = contestant.weights()
-        if task.operation != "decode":
+        if task.operation == "decode":
+            found["x_hat"] = contestant.decode()[: x.shape[0]].float()
+            used = contestant.tensors["indices"][: x.shape[0]].unique()
+        else:
             found["codes"] = contestant.dense(contestant.encode(x)).float()
+            used = found["codes"].any(0).nonzero().flatten()
         if task.operation in ("sae", "step"):
             found["x_hat"] = contestant.forward(x).float()
-        elif task.operation == "decode":
-            found["x_hat"] = contestant.decode().float()
     if task.mode == "step":
-        before = contestant.trained()
+        before = contestant.trained()[used]
         yield x
-        found["moved"] = contestant.trained() - before
+        found["moved"] = contestant.trained()[used] - before
     elif task.mode == "backward":
         yield x
-        found["moved"] = -contestant.gradient()
+        found["moved"] = -contestant.gradient()[used]
+    found |= {"used": used, "W_dec": found["W_dec"][used]}  # of the others nothing is asked
     save_file({name: tensor.contiguous().cpu() for name, tensor in found.items()}, out)
 
 
