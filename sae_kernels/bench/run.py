@@ -49,7 +49,7 @@ class Settings:
     device: str = "cpu"
     threads: int = field(default_factory=torch.get_num_threads)
     rounds: int = 7
-    budget_s: float = 300.0
+    budget_s: float = 270.0
     data: RowSource | None = None
 
 

@@ -38,7 +38,7 @@ def bench(
     only: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Cases whose names it is found in.")
     ] = None,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 300.0,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 270.0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant, at most.")] = 7,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of each contestant. [default: torch's]")
