@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = [
     provider
     for provider in providers.chosen(["dense"], DEVICE)
-    if provider.module in ("ours", "dense") and provider.name != "dense_compile"
+    if provider.module in ("ours", "dense")
 ]
 both = pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.key)
 

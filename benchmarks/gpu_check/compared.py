@@ -18,7 +18,11 @@ def compared(out: Path) -> Callable[[bool, float], Iterator[Record]]:
     """The stage, whose results are a file of their own: those of the bench command."""
 
     def stage(dry: bool, seconds: float) -> Iterator[Record]:
-        preset, others, device = "gpu-small", ["dense", "cusparse", "ours-triton"], "cuda"
+        preset, others, device = (
+            "gpu-small",
+            ["dense", "dense_compile", "cusparse", "ours-triton"],
+            "cuda",
+        )
         if dry:
             preset, others, device = "tiny", [], "cpu"
         chosen = cases.chosen([preset], "step|encode|decode")

@@ -89,10 +89,8 @@ GROUPS: dict[str, list[Provider]] = {
     "ours": [*_ours("ours"), *_RATES],
     "ours-reference": _ours("ours-reference", backend="reference"),
     "ours-triton": [p._replace(devices=("cuda",)) for p in _ours("ours-triton", backend="triton")],
-    "dense": [
-        *_theirs("dense"),
-        Provider("dense_compile", "bfloat16", "dense", {"compile": 1}),
-    ],
+    "dense": _theirs("dense"),
+    "dense_compile": [Provider("dense_compile", "bfloat16", "dense", {"compile": 1})],
     "cusparse": [
         Provider("cusparse", "float32", "cusparse", {}, operations=("decode",), devices=("cuda",))
     ],

@@ -74,7 +74,7 @@ def wrong(planted: None) -> dict[str, results.Record]:
 def everything(planted: None) -> dict[str, list[results.Record]]:
     """Ours and dense torch in every operator and architecture, by case."""
     cases = [*OPERATORS, *STEPS]
-    who = [p for p in chosen(["dense"], "cpu") if p.name != "dense_compile"]
+    who = chosen(["dense"], "cpu")
     with Run(who, SETTINGS) as session:
         return dict(zip((c.name for c in cases), session.records(cases), strict=True))
 
