@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_kernels.bench.output import cells
+from sae_kernels.bench.output import cells, plots
 from sae_kernels.bench.output.table import machine
 from sae_kernels.bench.results import read
 
@@ -17,11 +17,12 @@ PICTURES = PAGE.parent / "pictures"
 
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks.page` from `benchmarks/results/`; do not edit. Each file is one run
-of one process: contestants take turns every round, figures are medians with the 20th and 80th
-percentile, and only the ratios within a case mean something. P is
-`torch.mm(x_bf16, W_bf16.t(), out=preallocated)`, the one product that is necessary; the dense steps
-are in `sae_kernels/bench/contestants/dense_steps.py`.
+Written by `python -m benchmarks.page` from `benchmarks/results/`; do not edit. Each file is a run.
+Contestants take turns every round, figures are medians with the 20th and 80th percentile, and only
+the ratios within a case mean something. Files called bench-... are of `sae-kernels bench`, each
+contestant in a process of its own ([benchmarking.md](benchmarking.md)). The others are of a single
+process; P in them is `torch.mm(x_bf16, W_bf16.t(), out=preallocated)`, the one product that is
+necessary. The dense steps are in `sae_kernels/bench/contestants/dense_steps.py`.
 """
 
 
@@ -63,8 +64,7 @@ def bench_section(path: Path) -> str:
     blocks = [
         f"## {path.stem}",
         f"{machine(facts)}, {str(facts.get('time'))[:10]}: `{facts.get('command')}`",
-        "By `sae-kernels bench`, each contestant in a process of its own, in turns. "
-        + cells.LEGEND.replace("*", "\\*"),
+        cells.LEGEND.replace("*", "\\*"),
     ]
     libraries = cells.libraries(facts)
     blocks.append("\n".join(f"- {names}: {_plain(about)}" for names, about in libraries))
@@ -105,13 +105,29 @@ def pictures(folder: Path) -> list[str]:
 
 def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
     """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
-    sections = [bench_section(path) for path in sorted(folder.glob("bench-*.jsonl"))]
+    sections = [bench_section(path) for path in _bench_files(folder)]
     sections += [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
     return "\n\n".join([HEAD.strip(), *pictures(pictures_folder), *sections]) + "\n"
 
 
+def _bench_files(folder: Path) -> list[Path]:
+    """Those of the bench command, each machine's own file before its further ones."""
+    return sorted(folder.glob("bench-*.jsonl"), key=lambda path: path.stem)
+
+
+def draw(folder: Path, pictures_folder: Path) -> None:
+    """Draws what the bench results allow, each picture from the first file that has it."""
+    drawn: dict[str, bytes] = {}
+    for path in _bench_files(folder):
+        drawn = {f"bench-{p.name}.png": p.png for p in plots.draw(read(path))} | drawn
+    for name, png in drawn.items():
+        (pictures_folder / name).write_bytes(png)
+
+
 def main() -> None:
-    """Writes the page."""
+    """Draws the pictures and writes the page."""
+    PICTURES.mkdir(exist_ok=True)
+    draw(RESULTS, PICTURES)
     PAGE.write_text(text(RESULTS))
 
 

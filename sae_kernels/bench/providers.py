@@ -113,7 +113,10 @@ def chosen(against: Iterable[str], device: str) -> list[Provider]:
     if device == "cuda":  # where it puts its forward pass under autocast whatever it is told
         shipped["sparsify"] = "bfloat16"
     return [
-        provider._replace(as_shipped=provider.dtype == shipped.get(provider.module, "float32"))
+        provider._replace(
+            as_shipped=provider.operation is None
+            and provider.dtype == shipped.get(provider.module, "float32")
+        )
         for group in GROUPS
         if group in names
         for provider in GROUPS[group]

@@ -83,7 +83,9 @@ def log_axes(
         shown = _apart(sizes)
         axes.set_xticks(shown, [f"{size:,g}" for size in shown])
     else:
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=9))
+        left, right = axes.get_xlim()
+        subs = (1.0, 2.0, 5.0) if right / left < 1e3 else (1.0,)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=subs, numticks=9))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
