@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .plots import Drawing, drawings
-from .plotstyle import CSS_NAMES, STYLE
+from .plotstyle import CSS_NAMES, house_style
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .data import RunReport
 
 
@@ -42,20 +39,8 @@ def draw_figures(report: RunReport) -> list[RenderedFigure]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    with _matplotlib_style():
+    with house_style("the report's figures"):
         return [_render(drawing) for drawing in drawings(report)]
-
-
-@contextmanager
-def _matplotlib_style() -> Iterator[None]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            'the report\'s figures need matplotlib: pip install "sae-kernels[report]"'
-        ) from error
-    with matplotlib.rc_context(STYLE):
-        yield
 
 
 def _render(drawing: Drawing) -> RenderedFigure:

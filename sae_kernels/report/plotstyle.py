@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from matplotlib.axes import Axes
     from torch import Tensor
@@ -47,6 +48,21 @@ STYLE: dict[Any, Any] = {
     # Text stays text, so the page's own font applies and a reader can search and copy it.
     "svg.fonttype": "none",
 }
+
+
+@contextmanager
+def house_style(what: str) -> Iterator[None]:
+    """matplotlib with these settings; without it an error that says what needs it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(f'{what} need matplotlib: pip install "sae-kernels[report]"') from error
+    with matplotlib.rc_context(STYLE):
+        yield
 
 
 def line(

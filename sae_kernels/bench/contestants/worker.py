@@ -63,12 +63,11 @@ def main(name: str, threads: int) -> None:
     while True:
         command = channel.next()
         if command["do"] == "end":  # of a loop that has failed
-            channel.reply()
             continue
         try:
             _serve(module, command, channel)
         except Ended:
-            channel.reply()
+            continue
         except Unable as answer:
             channel.reply(unable=str(answer))
         except Exception as error:

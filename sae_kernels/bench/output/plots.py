@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.bench.output import bars, curves, series
 from sae_kernels.bench.results import measured, roofs
-from sae_kernels.report.plotstyle import STYLE
+from sae_kernels.report.plotstyle import house_style
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sae_kernels.bench.results import Results
     from sae_kernels.report.plots import Drawing
 
@@ -32,7 +29,7 @@ def draw(results: Results) -> list[Picture]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    with _style():
+    with house_style("the pictures of a benchmark"):
         return [_render(drawing) for drawing in drawings(results)]
 
 
@@ -56,18 +53,6 @@ def drawings(results: Results) -> list[Drawing]:
     if split:
         found.append(bars.phases(split))
     return found
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            'the pictures of a benchmark need matplotlib: pip install "sae-kernels[report]"'
-        ) from error
-    with matplotlib.rc_context(STYLE):
-        yield
 
 
 def _render(drawing: Drawing) -> Picture:
