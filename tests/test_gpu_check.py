@@ -38,7 +38,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Record], fl
         [*command, "--minutes", "5"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [path.name for path in folder.iterdir()] == ["gpu_check.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.jsonl", "gpu_check.jsonl"]
     lines = [json.loads(line) for line in (folder / "gpu_check.jsonl").read_text().splitlines()]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

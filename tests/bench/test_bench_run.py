@@ -184,7 +184,12 @@ def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
     command += ["--only", shapes, "--against", "", "--rounds", "2000", "--budget", "24"]
     command += ["--threads", "1", "--out", str(out)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = 1 + len(chosen([], "cpu"))
     _wait_for(lambda: out.exists() and out.read_text().count("\n") == lines, process)
