@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from sae_kernels.bench import gate, inputs, providers
 from sae_kernels.bench.contestants import worker
 from sae_kernels.bench.contestants.clock import PeakMemory
-from sae_kernels.bench.contestants.contestant import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
     from sae_kernels.bench.cases import Case
-    from sae_kernels.bench.contestants.contestant import Contestant
+    from sae_kernels.bench.contestants.contestant import Contestant, Task
     from sae_kernels.bench.providers import Provider
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,15 +55,7 @@ def _run(benchmark: BenchmarkFixture, case: Case, provider: Provider, folder: Pa
     options = inputs.write(case, folder / "inputs")
     tensors = load_file(folder / "inputs", device=DEVICE)
     x = tensors.pop("x")
-    task = Task(
-        case.operation,
-        case.mode,
-        case.architecture,
-        case.shape.K,
-        provider.dtype,
-        DEVICE,
-        {**options, **provider.options},
-    )
+    task = provider.task(case, DEVICE, options)
     module = importlib.import_module(f"sae_kernels.bench.contestants.{provider.module}")
     contestant = module.contestant(task, tensors)
     error = _judged(contestant, task, x, folder / "came")

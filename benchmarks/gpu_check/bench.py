@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from benchmarks import calls
 from benchmarks.floors import Rates
 from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
-from sae_kernels.bench.contestants.clock import clock_of
+from sae_kernels.bench.contestants.clock import PeakMemory, clock_of
 from sae_kernels.bench.timing import Timing, interleaved
 
 if TYPE_CHECKING:
@@ -69,13 +68,10 @@ class Bench(NamedTuple):
         if self.device.type != "cuda":
             run()
             return None
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        peak = PeakMemory(self.device)
+        peak.start()
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak.stop()
 
 
 def compared(

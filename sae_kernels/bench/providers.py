@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_kernels.bench import environments
+from sae_kernels.bench.contestants.contestant import Task
 from sae_kernels.errors import name_hint
 from sae_kernels.train.compute import compute_dtype
 
@@ -61,6 +62,18 @@ class Provider(NamedTuple):
         if case.operation not in self.operations:
             return f"it has no {case.operation}"
         return None
+
+    def task(self, case: Case, device: str, options: dict[str, float]) -> Task:
+        """What it is told to do of a case; ``options`` are those of the case's data."""
+        return Task(
+            self.operation or case.operation,
+            "inference" if self.operation else case.mode,
+            case.architecture,
+            case.shape.K,
+            self.dtype,
+            device,
+            {**options, **self.options},
+        )
 
 
 def _both(name: str, module: str, *dtypes: str, **options: Any) -> list[Provider]:

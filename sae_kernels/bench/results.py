@@ -11,14 +11,11 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae_kernels.bench.contestants.rates import COPIED_BYTES
 from sae_kernels.errors import DataError
-from sae_kernels.train.metrics import jsonable
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from sae_kernels.train.metrics import MetricLog
 
 Record = dict[str, Any]
 Key = tuple[str, str, str]
@@ -81,7 +78,7 @@ def roofs(results: Results) -> tuple[float, dict[str, float]]:
     return copy, {name: rate for name, rate in products.items() if rate > 0}
 
 
-class Writer:
+class Writer(MetricLog):
     """Writes a file of results, each line whole as soon as it is known.
 
     Whatever ends the run, what was measured until then can be read. Numbers that are not finite
@@ -102,28 +99,9 @@ class Writer:
     """
 
     def __init__(self, path: str | Path, provenance: Record) -> None:
-        self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        Path(path).unlink(missing_ok=True)
+        super().__init__(path)
         self.write({"provenance": provenance})
-
-    def write(self, record: Record) -> None:
-        """Appends a record."""
-        self._file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read(path: str | Path) -> Results:

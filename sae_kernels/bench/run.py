@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from sae_kernels.bench import inputs
-from sae_kernels.bench.contestants.contestant import Task
+from sae_kernels.bench.contestants.contestant import Unable
 from sae_kernels.bench.entrants import Entrant, records
 from sae_kernels.bench.gate import TOKENS, WrongResult, judge
 from sae_kernels.bench.timing import in_turn
-from sae_kernels.bench.workers import Failed, Unable, Worker
+from sae_kernels.bench.workers import Failed, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from sae_kernels.bench.cases import Case
+    from sae_kernels.bench.contestants.contestant import Task
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Record
     from sae_kernels.train.batches import RowSource
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _LEAST_ROUNDS = 3
 _TURN_S = 0.03  # a turn of a short operation repeats it for so long
 _MOST_REPEATS = 50
-_LONG_S = 0.5
+_LONG_S = 0.5  # a turn of one that takes so long has no untimed run before it
 _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 
@@ -135,16 +136,7 @@ class Run:
             if why is not None:
                 entrant.out("unable", why)
                 continue
-            task = Task(
-                provider.operation or case.operation,
-                "inference" if provider.operation else case.mode,
-                case.architecture,
-                case.shape.K,
-                provider.dtype,
-                self.settings.device,
-                {**options, **provider.options},
-            )
-            tasks[provider.key] = task
+            task = tasks[provider.key] = provider.task(case, self.settings.device, options)
             self._worker(entrant).tell(do="start", task=task._asdict(), inputs=str(path))
             told.append(entrant)
         for entrant in told:

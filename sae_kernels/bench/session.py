@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,14 +49,13 @@ def measure(
     """
     facts, interrupted = _facts(settings), False
     found: list[Record] = []
-    with Run(providers, settings, show) as run:
-        writer = None
+    with Run(providers, settings, show) as run, ExitStack() as files:
         try:
             for records in run.records(cases):
                 if not found:  # by now it is known what every contestant runs on
                     facts["libraries"] = run.libraries
-                    writer = None if out is None else Writer(out, facts)
                     tell({"provenance": facts})
+                    writer = None if out is None else files.enter_context(Writer(out, facts))
                 for record in records:
                     found.append(record)
                     tell(record)
@@ -64,9 +63,6 @@ def measure(
                         writer.write(record)
         except KeyboardInterrupt:
             interrupted = True
-        finally:
-            with writer or nullcontext():
-                pass
     return Session(Results(facts, found), interrupted)
 
 

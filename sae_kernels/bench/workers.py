@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_kernels.bench.contestants.contestant import Unable
+
 if TYPE_CHECKING:
     from sae_kernels.bench.providers import Provider
 
@@ -22,10 +24,6 @@ _START = (
     "import sys; sys.path.append(sys.argv[1]); from contestants.worker import main; "
     "main(sys.argv[2], int(sys.argv[3]))"
 )
-
-
-class Unable(Exception):
-    """The contestant says that it cannot do this here."""
 
 
 class Failed(Exception):
@@ -41,7 +39,6 @@ class Worker:
     """
 
     def __init__(self, provider: Provider, threads: int) -> None:
-        self.provider = provider
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         # How threads wait stays each library's own: told to sleep at once, one that runs many small
         # operations took 2.5 times as long. They sleep by themselves after some milliseconds.

@@ -57,10 +57,10 @@ def write_report(report: RunReport, folder: Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        _write(folder / f"{figure.name}.png", figure.png)
+        write_whole(folder / f"{figure.name}.png", figure.png)
     page = folder / "report.html"
     # A lone surrogate in a token, which a tokenizer can produce, must not lose the page.
-    _write(page, render_page(report, figures).encode("utf-8", "replace"))
+    write_whole(page, render_page(report, figures).encode("utf-8", "replace"))
     return page
 
 
@@ -151,7 +151,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return f"<table>\n{cells}\n</table>"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)

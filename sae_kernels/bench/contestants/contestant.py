@@ -60,7 +60,12 @@ class Contestant:
 
     Raises:
         Unable: this library cannot do this task here; the message says why.
+
+    Attributes:
+        latents_first: whether a row of the encoder is a latent; else a column is.
     """
+
+    latents_first = True
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         self.task, self.tensors = task, tensors
@@ -94,21 +99,36 @@ class Contestant:
         """Codes as a matrix [B, F]."""
         raise NotImplementedError
 
+    def given(self) -> torch.Tensor:
+        """The given codes as a matrix [B, F]."""
+        values, indices = self.tensors["values"], self.tensors["indices"]
+        codes = values.new_zeros(len(values), len(self.tensors["W_enc"]))
+        return codes.scatter_(1, indices, values)
+
     def weights(self) -> Tensors:
         """Copies of the present weights, by the names and shapes of ``tensors``, to mean the same.
 
         A library that scales codes by decoder norms has them folded here: what counts is that the
         plain formula on these weights gives its reconstruction. Default: those it was given.
         """
-        return {name: self.tensors[name].clone() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        return copies(**{name: self.tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
+
+    def encoder(self) -> torch.Tensor:
+        """The encoder's parameter: [F, D] or, where not ``latents_first``, [D, F]."""
+        raise NotImplementedError
 
     def trained(self) -> torch.Tensor:
         """A copy of the encoder's rows [F, D] as they are trained, nothing folded."""
-        raise NotImplementedError
+        return self._rows(self.encoder().detach())
 
     def gradient(self) -> torch.Tensor:
-        """The gradient of those rows [F, D] after :meth:`backward`."""
-        raise NotImplementedError
+        """A copy of the gradient of those rows [F, D] after :meth:`backward`."""
+        grad = self.encoder().grad
+        assert grad is not None
+        return self._rows(grad)
+
+    def _rows(self, parameter: torch.Tensor) -> torch.Tensor:
+        return (parameter if self.latents_first else parameter.T).clone()
 
     def loop(self, batches: Iterator[torch.Tensor]) -> None:
         """Does the task once for every batch."""
@@ -141,6 +161,11 @@ class Contestant:
             parameter.grad = None
         error = self.forward(x).float() - x
         (error.square().sum() / x.shape[0]).backward()
+
+
+def copies(**tensors: torch.Tensor) -> Tensors:
+    """Each without its graph, in memory of its own."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 class Unable(Exception):

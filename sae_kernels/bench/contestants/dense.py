@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .contestant import Contestant, Task, Tensors
+from .contestant import Contestant, Task, Tensors, copies
 from .dense_steps import DenseBatchTopKStep, DenseJumpReLUStep, DenseReLUStep, DenseStep
 
 PACKAGE = "torch"
@@ -42,9 +42,7 @@ class Dense(Contestant):
         self._encode, self._decode = built(self._encoded), built(self._decoded)
         self._forward = built(lambda x: self._decoded(self._encoded(x)))
         if task.operation == "decode":
-            shape = tensors["values"].shape[0], tensors["W_enc"].shape[0]
-            codes = tensors["values"].new_zeros(shape)
-            self._given = codes.scatter_(1, tensors["indices"], tensors["values"])
+            self._given = self.given()
 
     def _encoded(self, x: torch.Tensor) -> torch.Tensor:
         step = self.dense_step
@@ -83,25 +81,14 @@ class Dense(Contestant):
     def weights(self) -> Tensors:
         """The step's."""
         step = self.dense_step
-        copies = {
-            "W_enc": step.W_enc,
-            "b_enc": step.b_enc,
-            "W_dec": step.W_dec,
-            "b_dec": step.b_dec,
-        }
+        found = copies(W_enc=step.W_enc, b_enc=step.b_enc, W_dec=step.W_dec, b_dec=step.b_dec)
         if isinstance(step, DenseJumpReLUStep):
-            copies["threshold"] = step.log_threshold.exp()
-        return {name: tensor.detach().clone() for name, tensor in copies.items()}
+            found |= copies(threshold=step.log_threshold.exp())
+        return found
 
-    def trained(self) -> torch.Tensor:
-        """The encoder's rows."""
-        return self.dense_step.W_enc.detach().clone()
-
-    def gradient(self) -> torch.Tensor:
-        """Of those rows."""
-        grad = self.dense_step.W_enc.grad
-        assert grad is not None
-        return grad.detach().clone()
+    def encoder(self) -> torch.Tensor:
+        """The step's."""
+        return self.dense_step.W_enc
 
 
 contestant = Dense

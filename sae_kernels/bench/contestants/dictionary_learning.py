@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .contestant import Contestant, Task, Tensors, Unable
+from .contestant import Contestant, Task, Tensors, Unable, copies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +39,7 @@ class DictionaryLearning(Contestant):
             autocast = torch.autocast("cpu", torch.bfloat16)
             self._trainer.update = autocast(self._trainer.update)
         if task.operation == "decode":
-            shape = len(tensors["values"]), len(tensors["W_enc"])
-            codes = tensors["values"].new_zeros(shape)
-            self._given = codes.scatter_(1, tensors["indices"], tensors["values"])
+            self._given = self.given()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes, dense, selected as in training."""
@@ -79,20 +77,15 @@ class DictionaryLearning(Contestant):
 
     def weights(self) -> Tensors:
         """The module's."""
-        sae = self.sae
-        found = {"W_enc": sae.encoder.weight, "b_enc": sae.encoder.bias}
-        found |= {"W_dec": sae.decoder.weight.T, "b_dec": sae.b_dec}
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
+        encoder, decoder = self.sae.encoder, self.sae.decoder
+        return copies(
+            W_enc=encoder.weight, b_enc=encoder.bias, W_dec=decoder.weight.T, b_dec=self.sae.b_dec
+        )
 
-    def trained(self) -> torch.Tensor:
-        """The encoder's rows."""
+    def encoder(self) -> torch.Tensor:
+        """The module's."""
         rows: torch.Tensor = self.sae.encoder.weight
-        return rows.detach().clone()
-
-    def gradient(self) -> torch.Tensor:
-        """Of those rows."""
-        grad: torch.Tensor = self.sae.encoder.weight.grad
-        return grad.clone()
+        return rows
 
 
 def _trainer(task: Task, tensors: Tensors) -> Any:

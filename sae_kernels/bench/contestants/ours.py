@@ -19,7 +19,7 @@ from sae_kernels.nn import (
 )
 from sae_kernels.train import FusedStep, TrainConfig
 
-from .contestant import LR, Contestant, Task, Tensors
+from .contestant import LR, Contestant, Task, Tensors, copies
 
 PACKAGE = "sae-kernels"
 DIFFERS = (
@@ -79,22 +79,15 @@ class Ours(Contestant):
     def weights(self) -> Tensors:
         """The module's, and thresholds where it has them."""
         sae: Any = self.sae
-        copies = {
-            name: getattr(sae, name).detach().float() for name in self.tensors if hasattr(sae, name)
-        }
+        names = (name for name in self.tensors if hasattr(sae, name))
+        found = copies(**{name: getattr(sae, name).float() for name in names})
         if self.task.architecture == "jumprelu":
-            copies["threshold"] = sae.thresholds().detach()
-        return {name: tensor.clone() for name, tensor in copies.items()}
+            found |= copies(threshold=sae.thresholds())
+        return found
 
-    def trained(self) -> torch.Tensor:
-        """The encoder's rows."""
-        return self.sae.W_enc.detach().clone()
-
-    def gradient(self) -> torch.Tensor:
-        """Of those rows."""
-        grad = self.sae.W_enc.grad
-        assert grad is not None
-        return grad.detach().clone()
+    def encoder(self) -> torch.Tensor:
+        """The module's."""
+        return self.sae.W_enc
 
 
 def _config(task: Task, tensors: Tensors) -> SAEConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .contestant import Contestant, Task, Tensors, Unable
+from .contestant import Contestant, Task, Tensors, Unable, copies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,8 @@ _SAES = {"topk": "TopKTrainingSAE", "batch_topk": "BatchTopKTrainingSAE"}
 class SAELens(Contestant):
     """``SAETrainer.fit`` with its defaults, on a TopK or BatchTopK training SAE with theirs."""
 
+    latents_first = False
+
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)
         if task.architecture not in _SAES:
@@ -36,9 +38,7 @@ class SAELens(Contestant):
         self.sae = _sae(task, tensors)
         _fill(self.sae, tensors)
         if task.operation == "decode":
-            shape = len(tensors["values"]), len(tensors["W_enc"])
-            codes = tensors["values"].new_zeros(shape)
-            self._given = codes.scatter_(1, tensors["indices"], tensors["values"])
+            self._given = self.given()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Codes, dense, selected as in training."""
@@ -78,24 +78,19 @@ class SAELens(Contestant):
 
     def weights(self) -> Tensors:
         """The module's, with the decoder norms that scale its codes in the encoder."""
-        W_dec: torch.Tensor = self.sae.W_dec.detach()
-        norms = W_dec.norm(dim=1)
-        return {
-            "W_enc": self.trained() * norms[:, None],
-            "b_enc": self.sae.b_enc.detach() * norms,
-            "W_dec": W_dec / norms[:, None],
-            "b_dec": self.sae.b_dec.detach().clone(),
-        }
+        sae = self.sae
+        norms = sae.W_dec.norm(dim=1)
+        return copies(
+            W_enc=sae.W_enc.T * norms[:, None],
+            b_enc=sae.b_enc * norms,
+            W_dec=sae.W_dec / norms[:, None],
+            b_dec=sae.b_dec,
+        )
 
-    def trained(self) -> torch.Tensor:
-        """The encoder's rows."""
+    def encoder(self) -> torch.Tensor:
+        """The module's."""
         columns: torch.Tensor = self.sae.W_enc
-        return columns.detach().T.clone()
-
-    def gradient(self) -> torch.Tensor:
-        """Of those rows."""
-        grad: torch.Tensor = self.sae.W_enc.grad
-        return grad.T.clone()
+        return columns
 
 
 def _sae(task: Task, tensors: Tensors) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .contestant import Contestant, Task, Tensors, Unable
+from .contestant import Contestant, Task, Tensors, Unable, copies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,19 +78,14 @@ class Sparsify(Contestant):
         """The module's, decoder rows at norm 1, which every step of its trainer begins with."""
         sae = self.sae
         sae.set_decoder_norm_to_unit_norm()
-        found = {"W_enc": sae.encoder.weight, "b_enc": sae.encoder.bias}
-        found |= {"W_dec": sae.W_dec, "b_dec": sae.b_dec}
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
+        return copies(
+            W_enc=sae.encoder.weight, b_enc=sae.encoder.bias, W_dec=sae.W_dec, b_dec=sae.b_dec
+        )
 
-    def trained(self) -> torch.Tensor:
-        """The encoder's rows."""
+    def encoder(self) -> torch.Tensor:
+        """The module's."""
         rows: torch.Tensor = self.sae.encoder.weight
-        return rows.detach().clone()
-
-    def gradient(self) -> torch.Tensor:
-        """Of those rows."""
-        grad: torch.Tensor = self.sae.encoder.weight.grad
-        return grad.clone()
+        return rows
 
 
 class _Model(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.bench.output.cells import PHASES
+from sae_kernels.bench.contestants.clock import PHASES
 from sae_kernels.bench.output.marks import row_axis
 from sae_kernels.bench.output.ratios import RATES, default, ratio
 from sae_kernels.bench.output.series import label, title

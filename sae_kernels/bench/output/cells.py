@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from sae_kernels.bench.contestants.clock import PHASES
 from sae_kernels.bench.output.ratios import as_shipped, headline, same_dtype
 from sae_kernels.bench.results import measured
 from sae_kernels.report.units import number, percent
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from sae_kernels.bench.results import Record
 
-PHASES = ("product", "selection", "decode", "backward", "optimizer", "other")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
