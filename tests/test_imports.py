@@ -14,12 +14,13 @@ import sae_kernels
 ROOT = Path(sae_kernels.__file__).parent
 # A module may import from its own layer and from lower ones only.
 LAYERS = (
-    {"_C", "_version", "errors", "gpu", "machine", "tensors"},
+    {"_C", "_version", "errors", "files", "gpu", "machine", "tensors"},
     {"backends"},
     {"primitives"},
     {"codes"},
     {"functional"},
     {"nn", "formats", "testing"},
+    {"data", "runs"},
     {"train", "harvest"},
     {"cli", "bench", "demo", "report", "__main__"},
 )

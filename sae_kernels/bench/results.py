@@ -15,7 +15,7 @@ from typing import Any
 
 from sae_kernels.bench.contestants.rates import COPIED_BYTES
 from sae_kernels.errors import DataError
-from sae_kernels.train.metrics import MetricLog
+from sae_kernels.runs.metrics import MetricLog
 
 Record = dict[str, Any]
 Key = tuple[str, str, str]

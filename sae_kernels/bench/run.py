@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sae_kernels.bench.contestants.contestant import Task
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Record
-    from sae_kernels.train.batches import RowSource
+    from sae_kernels.data.batches import RowSource
 
 _LEAST_ROUNDS = 3
 _TURN_S = 0.03  # a turn of a short operation repeats it for so long

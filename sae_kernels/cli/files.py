@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from sae_kernels.data.batches import RowSource
     from sae_kernels.train import ShardDataset
-    from sae_kernels.train.batches import RowSource
 
 
 class Data(NamedTuple):

@@ -33,7 +33,7 @@ def harvest(
 ) -> None:
     """Store the output of a model's layer for every token of some text."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels.train.shard_index import DTYPES
+    from sae_kernels.data.shard_index import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")

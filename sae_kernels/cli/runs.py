@@ -27,7 +27,7 @@ def follow(
 
 def summarise(output: Output, result: TrainingResult, out: Path, metrics: Sequence[str]) -> None:
     """The result of a run, with these of its last metrics."""
-    from sae_kernels.train.run_folder import SAE_FOLDER
+    from sae_kernels.runs.folder import SAE_FOLDER
 
     last = result.metrics[-1]
     summary = {

@@ -14,9 +14,9 @@ from sae_kernels.errors import DataError
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
 from sae_kernels.nn import TopKConfig
 from sae_kernels.report import write_report
+from sae_kernels.runs.folder import SAE_FOLDER
 from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
 from sae_kernels.train.compute import compute_dtype
-from sae_kernels.train.run_folder import SAE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

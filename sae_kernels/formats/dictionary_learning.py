@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import Tensors, read_json, read_state_dict, whole
+from sae_kernels.files import read_json
+from sae_kernels.formats.files import Tensors, read_state_dict, whole
 from sae_kernels.formats.layout import Weights, at_least_zero, configure, take
 from sae_kernels.nn.config import (
     BatchTopKConfig,

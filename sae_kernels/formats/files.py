@@ -1,10 +1,7 @@
-"""Strangers' files, read so that nothing in them runs, and folders that appear whole."""
+"""Strangers' files, read so that nothing in them runs."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,25 +11,9 @@ from safetensors.torch import load_file
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        DataError: no file, no JSON, or something else than an object.
-    """
-    _must_exist(path)
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON object ({error})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def whole(path: Path, values: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -119,36 +100,6 @@ def read_npz(path: Path) -> Tensors:
             f"{path}: expected an .npz file of numbers, it cannot be read "
             f"({type(error).__name__}: {reason:.120})"
         ) from error
-
-
-def publish(folder: str | Path, files: dict[str, Callable[[Path], object]]) -> None:
-    """Writes the files of a folder beside their places and moves them there when all are whole.
-
-    Args:
-        folder: made when missing; other files in it stay.
-        files: by name, what writes each to the path that it is given.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.{os.getpid()}" for name in files}
-    try:
-        for name, write in files.items():
-            write(partial[name])
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-
-
-def json_writer(values: dict[str, Any]) -> Callable[[Path], object]:
-    """For `publish`: writes a JSON object.
-
-    Raises:
-        ValueError, TypeError: at once, for what JSON cannot hold.
-    """
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def _must_exist(path: Path) -> None:

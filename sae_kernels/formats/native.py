@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import json_writer, publish, read_json, read_safetensors
+from sae_kernels.files import json_writer, publish_all, read_json
+from sae_kernels.formats.files import read_safetensors
 from sae_kernels.formats.layout import configure, shapes
 from sae_kernels.nn.architectures import CONFIGS, build
 from sae_kernels.primitives.checks import OPERAND_DTYPES
@@ -33,7 +34,7 @@ def save(sae: SparseAutoencoder, folder: str | Path) -> None:
         **sae.config.to_dict(),
     }
     save_weights = functools.partial(save_file, weights)
-    publish(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: json_writer(config)})
+    publish_all(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: json_writer(config)})
 
 
 def load(

@@ -6,7 +6,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import flag, read_json, whole
+from sae_kernels.files import read_json
+from sae_kernels.formats.files import flag, whole
 from sae_kernels.formats.layout import configure
 from sae_kernels.nn.config import (
     BatchTopKConfig,

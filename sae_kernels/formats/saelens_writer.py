@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
-from sae_kernels.formats.files import Tensors, json_writer, publish
+from sae_kernels.files import json_writer, publish_all
 from sae_kernels.formats.layout import (
     check,
     give,
@@ -31,6 +31,8 @@ from sae_kernels.tensors import rounded_down
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from sae_kernels.formats.files import Tensors
 
 # Of the layout, not of a package: an older number makes SAELens read the file as an old one.
 _LAYOUT = "6.0.0"
@@ -85,7 +87,7 @@ def write_saelens(
     config, tensors = _inference(config, tensors)
     values = _values(config, weight_dtype(tensors), dict(metadata or {}))
     theirs = give("tensors", config, names(config), tensors)
-    publish(
+    publish_all(
         folder,
         {
             WEIGHTS_FILE: lambda path: save_file(theirs, path),

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import (
-    Tensors,
-    flag,
-    json_writer,
-    publish,
-    read_json,
-    read_safetensors,
-    whole,
-)
+from sae_kernels.files import json_writer, publish_all, read_json
+from sae_kernels.formats.files import Tensors, flag, read_safetensors, whole
 from sae_kernels.formats.layout import Weights, configure, give, only_raw_activations, shapes, take
 from sae_kernels.nn.config import TopKConfig
 
@@ -76,7 +69,7 @@ def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> N
     only_raw_activations("sparsify", config)
     values = _values(config)
     theirs = give("tensors", config, _names(config), tensors)
-    publish(
+    publish_all(
         folder,
         {
             WEIGHTS_FILE: lambda path: save_file(theirs, path),

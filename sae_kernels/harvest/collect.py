@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_kernels.data.shards import ShardWriter
 from sae_kernels.errors import ModelError
 from sae_kernels.harvest.chunks import Chunk, by_length, check_options, cut, limited, windows
 from sae_kernels.harvest.model import layer_output, resolve_layer
-from sae_kernels.train.shards import ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -16,8 +16,8 @@ from .data import Context, LatentExamples
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sae_kernels.data.batches import Rows, RowSource
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.train.batches import Rows, RowSource
 
 _BATCH = 4096
 _COSINES = 1 << 22  # held at once

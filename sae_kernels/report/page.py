@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sae_kernels.files import write_bytes
 
 from .contexts import latents_section
 from .figures import RenderedFigure, draw_figures
@@ -57,10 +58,10 @@ def write_report(report: RunReport, folder: Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        write_whole(folder / f"{figure.name}.png", figure.png)
+        write_bytes(folder / f"{figure.name}.png", figure.png)
     page = folder / "report.html"
     # A lone surrogate in a token, which a tokenizer can produce, must not lose the page.
-    write_whole(page, render_page(report, figures).encode("utf-8", "replace"))
+    write_bytes(page, render_page(report, figures).encode("utf-8", "replace"))
     return page
 
 
@@ -149,13 +150,3 @@ def _table(rows: list[tuple[str, str]]) -> str:
         return '<p class="muted">Nothing recorded.</p>'
     cells = "\n".join(f'<tr><th scope="row">{k}</th><td>{v}</td></tr>' for k, v in rows)
     return f"<table>\n{cells}\n</table>"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

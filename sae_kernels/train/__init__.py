@@ -1,15 +1,15 @@
 """Training: data, losses, optimizer steps and the trainer."""
 
-from sae_kernels.train.batches import ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.data.batches import ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.data.joint import JointRows
+from sae_kernels.data.shards import ShardDataset, ShardWriter
 from sae_kernels.train.composable import ComposableStep
 from sae_kernels.train.config import TrainConfig
 from sae_kernels.train.description_length import DescriptionLength, DescriptionLengthSums
 from sae_kernels.train.end_to_end import EndToEnd, EndToEndLoss, end_to_end_loss
 from sae_kernels.train.end_to_end_loop import train_end_to_end
 from sae_kernels.train.evaluate import Evaluation, evaluate
-from sae_kernels.train.joint import JointRows
 from sae_kernels.train.presets import PRESETS, nested_groups, preset
-from sae_kernels.train.shards import ShardDataset, ShardWriter
 from sae_kernels.train.step import FusedStep, StepResult
 from sae_kernels.train.through_model import prepare_end_to_end
 from sae_kernels.train.trainer import TrainingResult, train

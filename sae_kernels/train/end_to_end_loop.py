@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.harvest.tokens import TokenBatch
+from sae_kernels.runs.folder import MetricLines, run_folder
 from sae_kernels.train import autograd
 from sae_kernels.train.compute import compute_dtype
 from sae_kernels.train.end_to_end import EndToEnd, check_end_to_end, measured_loss
 from sae_kernels.train.objective import k_at
 from sae_kernels.train.progress import Progress
-from sae_kernels.train.run_folder import MetricLines, run_folder
 from sae_kernels.train.spliced import SplicedSAE
 from sae_kernels.train.through_model import layer_width
 from sae_kernels.train.trainer import TrainingResult

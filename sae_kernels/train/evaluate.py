@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.train.batches import RowSource, TensorRows
+from sae_kernels.data.batches import RowSource, TensorRows
+from sae_kernels.data.joint import JointRows
 from sae_kernels.train.description_length import DescriptionLengthSums
-from sae_kernels.train.joint import JointRows, split
+from sae_kernels.train.fresh import split
 
 if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder

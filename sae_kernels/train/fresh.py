@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from sae_kernels.data.batches import estimate_scale
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.nn import build
-from sae_kernels.train.batches import estimate_scale
-from sae_kernels.train.joint import split
 
 if TYPE_CHECKING:
     import torch
@@ -88,3 +87,10 @@ def check_width(width: int, sae_config: SAEConfig) -> None:
             f"n_layers: expected activations of {layers} layers of d_in {sae_config.d_in} side by "
             f"side, got {width} columns"
         )
+
+
+def split(rows: torch.Tensor, sae_config: SAEConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Inputs and targets of rows that hold both; None where the input is its own target."""
+    if not sae_config.transcodes:
+        return rows, None
+    return rows[:, : sae_config.input_width], rows[:, sae_config.input_width :]

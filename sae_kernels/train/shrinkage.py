@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels import functional
+from sae_kernels.data.batches import ShuffledBatches, TensorRows
 from sae_kernels.nn import ReLUSAE
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.row_grad import row_grad
-from sae_kernels.train.batches import ShuffledBatches, TensorRows
 
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
+    from sae_kernels.data.batches import RowSource
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.train.batches import RowSource
 
 _LEAST = 0.1  # of a scale: one that is not positive would turn a latent off
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels.data.batches import RowSource, ShuffledBatches, TensorRows
+from sae_kernels.data.joint import JointRows
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.nn import ReLUSAE
-from sae_kernels.train.batches import RowSource, ShuffledBatches, TensorRows
+from sae_kernels.runs.folder import MetricLines, run_folder
 from sae_kernels.train.composable import ComposableStep
 from sae_kernels.train.compute import training_device
-from sae_kernels.train.fresh import check_width, fresh_sae
-from sae_kernels.train.joint import JointRows, split
+from sae_kernels.train.fresh import check_width, fresh_sae, split
 from sae_kernels.train.objective import k_at
-from sae_kernels.train.run_folder import MetricLines, run_folder
 from sae_kernels.train.shrinkage import fit_scales, scale_latents_
 from sae_kernels.train.step import FusedStep
 

@@ -279,7 +279,8 @@ def test_group_sizes_that_are_refused(save: Any, groups: Tensor, part: str) -> N
 
 def test_files_that_are_not_there(save: Any, tmp_path: Path) -> None:
     refuses(
-        lambda: read_dictionary_learning(tmp_path / "no"), "config.json: expected the file of a"
+        lambda: read_dictionary_learning(tmp_path / "no"),
+        "config.json: expected a JSON object, it is not there",
     )
     folder = save("AutoEncoder")
     (folder / "ae.pt").unlink()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import DataError, ModelError, NonFiniteError
 from sae_kernels.harvest import (
     chunks,
@@ -19,7 +20,6 @@ from sae_kernels.harvest import (
     minilm_folder,
     resolve_layer,
 )
-from sae_kernels.train.shards import ShardDataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,6 +11,7 @@ import torch
 from harness import tokens
 
 from sae_kernels.nn import SAEConfig, SparseAutoencoder
+from sae_kernels.runs.metrics import read_metrics
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import (
     PRESETS,
@@ -21,7 +22,6 @@ from sae_kernels.train import (
     preset,
     train,
 )
-from sae_kernels.train.metrics import read_metrics
 from sae_kernels.train.trainer import prepare
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.nn import TopKConfig, TopKSAE, geometric_median
+from sae_kernels.runs.metrics import read_metrics
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import (
     FusedStep,
@@ -25,7 +26,6 @@ from sae_kernels.train import (
     evaluate,
     train,
 )
-from sae_kernels.train.metrics import read_metrics
 from sae_kernels.train.trainer import prepare
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sae_kernels.bench.output import cells
 from sae_kernels.bench.output.plots import draw
 from sae_kernels.bench.output.table import machine
-from sae_kernels.report.page import write_whole
+from sae_kernels.files import write_bytes
 from sae_kernels.report.style import CSS, PAGE
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def write(results: Results, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        write_whole(folder / f"{picture.name}.png", picture.png)
+        write_bytes(folder / f"{picture.name}.png", picture.png)
     page = folder / "index.html"
-    write_whole(page, render(results, pictures).encode("utf-8", "replace"))
+    write_bytes(page, render(results, pictures).encode("utf-8", "replace"))
     return page
 
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_kernels.data.batches import Rows, RowSource, ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.data.shard_index import INDEX, Index, Shard
 from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.train.batches import Rows, RowSource, ShuffledBatches, TensorRows, estimate_scale
-from sae_kernels.train.shard_index import INDEX, Index, Shard, digest, publish
+from sae_kernels.files import digest, publish, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -183,10 +184,11 @@ class ShardWriter:
     def _finish(self) -> None:
         if self._filled:
             self._flush()
-        for path in self.folder.glob("shard_*.safetensors*"):
+        sweep(self.folder)
+        for path in self.folder.glob("shard_*.safetensors"):
             # Left by an earlier writer that was interrupted or went further.
-            number = re.fullmatch(r"shard_(\d{5,})\.safetensors(\.tmp)?", path.name)
-            if number and (number[2] or int(number[1]) >= len(self._shards)):
+            number = re.fullmatch(r"shard_(\d{5,})\.safetensors", path.name)
+            if number and int(number[1]) >= len(self._shards):
                 path.unlink()
         columns = tuple(self._buffer) or ("activations",)
         Index(self.d_in, self.dtype, columns, self.metadata, tuple(self._shards)).write(self.folder)

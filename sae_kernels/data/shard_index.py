@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from sae_kernels.errors import DataError
+from sae_kernels.files import is_plain_name, json_writer, publish, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 INDEX = "index.json"
@@ -21,7 +18,6 @@ FORMAT = "sae_kernels.activations"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = ("activations", "tokens", "documents")
-_SIZE_LIMIT = 64 << 20
 
 T = TypeVar("T")
 
@@ -58,8 +54,7 @@ class Index:
             "metadata": self.metadata,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        text = json.dumps(record, indent=1)
-        publish(folder / INDEX, lambda temporary: temporary.write_text(text, "utf-8"))
+        publish(folder / INDEX, json_writer(record))
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -100,53 +95,13 @@ class Index:
         return index
 
 
-def publish(path: Path, save: Callable[[Path], object]) -> None:
-    """Have `save` write a sibling of `path`, then make it `path`: whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and needs no flush of it
-        _sync(path.parent)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _load(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        size = path.stat().st_size
-        if size > _SIZE_LIMIT:
-            raise DataError(f"{path}: expected at most {_SIZE_LIMIT} bytes, got {size}")
-        record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not (folder / INDEX).is_file():
         raise DataError(
             f"{folder} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
             "finished, and write an interrupted one again"
-        ) from None
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); write the data set again") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(record).__name__}")
-    return record
+        )
+    return read_json(folder / INDEX, "the index of a data set")
 
 
 def _field(record: dict[str, Any], name: str, kind: type[T]) -> T:
@@ -168,8 +123,7 @@ def _shard(entry: object) -> Shard:
         _field(entry, "bytes", int),
         _field(entry, "sha256", str),
     )
-    # A separator of another system counts too, and so do drive letters.
-    if shard.file in ("", ".", "..") or set(shard.file) & set("/\\:\0"):
+    if not is_plain_name(shard.file):
         raise DataError(
             f"{INDEX}: expected the plain name of a file in its folder, got {shard.file!r:.80}; "
             "do not use this data set if its origin is in doubt"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sae_kernels.train.metrics import MetricLog, read_metrics
+from sae_kernels.runs.metrics import MetricLog, read_metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     script = (
         "import os, sys\n"
-        "from sae_kernels.train.metrics import MetricLog\n"
+        "from sae_kernels.runs.metrics import MetricLog\n"
         "log = MetricLog(sys.argv[1])\n"
         "for i in range(100): log.write({'step': i})\n"
         "os._exit(9)\n"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.train.metrics import MetricLog
+from sae_kernels.runs.metrics import MetricLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_kernels.data.batches import Rows, TensorRows
 from sae_kernels.errors import DataError
-from sae_kernels.train.batches import Rows, TensorRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_kernels.nn import SAEConfig
-    from sae_kernels.train.batches import RowSource
+    from sae_kernels.data.batches import RowSource
 
 
 class JointRows:
@@ -65,10 +64,3 @@ class JointRows:
                 )
         activations = torch.cat([part.activations.to(self.dtype) for part in parts], dim=1)
         return Rows(activations, parts[0].tokens, parts[0].documents)
-
-
-def split(rows: torch.Tensor, sae_config: SAEConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inputs and targets of rows that hold both; None where the input is its own target."""
-    if not sae_config.transcodes:
-        return rows, None
-    return rows[:, : sae_config.input_width], rows[:, sae_config.input_width :]

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.train.shards import (
+from sae_kernels.data.shards import (
     Rows,
     ShardDataset,
     ShardWriter,
@@ -21,6 +20,7 @@ from sae_kernels.train.shards import (
     TensorRows,
     estimate_scale,
 )
+from sae_kernels.errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +129,7 @@ def test_a_failed_write_of_a_file_leaves_nothing(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sae_kernels.train.shards.save_file", full)
+    monkeypatch.setattr("sae_kernels.data.shards.save_file", full)
     with pytest.raises(OSError, match="No space"):
         _write(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,160 @@
+"""Files and folders that appear whole or not at all, and are known by their SHA-256.
+
+Whatever is written goes to a sibling first, is flushed to the disk and then takes its place in one
+rename. A process that dies in between leaves the sibling, whose name says whose it was:
+:func:`sweep` removes what the dead have left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+JSON_LIMIT = 64 << 20  # bytes; an index of a million shards is longer than any other of our files
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[\w-]+)-(?P<pid>\d+)")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path beside this one; what is there at the end takes its place, whole.
+
+    Either a file or a folder, whose files have been flushed by whoever wrote them. A file replaces
+    the one that is there; a folder must be new. After an error the old one stays.
+    """
+    sweep(path.parent, path.name)
+    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    partial = path.with_name(f".{path.name}.partial-{host}-{os.getpid()}")
+    _remove(partial)
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+    sync(path.parent)
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Has ``write`` fill a sibling of ``path``, which then takes its place."""
+    with replacing(path) as partial:
+        write(partial)
+
+
+def publish_all(folder: str | Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """The same for several files of a folder: none is replaced before all are written.
+
+    Args:
+        folder: made when missing; other files in it stay.
+        files: by name, what writes each to the path that it is given.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(left: list[str]) -> None:
+        if left:
+            with replacing(folder / left[0]) as partial:
+                files[left[0]](partial)
+                write(left[1:])
+
+    write(list(files))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file of this content, whole or not at all."""
+    publish(path, lambda partial: partial.write_bytes(content))
+
+
+def json_writer(values: Mapping[str, Any]) -> Callable[[Path], object]:
+    """For :func:`publish`: writes a JSON object.
+
+    Raises:
+        ValueError, TypeError: at once, for what JSON cannot hold.
+    """
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, what: str = "a JSON object") -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        DataError: no such file, one that is too long to be true, no JSON, or no object.
+    """
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: expected {what}, it is not there")
+        if (size := path.stat().st_size) > JSON_LIMIT:
+            raise DataError(f"{path}: expected {what} of at most {JSON_LIMIT} bytes, got {size}")
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: expected {what}, it cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder's list of names to the disk."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows cannot open a folder, and needs no flush of it
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays in its folder; separators of other systems count too, and drives."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what processes that are no longer alive left half written, of this name or of any."""
+    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    for path in folder.glob(".*.partial-*"):
+        left = _PARTIAL.fullmatch(path.name)
+        if left is None or left["host"] != host or (name is not None and left["name"] != name):
+            continue
+        if not _alive(int(left["pid"])):
+            _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
