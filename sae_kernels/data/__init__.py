@@ -1,11 +1,16 @@
 """Activations: on disk, in memory, in a reproducible random order."""
 
-from sae_kernels.data.batches import RowSource, ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.data.batches import Batches, ShuffledBatches
 from sae_kernels.data.joint import JointRows
-from sae_kernels.data.shards import ShardDataset, ShardWriter
+from sae_kernels.data.prefetch import Prefetched
+from sae_kernels.data.rows import RowSource, TensorRows, estimate_scale
+from sae_kernels.data.shard_writer import ShardWriter
+from sae_kernels.data.shards import ShardDataset
 
 __all__ = [
+    "Batches",
     "JointRows",
+    "Prefetched",
     "RowSource",
     "ShardDataset",
     "ShardWriter",

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.data.batches import Rows, TensorRows
+from sae_kernels.data.rows import Rows, TensorRows
+from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
 
 
 class JointRows:
@@ -55,12 +56,26 @@ class JointRows:
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of all sources."""
         parts = [source.rows(start, stop) for source in self.sources]
-        tokens = [part.tokens for part in parts if part.tokens is not None]
-        for other in tokens[1:]:
-            if not torch.equal(other, tokens[0]):
-                raise DataError(
-                    f"rows {start} to {stop}: expected the same tokens in all sources, they "
-                    "differ; harvest all of them from the same text"
-                )
+        self._check_tokens(start, parts)
         activations = torch.cat([part.activations.to(self.dtype) for part in parts], dim=1)
         return Rows(activations, parts[0].tokens, parts[0].documents)
+
+    def _check_tokens(self, start: int, parts: list[Rows]) -> None:
+        """Who has no tokens cannot be asked."""
+        told = [i for i, part in enumerate(parts) if part.tokens is not None]
+        for i in told[1:]:
+            one, other = parts[told[0]].tokens, parts[i].tokens
+            assert one is not None
+            assert other is not None
+            if not torch.equal(one, other):
+                row = int((one != other).nonzero()[0])
+                places = [_where(self.sources[j], start + row) for j in (told[0], i)]
+                raise DataError(
+                    f"row {start + row}: expected the same token in all sources, got "
+                    f"{int(one[row])} ({places[0]}) and {int(other[row])} ({places[1]}); harvest "
+                    "all of them from the same text"
+                )
+
+
+def _where(source: RowSource, row: int) -> str:
+    return source.where(row) if isinstance(source, ShardDataset) else f"row {row}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ FORMAT = "sae_kernels.activations"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = ("activations", "tokens", "documents")
+_MOST = 1 << 62  # of any count: sums of larger ones may be too long to be printed
 
 T = TypeVar("T")
 
@@ -63,23 +65,24 @@ class Index:
         Raises:
             DataError: no index, or one that is damaged, foreign or contradicts itself.
         """
-        record = _load(folder)
+        path = folder / INDEX
+        record = _load(path)
         kind, version = record.get("format"), record.get("version")
         if kind != FORMAT or version != VERSION:
             raise DataError(
-                f"{folder / INDEX}: expected {FORMAT} version {VERSION}, got {kind!r:.40} version "
+                f"{path}: expected {FORMAT} version {VERSION}, got {kind!r:.40} version "
                 f"{version!r:.40}; read it with the version of sae_kernels that wrote it"
             )
-        dtype = _field(record, "dtype", str)
-        columns = _field(record, "columns", list)
+        dtype = _field(path, record, "dtype", str)
+        columns = _field(path, record, "columns", list)
         index = cls(
-            d_in=_field(record, "d_in", int),
+            d_in=_field(path, record, "d_in", int),
             dtype=DTYPES.get(dtype, torch.int8),
             columns=tuple(name for name in COLUMNS if name in columns),
-            metadata=_field(record, "metadata", dict),
-            shards=tuple(_shard(entry) for entry in _field(record, "shards", list)),
+            metadata=_field(path, record, "metadata", dict),
+            shards=tuple(_shard(path, entry) for entry in _field(path, record, "shards", list)),
         )
-        count = _field(record, "count", int)
+        count = _field(path, record, "count", int)
         held = sum(shard.count for shard in index.shards)
         names = {shard.file for shard in index.shards}
         for wrong, what in (
@@ -91,43 +94,67 @@ class Index:
             (count != held, f"the {held} rows of its shards as count, got {count}"),
         ):
             if wrong:
-                raise DataError(f"{folder / INDEX}: expected {what}; write the data set again")
+                raise DataError(f"{path}: expected {what}; write the data set again")
         return index
 
 
-def _load(folder: Path) -> dict[str, Any]:
-    if not (folder / INDEX).is_file():
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_symlink() and not path.exists():
         raise DataError(
-            f"{folder} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
+            f"{path.parent} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
             "finished, and write an interrupted one again"
         )
-    return read_json(folder / INDEX, "the index of a data set")
+    own_size(path)
+    return read_json(path, "the index of a data set")
 
 
-def _field(record: dict[str, Any], name: str, kind: type[T]) -> T:
+def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:
     value = record.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(
-            f"{INDEX}: expected {name} of type {kind.__name__}, got {value!r:.80}; "
+            f"{path}: expected {name} of type {kind.__name__}, got {value!r:.80}; "
             "write the data set again"
         )
+    if isinstance(value, int) and value > _MOST:
+        raise DataError(f"{path}: expected {name} of at most {_MOST}; write the data set again")
     return value
 
 
-def _shard(entry: object) -> Shard:
+def _shard(path: Path, entry: object) -> Shard:
     if not isinstance(entry, dict):
-        raise DataError(f"{INDEX}: expected a JSON object for each shard, got {entry!r:.80}")
+        raise DataError(f"{path}: expected a JSON object for each shard, got {entry!r:.80}")
     shard = Shard(
-        _field(entry, "file", str),
-        _field(entry, "count", int),
-        _field(entry, "bytes", int),
-        _field(entry, "sha256", str),
+        _field(path, entry, "file", str),
+        _field(path, entry, "count", int),
+        _field(path, entry, "bytes", int),
+        _field(path, entry, "sha256", str),
     )
-    if not is_plain_name(shard.file):
+    # What cannot be printed cannot be said in an error either.
+    if not (is_plain_name(shard.file) and shard.file.isprintable() and len(shard.file) < 256):
         raise DataError(
-            f"{INDEX}: expected the plain name of a file in its folder, got {shard.file!r:.80}; "
+            f"{path}: expected the plain name of a file in its folder, got {shard.file!r:.80}; "
             "do not use this data set if its origin is in doubt"
         )
     if shard.count < 1:
-        raise DataError(f"{INDEX}: expected {shard.file} of at least one row, got {shard.count}")
+        raise DataError(f"{path}: expected {shard.file} of at least one row, got {shard.count}")
     return shard
+
+
+def own_size(path: Path) -> int:
+    """Size of a regular file that lies in its folder, if need be by way of a link inside it.
+
+    Raises:
+        DataError: anything else; a pipe, say, would be waited on for ever.
+    """
+    try:
+        leaves = path.is_symlink() and path.resolve().parent != path.parent.resolve()
+        facts = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; restore it from a copy or harvest again") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a ring of links
+        raise DataError(f"{path} cannot be opened ({error!s:.200}); harvest again") from None
+    if leaves:
+        raise DataError(f"{path} is a link that leaves the folder; put the file itself there")
+    if not stat.S_ISREG(facts.st_mode):
+        raise DataError(f"{path} is no file but a folder, a pipe or a device; harvest again")
+    return facts.st_size

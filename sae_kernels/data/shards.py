@@ -1,34 +1,24 @@
-"""Activations on disk: shards that appear whole, and an index that appears last.
-
-A folder without index.json is not a data set: an interrupted writer leaves finished shards and
-no index. docs/data.md describes the files.
-"""
+"""Activations on disk, read through memory maps. docs/data.md describes the files."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from bisect import bisect_right
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from sae_kernels.data.batches import Rows, RowSource, ShuffledBatches, TensorRows, estimate_scale
-from sae_kernels.data.shard_index import INDEX, Index, Shard
-from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.files import digest, publish, sweep
+from sae_kernels.data.batches import ShuffledBatches
+from sae_kernels.data.rows import Rows, RowSource, TensorRows, estimate_scale
+from sae_kernels.data.shard_file import ShardReader, changed
+from sae_kernels.data.shard_index import Index
+from sae_kernels.data.shard_writer import ShardWriter
+from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from types import TracebackType
-
-    from typing_extensions import Self
+    from sae_kernels.data.shard_index import Shard
 
 __all__ = [
     "RowSource",
@@ -40,165 +30,20 @@ __all__ = [
     "estimate_scale",
 ]
 
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_INT32 = torch.iinfo(torch.int32)
-
-
-class ShardWriter:
-    """Writes activations to a folder, one shard of rows in memory at a time.
-
-    Use it as a context manager: leaving it normally writes the index, leaving it by an exception
-    keeps the finished shards and writes none.
-
-    Args:
-        folder: made when missing.
-        d_in: D, the width of a row.
-        dtype: float32, bfloat16 or float16; what is written is converted.
-        rows_per_shard: rows of every shard but the last.
-        metadata: anything JSON can hold: the model, the layer, ...
-        overwrite: replace the data set that is there; its index goes first.
-
-    Raises:
-        DataError: the folder holds a data set already.
-        TypeError, ValueError: an argument or metadata that cannot be written.
-
-    >>> import tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> with ShardWriter(folder.name, 2) as writer:
-    ...     writer.write(torch.ones(3, 2), tokens=torch.tensor([7, 8, 9]))
-    >>> ShardDataset(folder.name).rows(1, 3).tokens
-    tensor([8, 9], dtype=torch.int32)
-    >>> folder.cleanup()
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        d_in: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        rows_per_shard: int = 65536,
-        metadata: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        if dtype not in _STORED:
-            raise TypeError(f"expected dtype float32, bfloat16 or float16, got {dtype}")
-        if d_in < 1 or rows_per_shard < 1:
-            raise ValueError(
-                f"expected d_in and rows_per_shard of at least 1, got {d_in} and {rows_per_shard}"
-            )
-        self.folder, self.d_in, self.dtype = Path(folder), d_in, dtype
-        self.rows_per_shard = rows_per_shard
-        # Through JSON now: what cannot be written must not show after hours of work.
-        self.metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-        if not overwrite and (self.folder / INDEX).exists():
-            raise DataError(
-                f"{self.folder} holds a data set already; choose another folder or overwrite=True"
-            )
-        self._buffer: dict[str, Tensor] = {}
-        self._shards: list[Shard] = []
-        self._filled = 0
-        self._open = False
-
-    def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / INDEX).unlink(missing_ok=True)
-        self._open = True
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open = False
-        if kind is None:
-            self._finish()
-        self._buffer = {}
-
-    def write(
-        self, activations: Tensor, tokens: Tensor | None = None, documents: Tensor | None = None
-    ) -> None:
-        """Append rows.
-
-        Args:
-            activations: [n, D], any floating dtype, any device.
-            tokens, documents: integers [n] that fit int32; given always or never.
-
-        Raises:
-            NonFiniteError: NaN or infinity, also when only the stored dtype is too narrow.
-            TypeError, ValueError: shapes, dtypes or columns that do not fit the data set.
-        """
-        if not self._open:
-            raise ValueError("expected an open ShardWriter; write inside its `with` block")
-        columns = {"activations": activations.detach()}
-        self._check_activations(columns["activations"])
-        for name, ids in (("tokens", tokens), ("documents", documents)):
-            if ids is not None:
-                _check_ids(name, ids, len(activations))
-                columns[name] = ids
-        if not self._buffer:
-            self._buffer = {name: self._empty(name) for name in columns}
-        if columns.keys() != self._buffer.keys():
-            raise ValueError(
-                f"expected the columns of the first write, {', '.join(self._buffer)}, "
-                f"got {', '.join(columns)}; give tokens and documents always or never"
-            )
-        n, start = len(activations), 0
-        while start < n:
-            stop = min(n, start + self.rows_per_shard - self._filled)
-            end = self._filled + stop - start
-            for name, column in columns.items():
-                self._buffer[name][self._filled : end] = column[start:stop]
-            start, self._filled = stop, end
-            if end == self.rows_per_shard:
-                self._flush()
-
-    def _check_activations(self, x: Tensor) -> None:
-        if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise ValueError(f"expected activations [n, {self.d_in}], got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"expected floating point activations, got {x.dtype}")
-        # NaN, infinity and overflow all show in the extremes, at a fraction of isfinite's cost.
-        extremes = [float(e.to(self.dtype)) for e in x.aminmax()] if len(x) else []
-        if not all(map(math.isfinite, extremes)):
-            raise NonFiniteError(
-                f"expected activations that are finite in {self.dtype}, got extremes "
-                f"{extremes}; look for NaN in the model or store a wider dtype"
-            )
-
-    def _empty(self, name: str) -> Tensor:
-        if name == "activations":
-            return torch.empty(self.rows_per_shard, self.d_in, dtype=self.dtype)
-        return torch.empty(self.rows_per_shard, dtype=torch.int32)
-
-    def _flush(self) -> None:
-        path = self.folder / f"shard_{len(self._shards):05d}.safetensors"
-        tensors = {name: column[: self._filled] for name, column in self._buffer.items()}
-        publish(path, lambda temporary: save_file(tensors, temporary))
-        size = path.stat().st_size
-        self._shards.append(Shard(path.name, self._filled, size, digest(path)))
-        self._filled = 0
-
-    def _finish(self) -> None:
-        if self._filled:
-            self._flush()
-        sweep(self.folder)
-        for path in self.folder.glob("shard_*.safetensors"):
-            # Left by an earlier writer that was interrupted or went further.
-            number = re.fullmatch(r"shard_(\d{5,})\.safetensors", path.name)
-            if number and int(number[1]) >= len(self._shards):
-                path.unlink()
-        columns = tuple(self._buffer) or ("activations",)
-        Index(self.d_in, self.dtype, columns, self.metadata, tuple(self._shards)).write(self.folder)
+_MAPPED = 4  # shards at a time: pages of a mapped file count as memory of the process
 
 
 class ShardDataset:
     """A folder written by `ShardWriter`, read through memory maps; a `RowSource`.
 
     Opening checks the index, every file's size and every header, and reads no payload;
-    `verify()` reads everything.
+    `verify()` reads everything. The four shards that were read last stay mapped, so that memory
+    does not grow with the size of the data set.
+
+    Args:
+        folder: with an index.json.
+        check_on_read: compare a shard's SHA-256 when it is read for the first time, which costs
+            one reading of the whole file.
 
     Attributes:
         n_tokens: rows in all.
@@ -211,7 +56,7 @@ class ShardDataset:
         DataError: a missing, damaged or contradictory file; the message names it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, check_on_read: bool = False) -> None:
         self.folder = Path(folder)
         index = Index.read(self.folder)
         self.d_in, self.dtype = index.d_in, index.dtype
@@ -219,15 +64,17 @@ class ShardDataset:
         self._shards = index.shards
         self._starts = list(accumulate((shard.count for shard in index.shards), initial=0))
         self.n_tokens = self._starts[-1]
-        self._mapped: dict[int, Rows] = {}
+        self._reader = ShardReader(self.folder, index, check_on_read)
+        self._mapped = lru_cache(_MAPPED)(self._reader.map)
         for shard in index.shards:
-            self._check(shard)
+            self._reader.check_header(shard)
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`: views of the mapped file inside one shard, else copies.
 
         Raises:
             ValueError: a range outside [0, n_tokens].
+            DataError: a file that changed since the data set was opened.
         """
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(
@@ -238,12 +85,11 @@ class ShardDataset:
             return Rows(**empty | {"activations": torch.empty(0, self.d_in, dtype=self.dtype)})
         pieces: list[Rows] = []
         while start < stop:
-            number = bisect_right(self._starts, start) - 1
-            base, end = self._starts[number], min(stop, self._starts[number + 1])
-            part = slice(start - base, end - base)
-            shard = self._map(number)
-            pieces.append(Rows(**{name: getattr(shard, name)[part] for name in self.columns}))
-            start = end
+            shard, base = self._at(start)
+            part = slice(start - base, min(stop - base, shard.count))
+            mapped = self._mapped(shard)
+            pieces.append(Rows(**{name: getattr(mapped, name)[part] for name in self.columns}))
+            start = base + part.stop
         if len(pieces) == 1:
             return pieces[0]
         columns = ([getattr(piece, name) for piece in pieces] for name in self.columns)
@@ -255,53 +101,16 @@ class ShardDataset:
         Raises:
             DataError: names the shards whose content is not what was written.
         """
-        damaged = [s.file for s in self._shards if digest(self.folder / s.file) != s.sha256]
+        damaged = [shard for shard in self._shards if not self._reader.is_whole(shard)]
         if damaged:
-            raise DataError(
-                f"{self.folder}: {', '.join(damaged)} changed since written (SHA-256 differs); "
-                "restore from a copy or harvest again"
-            )
+            raise DataError(changed(self.folder, damaged))
 
-    def _check(self, shard: Shard) -> None:
-        path = self.folder / shard.file
-        if path.resolve().parent != self.folder.resolve():
-            raise DataError(f"{path} is a link that leaves the folder; put the file itself there")
-        if not path.is_file():
-            raise DataError(f"{path} is missing; restore it from a copy or harvest again")
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise DataError(
-                f"{path}: expected {shard.bytes} bytes, got {size}; the file was cut or replaced, "
-                "restore it from a copy or harvest again"
-            )
-        expected = {name: ("I32", [shard.count]) for name in self.columns}
-        expected["activations"] = (_STORED[self.dtype], [shard.count, self.d_in])
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} is no safetensors file ({error}); harvest again") from None
-        if found != expected:
-            raise DataError(
-                f"{path}: expected {expected} as {INDEX} says, got {found!r:.200}; harvest again"
-            )
+    def where(self, row: int) -> str:
+        """The file that a row lies in and its number there, for messages."""
+        shard, base = self._at(row)
+        return f"{self.folder / shard.file}, row {row - base}"
 
-    def _map(self, number: int) -> Rows:
-        if number not in self._mapped:
-            path = self.folder / self._shards[number].file
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._mapped[number] = Rows(**{c: file.get_tensor(c) for c in self.columns})
-            except (OSError, SafetensorError) as error:
-                raise DataError(f"{path} changed since it was opened ({error})") from None
-        return self._mapped[number]
-
-
-def _check_ids(name: str, ids: Tensor, n: int) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"expected integer {name}, got {ids.dtype}")
-    if list(ids.shape) != [n]:
-        raise ValueError(f"expected {name} [{n}], one a row, got {list(ids.shape)}")
-    if n and not _INT32.min <= int(ids.min()) <= int(ids.max()) <= _INT32.max:
-        raise ValueError(f"expected {name} that fit int32, got {int(ids.max())}")
+    def _at(self, row: int) -> tuple[Shard, int]:
+        """The shard of a row, and the shard's first row."""
+        number = bisect_right(self._starts, row) - 1
+        return self._shards[number], self._starts[number]

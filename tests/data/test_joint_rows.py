@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from sae_kernels.data import JointRows, ShardDataset, ShardWriter, ShuffledBatches, TensorRows
 from sae_kernels.errors import DataError
 from sae_kernels.testing import assert_bitwise
-from sae_kernels.train import JointRows, ShardDataset, ShardWriter, ShuffledBatches, TensorRows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,8 +87,13 @@ def test_different_tokens_are_found_while_reading(tmp_path: Path) -> None:
     other[13] = 99
     joint = JointRows([_shards(tmp_path / "a", x, ids), _shards(tmp_path / "b", x, other)])
     joint.rows(0, 13)
-    with pytest.raises(DataError, match="rows 10 to 20: expected the same tokens in all sources"):
+    with pytest.raises(DataError) as error:
         joint.rows(10, 20)
+    assert str(error.value) == (
+        f"row 13: expected the same token in all sources, got 13 ({tmp_path}/a/shard_00001."
+        f"safetensors, row 6) and 99 ({tmp_path}/b/shard_00001.safetensors, row 6); harvest all of "
+        "them from the same text"
+    )
     # Who has no tokens cannot be asked.
     JointRows([_shards(tmp_path / "c", x, ids), x]).rows(0, 20)
 

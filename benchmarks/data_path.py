@@ -1,0 +1,182 @@
+"""What data from disk cost: ``python -m benchmarks.data_path [--only step] [--out FILE]``.
+
+``step``: TopK steps at cpu-small on batches of a data set on disk, made by the loop itself or
+ahead by a thread, over the same steps on batches that lie ready in memory; all in one process, 16
+steps each in turn. (Two of 16 batches a thread makes while others have their turn.) ``warm`` data
+are in the page cache, ``cold`` data are dropped from it before each turn. ``large``: seconds to
+open 100 GB of shards that are holes, and how the memory of the process grows while rows of 20 GB
+of them go by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.cpu_bars import B, D, F, K, record
+from sae_kernels.bench.inputs import activations
+from sae_kernels.bench.provenance import provenance
+from sae_kernels.bench.timing import interleaved
+from sae_kernels.data import Prefetched, ShardDataset, ShardWriter, ShuffledBatches
+from sae_kernels.data.shard_index import Index, Shard
+from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.train import FusedStep, TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WINDOW = 65536  # rows, as ShuffledBatches makes them
+TURN = 16  # steps
+
+
+def step(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Steps on data from disk over steps on batches in memory."""
+    x, W = activations("zipf", WINDOW, D, F, K)
+    sae = TopKSAE(TopKConfig(D, F, K))
+    sae.W_enc.data.copy_(W)
+    sae.W_dec.data.copy_(W)
+    fused = FusedStep(sae, TrainConfig(compute="auto", auxk_alpha=0.0))
+    ready = list(ShuffledBatches(x, B, epochs=1))
+    with tempfile.TemporaryDirectory(dir=options.data) as base:
+        folders = [Path(base, name) for name in ("warm", "cold")]
+        for folder in folders:
+            with ShardWriter(folder, D, rows_per_shard=16384) as writer:
+                for _ in range(options.windows):
+                    writer.write(x)
+        contestants: dict[str, Callable[[], object]] = {}
+        contestants["memory"] = lambda: run(fused, iter(ready[:TURN]))
+        threads = []
+        for folder in folders:
+            plain = ShuffledBatches(ShardDataset(folder), B)
+            ahead = Prefetched(ShuffledBatches(ShardDataset(folder), B))
+            threads.append(ahead)
+            drops = folder if folder.name == "cold" else None
+            for name, stream in (("disk", plain), ("disk, thread", ahead)):
+                contestants[f"{name}, {folder.name}"] = turn(fused, stream, drops)
+        for name, timing in (times := interleaved(contestants, options.rounds)).items():
+            ratio = timing.median_ms / times["memory"].median_ms
+            each = {"steps": TURN, "windows": options.windows}
+            yield record("step", name, timing, ratio, "memory") | each
+        for ahead in threads:
+            ahead.close()
+
+
+def turn(
+    fused: FusedStep, stream: Iterator[torch.Tensor], drops: Path | None
+) -> Callable[[], object]:
+    """Some steps; the files are dropped from the page cache first if a folder is given."""
+
+    def steps() -> None:
+        for path in () if drops is None else drops.glob("*.safetensors"):
+            drop(path)
+        run(fused, islice(stream, TURN))
+
+    return steps
+
+
+def run(fused: FusedStep, batches: Iterator[torch.Tensor]) -> None:
+    for x in batches:
+        fused(x, lr=1e-4)
+
+
+def drop(path: Path) -> None:
+    """Has the system forget what it keeps of a file; pages that are mapped stay."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def large(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Opening 100 GB, and memory while 20 GB stream by."""
+    with tempfile.TemporaryDirectory(dir=options.data) as base:
+        folder = Path(base)
+        sparse_data_set(folder, shards=400, d_in=D, shard_bytes=256 << 20)
+        start = time.perf_counter()
+        data = ShardDataset(folder)
+        opened = time.perf_counter() - start
+        batches = ShuffledBatches(data, B)
+        for _ in range(2 * WINDOW // B + 1):  # both windows are there
+            next(batches)
+        before = resident_bytes()
+        count = int(options.gigabytes * 1e9) // (4 * B * D)
+        start = time.perf_counter()
+        most = before
+        slowest = 0.0
+        for _ in range(count):
+            begin = time.perf_counter()
+            next(batches)
+            slowest = max(slowest, time.perf_counter() - begin)
+            most = max(most, resident_bytes())
+        seconds = time.perf_counter() - start
+        yield {
+            "case": "large",
+            "bytes": data.n_tokens * D * 4,
+            "shards": 400,
+            "open_seconds": round(opened, 4),
+            "streamed_bytes": count * 4 * B * D,
+            "stream_seconds": round(seconds, 1),
+            "slowest_batch_ms": round(1e3 * slowest, 1),
+            "resident_bytes_before": before,
+            "resident_bytes_growth": most - before,
+            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+def resident_bytes() -> int:
+    """Memory of this process, the pages of mapped files among it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def sparse_data_set(folder: Path, shards: int, d_in: int, shard_bytes: int) -> None:
+    """A data set of fp32 zeros whose files hold nothing but their headers."""
+    count = shard_bytes // (4 * d_in)
+    entry = {"dtype": "F32", "shape": [count, d_in], "data_offsets": [0, 4 * count * d_in]}
+    header = json.dumps({"activations": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    size = 8 + len(header) + 4 * count * d_in
+    listed = []
+    for i in range(shards):
+        path = folder / f"shard_{i:05d}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, size)
+        listed.append(Shard(path.name, count, size, ""))
+    Index(d_in, torch.float32, ("activations",), {}, tuple(listed)).write(folder)
+
+
+CASES = {"step": step, "large": large}
+
+
+def main() -> None:
+    """Prints a JSON line per result and, with --out, writes them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--windows", type=int, default=4, help="windows of 65536 rows on disk")
+    parser.add_argument("--gigabytes", type=float, default=20.0, help="that stream by")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", type=Path, help="where to put the data; default: as tempfile")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = [json.dumps({"provenance": provenance("python -m benchmarks.data_path")})]
+    print(lines[0])
+    for name in options.only:
+        for entry in CASES[name](options):
+            lines.append(json.dumps(entry))
+            print(lines[-1], flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

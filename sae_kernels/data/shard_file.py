@@ -1,0 +1,101 @@
+"""One shard: what may be believed of a file before it is mapped, and its rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sae_kernels.data.rows import Rows
+from sae_kernels.data.shard_index import INDEX, own_size
+from sae_kernels.errors import DataError
+from sae_kernels.files import digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sae_kernels.data.shard_index import Index, Shard
+
+_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_HEADER_LIMIT = 1 << 20  # bytes; three tensors and some metadata need a few hundred
+
+
+class ShardReader:
+    """Checks and maps the shards of a folder.
+
+    Args:
+        folder: that the index was read from.
+        index: what is to be found.
+        check_content: whether mapping a shard for the first time compares its SHA-256.
+    """
+
+    def __init__(self, folder: Path, index: Index, check_content: bool) -> None:
+        self.folder, self.check_content = folder, check_content
+        self.columns, self._d_in, self._dtype = index.columns, index.d_in, index.dtype
+        self._checked: set[Shard] = set()
+
+    def map(self, shard: Shard) -> Rows:
+        """A shard's rows, views of the file."""
+        self.check_header(shard)
+        if self.check_content and shard not in self._checked:
+            if not self.is_whole(shard):
+                raise DataError(changed(self.folder, [shard]))
+            self._checked.add(shard)
+        path = self.folder / shard.file
+        try:
+            with safe_open(path, framework="pt") as file:
+                return Rows(**{name: file.get_tensor(name) for name in self.columns})
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} changed while it was opened ({error!s:.200})") from None
+
+    def is_whole(self, shard: Shard) -> bool:
+        """Reads all of a shard: whether it is what was written."""
+        path = self.folder / shard.file
+        own_size(path)
+        return digest(path) == shard.sha256
+
+    def check_header(self, shard: Shard) -> None:
+        """Compares size and header with the index; reads no payload.
+
+        Raises:
+            DataError: a file that is not there, is none or is not the one of the index.
+        """
+        path = self.folder / shard.file
+        size = own_size(path)
+        if size != shard.bytes:
+            raise DataError(
+                f"{path}: expected {shard.bytes} bytes, got {size}; the file was cut or replaced, "
+                "restore it from a copy or harvest again"
+            )
+        payload = shard.count * (self._d_in * self._dtype.itemsize + 4 * (len(self.columns) - 1))
+        if size - payload > _HEADER_LIMIT:
+            raise DataError(
+                f"{path}: expected {payload} bytes of rows and at most {_HEADER_LIMIT} of header, "
+                f"got {size}; this is no shard of this data set, harvest again"
+            )
+        expected = {name: ("I32", [shard.count]) for name in self.columns}
+        expected["activations"] = (_STORED[self._dtype], [shard.count, self._d_in])
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{path} is no safetensors file ({error!s:.200}); restore it from a copy or "
+                "harvest again"
+            ) from None
+        if found != expected:
+            raise DataError(
+                f"{path}: expected {expected} as {INDEX} says, got {found!r:.200}; put the shard "
+                "of this data set there or harvest again"
+            )
+
+
+def changed(folder: Path, shards: list[Shard]) -> str:
+    """What to say of shards whose content is not what was written."""
+    names = ", ".join(shard.file for shard in shards)
+    return (
+        f"{folder}: {names} changed since written (SHA-256 differs); restore from a copy or "
+        "harvest again"
+    )
