@@ -86,7 +86,7 @@ def json_writer(values: Mapping[str, Any]) -> Callable[[Path], object]:
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path, what: str = "a JSON object") -> dict[str, Any]:
+def read_json(path: Path, what: str = "a JSON object", limit: int = JSON_LIMIT) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
@@ -95,8 +95,8 @@ def read_json(path: Path, what: str = "a JSON object") -> dict[str, Any]:
     try:
         if not path.is_file():
             raise DataError(f"{path}: expected {what}, it is not there")
-        if (size := path.stat().st_size) > JSON_LIMIT:
-            raise DataError(f"{path}: expected {what} of at most {JSON_LIMIT} bytes, got {size}")
+        if (size := path.stat().st_size) > limit:
+            raise DataError(f"{path}: expected {what} of at most {limit} bytes, got {size}")
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
@@ -132,14 +132,18 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
-    """Removes what processes that are no longer alive left half written, of this name or of any."""
+def sweep(folder: Path, name: str | None = None, *, of_anyone: bool = False) -> None:
+    """Removes what dead processes left half written: of this name, or of any.
+
+    A process of another machine is taken to be alive. With ``of_anyone``, for whoever has locked
+    the folder, all that is half written goes.
+    """
     host = re.sub(r"[^\w-]", "_", socket.gethostname())
     for path in folder.glob(".*.partial-*"):
         left = _PARTIAL.fullmatch(path.name)
-        if left is None or left["host"] != host or (name is not None and left["name"] != name):
+        if left is None or (name is not None and left["name"] != name):
             continue
-        if not _alive(int(left["pid"])):
+        if of_anyone or (left["host"] == host and not _alive(int(left["pid"]))):
             _remove(path)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import read_json
-from sae_kernels.formats.files import Tensors, read_state_dict, whole
-from sae_kernels.formats.layout import Weights, at_least_zero, configure, take
+from sae_kernels.formats.files import Tensors, read_settings, whole
+from sae_kernels.formats.layout import Weights, at_least_zero, configure, load, take
+from sae_kernels.formats.state_dicts import stored_state_dict
 from sae_kernels.nn.config import (
     BatchTopKConfig,
     GatedConfig,
@@ -97,17 +98,14 @@ def read_dictionary_learning(folder_or_file: str | Path) -> Weights:
         raise DataError(
             f"{path}: dict_class: expected one of {', '.join(_KINDS)}, got {name!r:.80}"
         )
-    found = read_state_dict(file)
-    options = _options(file, kind, trainer, found)
-    config = configure(
-        path,
-        kind.make,
-        d_in=whole(path, trainer, "activation_dim"),
-        n_latents=whole(path, trainer, "dict_size"),
-        subtract_b_dec=kind.subtract_b_dec,
-        unit_norm_decoder=kind.unit_norm_decoder,
-        **options,
-    )
+    stored = stored_state_dict(file)
+    claimed = _claimed(path, kind, trainer, "k" in stored.sizes)
+    others = {name: claimed.n_latents if name == "group_sizes" else 1 for name in kind.buffers}
+    found = load(stored, claimed, kind.names, others)
+    buffers = {name: _integers(file, name, found) for name in kind.buffers if name != "threshold"}
+    if "threshold" in kind.buffers:
+        found.pop("threshold", None)
+    config = configure(path, dataclasses.replace, claimed, **_options(file, trainer, buffers))
     tensors = take(file, config, kind.names, found)
     if kind.make is JumpReLUConfig:
         tensors["threshold"] = at_least_zero(tensors["threshold"])
@@ -119,29 +117,42 @@ def _trainer(file: Path) -> tuple[Path, dict[str, Any]]:
     """Of the config.json beside a file, or above the folder of checkpoints that holds it."""
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     path = folder / CONFIG_FILE
-    trainer = read_json(path).get("trainer")
+    trainer = read_settings(path).get("trainer")
     if not isinstance(trainer, dict):
         raise DataError(f"{path}: trainer: expected an object, got {type(trainer).__name__}")
     return path, trainer
 
 
-def _options(file: Path, kind: _Kind, trainer: dict[str, Any], found: Tensors) -> dict[str, Any]:
-    """What the class adds to the configuration; its buffers leave the tensors."""
-    values = {name: _integers(file, name, found) for name in kind.buffers if name != "threshold"}
-    if "threshold" in kind.buffers:
-        found.pop("threshold", None)
+def _claimed(path: Path, kind: _Kind, trainer: dict[str, Any], k_is_stored: bool) -> SAEConfig:
+    """The configuration but for what the buffers hold: it says how large the tensors are."""
     options: dict[str, Any] = {}
-    if "k" in values:
-        stored, said = values["k"], trainer.get("k")
-        if None not in (stored, said) and stored != said:
-            raise DataError(f"{file}: k: expected {said!r:.40} as {CONFIG_FILE} says, got {stored}")
-        options["k"] = said if stored is None else stored
-    if "group_sizes" in values:
-        options["groups"] = values["group_sizes"]
+    if "k" in kind.buffers:
+        options["k"] = 1 if k_is_stored else trainer.get("k")
     if kind.make is TopKConfig:
         options["relu"] = "before"
     if kind.make is JumpReLUConfig:
         options["log_threshold"] = False
+    return configure(
+        path,
+        kind.make,
+        d_in=whole(path, trainer, "activation_dim"),
+        n_latents=whole(path, trainer, "dict_size"),
+        subtract_b_dec=kind.subtract_b_dec,
+        unit_norm_decoder=kind.unit_norm_decoder,
+        **options,
+    )
+
+
+def _options(file: Path, trainer: dict[str, Any], buffers: dict[str, Any]) -> dict[str, Any]:
+    """What the buffers add to the configuration."""
+    options: dict[str, Any] = {}
+    if (stored := buffers.get("k")) is not None:
+        said = trainer.get("k")
+        if said is not None and stored != said:
+            raise DataError(f"{file}: k: expected {said!r:.40} as {CONFIG_FILE} says, got {stored}")
+        options["k"] = stored
+    if "group_sizes" in buffers:
+        options["groups"] = buffers["group_sizes"]
     return options
 
 

@@ -1,19 +1,60 @@
-"""Strangers' files, read so that nothing in them runs."""
+"""Strangers' files, read so that nothing in them runs, and headers before anything is allocated."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sae_kernels.errors import DataError
+from sae_kernels.files import read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
+Sizes = dict[str, tuple[int, ...]]
+
+SETTINGS_LIMIT = 1 << 20  # bytes of a JSON file beside the weights; real ones have a few thousand
+SETTINGS_DEPTH = 32
+HEADER_LIMIT = 1 << 20  # bytes of what a file says of its tensors
+
+
+class Stored(NamedTuple):
+    """What a file says of its tensors, and how to get them.
+
+    Attributes:
+        path: the file.
+        sizes: every tensor's shape, from the header; of the numbers nothing has been read.
+        load: reads them all, on the CPU. What it allocates is in proportion to the file's length.
+    """
+
+    path: Path
+    sizes: Sizes
+    load: Callable[[], Tensors]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object beside an SAE's weights.
+
+    Raises:
+        DataError: no such file, no JSON object, or one that is longer or deeper than any is.
+    """
+    values = read_json(path, limit=SETTINGS_LIMIT)
+    if _deeper(values, SETTINGS_DEPTH):
+        raise DataError(f"{path}: expected a JSON object of at most {SETTINGS_DEPTH} levels")
+    return values
+
+
+def _deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(part, levels - 1) for part in inside)
 
 
 def whole(path: Path, values: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -40,75 +81,52 @@ def flag(path: Path, values: dict[str, Any], key: str, default: bool) -> bool:
     return value
 
 
+@contextmanager
+def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
+    """Turns whatever damage does to a reader into one line.
+
+    Raises:
+        DataError: there is no file, or anything is raised inside.
+    """
+    if not path.is_file():  # a named pipe is none: opening one waits for ever
+        raise DataError(f"{path}: expected the file of a saved SAE, it is not there")
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # parsers of damaged files raise anything
+        said = " ".join(f"{type(error).__name__}: {error!s:.120}".split())
+        reason = "".join(c if c.isprintable() else "?" for c in said)
+        raise DataError(f"{path}: expected {what}, it cannot be read ({reason}){advice}") from error
+
+
+def stored_safetensors(path: Path) -> Stored:
+    """A safetensors file, its header read.
+
+    Raises:
+        DataError: no file, or a damaged one; `load` raises it too.
+    """
+    what = "a safetensors file"
+    with reading(path, what):
+        with path.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if length > HEADER_LIMIT:
+            raise ValueError(f"its header claims {length} bytes, {HEADER_LIMIT} are the most")
+        with safe_open(path, framework="pt") as file:
+            sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+
+    def load() -> Tensors:
+        with reading(path, what):
+            tensors: Tensors = load_file(path)
+            return tensors
+
+    return Stored(path, sizes, load)
+
+
 def read_safetensors(path: Path) -> Tensors:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
         DataError: no file, or a damaged one.
     """
-    _must_exist(path)
-    try:
-        tensors: Tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{path}: expected a safetensors file, it cannot be read ({error})"
-        ) from error
-    return tensors
-
-
-def read_state_dict(path: Path) -> Tensors:
-    """A state dict that torch.save wrote, on the CPU; its pickle may hold tensors and no code.
-
-    Raises:
-        DataError: no file, a damaged one, or anything but tensors by name in it.
-    """
-    _must_exist(path)
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can raise anything
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: expected a state dict of tensors; torch.load refuses the file with "
-            f"weights_only=True ({type(error).__name__}: {reason:.120}); do not load it in another "
-            "way unless you trust where it comes from"
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a state dict of tensors, got {type(found).__name__}")
-    for name, value in found.items():
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and _plain(value)):
-            raise DataError(f"{path}: {name!r:.80}: expected a dense tensor")
-    return {name: value.detach() for name, value in found.items()}
-
-
-def read_npz(path: Path) -> Tensors:
-    """All arrays of an .npz file as tensors; numbers only.
-
-    Raises:
-        DataError: no file, a damaged one, or an array of objects in it.
-    """
-    import numpy as np
-
-    _must_exist(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-            native = {name: a.astype(a.dtype.newbyteorder("=")) for name, a in arrays.items()}
-            return {name: torch.from_numpy(array) for name, array in native.items()}
-    except Exception as error:  # zip, header and array can each be damaged in their own way
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: expected an .npz file of numbers, it cannot be read "
-            f"({type(error).__name__}: {reason:.120})"
-        ) from error
-
-
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: expected the file of a saved SAE, it is not there")
-
-
-def _plain(tensor: torch.Tensor) -> bool:
-    # A view can claim any shape over a few bytes (stride 0): copying it would take all memory.
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return stored_safetensors(path).load()

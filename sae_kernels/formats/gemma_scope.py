@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import read_json
-from sae_kernels.formats.files import Tensors, read_npz, read_safetensors
-from sae_kernels.formats.layout import Weights, at_least_zero, configure, shapes, take
+from sae_kernels.formats.arrays import stored_npz
+from sae_kernels.formats.files import Sizes, Tensors, read_settings, stored_safetensors
+from sae_kernels.formats.layout import (
+    Weights,
+    at_least_zero,
+    configure,
+    listed,
+    load,
+    shapes,
+    take,
+)
 from sae_kernels.nn.config import JumpReLUConfig
 
 if TYPE_CHECKING:
@@ -50,13 +58,15 @@ def read_gemma_scope(folder_or_file: str | Path) -> Weights:
         torch.Size([3, 2])
     """
     file = _file(Path(folder_or_file))
-    found = read_npz(file) if file.suffix == ".npz" else read_safetensors(file)
+    stored = stored_npz(file) if file.suffix == ".npz" else stored_safetensors(file)
     values = _values(file.with_name(CONFIG_FILE)) if file.suffix == ".safetensors" else {}
-    _drop_ones(file, found)
-    w = "w" if "w_enc" in found else "W"
+    w = "w" if "w_enc" in stored.sizes else "W"
     theirs = {"W_enc": f"{w}_enc.T", "W_dec": f"{w}_dec", "W_skip": "affine_skip_connection.T"}
-    config = _config(file, values, found, w)
-    tensors = take(file, config, {name: theirs.get(name, name) for name in shapes(config)}, found)
+    config = _config(file, values, stored.sizes, w)
+    names = {name: theirs.get(name, name) for name in shapes(config)}
+    found = load(stored, config, names, {"scaling_factor": config.n_latents})
+    _drop_ones(file, found)
+    tensors = take(file, config, names, found)
     tensors["threshold"] = at_least_zero(tensors["threshold"])
     metadata = {ours: values[key] for key, ours in _METADATA.items() if key in values}
     return Weights(config, tensors, metadata)
@@ -76,7 +86,7 @@ def _file(path: Path) -> Path:
 
 def _values(path: Path) -> dict[str, Any]:
     """Of config.json, which some of the repositories do not have."""
-    values = read_json(path) if path.is_file() else {}
+    values = read_settings(path) if path.is_file() else {}
     if (architecture := values.get("architecture", "jump_relu")) != "jump_relu":
         raise DataError(
             f"{path}: architecture: expected 'jump_relu', got {architecture!r:.80}; no other is "
@@ -93,15 +103,15 @@ def _drop_ones(file: Path, found: Tensors) -> None:
         )
 
 
-def _config(file: Path, values: dict[str, Any], found: Tensors, w: str) -> SAEConfig:
-    sizes = []
+def _config(file: Path, values: dict[str, Any], sizes: Sizes, w: str) -> SAEConfig:
+    widths = []
     for name, size in ((f"{w}_enc", "[d_in, n_latents]"), (f"{w}_dec", "[n_latents, d_out]")):
-        if name not in found or found[name].ndim != 2:
-            came = list(found[name].shape) if name in found else ", ".join(sorted(found))
+        if len(sizes.get(name, ())) != 2:
+            came = list(sizes[name]) if name in sizes else listed(sizes)
             raise DataError(f"{file}: expected a tensor {name} {size}, got {came!s:.300}")
-        sizes.append(found[name].shape)
-    (d_in, n_latents), (_, d_out) = sizes
-    skip = "affine_skip_connection" in found
+        widths.append(sizes[name])
+    (d_in, n_latents), (_, d_out) = widths
+    skip = "affine_skip_connection" in sizes
     source, target = values.get("hf_hook_point_in"), values.get("hf_hook_point_out")
     transcodes = skip or d_out != d_in or target not in (None, source)
     return configure(

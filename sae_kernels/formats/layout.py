@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,13 +15,14 @@ from sae_kernels.primitives.checks import OPERAND_DTYPES
 from sae_kernels.tensors import rounded_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from sae_kernels.formats.files import Tensors
+    from sae_kernels.formats.files import Sizes, Stored, Tensors
     from sae_kernels.nn.config import SAEConfig
 
 _THRESHOLDS = ("threshold", "log_threshold")
+_BITS = 63  # of a number in a configuration: what multiplies and prints without end is no width
 
 
 class Weights(NamedTuple):
@@ -69,6 +72,34 @@ def weight_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
+def load(
+    stored: Stored,
+    config: SAEConfig,
+    names: Mapping[str, str],
+    others: Mapping[str, int] = MappingProxyType({}),
+) -> Tensors:
+    """A file's tensors, read once what it says of them is what the configuration says.
+
+    Args:
+        stored: the file.
+        config: what it claims to be.
+        names: theirs by ours, as in `take`.
+        others: what may lie beside them, and how many numbers it may have.
+
+    Raises:
+        DataError: tensors that are missing, unknown or of another shape, before any is read.
+    """
+    sizes = {name: size for name, size in stored.sizes.items() if name not in others}
+    _check_sizes(stored.path, _theirs(config, names), sizes)
+    for name, most in others.items():
+        size = stored.sizes.get(name, ())
+        if len(size) > 1 or math.prod(size) > most:
+            raise DataError(
+                f"{stored.path}: {name}: expected at most {most} numbers in a row, got {list(size)}"
+            )
+    return stored.load()
+
+
 def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors) -> Tensors:
     """Our tensors out of another tool's.
 
@@ -85,10 +116,8 @@ def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
         DataError: tensors that are missing, unknown, of another shape, not of floating point or
             not finite.
     """
-    sizes = shapes(config)
-    expected = {_plain(names[our]): _turned(names[our], size) for our, size in sizes.items()}
-    check(path, expected, found)
-    ours = {our: _turned(names[our], found.pop(_plain(names[our]))) for our in sizes}
+    check(path, _theirs(config, names), found)
+    ours = {our: _turned(names[our], found.pop(_plain(names[our]))) for our in shapes(config)}
     dtype = weight_dtype(ours)
     for name, tensor in ours.items():
         if name not in _THRESHOLDS:
@@ -122,19 +151,8 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
     Raises:
         DataError: names the tensor, what was expected and what came.
     """
-    for name, size in expected.items():
-        if name not in found:
-            got = ", ".join(sorted(found)) or "nothing"
-            raise DataError(f"{where}: expected a tensor {name} {list(size)}, got {got:.300}")
-        if tuple(found[name].shape) != size:
-            raise DataError(
-                f"{where}: {name}: expected {list(size)}, got {list(found[name].shape)}"
-            )
+    _check_sizes(where, expected, {name: tuple(tensor.shape) for name, tensor in found.items()})
     for name, tensor in found.items():
-        if name not in expected:
-            raise DataError(
-                f"{where}: expected no tensors but {', '.join(expected)}, got {name!r:.80} too"
-            )
         if tensor.dtype not in OPERAND_DTYPES:
             known = ", ".join(str(dtype) for dtype in OPERAND_DTYPES)
             raise DataError(f"{where}: {name}: expected one of {known}, got {tensor.dtype}")
@@ -145,18 +163,43 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
             )
 
 
+def _check_sizes(where: object, expected: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:
+    for name, size in expected.items():
+        if name not in sizes:
+            raise DataError(f"{where}: expected a tensor {name} {list(size)}, got {listed(sizes)}")
+        if sizes[name] != size:
+            raise DataError(f"{where}: {name}: expected {list(size)}, got {list(sizes[name])}")
+    for name in sizes:
+        if name not in expected:
+            raise DataError(
+                f"{where}: expected no tensors but {', '.join(expected)}, got {name!r:.80} too"
+            )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of a stranger's tensors on one line."""
+    shown = [name if name.isprintable() else repr(name) for name in sorted(names)]
+    return f"{', '.join(shown) or 'nothing':.300}"
+
+
 def configure(
     path: Path, make: Callable[..., SAEConfig], *arguments: Any, **values: Any
 ) -> SAEConfig:
-    """A configuration from what a file says.
+    """A configuration from what a file says; nothing is allocated.
 
     Raises:
         DataError: what the configuration refuses, with the file's name.
     """
+    for name, value in values.items():
+        if isinstance(value, int) and value.bit_length() > _BITS:
+            raise DataError(
+                f"{path}: {listed([name])}: expected a number of at most {_BITS} bits, got one of "
+                f"{value.bit_length()}"
+            )
     try:
         return make(*arguments, **values)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error!s:.500}") from error
 
 
 def at_least_zero(thresholds: torch.Tensor) -> torch.Tensor:
@@ -183,6 +226,11 @@ def only_raw_activations(tool: str, config: SAEConfig) -> None:
                 f"{tool}: expected {name} 1, got {scale}; fold it into the weights first, with "
                 "sae.folded()"
             )
+
+
+def _theirs(config: SAEConfig, names: Mapping[str, str]) -> Sizes:
+    """What the file must hold, in its own words."""
+    return {_plain(names[our]): _turned(names[our], size) for our, size in shapes(config).items()}
 
 
 def _plain(name: str) -> str:

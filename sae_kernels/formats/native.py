@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
 from sae_kernels.errors import DataError
-from sae_kernels.files import json_writer, publish_all, read_json
-from sae_kernels.formats.files import read_safetensors
+from sae_kernels.files import json_writer, publish_all
+from sae_kernels.formats.files import read_settings, stored_safetensors
 from sae_kernels.formats.layout import configure, shapes
 from sae_kernels.nn.architectures import CONFIGS, build
 from sae_kernels.primitives.checks import OPERAND_DTYPES
@@ -28,13 +28,18 @@ WEIGHTS_FILE = "sae.safetensors"
 def save(sae: SparseAutoencoder, folder: str | Path) -> None:
     """Writes both files, each complete or not at all: a failed save leaves what was there."""
     weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
-    config = {
-        "architecture": sae.config.architecture,
-        "sae_kernels_version": __version__,
-        **sae.config.to_dict(),
-    }
     save_weights = functools.partial(save_file, weights)
-    publish_all(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: json_writer(config)})
+    config = json_writer(config_values(sae.config))
+    publish_all(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: config})
+
+
+def config_values(config: SAEConfig) -> dict[str, Any]:
+    """What ``config.json`` says of an SAE."""
+    return {
+        "architecture": config.architecture,
+        "sae_kernels_version": __version__,
+        **config.to_dict(),
+    }
 
 
 def load(
@@ -48,11 +53,12 @@ def load(
     """
     config_path, weights_path = _files(str(name_or_path), revision, local_files_only)
     config = _read_config(config_path)
-    weights = read_safetensors(weights_path)
-    came = {name: list(t.shape) for name, t in weights.items()}
+    stored = stored_safetensors(weights_path)
+    came = {name: list(size) for name, size in stored.sizes.items()}
     expected = {name: list(size) for name, size in shapes(config).items()}
     if expected != came:
-        raise DataError(f"{weights_path}: expected tensors {expected}, got {came}")
+        raise DataError(f"{weights_path}: expected tensors {expected}, got {came!s:.500}")
+    weights = stored.load()
     with torch.device("meta"):
         sae = build(config)
     _check_dtypes(sae, weights, weights_path)
@@ -105,10 +111,11 @@ def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Pat
 
 
 def _read_config(path: Path) -> SAEConfig:
-    values = read_json(path)
+    values = read_settings(path)
     values.pop("sae_kernels_version", None)
     architecture = values.pop("architecture", None)
-    if architecture not in CONFIGS:
+    if not isinstance(architecture, str) or architecture not in CONFIGS:
         known = ", ".join(CONFIGS)
-        raise DataError(f"{path}: expected architecture {known}, got {architecture!r}")
-    return configure(path, CONFIGS[architecture].from_dict, values)
+        raise DataError(f"{path}: expected architecture {known}, got {architecture!r:.80}")
+    from_dict = CONFIGS[architecture].from_dict
+    return configure(path, lambda **own: from_dict(own), **values)

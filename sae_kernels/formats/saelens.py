@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import Tensors, read_safetensors
-from sae_kernels.formats.layout import Weights, at_least_zero, check, shapes, take
+from sae_kernels.formats.files import Tensors, stored_safetensors
+from sae_kernels.formats.layout import Weights, at_least_zero, check, load, shapes, take
 from sae_kernels.formats.saelens_config import read_config, to_config
 from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig
 
@@ -48,9 +48,10 @@ def read_saelens(folder: str | Path) -> Weights:
     folder = Path(folder)
     path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     values = read_config(path)
-    found = read_safetensors(weights)
+    stored = stored_safetensors(weights)
+    config = to_config(path, values, "log_threshold" in stored.sizes)
+    found = load(stored, config, names(config), {"scaling_factor": config.n_latents})
     factor = found.pop("scaling_factor", None)
-    config = to_config(path, values, "log_threshold" in found)
     tensors = take(weights, config, names(config), found)
     _fold_scaling_factor(weights, values, tensors, factor)
     if isinstance(config, JumpReLUConfig) and not config.log_threshold:

@@ -6,8 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import read_json
-from sae_kernels.formats.files import flag, whole
+from sae_kernels.formats.files import flag, read_settings, whole
 from sae_kernels.formats.layout import configure
 from sae_kernels.nn.config import (
     BatchTopKConfig,
@@ -54,7 +53,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         DataError: no such file, or a damaged one.
     """
-    values = {"architecture": "standard"} | read_json(path)
+    values = {"architecture": "standard"} | read_settings(path)
     activation = values.get("activation_fn_str", values.get("activation_fn", "relu"))
     if activation == "topk":
         kwargs = values.get("activation_fn_kwargs")
@@ -138,7 +137,7 @@ def _activation_scale(path: Path, normalisation: object) -> float:
             "normalises every activation by itself, which none here does"
         )
     scaler = path.with_name("activation_scaler.json")
-    factor = read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    factor = read_settings(scaler).get("scaling_factor") if scaler.is_file() else None
     if factor is None:
         raise DataError(
             f"{path}: normalize_activations: expected 'none', got {normalisation!r}: the SAE reads "

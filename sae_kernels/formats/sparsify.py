@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import json_writer, publish_all, read_json
-from sae_kernels.formats.files import Tensors, flag, read_safetensors, whole
-from sae_kernels.formats.layout import Weights, configure, give, only_raw_activations, shapes, take
+from sae_kernels.files import json_writer, publish_all
+from sae_kernels.formats.files import (
+    Tensors,
+    flag,
+    read_settings,
+    stored_safetensors,
+    whole,
+)
+from sae_kernels.formats.layout import (
+    Weights,
+    configure,
+    give,
+    load,
+    only_raw_activations,
+    shapes,
+    take,
+)
 from sae_kernels.nn.config import TopKConfig
 
 if TYPE_CHECKING:
@@ -42,9 +56,10 @@ def read_sparsify(folder: str | Path) -> Weights:
     """
     folder = Path(folder)
     path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    config = _config(path, read_json(path))
-    tensors = take(weights, config, _names(config), read_safetensors(weights))
-    return Weights(config, tensors, {})
+    config = _config(path, read_settings(path))
+    names = _names(config)
+    found = load(stored_safetensors(weights), config, names)
+    return Weights(config, take(weights, config, names, found), {})
 
 
 def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> None:

@@ -63,6 +63,8 @@ def unit_rows(
     They are drawn on the CPU, a few at a time: the same on every device, with no second matrix.
     """
     rows = torch.empty(n_latents, d_in, device=device)
+    if rows.is_meta:  # of an SAE whose weights come from a file: nothing to draw
+        return rows
     # torch draws normal numbers by sixteens; whole ones give the same numbers as one draw.
     for part in rows.split(max(16, _DRAWN_AT_ONCE // d_in // 16 * 16)):
         drawn = torch.randn(part.shape, generator=generator, device="cpu")

@@ -223,12 +223,15 @@ TENSORS: dict[str, tuple[Any, list[str]]] = {
     "a-list": ([1, 2], ["expected a state dict of tensors, got list"]),
     "numbers": ({"bias": 3.0}, ["'bias': expected a dense tensor"]),
     "nested": ({"bias": {"bias": torch.ones(D)}}, ["'bias': expected a dense tensor"]),
-    "names": ({1: torch.ones(D)}, ["1: expected a dense tensor"]),
+    "names": ({1: torch.ones(D)}, ["expected names of tensors, got int"]),
     "sparse": (
         {"bias": torch.eye(D).to_sparse()},
-        ["'bias': expected a dense tensor"],
+        ["torch._utils._rebuild_sparse_tensor in the pickle is no part of a dense tensor"],
     ),
-    "meta": ({"bias": torch.empty(10**9, device="meta")}, ["'bias': expected a dense tensor"]),
+    "meta": (
+        {"bias": torch.empty(10**9, device="meta")},
+        ["torch._utils._rebuild_meta_tensor_no_storage in the pickle is no part of a dense"],
+    ),
     "huge-view": (
         {"encoder.weight": torch.ones(1).expand(10**6, 10**6)},
         ["'encoder.weight': expected a dense tensor"],
@@ -268,7 +271,7 @@ def test_configurations_that_are_refused(
     [
         (torch.tensor([2, 6, 9]), "add up to n_latents = 16"),
         (torch.tensor([2.0, 6, 8]), "group_sizes: expected integers, got torch.float32"),
-        (torch.ones(2, 2, dtype=torch.int), "group_sizes: expected integers, got torch.int32"),
+        (torch.ones(2, 2, dtype=torch.int), "group_sizes: expected at most 16 numbers in a row"),
     ],
 )
 def test_group_sizes_that_are_refused(save: Any, groups: Tensor, part: str) -> None:

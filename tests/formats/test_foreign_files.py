@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from foreign import D, F, assert_weights, exact_tensors, refuses
+from makers import MAKE, TOPK, dictionary_learning, gemma_scope, saelens, sparsify
 from safetensors.torch import save_file
 
 from sae_kernels import formats, nn
-from sae_kernels.formats import detect, files, read, shapes, write_saelens, write_sparsify
+from sae_kernels.formats import detect, files, read, shapes, write_saelens
 from sae_kernels.nn.config import (
     BatchTopKConfig,
     GatedConfig,
@@ -24,49 +23,7 @@ from sae_kernels.nn.config import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
-
-TOPK = TopKConfig(D, F, k=2, relu="before")
-
-
-def _native(folder: Path) -> None:
-    nn.from_weights(TOPK, exact_tensors(TOPK)).save_pretrained(folder)
-
-
-def _saelens(folder: Path) -> None:
-    write_saelens(folder, TOPK, exact_tensors(TOPK))
-
-
-def _sparsify(folder: Path) -> None:
-    write_sparsify(folder, TOPK, exact_tensors(TOPK))
-
-
-def _dictionary_learning(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    t = exact_tensors(ReLUConfig(D, F))
-    linear = {"encoder.weight": t["W_enc"], "decoder.weight": t["W_dec"].T}
-    torch.save(linear | {"encoder.bias": t["b_enc"], "bias": t["b_dec"]}, folder / "ae.pt")
-    trainer = {"dict_class": "AutoEncoder", "activation_dim": D, "dict_size": F}
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
-
-
-def _gemma_scope(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    t = exact_tensors(JumpReLUConfig(D, F, log_threshold=False))
-    np.savez(
-        folder / "params.npz",
-        **{n: np.asarray(v) for n, v in (t | {"W_enc": t["W_enc"].T}).items()},
-    )
-
-
-MAKE: dict[str, Callable[[Path], None]] = {
-    "native": _native,
-    "saelens": _saelens,
-    "sparsify": _sparsify,
-    "dictionary_learning": _dictionary_learning,
-    "gemma_scope": _gemma_scope,
-}
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -83,8 +40,8 @@ def test_every_format_is_known_by_its_files(tmp_path: Path, name: str) -> None:
 
 
 def test_single_files_are_known_too(tmp_path: Path) -> None:
-    _dictionary_learning(tmp_path)
-    _gemma_scope(tmp_path)
+    dictionary_learning(tmp_path)
+    gemma_scope(tmp_path)
     assert detect(tmp_path / "ae.pt") == "dictionary_learning"
     assert detect(tmp_path / "params.npz") == "gemma_scope"
     assert read(tmp_path / "ae.pt").config == ReLUConfig(D, F)
@@ -104,9 +61,9 @@ def test_what_is_no_saved_sae(tmp_path: Path) -> None:
 
 
 def test_the_files_of_two_formats(tmp_path: Path) -> None:
-    _saelens(tmp_path)
+    saelens(tmp_path)
     (tmp_path / "cfg.json").unlink()
-    _sparsify(tmp_path)
+    sparsify(tmp_path)
     refuses(lambda: read(tmp_path), "got those of saelens and sparsify", "which format")
     assert read(tmp_path, "sparsify").config == TOPK
 
@@ -199,7 +156,7 @@ def test_a_failed_write_leaves_the_old_files_and_no_litter(
 
 def test_reading_and_writing_over_the_same_folder(tmp_path: Path) -> None:
     """The tensors that were read do not change under their reader."""
-    _saelens(tmp_path)
+    saelens(tmp_path)
     came = read(tmp_path)
     write_saelens(tmp_path, came.config, {n: t + 1 for n, t in came.tensors.items()})
     expected = exact_tensors(TOPK)

@@ -382,7 +382,7 @@ CFGS: dict[str, tuple[Any, list[str]]] = {
     "flag": ({"apply_b_dec_to_input": 1}, ["apply_b_dec_to_input: expected true or false, got 1"]),
     "metadata": ({"metadata": [1]}, ["metadata: expected an object, got [1]"]),
     "lying": ({"d_sae": 17}, ["W_enc: expected [6, 17], got [6, 16]"]),
-    "lying-absurdly": ({"d_sae": 10**40}, ["W_enc: expected [6, 1000", "got [6, 16]"]),
+    "lying-absurdly": ({"d_sae": 10**40}, ["n_latents: expected a number of at most 63 bits"]),
     "other-architecture": ({"architecture": "gated"}, ["expected a tensor b_gate [16]"]),
     "transcoder-without-d-out": ({"architecture": "transcoder"}, ["d_out: expected an integer"]),
     "widths": (

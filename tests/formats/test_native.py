@@ -206,7 +206,7 @@ CONFIGS: dict[str, tuple[Any, list[str]]] = {
     "nan-scale": ({"activation_scale": float("nan")}, ["activation_scale: expected a positive"]),
     "other-shape": ({"d_in": 7}, ["expected tensors", "[20, 7]", "[20, 6]"]),
     "absurd-shape": ({"n_latents": 2**62}, ["expected tensors", "[20, 6]"]),
-    "beyond-int64": ({"n_latents": 10**40}, ["expected tensors", "[20, 6]"]),
+    "beyond-int64": ({"n_latents": 10**40}, ["n_latents: expected a number of at most 63 bits"]),
     "a-list": ([1, 2], ["expected a JSON object, got list"]),
     "a-number": (3, ["expected a JSON object, got int"]),
     "empty": ("", ["expected a JSON object"]),

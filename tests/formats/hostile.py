@@ -1,0 +1,203 @@
+"""Damage for every format: the corpus that `hostile_run` reads, one case after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from foreign import D, F, exact_tensors
+from hostile_arrays import NPZ
+from hostile_pickles import OLD_PT, PT
+from hostile_weights import SAFETENSORS
+from makers import MAKE, dictionary_learning, gemma_scope
+from safetensors.torch import save_file
+
+from sae_kernels.nn.config import JumpReLUConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+FLIPS = 200  # of each file
+
+
+class Case(NamedTuple):
+    """What is done to a folder, and whether it must be refused or may also be read."""
+
+    format: str
+    name: str
+    damage: Callable[[Path], object]
+    must_fail: bool = True
+
+
+def _old_pt(folder: Path) -> None:
+    dictionary_learning(folder)
+    tensors = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save(tensors, folder / "ae.pt", _use_new_zipfile_serialization=False)
+
+
+def _packed_npz(folder: Path) -> None:
+    gemma_scope(folder)
+    np.savez_compressed(folder / "params.npz", **np.load(folder / "params.npz"))
+
+
+def _gemma_scope_2(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    t = exact_tensors(JumpReLUConfig(D, F, log_threshold=False))
+    theirs = {"w_enc": t["W_enc"].T.contiguous(), "w_dec": t["W_dec"]}
+    theirs |= {name: t[name] for name in ("b_enc", "b_dec", "threshold")}
+    save_file(theirs, folder / "params.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "d": 1}))
+
+
+# How a folder is made, its settings and its weights, and the cases made for such weights.
+FORMATS: dict[str, tuple[Callable[[Path], None], str | None, str, Any]] = {
+    "native": (MAKE["native"], "config.json", "sae.safetensors", SAFETENSORS),
+    "saelens": (MAKE["saelens"], "cfg.json", "sae_weights.safetensors", SAFETENSORS),
+    "sparsify": (MAKE["sparsify"], "cfg.json", "sae.safetensors", SAFETENSORS),
+    "dictionary_learning": (dictionary_learning, "config.json", "ae.pt", PT),
+    "dictionary_learning, old": (_old_pt, "config.json", "ae.pt", OLD_PT),
+    "gemma_scope": (gemma_scope, None, "params.npz", NPZ),
+    "gemma_scope, packed": (_packed_npz, None, "params.npz", NPZ),
+    "gemma_scope, 2": (_gemma_scope_2, "config.json", "params.safetensors", SAFETENSORS),
+}
+
+
+def corpus(format: str, folder: Path, flips: int = FLIPS) -> Iterator[Case]:
+    """All cases of a format; `folder` holds its honest files."""
+    _, settings, weights, special = FORMATS[format]
+    for name, make, must_fail in special(weights, (folder / weights).read_bytes()):
+        yield Case(format, name, make, must_fail)
+    for file in filter(None, (settings, weights)):
+        optional = format == "gemma_scope, 2" and file == settings
+        yield from _damaged(format, file, (folder / file).read_bytes(), optional)
+        yield from _flipped(format, file, (folder / file).read_bytes(), flips)
+    if settings is not None:
+        yield from _absurd(format, settings, json.loads((folder / settings).read_text()))
+
+
+def _write(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def _damaged(format: str, file: str, whole: bytes, optional: bool) -> Iterator[Case]:
+    for sixteenth in range(16):
+        cut = whole[: len(whole) * sixteenth // 16]
+        yield Case(format, f"{file}: {sixteenth}/16", _write(file, cut))
+    yield Case(format, f"{file}: without its end", _write(file, whole[:-1]), file[-4:] != "json")
+    yield Case(format, f"{file}: one byte more", _write(file, whole + b"\0"))
+    noise = random.Random(3).randbytes(4096)
+    yield Case(format, f"{file}: noise", _write(file, noise))
+    for name, place in PLACES.items():
+        ours = optional or name in MAY_BE_READ
+        yield Case(format, f"{file}: {name}", lambda folder, p=place: p(folder / file), not ours)
+
+
+def _flipped(format: str, file: str, whole: bytes, flips: int) -> Iterator[Case]:
+    """One to eight bits a case; flips in the numbers of a file without checksums are numbers."""
+    dice = random.Random(f"{format} {file}")
+    for i in range(flips):
+        content = bytearray(whole)
+        for _ in range(dice.choice((1, 1, 1, 2, 8))):
+            content[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+        yield Case(format, f"{file}: flip {i}", _write(file, bytes(content)), False)
+
+
+def _in_place(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+def _elsewhere(path: Path) -> None:
+    """The honest file under another name, and a link to it: the hub's cache is made so."""
+    path.rename(path.with_name("blob"))
+    path.symlink_to("blob")
+
+
+def _huge(path: Path) -> None:
+    os.truncate(path, 400 << 20)
+
+
+PLACES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "a folder": _in_place(lambda path: path.mkdir()),
+    "a named pipe": _in_place(os.mkfifo),
+    "a device": _in_place(lambda path: path.symlink_to("/dev/zero")),
+    "a link to itself": _in_place(lambda path: path.symlink_to(path.name)),
+    "a link to nothing": _in_place(lambda path: path.symlink_to("nothing")),
+    "a link to the file": _elsewhere,
+    "400 MiB of a hole": _huge,
+}
+MAY_BE_READ = ("a link to the file",)
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def _nested(levels: int) -> Any:
+    value: Any = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+VALUES: dict[str, Any] = {
+    "nan": float("nan"),
+    "infinity": float("inf"),
+    "-infinity": float("-inf"),
+    "2^62": 2**62,
+    "2^64": 2**64,
+    "10^400": 10**400,
+    "10^4000": 10**4000,
+    "10^9": 10**9,
+    "1e308": 1e308,
+    "5e-324": 5e-324,
+    "0": 0,
+    "-1": -1,
+    "half": 0.5,
+    "null": None,
+    "true": True,
+    "text": "x" * 10_000,
+    "lines": "a\nb\x00\ud800",
+    "a list": [],
+    "an object": {},
+    "a tower": _nested(400),
+    "a long list": [1] * 20_000,
+    "huge numbers": [2**62] * 1000,
+}
+WHOLE: dict[str, bytes] = {
+    "nothing but spaces": b" " * 10_000,
+    "2 MiB": b"{" + b" " * (2 << 20) + b"}",
+    "a million digits": b'{"d_in": ' + b"9" * 1_000_000 + b"}",
+    "a tower": b'{"a":' * 100_000,
+    "lists": b"[" + b"[]," * 300_000 + b"[]]",
+    "another encoding": '{"d_in": 6}'.encode("utf-16"),
+    "python": b"__import__('os').system('touch ran')",
+    "a float that is none": b'{"d_in": 1e999999999}',
+}
+
+
+def _absurd(format: str, file: str, values: dict[str, Any]) -> Iterator[Case]:
+    for name, content in WHOLE.items():
+        may = format == "gemma_scope, 2" and name == "a float that is none"
+        yield Case(format, f"{file}: {name}", _write(file, content), not may)
+    inner = values.get("trainer", values)
+    known = [*inner, "groups", "matryoshka_widths", "expansion_factor", "k", "d_out", "metadata"]
+    for key in dict.fromkeys(known):
+        for name, value in VALUES.items():
+            changed = {**inner, key: value}
+            whole = {"trainer": changed} if "trainer" in values else changed
+            content = json.dumps(whole).encode()
+            yield Case(format, f"{file}: {key} = {name}", _write(file, content), False)
+    product = json.dumps({**values, "d_in": 10**4000, "n_layers": 10**4000}).encode()
+    yield Case(format, f"{file}: a product", _write(file, product), False)
+    twice = json.dumps(values)
+    first = next(iter(values))
+    content = f'{{"{first}": null, {twice[1:]}'.encode()
+    yield Case(format, f"{file}: {first} twice", _write(file, content), False)
