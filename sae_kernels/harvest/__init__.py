@@ -1,7 +1,9 @@
 """Activations of real models on real text, as data sets to train on; SAEs back in the models."""
 
 from sae_kernels.harvest.collect import harvest
+from sae_kernels.harvest.hub_text import DatasetDocuments, dataset_documents
 from sae_kernels.harvest.language_model import LanguageModelLoss, language_model_loss
+from sae_kernels.harvest.live import LiveBatches
 from sae_kernels.harvest.model import (
     layer_output,
     load_causal_model,
@@ -14,8 +16,11 @@ from sae_kernels.harvest.text import python_corpus, read_documents, split_docume
 from sae_kernels.harvest.tokens import TokenBatch, token_batches
 
 __all__ = [
+    "DatasetDocuments",
     "LanguageModelLoss",
+    "LiveBatches",
     "TokenBatch",
+    "dataset_documents",
     "harvest",
     "language_model_loss",
     "layer_output",

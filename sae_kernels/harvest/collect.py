@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from sae_kernels.data.shards import ShardWriter
-from sae_kernels.errors import ModelError
-from sae_kernels.harvest.chunks import Chunk, by_length, check_options, cut, limited, windows
-from sae_kernels.harvest.model import layer_output, resolve_layer
+from sae_kernels.harvest.chunks import check_options, cut, limited, windows
+from sae_kernels.harvest.rows import LayerRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -71,11 +68,8 @@ def harvest(
     """
     if isinstance(documents, str):
         raise TypeError("expected an iterable of documents, got one string; put it in a list")
-    module = resolve_layer(model, layer)
     check_options(model, tokenizer, batch_size, context_length, max_tokens)
-    model.eval()
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id or 0
+    layer_rows = LayerRows(model, tokenizer, [layer], batch_size * context_length, autocast)
     record = {
         "model": str(getattr(model.config, "_name_or_path", "")),
         "layer": layer,
@@ -86,47 +80,17 @@ def harvest(
     }
     window_rows = max(min(_WINDOW_ROWS, rows_per_shard), context_length)
     chunks = cut(tokenizer, documents, context_length, drop_special_tokens)
+    held = torch.empty(window_rows, layer_rows.d_in, dtype=dtype)
     total = 0
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
-    ):
-        # One token tells the width, and what is wrong, before any work is done.
-        probe = Chunk(0, torch.tensor([pad]), torch.tensor([True]), 1)
-        d_in = _forward(model, module, [probe], pad).shape[1]
-        held = torch.empty(window_rows, d_in, dtype=dtype)
-        options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "overwrite": overwrite}
-        with ShardWriter(folder, d_in, dtype=dtype, metadata=record, **options) as writer:
-            for window in windows(limited(chunks, max_tokens), window_rows):
-                counts = torch.tensor([chunk.rows for chunk in window])
-                places = torch.arange(int(counts.sum())).split(counts.tolist())
-                for batch in by_length(window, batch_size * context_length):
-                    rows = _forward(model, module, [window[i] for i in batch], pad)
-                    held[torch.cat([places[i] for i in batch])] = rows.to("cpu", dtype)
-                    if progress is not None:
-                        progress(len(rows))
-                tokens = torch.cat([chunk.ids[chunk.kept] for chunk in window])
-                numbers = torch.tensor([chunk.document for chunk in window])
-                writer.write(held[: len(tokens)], tokens, numbers.repeat_interleave(counts))
-                total += len(tokens)
-            if not total:
-                raise ValueError("expected documents with at least one token, got none")
+    options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "overwrite": overwrite}
+    with ShardWriter(folder, layer_rows.d_in, dtype=dtype, metadata=record, **options) as writer:
+        for window in windows(limited(chunks, max_tokens), window_rows):
+            rows = layer_rows.fill(window, held, progress)
+            tokens = torch.cat([chunk.ids[chunk.kept] for chunk in window])
+            numbers = torch.tensor([chunk.document for chunk in window])
+            counts = torch.tensor([chunk.rows for chunk in window])
+            writer.write(rows, tokens, numbers.repeat_interleave(counts))
+            total += len(tokens)
+        if not total:
+            raise ValueError("expected documents with at least one token, got none")
     return total
-
-
-def _forward(model: PreTrainedModel, module: nn.Module, batch: list[Chunk], pad: int) -> Tensor:
-    """The rows [n, D] of a batch of chunks, one chunk after the other."""
-    device = next(model.parameters()).device
-    ids = pad_sequence([chunk.ids for chunk in batch], batch_first=True, padding_value=pad)
-    kept = pad_sequence([chunk.kept for chunk in batch], batch_first=True)
-    lengths = torch.tensor([len(chunk.ids) for chunk in batch])
-    attended = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    output = layer_output(
-        model, module, input_ids=ids.to(device), attention_mask=attended.to(device)
-    )
-    if output.ndim != 3 or output.shape[:2] != ids.shape:
-        raise ModelError(
-            f"expected a layer that puts out [{', '.join(map(str, ids.shape))}, D], got "
-            f"{list(output.shape)}; choose a whole block of the model"
-        )
-    return output[kept.to(output.device)]

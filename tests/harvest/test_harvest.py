@@ -20,6 +20,7 @@ from sae_kernels.harvest import (
     minilm_folder,
     resolve_layer,
 )
+from sae_kernels.harvest import rows as layer_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -212,7 +213,7 @@ def test_hardly_any_padding_is_computed(
     tmp_path: Path, bert: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = 0
-    forward = collect.layer_output
+    forward = layer_rows.layer_outputs
 
     def counting(model: Any, module: Any, **inputs: Tensor) -> Tensor:
         nonlocal computed
@@ -220,7 +221,7 @@ def test_hardly_any_padding_is_computed(
         assert inputs["input_ids"].numel() <= 4 * CONTEXT
         return forward(model, module, **inputs)
 
-    monkeypatch.setattr(collect, "layer_output", counting)
+    monkeypatch.setattr(layer_rows, "layer_outputs", counting)
     documents = [" ".join(WORDS[: i % 10 + 1]) for i in range(200)]
     options: dict[str, Any] = {"batch_size": 4, "context_length": CONTEXT}
     n = harvest(*bert, documents, LAYERS["bert"], tmp_path, **options)

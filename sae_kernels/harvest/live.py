@@ -1,0 +1,271 @@
+"""Activations straight from a model while an SAE trains on them; nothing on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sae_kernels.errors import NonFiniteError
+from sae_kernels.harvest.chunks import check_options
+from sae_kernels.harvest.place import Place, checked_place, weights_digest
+from sae_kernels.harvest.rows import LayerRows
+from sae_kernels.harvest.text_windows import TextWindows, reopenable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sae_kernels.harvest.chunks import Chunk
+
+
+class LiveBatches:
+    """Shuffled batches [B, D] of a layer's output, harvested as they are asked for.
+
+    The text is cut to windows of about ``window_rows`` rows, whose rows are permuted. The order is
+    a pure function of the arguments, the epoch and the window: a stream that goes on from a saved
+    state gives what the first one would have given, bit for bit on a CPU. To go on it tokenizes
+    the text before its place once more; the model runs on the window it stands in alone. Memory
+    holds the model, one window, and one batch of the model's and one of its own.
+
+    An epoch is one pass over the text; its rows that do not fill a batch are left out. The text
+    comes in the same order every time, so documents of a kind should not lie together:
+    :func:`~sae_kernels.harvest.split_documents` gives them in a drawn order.
+
+    Args:
+        model: put in evaluation mode; it stays on its device.
+        tokenizer: a fast tokenizer.
+        documents: a list, or another iterable that starts afresh, such as
+            :func:`~sae_kernels.harvest.dataset_documents`; or a function that gives a fresh
+            iterator of the same documents at each call.
+        layer: the dotted path of a module that puts out [batch, length, D] or a tuple of it first;
+            of several, the rows lie side by side (a crosscoder's layers, a transcoder's input and
+            target) and D is the sum of their widths.
+        batch_size: rows a batch.
+        seed: another seed is another order.
+        window_rows: rows that are shuffled together, and held.
+        model_batch_size: chunks of full length in a forward pass; of shorter ones as many more as
+            fit.
+        context_length: tokens in a chunk, special tokens among them.
+        dtype: of the batches.
+        autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
+        drop_special_tokens: leave out what the tokenizer adds, such as [CLS].
+        epochs: passes over the text; None never ends.
+        max_tokens: rows in a pass, for a text without end.
+        device: where the window lies and the batches come; default: the model's.
+
+    Attributes:
+        d_in: D, the width of a row.
+        widths: of each layer's part of it.
+        position: batches yielded so far.
+
+    Raises:
+        ModelError: an unknown layer, one without such an output, or a tokenizer that is not fast.
+        NonFiniteError: while iterating, if the layer puts out NaN or infinity.
+        TypeError: documents that can be gone through once only.
+        ValueError: an option out of range; while iterating, a text without tokens or with fewer
+            than one batch.
+
+    Example:
+        >>> from sae_kernels.harvest import load_model, minilm_folder
+        >>> model, tokenizer = load_model(minilm_folder())
+        >>> text = ["The cat sat on the mat.", "A dog ran far away."]
+        >>> batches = LiveBatches(model, tokenizer, text, "encoder.layer.4", 8, epochs=1)
+        >>> [list(x.shape) for x in batches]
+        [[8, 384]]
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Iterable[str] | Callable[[], Iterable[str]],
+        layer: str | Sequence[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        window_rows: int = 65536,
+        model_batch_size: int = 16,
+        context_length: int = 128,
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+        drop_special_tokens: bool = True,
+        epochs: int | None = None,
+        max_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_options(model, tokenizer, model_batch_size, context_length, max_tokens)
+        for name, given, least in (
+            ("batch_size", batch_size, 1),
+            ("epochs", 1 if epochs is None else epochs, 1),
+            ("window_rows", window_rows, context_length),
+        ):
+            if given < least:
+                raise ValueError(f"expected {name} of at least {least}, got {given}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"expected a floating point dtype, got {dtype}")
+        layers = (layer,) if isinstance(layer, str) else tuple(layer)
+        self._text = TextWindows(
+            tokenizer,
+            reopenable(documents),
+            context_length=context_length,
+            rows=window_rows,
+            drop_special_tokens=drop_special_tokens,
+            max_tokens=max_tokens,
+        )
+        budget = model_batch_size * context_length
+        self._layer_rows = LayerRows(model, tokenizer, layers, budget, autocast)
+        self.widths, self.d_in = self._layer_rows.widths, self._layer_rows.d_in
+        self.dtype, self.batch_size = dtype, batch_size
+        self.device = torch.device(device) if device is not None else self._layer_rows.device
+        self.seed, self.epochs, self.position = seed, epochs, 0
+        self._window_rows = window_rows
+        self._settings = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "window_rows": window_rows,
+            "model_batch_size": model_batch_size,
+            "context_length": context_length,
+            "drop_special_tokens": drop_special_tokens,
+            "max_tokens": max_tokens,
+            "layer": list(layers),
+            "d_in": self.d_in,
+            "dtype": str(dtype),
+            "autocast": autocast and str(autocast),
+            "weights": weights_digest(model),
+        }
+        self._place, self._digest = Place(), ""
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the window and the text; another batch would make them anew."""
+        self._text.close()
+        self._buffer: Tensor | None = None
+        self._held: int | None = None  # the window whose rows the buffer holds
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        pieces: list[Tensor] = []
+        place, missing = self._place, self.batch_size
+        while missing:
+            if self.epochs is not None and place.epoch >= self.epochs:
+                self._place = place
+                raise StopIteration
+            rows = self._take(place, missing)
+            if rows is None:
+                if self._place <= Place(place.epoch):
+                    raise ValueError(self._too_few(self.batch_size - missing))
+                place, pieces, missing = Place(place.epoch + 1), [], self.batch_size
+                continue
+            pieces.append(rows)
+            missing -= len(rows)
+            if missing:
+                place = Place(place.epoch, place.window + 1)
+            else:
+                place = place._replace(offset=place.offset + len(rows))
+        batch = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        self._place, self._digest = place, self._text.digest
+        self.position += 1
+        return batch
+
+    def sample(self, n: int) -> Tensor:
+        """The first n rows of the stream in its own order, all of an epoch if they are fewer.
+
+        The stream stays where it is. It goes back to the start of the text for them, so the best
+        time is before the first batch.
+
+        Raises:
+            NonFiniteError: the layer puts out NaN or infinity.
+            ValueError: n below 1, or a text without tokens.
+        """
+        if n < 1:
+            raise ValueError(f"expected n of at least 1, got {n}")
+        pieces: list[Tensor] = []
+        missing = n
+        while missing and (rows := self._take(Place(0, len(pieces)), missing)) is not None:
+            pieces.append(rows)
+            missing -= len(rows)
+        if not pieces:
+            raise ValueError(self._too_few(0))
+        return torch.cat(pieces)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands and what its order depends on, as plain JSON values."""
+        return {
+            "position": self.position,
+            **self._place._asdict(),
+            "text": self._digest,
+            "settings": dict(self._settings),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stream stood; this one must be made as that one was.
+
+        The text up to there is tokenized and compared with what the other one had read.
+
+        Raises:
+            ValueError: names the settings that differ, or says that the model's weights or the
+                text do; also a state that is not of a live stream.
+        """
+        place, position = checked_place(state, self._settings)
+        if place.offset:
+            window = self._text.window(place.window)
+            rows = sum(chunk.rows for chunk in window or ())
+            if place.offset > rows or self._text.digest != state["text"]:
+                raise ValueError(
+                    "documents: expected the text that the saved stream read, this one differs "
+                    f"within its first {place.window + 1} windows; give the same documents in the "
+                    "same order, and the same tokenizer"
+                )
+        self._place, self._digest, self.position = place, state["text"], position
+
+    def _take(self, place: Place, most: int) -> Tensor | None:
+        """Up to so many rows from a place on, of its window alone; None after the last window."""
+        chunks = self._text.window(place.window)
+        if chunks is None:
+            return None
+        order = self._permutation(sum(chunk.rows for chunk in chunks), place)
+        taken = order[place.offset : place.offset + most]
+        if not len(taken):
+            return torch.empty(0, self.d_in, dtype=self.dtype, device=self.device)
+        return self._rows(place.window, chunks)[taken]
+
+    def _rows(self, number: int, chunks: list[Chunk]) -> Tensor:
+        """The rows of a window in the order of the text, [window_rows, D]."""
+        if self._buffer is None:
+            shape = (self._window_rows, self.d_in)
+            self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self._held != number:
+            self._held = None
+            rows = self._layer_rows.fill(chunks, self._buffer)
+            extremes = torch.stack(rows.aminmax())
+            if not extremes.isfinite().all():
+                raise NonFiniteError(
+                    f"window {number}: expected activations that are finite in {self.dtype}, got "
+                    f"extremes {extremes.tolist()}; look for NaN in the model or take a wider dtype"
+                )
+            self._held = number
+        return self._buffer
+
+    def _permutation(self, n: int, place: Place) -> Tensor:
+        key = place[:2]
+        if self._order is None or self._order[0] != key:
+            name = repr((self.seed, *key)).encode()
+            seed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            self._order = (key, order.to(self.device))
+        return self._order[1]
+
+    def _too_few(self, rows: int) -> str:
+        if not rows:
+            return "expected documents with at least one token, got none"
+        return (
+            f"expected at least one batch of {self.batch_size} rows, got {rows} rows in all; use a "
+            "smaller batch or more text"
+        )

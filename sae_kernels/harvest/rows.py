@@ -1,0 +1,101 @@
+"""Chunks of text through a model: what its layers put out, as rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sae_kernels.errors import ModelError
+from sae_kernels.harvest.chunks import Chunk, by_length
+from sae_kernels.harvest.model import layer_outputs, resolve_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LayerRows:
+    """Makes rows [n, D] of windows of chunks, one for each token that is kept.
+
+    Of several layers the rows lie side by side, in the order of their names; D is the sum of their
+    widths.
+
+    Args:
+        model: put in evaluation mode; it stays on its device.
+        tokenizer: for the id that pads.
+        layers: dotted paths of modules that put out [batch, length, D] or a tuple of it first.
+        budget: tokens in a forward pass, padding included.
+        autocast: run the model in this dtype.
+
+    Attributes:
+        widths: of each layer's output.
+        d_in: D.
+        device: the model's.
+
+    Raises:
+        ModelError: an unknown layer, or one without such an output.
+        ValueError: no layers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[str],
+        budget: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        if not layers:
+            raise ValueError("layer: expected the dotted path of at least one module, got none")
+        self._model, self._layers = model, tuple(layers)
+        self._modules = [resolve_layer(model, layer) for layer in layers]
+        self._budget, self._autocast = budget, autocast
+        self._pad = tokenizer.pad_token_id or 0
+        self.device = next(model.parameters()).device
+        # One token tells the width, and what is wrong, before any work is done.
+        probe = Chunk(0, torch.tensor([self._pad]), torch.tensor([True]), 1)
+        self.widths = tuple(rows.shape[1] for rows in self._forward([probe]))
+        self.d_in = sum(self.widths)
+
+    def fill(
+        self, window: list[Chunk], out: Tensor, progress: Callable[[int], object] | None = None
+    ) -> Tensor:
+        """The rows of a window in the order of the text, written to the beginning of ``out``."""
+        counts = [chunk.rows for chunk in window]
+        places = torch.arange(sum(counts), device=out.device).split(counts)
+        for batch in by_length(window, self._budget):
+            rows = torch.cat(self._forward([window[i] for i in batch]), dim=1)
+            out[torch.cat([places[i] for i in batch])] = rows.to(out.device, out.dtype)
+            if progress is not None:
+                progress(len(rows))
+        return out[: sum(counts)]
+
+    def _forward(self, batch: list[Chunk]) -> list[Tensor]:
+        """Each layer's rows [n, width] of a batch of chunks, one chunk after the other."""
+        ids = pad_sequence(
+            [chunk.ids for chunk in batch], batch_first=True, padding_value=self._pad
+        )
+        kept = pad_sequence([chunk.kept for chunk in batch], batch_first=True)
+        lengths = torch.tensor([len(chunk.ids) for chunk in batch])
+        attended = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": attended.to(self.device)}
+        self._model.eval()
+        with (
+            torch.inference_mode(),
+            torch.autocast(
+                self.device.type, dtype=self._autocast, enabled=self._autocast is not None
+            ),
+        ):
+            outputs = layer_outputs(self._model, self._modules, **inputs)
+            for layer, output in zip(self._layers, outputs, strict=True):
+                if output.ndim != 3 or output.shape[:2] != ids.shape:
+                    raise ModelError(
+                        f"{layer}: expected a layer that puts out "
+                        f"[{', '.join(map(str, ids.shape))}, D], got {list(output.shape)}; choose "
+                        "a whole block of the model"
+                    )
+            return [output[kept.to(output.device)].to(self.device) for output in outputs]

@@ -1,0 +1,101 @@
+"""A text that can be read again, as numbered windows of chunks."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from sae_kernels.harvest.chunks import cut, limited, windows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+    from sae_kernels.harvest.chunks import Chunk
+
+
+def reopenable(
+    documents: Iterable[str] | Callable[[], Iterable[str]],
+) -> Callable[[], Iterator[str]]:
+    """Gives the documents from the start at each call.
+
+    Raises:
+        TypeError: one string, or an iterator, which can be gone through once only.
+    """
+    if isinstance(documents, str):
+        raise TypeError("expected an iterable of documents, got one string; put it in a list")
+
+    def fresh() -> Iterator[str]:
+        return iter(documents() if callable(documents) else documents)
+
+    if fresh() is fresh():
+        raise TypeError(
+            "documents: expected a list, or a function that gives a fresh iterator at each call, "
+            f"got {type(documents).__name__}, which can be gone through once only; resuming and "
+            "further epochs start from the first document"
+        )
+    return fresh
+
+
+class TextWindows:
+    """The windows of a text by number; going on is cheap, going back starts over.
+
+    Windows are cut by the tokenizer alone, so that passing one over costs no model run.
+
+    Attributes:
+        digest: of the tokens of all windows up to the one that was given last.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Callable[[], Iterator[str]],
+        *,
+        context_length: int,
+        rows: int,
+        drop_special_tokens: bool,
+        max_tokens: int | None,
+    ) -> None:
+        self._tokenizer, self._documents = tokenizer, documents
+        self._length, self._rows = context_length, rows
+        self._drop, self._max_tokens = drop_special_tokens, max_tokens
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the text; the next window opens it again."""
+        self._source: Iterator[list[Chunk]] | None = None
+        self._number = -1
+        self._window: list[Chunk] | None = None
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def window(self, number: int) -> list[Chunk] | None:
+        """The window of this number, None after the last one."""
+        if self._source is None or number < self._number:
+            self._open()
+        try:
+            while self._number < number:
+                self._advance()
+                if self._window is None:
+                    break
+        except BaseException:
+            self.close()  # an interrupted generator looks like one that ended
+            raise
+        return self._window
+
+    def _open(self) -> None:
+        self.close()
+        chunks = cut(self._tokenizer, self._documents(), self._length, self._drop)
+        self._source = windows(limited(chunks, self._max_tokens), self._rows)
+
+    def _advance(self) -> None:
+        assert self._source is not None
+        self._window = next(self._source, None)
+        self._number += 1
+        for chunk in self._window or ():
+            self._hash.update(f"{len(chunk.ids)} {chunk.rows}".encode())
+            self._hash.update(chunk.ids.numpy().tobytes())
