@@ -6,16 +6,22 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sae_kernels.runs.metrics import jsonable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    Progress = Callable[[str, int, int | None], None]
+    from collections.abc import Iterator, Mapping, Sequence
 
 _QUIET_SECONDS = 10.0  # between lines of a stage where there is no terminal
+_REFRESHES = 4  # of a terminal, a second
+_ROOM = 110  # columns that a bar and a note need
+
+
+class Progress(Protocol):
+    """Shows how far a stage is; ``note`` is what there is to say about it just now."""
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None: ...
 
 
 class Output:
@@ -49,7 +55,7 @@ class Output:
         Bars on a terminal, now and then a line elsewhere, nothing beside JSON.
         """
         if self.as_json:
-            yield lambda stage, done, total: None
+            yield lambda stage, done, total, note="": None
         elif sys.stderr.isatty():
             with _bars() as show:
                 yield show
@@ -58,35 +64,83 @@ class Output:
 
 
 class _Lines:
+    """Stages as lines, with the time left by the pace since the stage was first shown."""
+
     def __init__(self) -> None:
+        self._began: dict[str, tuple[float, int]] = {}
         self._shown: dict[str, float] = {}
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         now = time.monotonic()
-        first = stage not in self._shown
-        if first or (0 < done != total and now - self._shown[stage] >= _QUIET_SECONDS):
+        if stage not in self._shown:
+            self._began[stage], self._shown[stage] = (now, done), now
+            print(stage, file=sys.stderr, flush=True)
+        elif 0 < done != total and now - self._shown[stage] >= _QUIET_SECONDS:
             self._shown[stage] = now
             rest = "" if total is None else f" of {total:,}"
-            print(stage if first else f"{stage}: {done:,}{rest}", file=sys.stderr, flush=True)
+            parts = [f"{stage}: {done:,}{rest}", note, self._left(stage, done, total, now)]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    def _left(self, stage: str, done: int, total: int | None, now: float) -> str:
+        start, before = self._began[stage]
+        if total is None or done <= before:
+            return ""
+        return f"{clock((total - done) * (now - start) / (done - before))} left"
+
+
+def clock(seconds: float) -> str:
+    """A time as people read it.
+
+    >>> clock(59.7), clock(3725)
+    ('1:00', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
+    """One line a stage, which rich redraws from a thread of its own, with the latest that it was
+    told: a caller that tells more often than that pays for storing two numbers.
+    """
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    console = Console(stderr=True)
+
+    class Bar(progress.BarColumn):
+        """Gives way to a note on a narrow terminal: numbers say more."""
+
+        def render(self, task: progress.Task) -> Any:
+            narrow = task.fields["note"] and console.width < _ROOM
+            return Text() if narrow else super().render(task)
+
+    class Time(progress.ProgressColumn):
+        """What is left while that is known, else what has passed."""
+
+        def render(self, task: progress.Task) -> Text:
+            left = None if task.finished else task.time_remaining
+            shown = clock(task.elapsed or 0) if left is None else f"{clock(left)} left"
+            return Text(shown, style="progress.remaining")
 
     columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        progress.TextColumn("{task.description}"),
+        Bar(24 if console.width >= _ROOM else 8),
+        progress.MofNCompleteColumn(),
+        Time(),
+        progress.TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1)),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
+    with progress.Progress(
+        *columns, console=console, refresh_per_second=_REFRESHES, expand=True
+    ) as bars:
+        tasks: dict[str, progress.TaskID] = {}
 
-        def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+        def show(stage: str, done: int, total: int | None, note: str = "") -> None:
+            if stage not in tasks:  # a run that goes on is not as fast as its first leap
+                tasks[stage] = bars.add_task(stage, total=total, completed=done, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
 
         yield show

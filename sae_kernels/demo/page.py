@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
 from sae_kernels import machine
 from sae_kernels.nn import TopKConfig
-from sae_kernels.report import CurvePoint, RunReport
+from sae_kernels.report import RunReport
 from sae_kernels.report.examples import decoder_cosine, latent_examples
+from sae_kernels.report.run import curve
+from sae_kernels.report.run_data import to_text
+from sae_kernels.report.run_facts import dead_rule
 from sae_kernels.train.compute import compute_dtype
 
 if TYPE_CHECKING:
@@ -31,11 +33,7 @@ def describe(
     shape = sae.config
     assert isinstance(shape, TopKConfig)
 
-    def to_tokens(ids: list[int]) -> list[str]:
-        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-
     seen = config.steps * config.batch_size
-    judged = min(seen, config.dead_after_tokens)
     return RunReport(
         title="A sparse autoencoder of MiniLM",
         subtitle=f"{shape.n_latents:,} latents, {shape.k} per token, trained in "
@@ -62,14 +60,11 @@ def describe(
             "seconds": trained.seconds,
             "tokens_per_second": seen / trained.seconds,
         },
-        curve=[
-            CurvePoint(*(line[f.name] for f in dataclasses.fields(CurvePoint)))
-            for line in trained.metrics
-        ],
-        held_out_fvu=held_out.fvu,
+        curve=curve(trained.metrics),
+        measured_fvu=held_out.fvu,
         latent_density=held_out.latent_density,
         decoder_cosine=decoder_cosine(sae.W_dec),
-        examples=latent_examples(sae, sides["held_out"], to_tokens),
+        examples=latent_examples(sae, sides["held_out"], to_text(tokenizer)),
         command=f"sae-kernels demo --steps {config.steps} --seed {config.seed}",
-        dead_rule=f"did not fire in the last {judged:,} training tokens",
+        dead_rule=dead_rule(seen, config.dead_after_tokens),
     )

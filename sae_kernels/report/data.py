@@ -78,15 +78,16 @@ class RunReport:
         subtitle: one sentence under it.
         facts: how the run was made (model, layer, tokens, d_in, n_latents, k, steps, seconds,
             machine, versions, ...), shown in the order given.
-        metrics: held-out results by name (fvu, explained_variance, l0, cosine, dead_fraction,
+        metrics: results by name (fvu, explained_variance, l0, cosine, dead_fraction,
             dense_fraction, ...). Values that are not finite are shown as "n/a".
         curve: training curve, in step order; may be empty.
-        held_out_fvu: fraction of variance unexplained on held-out tokens, if measured.
-        latent_density: ``[F]``, fraction of held-out tokens on which each latent fires.
+        measured_fvu: fraction of variance unexplained of the trained SAE, if measured.
+        latent_density: ``[F]``, fraction of tokens on which each latent fires, if measured.
         decoder_cosine: ``[F]``, each latent's largest cosine to another latent's decoder row.
-        examples: latents to show in context; may be empty.
+        examples: latents to show in context; may be empty. None: nobody looked for any.
         command: shell command that repeats the run, if there is one.
         dead_rule: what ``metrics["dead_fraction"]`` counts, to follow "12 of 3,072 latents".
+        measured_on: which tokens all this was measured on: "held-out", "training", ...
 
     Raises:
         ValueError: the two tensors are not vectors of one length.
@@ -97,15 +98,17 @@ class RunReport:
     facts: dict[str, str]
     metrics: dict[str, float]
     curve: list[CurvePoint]
-    held_out_fvu: float | None
-    latent_density: Tensor = field(repr=False)
+    measured_fvu: float | None
+    latent_density: Tensor | None = field(repr=False)
     decoder_cosine: Tensor = field(repr=False)
-    examples: list[LatentExamples] = field(repr=False)
+    examples: list[LatentExamples] | None = field(repr=False)
     command: str | None = None
     dead_rule: str = "never fired on held-out tokens"
+    measured_on: str = "held-out"
 
     def __post_init__(self) -> None:
-        density, cosine = tuple(self.latent_density.shape), tuple(self.decoder_cosine.shape)
+        cosine = tuple(self.decoder_cosine.shape)
+        density = cosine if self.latent_density is None else tuple(self.latent_density.shape)
         if len(density) != 1 or density != cosine:
             raise ValueError(
                 "latent_density and decoder_cosine must both be [F], "
@@ -115,9 +118,11 @@ class RunReport:
     @property
     def n_latents(self) -> int:
         """Number of latents F."""
-        return int(self.latent_density.numel())
+        return int(self.decoder_cosine.numel())
 
     @property
-    def never_fired(self) -> int:
-        """Number of latents that fire on no held-out token."""
+    def never_fired(self) -> int | None:
+        """Number of latents that fire on none of the tokens measured, if that was done."""
+        if self.latent_density is None:
+            return None
         return int((self.latent_density == 0).sum())

@@ -30,8 +30,10 @@ _METRICS = {
 }
 _FORMATS = {"seconds": duration, "tokens_per_second": rate, "explained_variance": percent}
 
+_NUMBERS = ("no", "one", "two", "three", "four")
+
 _EXAMPLES_LEAD = (
-    "Held-out text around the tokens on which each latent fires most strongly, the strongest "
+    "Text around the tokens on which each latent fires most strongly, the strongest "
     "underlined; the deeper the colour, the stronger. Hover for values, click or tap a line to "
     "unfold it."
 )
@@ -69,14 +71,13 @@ def render_page(report: RunReport, figures: list[RenderedFigure]) -> str:
     """Return the page as HTML text."""
     sections = [
         _tiles(report),
-        _section("The run in four pictures", "", _figures(figures)),
-        _section(
-            "What the latents respond to",
-            _EXAMPLES_LEAD if report.examples else "",
-            latents_section(report.examples),
-        ),
-        _tables(report),
+        _section(_pictures(len(figures)), "", _figures(figures)),
     ]
+    if report.examples is not None:
+        lead = _EXAMPLES_LEAD if report.examples else ""
+        body = latents_section(report.examples)
+        sections.append(_section("What the latents respond to", lead, body))
+    sections.append(_tables(report))
     if report.command:
         code = f"<pre><code>{escape(report.command)}</code></pre>"
         sections.append(_section("Reproduce", "", code))
@@ -93,23 +94,27 @@ def _section(title: str, lead: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{lead}{body}\n</section>"
 
 
+def _pictures(n: int) -> str:
+    return f"The run in {_NUMBERS[n]} picture{'s' if n > 1 else ''}"
+
+
 def _tiles(report: RunReport) -> str:
-    metrics, held_out = report.metrics, report.held_out_fvu
-    fvu = metrics.get("fvu") if held_out is None else held_out
+    metrics, measured = report.metrics, report.measured_fvu
+    fvu, l0 = metrics.get("fvu") if measured is None else measured, metrics.get("l0")
+    name = "FVU" if measured is None else f"{report.measured_on.capitalize()} FVU"
+    if fvu is None and report.curve:  # nobody measured it: what training said last
+        name, fvu, l0 = "Last batch's FVU", report.curve[-1].fvu, report.curve[-1].l0
     explained = percent(1 - fvu) if fvu is not None and math.isfinite(fvu) else ""
     total = report.n_latents
-    dead = metrics.get("dead_fraction", report.never_fired / total if total else math.nan)
+    never = math.nan if report.never_fired is None or not total else report.never_fired / total
+    dead = metrics.get("dead_fraction", never)
     count = f"{round(dead * total):,} of {total:,} " if math.isfinite(dead) else ""
     seconds = metrics.get("seconds", parse(report.facts.get("seconds")))
     tokens = parse(report.facts.get("tokens"))
     speed = metrics.get("tokens_per_second", tokens / seconds if tokens and seconds else None)
     tiles = [
-        (
-            "FVU" if held_out is None else "Held-out FVU",
-            number(fvu),
-            f"{explained} of variance explained" if explained else "",
-        ),
-        ("L0", number(metrics.get("l0")), f"of {total:,} latents fire on a token"),
+        (name, number(fvu), f"{explained} of variance explained" if explained else ""),
+        ("L0", number(l0), f"of {total:,} latents fire on a token"),
         ("Dead latents", percent(dead), count + report.dead_rule),
         ("Training time", duration(seconds), rate(speed)),
     ]
@@ -140,9 +145,15 @@ def _tables(report: RunReport) -> str:
         metrics.append((escape(name) + small, escape(show(value))))
     facts = [(escape(key), escape(value)) for key, value in report.facts.items()]
     return (
-        f'<div class="tables">\n{_section("Held-out results", "", _table(metrics))}\n'
+        f'<div class="tables">\n{_section(_results(report), "", _table(metrics))}\n'
         f"{_section('How it was made', '', _table(facts))}\n</div>"
     )
+
+
+def _results(report: RunReport) -> str:
+    if report.measured_fvu is None:
+        return "Results"
+    return f"{report.measured_on.capitalize()} results"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .data import CurvePoint
 from .plotstyle import BLUE, INK, ORANGE, count_axis, line, log_ticks, step_axis
 from .units import number, percent
 
@@ -32,49 +31,69 @@ class Drawing:
 
 
 def drawings(report: RunReport) -> list[Drawing]:
-    """List the figures of a report, in the order of the page."""
-    density, cosine = (
-        t.detach().double().cpu() for t in (report.latent_density, report.decoder_cosine)
+    """List the figures for which a report has data, in the order of the page."""
+    cosine = report.decoder_cosine.detach().double().cpu()
+    density = report.latent_density
+    density = None if density is None else density.detach().double().cpu()
+    curves = [_reconstruction_drawing(report), _sparsity_drawing(report)] if report.curve else []
+    densities = [] if density is None else [_density_drawing(report, density)]
+    return [*curves, *densities, _cosine_drawing(report, density, cosine)]
+
+
+def _reconstruction_drawing(report: RunReport) -> Drawing:
+    fvu, last = report.measured_fvu, report.curve[-1]
+    new = report.measured_on == "held-out"
+    dashed = (
+        "data the training never saw" if new else f"the trained SAE on {report.measured_on} data"
     )
-    unknown = CurvePoint(0, math.nan, math.nan, math.nan, math.nan)
-    held_out_drawn = 0 < (report.held_out_fvu or 0) < math.inf
-    last = report.curve[-1] if report.curve else unknown
-    never = f"{report.never_fired:,} of {report.n_latents:,} latents never fired"
+    return Drawing(
+        "reconstruction",
+        f"Loss and FVU against training step. Final FVU {number(last.fvu)}"
+        + ("." if fvu is None else f", {report.measured_on} FVU {number(fvu)}."),
+        "FVU is the fraction of variance unexplained: 0 is a perfect reconstruction, "
+        "1 no better than the mean."
+        + (f" The dashed line is {dashed}." if 0 < (fvu or 0) < math.inf else ""),
+        lambda figure: _reconstruction(figure, report),
+    )
+
+
+def _sparsity_drawing(report: RunReport) -> Drawing:
+    last = report.curve[-1]
+    return Drawing(
+        "sparsity",
+        f"L0 and dead latents against training step. Final L0 {number(last.l0)}, "
+        f"dead {percent(last.dead_fraction)}.",
+        "L0 is how many latents fire on a token. Dead latents are capacity paid for and not used.",
+        lambda figure: _sparsity(figure, report),
+    )
+
+
+def _density_drawing(report: RunReport, density: Tensor) -> Drawing:
+    return Drawing(
+        "density",
+        f"Histogram of how often each latent fires on {report.measured_on} tokens; "
+        f"{_never(report)}.",
+        "A latent far to the left is rare and specific; one near 100\u202f% fires on almost "
+        "everything and is seldom interpretable.",
+        lambda figure: _density(figure, density, report.measured_on),
+    )
+
+
+def _cosine_drawing(report: RunReport, density: Tensor | None, cosine: Tensor) -> Drawing:
     median = cosine[cosine.isfinite()].median().item() if cosine.isfinite().any() else None
-    return [
-        Drawing(
-            "reconstruction",
-            f"Loss and FVU against training step. Final FVU {number(last.fvu)}, "
-            f"held-out FVU {number(report.held_out_fvu)}.",
-            "FVU is the fraction of variance unexplained: 0 is a perfect reconstruction, "
-            "1 no better than the mean."
-            + (" The dashed line is data the training never saw." if held_out_drawn else ""),
-            lambda figure: _reconstruction(figure, report),
-        ),
-        Drawing(
-            "sparsity",
-            f"L0 and dead latents against training step. Final L0 {number(last.l0)}, "
-            f"dead {percent(last.dead_fraction)}.",
-            "L0 is how many latents fire on a token. Dead latents are capacity paid for and "
-            "not used.",
-            lambda figure: _sparsity(figure, report),
-        ),
-        Drawing(
-            "density",
-            f"Histogram of how often each latent fires on held-out tokens; {never}.",
-            "A latent far to the left is rare and specific; one near 100\u202f% fires on almost "
-            "everything and is seldom interpretable.",
-            lambda figure: _density(figure, density),
-        ),
-        Drawing(
-            "decoder_cosine",
-            f"Histogram of each latent's largest decoder cosine to another latent, median "
-            f"{number(median)}; {never}.",
-            "Latents near 1 are near-copies of another latent: the dictionary spends two "
-            "entries on one direction.",
-            lambda figure: _cosine(figure, density, cosine),
-        ),
-    ]
+    never = "" if density is None else f"; {_never(report)}"
+    return Drawing(
+        "decoder_cosine",
+        f"Histogram of each latent's largest decoder cosine to another latent, median "
+        f"{number(median)}{never}.",
+        "Latents near 1 are near-copies of another latent: the dictionary spends two entries on "
+        "one direction.",
+        lambda figure: _cosine(figure, density, cosine),
+    )
+
+
+def _never(report: RunReport) -> str:
+    return f"{report.never_fired:,} of {report.n_latents:,} latents never fired"
 
 
 def _reconstruction(figure: Figure, report: RunReport) -> None:
@@ -87,13 +106,13 @@ def _reconstruction(figure: Figure, report: RunReport) -> None:
     bottom.set_yscale("log")
     line(bottom, steps, fvu, number)
     bottom.set_title("FVU, log scale")
-    held_out = report.held_out_fvu
-    if held_out is not None and 0 < held_out < math.inf:
-        bottom.axhline(held_out, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)))
+    measured = report.measured_fvu
+    if measured is not None and 0 < measured < math.inf:
+        bottom.axhline(measured, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)))
         # In the title line, where no curve can run through it.
         bottom.set_title(
-            f"held-out {number(held_out)}", loc="right", color=ORANGE, fontsize="medium",
-            fontweight="normal",
+            f"{report.measured_on} {number(measured)}", loc="right", color=ORANGE,
+            fontsize="medium", fontweight="normal",
         )  # fmt: skip
     log_ticks(bottom)
     step_axis(bottom, steps)
@@ -114,7 +133,7 @@ def _sparsity(figure: Figure, report: RunReport) -> None:
     step_axis(bottom, steps)
 
 
-def _density(figure: Figure, density: Tensor) -> None:
+def _density(figure: Figure, density: Tensor, measured_on: str) -> None:
     axes = figure.subplots()
     never = int((density == 0).sum())
     fired = density[(density > 0) & density.isfinite()]
@@ -123,7 +142,7 @@ def _density(figure: Figure, density: Tensor) -> None:
     dead_at = 1.2 * low
     axes.hist(logs.numpy(), bins=torch.linspace(low, 0, -low * 5 + 1).tolist(), color=BLUE)
     axes.bar([dead_at], [never], width=-0.05 * low, color=ORANGE)
-    count_axis(axes, density, "share of held-out tokens, log scale")
+    count_axis(axes, density, f"share of {measured_on} tokens, log scale")
     # Above the bars, not on its own bar, where it would cover those of rare latents.
     axes.text(
         0.02, 0.99, f"{never:,} of {len(density):,} never fired", color=ORANGE, va="top",
@@ -141,17 +160,17 @@ def _density(figure: Figure, density: Tensor) -> None:
     axes.set_title("How often latents fire")
 
 
-def _cosine(figure: Figure, density: Tensor, cosine: Tensor) -> None:
+def _cosine(figure: Figure, density: Tensor | None, cosine: Tensor) -> None:
     axes = figure.subplots()
-    known, dead = cosine.isfinite(), density == 0
+    known = cosine.isfinite()
+    dead = torch.zeros_like(known) if density is None else density == 0
     lowest = float(cosine[known].min()) if known.any() else 0.0
     edges = torch.linspace(min(0.0, math.floor(10 * lowest) / 10), 1.0, 51).tolist()
     groups = [cosine[known & ~dead].clamp(max=1).numpy(), cosine[known & dead].clamp(max=1).numpy()]
     axes.hist(groups, bins=edges, stacked=True, color=[BLUE, ORANGE])
     count_axis(axes, cosine, "largest cosine to another decoder row")
-    for row, (text, colour) in enumerate(
-        ((f"{int((~dead).sum()):,} fired", BLUE), (f"{int(dead.sum()):,} never fired", ORANGE))
-    ):
+    counts = [(f"{int((~dead).sum()):,} fired", BLUE), (f"{int(dead.sum()):,} never fired", ORANGE)]
+    for row, (text, colour) in enumerate([] if density is None else counts):
         axes.text(0.99, 0.97 - 0.075 * row, text, color=colour, transform=axes.transAxes,
                   ha="right", va="top")  # fmt: skip
     axes.set_xlim(edges[0], 1)

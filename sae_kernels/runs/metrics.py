@@ -4,22 +4,61 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_kernels.errors import DataError
+from sae_kernels.files import publish
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
+
+_BLOCK = 1 << 16  # bytes read at a time in search of the last line's end
 
 
 class MetricLog:
-    """Appends metric lines to a file; each line reaches the file before the next step."""
+    """Appends metric lines to a file; each line reaches the file before the next step.
 
-    def __init__(self, path: str | Path) -> None:
-        self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    A file that is there goes on: the unfinished last line of a killed run is cut off first.
 
-    def write(self, values: dict[str, Any]) -> None:
+    Args:
+        path: the file; made when missing.
+        until: of a run that goes on from a checkpoint, the checkpoint's step. Lines of later steps
+            are dropped, all at once, since those steps are made again.
+
+    Raises:
+        DataError: with ``until``, a line that is no JSON object.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "metrics.jsonl")
+        >>> with MetricLog(path) as log:
+        ...     log.write({"step": 10, "loss": 0.5})
+        ...     log.write({"step": 20, "loss": float("nan")})
+        >>> read_metrics(path)
+        [{'step': 10, 'loss': 0.5}, {'step': 20, 'loss': None}]
+        >>> MetricLog(path, until=10).close()
+        >>> read_metrics(path)
+        [{'step': 10, 'loss': 0.5}]
+    """
+
+    def __init__(self, path: str | Path, *, until: int | None = None) -> None:
+        path = Path(path)
+        _cut_unfinished(path)
+        if until is not None:
+            _drop_after(path, until)
+        self._file = path.open("a", encoding="utf-8", buffering=1, newline="\n")
+
+    def write(self, values: Mapping[str, Any]) -> None:
         """Writes one object; numbers that are not finite become null, which JSON lacks."""
-        self._file.write(json.dumps(jsonable(values), allow_nan=False) + "\n")
+        self._file.write(json.dumps(jsonable(dict(values)), allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Flushes the lines to the disk: they outlive a loss of power."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -38,9 +77,15 @@ class MetricLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metric file; an unfinished last line (a killed run) is left out."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines of a metric file; an unfinished last line (a killed run) is left out.
+
+    Raises:
+        DataError: a line that is no JSON object; the message has its number.
+        OSError: no such file, or one that cannot be read.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
 
 
 def jsonable(value: Any) -> Any:
@@ -52,3 +97,50 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        values: Any = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: line {number}: expected a JSON object, it cannot be read ({error}); remove "
+            "the line, or restore the file from a copy"
+        ) from error
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{path}: line {number}: expected a JSON object, got {type(values).__name__}; remove "
+            "the line, or restore the file from a copy"
+        )
+    return values
+
+
+def _cut_unfinished(path: Path) -> None:
+    """Ends a file after its last newline."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = [line + b"\n" for line in path.read_bytes().split(b"\n")[:-1]]
+    steps = [_parse(path, number, line).get("step") for number, line in enumerate(lines, 1)]
+    kept = [
+        line
+        for line, made in zip(lines, steps, strict=True)
+        if not (isinstance(made, int) and made > step)
+    ]
+    if len(kept) < len(lines):
+        publish(path, lambda partial: partial.write_bytes(b"".join(kept)))

@@ -29,7 +29,7 @@ def make_report() -> Callable[..., RunReport]:
             "facts": {"tokens": "2,000,000", "seconds": "20"},
             "metrics": {"fvu": 0.5, "l0": 32.26, "dead_fraction": N_NEVER / N_LATENTS},
             "curve": [CurvePoint(s, 1 / (s + 1), 1 / (s + 2), 40.0, 0.01 * s) for s in range(9)],
-            "held_out_fvu": 0.125,
+            "measured_fvu": 0.125,
             "latent_density": density,
             "decoder_cosine": torch.linspace(0.05, 1.0, N_LATENTS),
             "examples": [LatentExamples(17, 0.0125, 6.0, [context])],

@@ -138,7 +138,7 @@ def test_values_that_are_not_finite_show_as_missing(make_report, tmp_path: Path,
     context = Context(["a", "b"], [value, 1.0], 0)
     report = make_report(
         metrics={"fvu": value, "l0": value, "dead_fraction": value, "seconds": value},
-        held_out_fvu=value,
+        measured_fvu=value,
         curve=[CurvePoint(s, value, value, value, value) for s in range(3)],
         decoder_cosine=torch.full((500,), value),
         examples=[LatentExamples(3, value, value, [context])],
@@ -150,7 +150,7 @@ def test_values_that_are_not_finite_show_as_missing(make_report, tmp_path: Path,
 
 def test_a_report_with_nothing_in_it(make_report, tmp_path: Path):
     report = make_report(
-        facts={}, metrics={}, curve=[], held_out_fvu=None, latent_density=torch.zeros(0),
+        facts={}, metrics={}, curve=[], measured_fvu=None, latent_density=torch.zeros(0),
         decoder_cosine=torch.zeros(0), examples=[], command=None,
     )  # fmt: skip
     html = write_report(report, tmp_path).read_text(encoding="utf-8")

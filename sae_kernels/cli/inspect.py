@@ -1,0 +1,203 @@
+"""``sae-kernels inspect``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_kernels.cli.options import Debug, Json
+from sae_kernels.cli.output import Output
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_SHOWN = (
+    "a run, a checkpoint, a folder of activations, a saved SAE (native, saelens, sparsify, "
+    "dictionary_learning or gemma_scope) or a .safetensors file"
+)
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+           "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+           "BOOL": "bool"}  # fmt: skip
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help=f"What to look at: {_SHOWN}.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything and compare checksums.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a file or folder is, and what is in it."""
+    values = {"path": str(path), **look(path, verify)}
+    output = Output(as_json)
+    output.record(values)
+    tensors = values.pop("tensors", {})
+    output.table([(_plain(key), _plain(str(value))) for key, value in _flat(values)])
+    if tensors:
+        rows = [(n, str(t["shape"]), t["dtype"]) for n, t in tensors.items()]
+        output.text("")
+        output.table([("tensor", "shape", "dtype"), *(tuple(map(_plain, row)) for row in rows)])
+
+
+def look(path: Path, verify: bool) -> dict[str, Any]:
+    """What there is to say of a path, as plain values; "kind" says what it is.
+
+    Raises:
+        DataError: nothing that is known here, or something damaged.
+    """
+    from sae_kernels import formats
+    from sae_kernels.data.shard_index import INDEX
+    from sae_kernels.runs.checkpoint import MANIFEST
+    from sae_kernels.runs.folder import RUN_FILE
+
+    if not path.exists():
+        raise DataError(f"{path}: expected {_SHOWN}, there is nothing")
+    if (path / RUN_FILE).is_file():
+        return _run(path, verify)
+    if (path / MANIFEST).is_file():
+        return _checkpoint(path, verify)
+    if (path / INDEX).is_file():
+        return _activations(path, verify)
+    if formats.present(path):
+        return _sae(path, formats.detect(path), verify)
+    if path.is_file() and path.suffix == ".safetensors":
+        return {"kind": "safetensors", "bytes": path.stat().st_size, **_header(path), **_no(verify)}
+    raise DataError(f"{path}: expected {_SHOWN}, got none of these")
+
+
+def _run(path: Path, verify: bool) -> dict[str, Any]:
+    from sae_kernels.files import read_json
+    from sae_kernels.runs import checkpoint
+    from sae_kernels.runs.folder import METRICS_FILE, RESULT_FILE, RUN_FILE, SAE_FOLDER
+    from sae_kernels.runs.metrics import read_metrics
+    from sae_kernels.runs.tables import read_tables
+
+    parent = path / checkpoint.CHECKPOINTS
+    saved = [checkpoint.path_of(parent, step) for step in checkpoint.steps(parent)]
+    finished = (path / RESULT_FILE).is_file()
+    lines = read_metrics(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else []
+    if verify:
+        for each in saved:
+            checkpoint.verify(each)
+    return {
+        "kind": "run",
+        "finished": finished,
+        "checkpoints": [each.name for each in saved],
+        "sae": str(path / SAE_FOLDER) if (path / SAE_FOLDER).is_dir() else None,
+        "metric_lines": len(lines),
+        **({"result": read_json(path / RESULT_FILE)} if finished else {}),
+        **({"last": lines[-1]} if lines and not finished else {}),
+        "settings": read_tables(path / RUN_FILE),
+        **({"verified": f"{len(saved)} checkpoints"} if verify else {}),
+    }
+
+
+def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
+    from sae_kernels.files import read_json
+    from sae_kernels.runs import checkpoint
+
+    if verify:
+        checkpoint.verify(path)
+    manifest = read_json(path / checkpoint.MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("format") != checkpoint.FORMAT or not isinstance(files, dict):
+        raise DataError(f"{path / checkpoint.MANIFEST}: expected that of a checkpoint; {_SHOWN}")
+    sizes = {name: entry.get("bytes") for name, entry in files.items() if isinstance(entry, dict)}
+    values = {name: read_json(path / name) for name in _named(path, files, ".json")}
+    tensors = [_header(path / name)["tensors"] for name in _named(path, files, ".safetensors")]
+    return {
+        "kind": "checkpoint",
+        "version": manifest.get("version"),
+        "step": manifest.get("step"),
+        "bytes": sizes,
+        **values,
+        "tensors": {name: entry for part in tensors for name, entry in part.items()},
+        **({"verified": f"{len(files)} files"} if verify else {}),
+    }
+
+
+def _activations(path: Path, verify: bool) -> dict[str, Any]:
+    from sae_kernels.data.shards import ShardDataset
+
+    data = ShardDataset(path)
+    if verify:
+        data.verify()
+    return {
+        "kind": "activations",
+        "n_tokens": data.n_tokens,
+        "d_in": data.d_in,
+        "dtype": str(data.dtype).removeprefix("torch."),
+        "columns": list(data.columns),
+        "metadata": data.metadata,
+        **({"verified": f"{data.n_tokens} rows"} if verify else {}),
+    }
+
+
+def _sae(path: Path, kind: str, verify: bool) -> dict[str, Any]:
+    from sae_kernels import formats
+    from sae_kernels.formats import native
+
+    if kind == "native":
+        from sae_kernels.files import read_json
+
+        header = _header(path / native.WEIGHTS_FILE)
+        own = read_json(path / native.CONFIG_FILE)
+        return {"kind": "sae", "format": kind, "config": own, **header, **_no(verify)}
+    config, tensors, metadata = formats.read(path, kind)
+    return {
+        "kind": "sae",
+        "format": kind,
+        "config": {"architecture": config.architecture, **config.to_dict()},
+        "metadata": metadata,
+        "tensors": {
+            name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+            for name, t in tensors.items()
+        },
+        **_no(verify),
+    }
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Names, shapes and dtypes of a safetensors file; no payload is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {
+                name: {"shape": s.get_shape(), "dtype": _DTYPES.get(s.get_dtype(), s.get_dtype())}
+                for name, s in slices.items()
+            }
+            return {"metadata": file.metadata() or {}, "tensors": tensors}
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path}: expected a safetensors file, it cannot be read ({error}); restore it from a "
+            "copy"
+        ) from error
+
+
+def _named(path: Path, files: "Mapping[str, Any]", suffix: str) -> list[str]:
+    """Files of a manifest; names that leave the folder are nobody's."""
+    from sae_kernels.files import is_plain_name
+
+    known = [name for name in files if is_plain_name(name) and name.endswith(suffix)]
+    return [name for name in known if not (path / name).is_symlink()]
+
+
+def _no(verify: bool) -> dict[str, str]:
+    return {"verified": "nothing, the format has no checksums"} if verify else {}
+
+
+def _flat(values: "Mapping[str, Any]", above: str = "") -> "Iterator[tuple[str, Any]]":
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        elif value is not None and value != []:
+            yield f"{above}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _plain(text: str) -> str:
+    """What a stranger's file says must not steer the terminal that it is shown on."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

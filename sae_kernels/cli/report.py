@@ -1,0 +1,47 @@
+"""``sae-kernels report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sae_kernels.cli.options import Debug, Json
+from sae_kernels.cli.output import Output
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder of activations; a crosscoder's several. [default: its own]"),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="A folder of what a transcoder is to reconstruct.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the page. [default: that of the run]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Measure at most so many tokens.")] = 65536,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Shows latents in context: the model's folder, or its name on the hub."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw the page of a run: curves, latents, and how good the SAE is on activations."""
+    from sae_kernels.report import write_report
+    from sae_kernels.report.run import run_report
+
+    output = Output(as_json)
+    with output.progress() as show:
+        show("measure", 0, None)
+        made = run_report(
+            run, data or (), target=target, max_tokens=max_tokens, tokenizer=tokenizer
+        )
+    page = write_report(made, run if out is None else out)
+    measured = made.measured_on if made.latent_density is not None else None
+    output.record(
+        {"report": page, "measured_on": measured, "title": made.title, "metrics": made.metrics}
+    )
+    output.text(str(page), made.subtitle)

@@ -1,0 +1,136 @@
+"""The activations that a run's SAE is measured on, and the tokens that they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sae_kernels.data.joint import JointRows
+from sae_kernels.data.shard_index import INDEX
+from sae_kernels.data.shards import ShardDataset
+from sae_kernels.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from sae_kernels.data.rows import Rows, RowSource
+
+    ToTokens = Callable[[list[int]], list[str]]
+
+
+class FirstRows:
+    """The first rows of a source, at most so many."""
+
+    def __init__(self, source: RowSource, n_tokens: int) -> None:
+        self._source = source
+        self.n_tokens = min(n_tokens, source.n_tokens)
+        self.d_in, self.dtype = source.d_in, source.dtype
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop`."""
+        return self._source.rows(start, stop)
+
+
+class Activations(NamedTuple):
+    """Folders of activations.
+
+    Attributes:
+        layers: what the SAE reads.
+        target: what a transcoder is to reconstruct.
+        training: whether the SAE was trained on them.
+    """
+
+    layers: list[ShardDataset]
+    target: ShardDataset | None
+    training: bool
+
+    @property
+    def name(self) -> str:
+        """Which tokens these are, as the page calls them."""
+        return "training" if self.training else "evaluation"
+
+    def source(self) -> RowSource:
+        """The layers side by side."""
+        return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
+
+
+def opened(
+    data: Sequence[str | Path], target: str | Path | None, tables: Mapping[str, Any]
+) -> Activations | None:
+    """The given folders, or the run's own.
+
+    None if none are given and the run's own lie in memory, in a stream, or not there any more.
+
+    Raises:
+        DataError: a folder that is no data set, or a damaged one.
+        ValueError: a target alone.
+    """
+    own = tables.get("data", {})
+    folders, goal = own.get("folders", []), own.get("target")
+    if data:
+        seen = {Path(folder).resolve() for folder in folders}
+        return _open(data, target, training=any(Path(each).resolve() in seen for each in data))
+    if target is not None:
+        raise ValueError("target: expected the data that the transcoder reads too, got none")
+    every = [*folders, *([] if goal is None else [goal])]
+    if not folders or not all((Path(folder) / INDEX).is_file() for folder in every):
+        return None
+    return _open(folders, goal, training=True)
+
+
+def _open(data: Sequence[str | Path], target: str | Path | None, training: bool) -> Activations:
+    layers = [ShardDataset(folder) for folder in data]
+    return Activations(layers, None if target is None else ShardDataset(target), training)
+
+
+def tokens_of(
+    name: str | Path | None, activations: Activations, tables: Mapping[str, Any]
+) -> ToTokens | None:
+    """The tokens of the named tokenizer, or of the local model that the activations came from.
+
+    None if the activations have no tokens beside them, or no such model is there.
+    """
+    if not {"tokens", "documents"} <= set(activations.layers[0].columns):
+        return None
+    if name is not None:
+        return to_tokens(name)
+    for record in (activations.layers[0].metadata, tables.get("data", {})):
+        model = record.get("model")
+        if isinstance(model, str) and Path(model).is_dir():
+            try:
+                return to_tokens(model)
+            except (ModelError, ImportError):
+                return None
+    return None
+
+
+def to_tokens(name: str | Path) -> ToTokens:
+    """A function from ids to tokens; no code of the tokenizer's folder runs.
+
+    Raises:
+        ModelError: nothing there, or nothing that loads under this rule.
+        ImportError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            'a tokenizer needs transformers: pip install "sae-kernels[harvest]"'
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name), trust_remote_code=False, local_files_only=Path(name).exists()
+        )
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        raise ModelError(
+            f"tokenizer: expected a folder or a hub name, got {str(name)!r}: "
+            f"{' '.join(str(error).split()):.300}"
+        ) from error
+    return to_text(tokenizer)
+
+
+def to_text(tokenizer: PreTrainedTokenizerBase) -> ToTokens:
+    """A tokenizer as a function from ids to tokens."""
+    return lambda ids: [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]

@@ -1,0 +1,216 @@
+"""Loggers: metric lines handed on to TensorBoard and Weights & Biases while a run goes on.
+
+A logger is a guest of the run. What keeps it from opening is an error, for the run has not begun;
+what happens to it later costs a warning and the logger, never the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sae_kernels.errors import name_hint
+from sae_kernels.files import write_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import TracebackType
+
+TENSORBOARD_FOLDER, WANDB_ID_FILE = "tensorboard", "wandb_id.txt"
+PROJECT = "sae_kernels"
+_FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's file
+_FINISH_SECONDS = 120.0  # for Weights & Biases to upload the rest; `wandb sync` does it later
+
+
+class Logger(Protocol):
+    """What takes metric lines in while a run goes on."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Takes one line; its step is under "step"."""
+
+    def close(self) -> None:
+        """Finishes; called once."""
+
+
+class Loggers:
+    """Several loggers as one; one that raises is dropped with a warning.
+
+    Args:
+        loggers: by the name that the warning gives them.
+
+    Example:
+        >>> class Kept(list):
+        ...     write = list.append
+        ...     def close(self): self.write("closed")
+        >>> kept = Kept()
+        >>> with Loggers({"kept": kept}) as loggers:
+        ...     loggers.write({"step": 1, "loss": 0.5})
+        >>> kept
+        [{'step': 1, 'loss': 0.5}, 'closed']
+    """
+
+    def __init__(self, loggers: Mapping[str, Logger]) -> None:
+        self._loggers = dict(loggers)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Hands a metric line to every logger that is left."""
+        for name, logger in list(self._loggers.items()):
+            try:
+                logger.write(line)
+            except Exception as error:
+                del self._loggers[name]
+                with contextlib.suppress(Exception):
+                    logger.close()
+                _warn(name, "write a metric line", error)
+
+    def close(self) -> None:
+        """Closes every logger that is left; a second call does nothing."""
+        while self._loggers:
+            name, logger = self._loggers.popitem()
+            try:
+                logger.close()
+            except Exception as error:
+                _warn(name, "finish", error)
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_loggers(
+    names: Iterable[str], folder: str | Path, settings: Mapping[str, Any], step: int = 0
+) -> Loggers:
+    """Opens loggers by name.
+
+    Args:
+        names: of "tensorboard" and "wandb"; none is fine.
+        folder: of the run; loggers keep their files in it.
+        settings: of the run, for the logger that shows them. Its table "output" may name the
+            project of Weights & Biases as ``project``.
+        step: the checkpoint's step where a run goes on, 0 for a new one. What was logged of later
+            steps is void.
+
+    Raises:
+        ValueError: an unknown name, or a service that does not open.
+        ImportError: a package that is not installed; the message says how to get it.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in _OPENERS:
+            raise ValueError(
+                f"loggers: expected some of {', '.join(_OPENERS)}, got {name!r}; "
+                f"{name_hint(name, _OPENERS)}"
+            )
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, Logger] = {}
+        for name in names:
+            opened[name] = _OPENERS[name](Path(folder), settings, step)
+            stack.callback(opened[name].close)
+        stack.pop_all()
+    return Loggers(opened)
+
+
+class _TensorBoard:
+    """Scalars in an event file; a run that goes on voids what was logged after its step."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        with _installed("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            folder / TENSORBOARD_FOLDER, purge_step=step + 1, flush_secs=_FLUSH_SECONDS
+        )
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in _numbers(line):
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases, which goes on under the same id; WANDB_MODE=offline is heeded."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        with _installed("wandb"):
+            import wandb
+
+        project = settings.get("output", {}).get("project") or os.environ.get("WANDB_PROJECT")
+        try:
+            self._run = wandb.init(
+                project=project or PROJECT,
+                name=folder.resolve().name,
+                id=_wandb_id(folder, step),
+                resume="allow" if step else None,
+                config=dict(settings),
+                dir=folder,
+                reinit="create_new",  # a run of the caller's own is none of our business
+                settings=wandb.Settings(
+                    silent=True, console="off", login_timeout=60, finish_timeout=_FINISH_SECONDS
+                ),
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"wandb: expected a run to open, got {' '.join(str(error).split())} Log in with "
+                "`wandb login`, or set WANDB_MODE=offline and upload later with `wandb sync`"
+            ) from error
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._run.log(dict(_numbers(line)), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_OPENERS: dict[str, Callable[[Path, Mapping[str, Any], int], Logger]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+}
+
+
+def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in line.items():
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+
+
+def _wandb_id(folder: Path, step: int) -> str:
+    path = folder / WANDB_ID_FILE
+    if step and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    name = uuid.uuid4().hex[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, name.encode())
+    return name
+
+
+@contextlib.contextmanager
+def _installed(package: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f'the logger {package} needs a package: pip install "sae-kernels[{package}]" ({error})'
+        ) from error
+
+
+def _warn(name: str, what: str, error: Exception) -> None:
+    reason = " ".join(str(error).split())
+    warnings.warn(
+        f"logger {name} could not {what} ({type(error).__name__}: {reason:.200}) and is dropped; "
+        "training goes on without it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
