@@ -1,6 +1,7 @@
 """The typer app, and how a run of it ends.
 
-Exit codes: 0, 1 for a failure of ours, 2 for something the user can mend, 130 for Ctrl-C.
+Exit codes: 0, 1 for a failure of ours, 2 for something the user can mend, 130 for Ctrl-C, 143 for
+SIGTERM.
 """
 
 import sys
@@ -18,8 +19,12 @@ from sae_kernels.cli.env import env
 from sae_kernels.cli.evaluate import evaluate
 from sae_kernels.cli.explain import explain
 from sae_kernels.cli.harvest import harvest
+from sae_kernels.cli.inspect import inspect
 from sae_kernels.cli.options import Debug
 from sae_kernels.cli.plan import plan
+from sae_kernels.cli.report import report
+from sae_kernels.cli.resume import resume
+from sae_kernels.cli.sweep import sweep
 from sae_kernels.cli.train import train
 from sae_kernels.cli.train_e2e import train_e2e
 from sae_kernels.errors import SaeKernelsError
@@ -28,8 +33,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "harvest": harvest,
     "train": train,
+    "resume": resume,
+    "sweep": sweep,
     "train-e2e": train_e2e,
     "eval": evaluate,
+    "report": report,
+    "inspect": inspect,
     "convert": convert,
     "bench": bench,
     "plan": plan,

@@ -21,12 +21,16 @@ class Data(NamedTuple):
     target: ShardDataset | None
 
     @classmethod
-    def open(cls, folders: Sequence[Path], target: Path | None) -> Data:
+    def open(
+        cls, folders: Sequence[Path], target: Path | None, check_on_read: bool = False
+    ) -> Data:
         """Opens the folders; what they hold is not read yet."""
         from sae_kernels.train import ShardDataset
 
-        layers = [ShardDataset(folder) for folder in folders]
-        return cls(layers, None if target is None else ShardDataset(target))
+        def opened(folder: Path) -> ShardDataset:
+            return ShardDataset(folder, check_on_read=check_on_read)
+
+        return cls([opened(f) for f in folders], None if target is None else opened(target))
 
     @property
     def source(self) -> RowSource:

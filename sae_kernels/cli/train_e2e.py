@@ -5,21 +5,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae_kernels.cli.data import absolute
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.runs import follow, summarise
-from sae_kernels.cli.settings import Widths, arch_help, architecture, configs, with_flags
-from sae_kernels.train import EndToEnd, preset
+from sae_kernels.cli.settings import arch_help, given, with_flags
+from sae_kernels.cli.training import interruptible
+from sae_kernels.train import EndToEnd
+from sae_kernels.train.run_config import RunConfig, Widths, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sae_kernels.harvest import TokenBatch
     from sae_kernels.nn import SAEConfig
+    from sae_kernels.runs.tables import Tables
 
 
-@with_flags
+_TABLES = ("sae", "train", "output")
+
+
+@with_flags(*_TABLES)
 def train_e2e(
     model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
     text: Annotated[
@@ -30,7 +37,7 @@ def train_e2e(
     arch: Annotated[str | None, typer.Option(help=arch_help("layer"))] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML with arch and tables [sae] and [train]; flags come first."),
+        typer.Option(help="TOML with arch and tables [sae], [train], [output]; flags come first."),
     ] = None,
     kl_coefficient: Annotated[
         float, typer.Option(help="Weight of KL(clean || spliced) of the predictions.")
@@ -55,6 +62,9 @@ def train_e2e(
         int | None,
         typer.Option(min=1, help="Chunks of full length a step [default: batch_size tokens]."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -73,17 +83,21 @@ def train_e2e(
         tuple(downstream_layer or ()),
         keep_first,
     )
-    _check_data(architecture(config, arch))
-    check_free(out, overwrite)
     flags["batch_size"] = _tokens(flags["batch_size"], sequences_per_batch, context_length)
+    tables = given(config, flags, arch, _TABLES)
+    _check_data(tables)
+    if not resume:
+        check_free(out, overwrite)
     harvesting.read_documents(text)  # what is missing is missed before the model loads
     output = Output(as_json)
-    with output.progress() as show:
+    again = "the same command with --resume"
+    with interruptible(again, out), output.progress() as show:
         show("load model", 0, 1)
         loaded, tokenizer = harvesting.load_causal_model(model)
         show("load model", 1, 1)
         widths = Widths([layer_width(loaded, layer, weights)])
-        sae_config, train_config = configs(config, flags, widths, arch)
+        settings = RunConfig.from_tables(tables, widths)
+        sae_config, train_config = settings.sae, settings.train
         _check_layers(sae_config)
         loaded.to(training_device(train_config.device))  # type: ignore[arg-type]
         options = {
@@ -102,7 +116,11 @@ def train_e2e(
             train_config,
             weights,
             folder=out,
-            metadata={"text": list(map(str, text)), "context_length": context_length},
+            output=settings.output,
+            metadata=absolute({"model": model, "text": list(map(str, text))})
+            | {"context_length": context_length},
+            resume=resume,
+            overwrite=overwrite,
             on_step=follow(output, show, train_config.steps),
         )
     summarise(output, result, out, ("loss", "kl", "downstream", "fvu", "l0", "sparsity"))
@@ -140,10 +158,11 @@ def _tokens(batch_size: int | None, sequences: int | None, context_length: int) 
     return sequences * context_length
 
 
-def _check_data(arch: str) -> None:
-    if preset(arch).data != "layer":
+def _check_data(tables: "Tables") -> None:
+    if kind_of(tables).data != "layer":
         raise ValueError(
-            f"--arch: expected one that reconstructs a single layer, got {arch!r}; train it on "
+            "--arch: expected one that reconstructs a single layer, got "
+            f"{tables['arch']!r}; train it on "
             "stored activations, see sae-kernels train --help"
         )
 

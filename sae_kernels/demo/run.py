@@ -15,7 +15,14 @@ from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpu
 from sae_kernels.nn import TopKConfig
 from sae_kernels.report import write_report
 from sae_kernels.runs.folder import SAE_FOLDER
-from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
+from sae_kernels.train import (
+    DataConfig,
+    OutputConfig,
+    ShardDataset,
+    TrainConfig,
+    evaluate,
+    train,
+)
 from sae_kernels.train.compute import compute_dtype
 
 if TYPE_CHECKING:
@@ -108,7 +115,16 @@ def run_demo(
 
     config = train_config(steps, seed)
     shape = sae_config(sides["train"].d_in)
-    trained = train(sides["train"], shape, config, folder=out, on_step=on_step)
+    trained = train(
+        sides["train"],
+        shape,
+        config,
+        folder=out,
+        output=OutputConfig(checkpoint_every=0),  # half a minute can be had again
+        data=DataConfig(folders=(str(sides["train"].folder.absolute()),)).to_dict(),
+        overwrite=True,
+        on_step=on_step,
+    )
     clock.stage("evaluate", 1)
     held_out = evaluate(trained.sae, sides["held_out"])
     clock.stage("report", 1)

@@ -1,72 +1,188 @@
-"""What a run leaves: its settings, its metric lines, its SAE."""
+"""What a run leaves: its settings, its metric lines, its checkpoints, its SAE.
+
+``run.toml`` comes first and ``result.json`` last: a folder with the one and without the other holds
+a run that can go on.
+"""
 
 from __future__ import annotations
 
-import json
-from contextlib import contextmanager
+import shutil
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.runs.metrics import MetricLog
+from sae_kernels.errors import DataError
+from sae_kernels.files import json_writer, publish, sweep
+from sae_kernels.runs import checkpoint
+from sae_kernels.runs.lock import locked
+from sae_kernels.runs.loggers import open_loggers
+from sae_kernels.runs.metrics import MetricLog, jsonable, read_metrics
+from sae_kernels.runs.saver import Saver
+from sae_kernels.runs.tables import changes, plain, read_tables, write_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
+    from types import TracebackType
 
-    from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.train.config import TrainConfig
+    from typing_extensions import Self
 
-    OnStep = Callable[[int, dict[str, Any] | None], None]
+    from sae_kernels.runs.checkpoint import Contents
+    from sae_kernels.runs.options import OutputConfig
+    from sae_kernels.runs.tables import Tables
 
-RUN_FILE, METRICS_FILE, SAE_FOLDER = "run.json", "metrics.jsonl", "sae"
+RUN_FILE, METRICS_FILE, RESULT_FILE = "run.toml", "metrics.jsonl", "result.json"
+SAE_FOLDER = "sae"
+# What a resumed run may have otherwise: it does not change what is learnt.
+_FREE = ("output.", "data.", "train.log_every", "train.device", "train.on_nonfinite")
 
 
-class MetricLines:
-    """The metric lines of a run: kept, written and handed on.
+class RunFolder:
+    """A run's folder while it trains; nobody else can use it meanwhile.
 
     Args:
-        config: says how often there is one.
-        log: where they are written; None: nowhere.
-        on_step: called after every step with the step and, when one was made, its line.
+        path: made when missing.
+        tables: the settings, as TOML tables.
+        options: how often to save, how many to keep, who else gets the metric lines.
+        resume: go on from the newest checkpoint that is whole, or from the start where there is
+            none; else the folder must not hold a run.
+        overwrite: delete the run that the folder holds.
+        defaults: settings that an older version may have left out, as ``{"train.lr": None}``.
 
     Attributes:
-        kept: all of them.
+        path: the folder.
+        checkpoint: the one to go on from, or None.
+        contents: what it holds.
+        lines: the metric lines so far.
+
+    Raises:
+        DataError: the folder is in use, holds another run or a finished one, the settings differ
+            from those the run began with, or all its checkpoints are damaged.
     """
 
-    def __init__(self, config: TrainConfig, log: MetricLog | None, on_step: OnStep | None) -> None:
-        self._config, self._log, self._on_step = config, log, on_step
-        self.kept: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        path: str | Path,
+        tables: Tables,
+        options: OutputConfig,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.options = Path(path), options
+        self.tables: Tables = plain(tables)
+        self._resume, self._overwrite = resume, overwrite
+        self._defaults = plain(dict(defaults or {}))
+        self.checkpoint: Path | None = None
+        self.contents: Contents | None = None
+        self.lines: list[dict[str, Any]] = []
 
-    def due(self, i: int) -> bool:
-        """Whether step i (from 0) has a line."""
-        return (i + 1) % self._config.log_every == 0 or i + 1 == self._config.steps
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(self.path))
+            for folder in (self.path, self._checkpoints):
+                sweep(folder, of_anyone=True)  # the lock says that nobody else writes here
+            self._begin()
+            write_tables(self.path / RUN_FILE, self.tables)
+            step = self.step
+            self._log = stack.enter_context(MetricLog(self.path / METRICS_FILE, until=step))
+            self.lines = read_metrics(self.path / METRICS_FILE)
+            self._loggers = stack.enter_context(
+                closing(open_loggers(self.options.loggers, self.path, self.tables, step))
+            )
+            self._saver = stack.enter_context(
+                Saver(self._checkpoints, self.options.keep_checkpoints, step or None)
+            )
+            self._stack = stack.pop_all()
+        return self
 
-    def add(self, i: int, line: dict[str, Any] | None) -> None:
-        """Takes in what step i has to say."""
-        if line is not None:
-            self.kept.append(line)
-            if self._log is not None:
-                self._log.write(line)
-        if self._on_step is not None:
-            self._on_step(i, line)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / checkpoint.CHECKPOINTS
+
+    @property
+    def step(self) -> int:
+        """The steps that the run had made when the folder was opened."""
+        if self.contents is None:
+            return 0
+        return int(self.contents.values["trainer.json"]["step"])
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Takes in a metric line."""
+        self.lines.append(line)
+        self._log.write(line)
+        self._loggers.write(line)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after so many steps; tells of one that failed."""
+        self._saver.check()
+        every = self.options.checkpoint_every
+        return every > 0 and step % every == 0
+
+    def save(self, step: int, contents: Contents, *, wait: bool = False) -> None:
+        """Begins to write a checkpoint, or has it on the disk on return if it is to wait."""
+        if self._saver.last != step:
+            self._log.sync()
+            self._saver.save(step, contents)
+        if wait:
+            self._saver.wait()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run has made all its steps."""
+        self._saver.wait()
+        publish(self.path / RESULT_FILE, json_writer(jsonable(result)))
+
+    def _begin(self) -> None:
+        if self._resume and holds_run(self.path):
+            self._refuse_changes()
+            if (self.path / RESULT_FILE).exists():
+                raise DataError(
+                    f"{self.path}: expected a run that is to go on, it has made all its steps; "
+                    "choose another folder for a new one"
+                )
+            found = checkpoint.newest(self._checkpoints)
+            if found is not None:
+                self.checkpoint, self.contents = found
+            return
+        mine = (RUN_FILE, METRICS_FILE, RESULT_FILE, checkpoint.CHECKPOINTS, SAE_FOLDER)
+        held = [name for name in mine if (self.path / name).exists()]
+        if held and not self._overwrite:
+            raise DataError(
+                f"{self.path}: expected a folder without a run, it holds {', '.join(held)}; "
+                "resume that run, overwrite it, or choose another folder"
+            )
+        for name in held:
+            old = self.path / name
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def _refuse_changes(self) -> None:
+        before = read_tables(self.path / RUN_FILE)
+        found = changes(before, self.tables, self._defaults)
+        other = {key: both for key, both in found.items() if not key.startswith(_FREE)}
+        if other:
+            listed = "; ".join(
+                f"{key} was {was!r}, is {now!r}" for key, (was, now) in other.items()
+            )
+            raise DataError(
+                f"{self.path}: expected the settings that the run began with: {listed}; give the "
+                "old ones, or start another run"
+            )
 
 
-@contextmanager
-def run_folder(
-    folder: str | Path | None, sae: SparseAutoencoder, settings: Mapping[str, Any]
-) -> Iterator[MetricLog | None]:
-    """A run's folder while it trains: metric lines go to what it gives.
+def holds_run(path: Path) -> bool:
+    """Whether a folder holds a run that was begun."""
+    return (path / RUN_FILE).is_file()
 
-    The settings are written first, the SAE whatever happens; None writes nothing.
-    """
-    if folder is None:
-        yield None
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / METRICS_FILE).unlink(missing_ok=True)
-    try:
-        with MetricLog(folder / METRICS_FILE) as log:
-            yield log
-    finally:
-        sae.save_pretrained(folder / SAE_FOLDER)
+
+def is_finished(path: Path) -> bool:
+    """Whether a folder holds a run that has made all its steps."""
+    return (path / RESULT_FILE).is_file()

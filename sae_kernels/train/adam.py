@@ -65,12 +65,19 @@ class FusedAdam:
         self.n_updates += finite
         return finite
 
+    def living(self) -> dict[str, torch.Tensor]:
+        """The moments and the count, which every update changes in place."""
+        moments = {f"adam.{n}.{m}": getattr(row, m) for n, row in self.rows.items() for m in "mv"}
+        return {"n_updates": self.n_updates, **moments}
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """The fp32 matrices that the module holds in halves."""
+        return {n: _joined(row) for n, row in self.rows.items() if _is_split(row)}
+
     def restore_(self) -> None:
         """Gives the module its fp32 matrices back; no update can follow."""
         for name in [name for name, row in self.rows.items() if _is_split(row)]:
-            row = self.rows.pop(name)
-            assert row.copy is not None
-            self.sae.get_parameter(name).data = halves.joined(row.copy, row.param)
+            self.sae.get_parameter(name).data = _joined(self.rows.pop(name))
 
     def _norm(self, name: str) -> tuple[str, int]:
         """The norm policy of a matrix, and to how many parts of a row it applies."""
@@ -109,6 +116,11 @@ class FusedAdam:
 
 def _is_split(row: AdamRow) -> bool:
     return row.param.dtype == torch.int16
+
+
+def _joined(row: AdamRow) -> torch.Tensor:
+    assert row.copy is not None
+    return halves.joined(row.copy, row.param)
 
 
 def _adam_row(

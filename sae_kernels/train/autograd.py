@@ -9,6 +9,7 @@ import torch
 from sae_kernels import functional
 from sae_kernels.train import auxk
 from sae_kernels.train.objective import Facts, main_codes, needs_norms
+from sae_kernels.train.state import State, matched
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
@@ -78,6 +79,32 @@ def adam(sae: SparseAutoencoder, config: TrainConfig) -> torch.optim.Adam:
     """The optimizer of :func:`update`, which sets the learning rate."""
     betas = (config.beta1, config.beta2)
     return torch.optim.Adam(sae.parameters(), lr=1.0, betas=betas, eps=config.eps, fused=True)
+
+
+def adam_state(optimizer: torch.optim.Optimizer) -> State:
+    """The optimizer's moments; none before its first step."""
+    saved = optimizer.state_dict()["state"]
+    moments = {f"adam.{i}.{key}": t for i, each in saved.items() for key, t in each.items()}
+    return State(moments, {})
+
+
+def load_adam_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Takes up what :func:`adam_state` gave.
+
+    Raises:
+        DataError: moments of other shapes than the parameters.
+    """
+    saved: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.tensors.items():
+        if name.startswith("adam."):
+            _, number, key = name.split(".", 2)
+            saved.setdefault(int(number), {})[key] = tensor.clone()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i in saved:
+        for key in ("exp_avg", "exp_avg_sq"):
+            matched(f"adam.{i}.{key}", parameters[i], state)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
 
 def update(

@@ -20,6 +20,7 @@ from sae_kernels.train.step import StepResult
 if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
+    from sae_kernels.train.state import State
 
 
 class ComposableStep(Progress):
@@ -34,6 +35,18 @@ class ComposableStep(Progress):
         sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
         self.optimizer = autograd.adam(sae, config)
         self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
+
+    def _living(self) -> dict[str, torch.Tensor]:
+        return super()._living() | {"n_updates": self.n_updates}
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+        return super().state() | autograd.adam_state(self.optimizer)
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave."""
+        super().load_state(state)
+        autograd.load_adam_state(self.optimizer, state)
 
     def __call__(
         self,

@@ -33,6 +33,7 @@ _INTEGERS = {
     "p_steps": 1,
     "random_prefixes": 0,
     "seed": 0,
+    "data_seed": 0,
     "log_every": 1,
 }
 _OPTIONAL = (
@@ -43,6 +44,7 @@ _OPTIONAL = (
     "k_start",
     "sparsity_warmup_steps",
     "target_l0",
+    "data_seed",
 )
 
 
@@ -112,7 +114,9 @@ class TrainConfig:
             estimated on the first ones (SAELens' expected_average_only_in).
         init_b_dec: "geometric_median" of a first sample (OpenAI, dictionary_learning), "mean"
             (sparsify) or "zeros".
-        seed: of the weights and the order of the data.
+        seed: of the weights, and of the order of the data unless that has its own.
+        data_seed: of the order of the data; None is seed. Runs that share one stream of data share
+            it too.
         on_nonfinite: "stop" with an error at a loss that is NaN or infinite, or "skip" the step
             and count it.
         log_every: steps between metric lines.
@@ -158,6 +162,7 @@ class TrainConfig:
     activation_scale: Literal["none", "sqrt_d"] = "sqrt_d"
     init_b_dec: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     seed: int = 0
+    data_seed: int | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 10
 
@@ -201,6 +206,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they go into the run's config."""
         return dataclasses.asdict(self)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def learning_rate(self, step: int, n_latents: int) -> float:
         """The learning rate of a step (from 0): warm-up, plateau, linear decay to 0.

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import NonFiniteError
+from sae_kernels.formats import native
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.harvest.tokens import TokenBatch
-from sae_kernels.runs.folder import MetricLines, run_folder
+from sae_kernels.runs.folder import RunFolder
+from sae_kernels.runs.options import OutputConfig
 from sae_kernels.train import autograd
 from sae_kernels.train.compute import compute_dtype
 from sae_kernels.train.end_to_end import EndToEnd, check_end_to_end, measured_loss
 from sae_kernels.train.objective import k_at
 from sae_kernels.train.progress import Progress
+from sae_kernels.train.run import Run, drive
+from sae_kernels.train.run_config import run_defaults, run_tables
 from sae_kernels.train.spliced import SplicedSAE
 from sae_kernels.train.through_model import layer_width
-from sae_kernels.train.trainer import TrainingResult
+from sae_kernels.train.training import Training
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -29,9 +33,10 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
     from sae_kernels.train.end_to_end import EndToEndLoss
+    from sae_kernels.train.run import OnStep, TrainingResult
+    from sae_kernels.train.state import State
 
     Batches = Iterable[TokenBatch | Tensor | Mapping[str, Tensor]]
-    OnStep = Callable[[int, dict[str, Any] | None], None]
 
 
 def train_end_to_end(
@@ -43,7 +48,10 @@ def train_end_to_end(
     weights: EndToEnd | None = None,
     *,
     folder: str | Path | None = None,
+    output: OutputConfig | None = None,
     metadata: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
     """Trains an SAE in place with :func:`~sae_kernels.train.end_to_end_loss` under torch's Adam.
@@ -58,8 +66,11 @@ def train_end_to_end(
             activations before; on the model's device.
         config: the settings, as of the composable route; batch_size says nothing here.
         weights: see :func:`~sae_kernels.train.end_to_end_loss`.
-        folder: where run.json, metrics.jsonl and the SAE go; None keeps everything in memory.
-        metadata: joins what run.json says about the model, the layer and the weights.
+        folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
+            keeps everything in memory.
+        metadata: joins what run.toml says about the model, the layer and the weights.
+        output, resume, overwrite: as of :func:`~sae_kernels.train.train`. To resume, the batches
+            must come in the same order again.
         on_step: called after every step with the step and, when one was made, its metric line.
 
     Raises:
@@ -77,30 +88,99 @@ def train_end_to_end(
         )
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
-    settings = {"sae": sae.config.to_dict(), "train": config.to_dict(), "end_to_end": about}
-    loop = _Loop(model, layer, sae, config, weights)
+    output = output or OutputConfig()
     training = sae.training
+    stream = TokenStream(batches, weights.keep_first)
     try:
-        with run_folder(folder, sae, settings) as log:
-            lines = MetricLines(config, log, on_step)
-            return loop.run(_repeated(batches, weights.keep_first), lines)
+        with ExitStack() as stack:
+            place = None
+            if folder is not None:
+                tables = run_tables(sae.config, config, {}, output) | {"end_to_end": about}
+                defaults = run_defaults(sae.config)
+                place = RunFolder(
+                    folder, tables, output, resume=resume, overwrite=overwrite, defaults=defaults
+                )
+                stack.enter_context(place)
+            if place is not None and place.checkpoint is not None:
+                sae.load_state_dict(native.load(place.checkpoint).state_dict())
+            run = Run(_ThroughModel(model, layer, sae, config, weights), place, on_step)
+            if place is not None and place.checkpoint is not None:
+                run.load()
+                stream.load_state_dict(run.cursor or {})
+            stack.enter_context(run)
+            drive([run], stream)
+            result = run.result()
     finally:
         sae.train(training)
+    if result.error is not None:
+        raise result.error
+    return result
 
 
-def _repeated(batches: Batches, keep_first: bool) -> Iterator[TokenBatch]:
-    """The usable batches, over and over; ends where going through them again gives none."""
-    found = True
-    while found:
-        found = False
-        for inputs in batches:
-            batch = TokenBatch.of(inputs)
-            if batch.replaced(keep_first).sum() > 1:
-                found = True
-                yield batch
+class TokenStream:
+    """The usable batches of tokens, over and over; ends where going through them gives none.
+
+    Args:
+        batches: gone through again where they end, which an iterator does not allow.
+        keep_first: leave the first token of each sequence out, as the splice will.
+
+    Attributes:
+        position: batches handed out so far.
+    """
+
+    def __init__(self, batches: Batches, keep_first: bool) -> None:
+        self._batches = self._repeated(batches, keep_first)
+        self.position = 0
+
+    def __next__(self) -> TokenBatch:
+        batch = next(self._batches)
+        self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Passes over as many batches as the state says; the model is not asked."""
+        for _ in range(int(state["position"])):
+            next(self)
+
+    @staticmethod
+    def _repeated(batches: Batches, keep_first: bool) -> Iterator[TokenBatch]:
+        found = True
+        while found:
+            found = False
+            for inputs in batches:
+                batch = TokenBatch.of(inputs)
+                if batch.replaced(keep_first).sum() > 1:
+                    found = True
+                    yield batch
 
 
-class _Loop(Progress):
+class _Step(Progress):
+    """torch's Adam beside what every step leaves for the next one."""
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
+        super().__init__(sae, config)
+        sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
+        self.optimizer = autograd.adam(sae, config)
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+        return super().state() | autograd.adam_state(self.optimizer)
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave."""
+        super().load_state(state)
+        autograd.load_adam_state(self.optimizer, state)
+
+
+class _ThroughModel(Training[TokenBatch]):
+    """Trains an SAE in place on what its reconstruction does to a model's predictions."""
+
+    progress: _Step
+
     def __init__(
         self,
         model: nn.Module,
@@ -109,57 +189,40 @@ class _Loop(Progress):
         config: TrainConfig,
         weights: EndToEnd,
     ) -> None:
-        super().__init__(sae, config)
+        super().__init__(_Step(sae, config))
         self.model, self.layer, self.weights = model, layer, weights
-        sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
-        self.optimizer = autograd.adam(sae, config)
-        self.tokens = self.skipped = 0
+        self._skipped = 0
+        self._last: EndToEndLoss | None = None
 
-    def run(self, batches: Iterator[TokenBatch], lines: MetricLines) -> TrainingResult:
-        config, start = self.config, time.perf_counter()
-        for i in range(config.steps):
-            batch = next(batches, None)
-            if batch is None:
-                raise ValueError(
-                    f"batches: expected one for each of the {config.steps} steps, got {i}; lower "
-                    "steps, or give a list, which is gone through again"
-                )
-            result = self._step(i, batch)
-            seconds = time.perf_counter() - start
-            lines.add(i, self._line(i, result, seconds) if lines.due(i) else None)
-        seconds = time.perf_counter() - start
-        dead = self.dead.mask().cpu()
-        return TrainingResult(self.sae, lines.kept, seconds, dead, self.skipped)
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because something was not finite."""
+        return self._skipped
 
-    def _step(self, i: int, batch: TokenBatch) -> EndToEndLoss:
-        sae, config = self.sae.train(), self.config
-        k = k_at(sae, config, i)
-        spliced = SplicedSAE(sae, self.layer, self.weights, self.schedule, self.dead, k)
+    def set_skipped(self, count: int) -> None:
+        """Goes on counting from here."""
+        self._skipped = count
+
+    def take(self, batch: TokenBatch) -> None:
+        """One step on a batch of tokens."""
+        sae, config, progress = self.sae.train(), self.config, self.progress
+        k, lr = k_at(sae, config, self.made), self.learning_rate(self.made)
+        spliced = SplicedSAE(sae, self.layer, self.weights, progress.schedule, progress.dead, k)
         result = measured_loss(self.model, batch, spliced)
         assert spliced.measured is not None
         # The gradients come from all over the model, so their norm is looked at in any case.
         limit = math.inf if config.clip_norm is None else config.clip_norm
-        finite = autograd.update(sae, self.optimizer, result.loss, self._lr(i), limit)
+        finite = autograd.update(sae, progress.optimizer, result.loss, lr, limit)
         if not finite and config.on_nonfinite == "stop":
-            raise NonFiniteError.in_step(i)
+            raise NonFiniteError.in_step(self.made)
         n_tokens = int(batch.attention_mask.sum())
-        self.advance(spliced.measured.fired, n_tokens, result.l0, finite)
+        progress.advance(spliced.measured.fired, n_tokens, result.l0, finite)
+        self.made += 1
         self.tokens += n_tokens
-        self.skipped += not finite
-        return result
+        self._skipped += not finite
+        self._last = result
 
-    def _lr(self, i: int) -> float:
-        return self.config.learning_rate(i, self.sae.config.n_latents)
-
-    def _line(self, i: int, result: EndToEndLoss, seconds: float) -> dict[str, Any]:
-        k = k_at(self.sae, self.config, i)
-        return {
-            "step": i + 1,
-            "tokens": self.tokens,
-            **{name: float(value.detach()) for name, value in result._asdict().items()},
-            "dead_fraction": float(self.dead.mask().float().mean()),
-            "lr": self._lr(i),
-            **({} if k is None else {"k": k}),
-            "skipped": self.skipped,
-            "tokens_per_second": self.tokens / seconds,
-        }
+    def measured(self) -> dict[str, float]:
+        """The parts of the last step's loss."""
+        assert self._last is not None
+        return {name: float(value.detach()) for name, value in self._last._asdict().items()}

@@ -9,6 +9,7 @@ from sae_kernels.train.auxk import latents_per_token
 from sae_kernels.train.dead import DeadLatents
 from sae_kernels.train.objective import check_objective, fixed_prefixes, random_prefixes
 from sae_kernels.train.sparsity import SparsitySchedule
+from sae_kernels.train.state import State, restore_
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,31 @@ class Progress:
     def prefixes(self) -> Prefixes | None:
         """A Matryoshka SAE's prefixes at this step."""
         return self._prefixes or random_prefixes(self.sae, self.config, self.schedule.step)
+
+    def _living(self) -> dict[str, torch.Tensor]:
+        """Tensors that every step changes in place; the SAE's state dict apart."""
+        saved = self.sae.state_dict().keys()
+        buffers = {f"sae.{n}": b for n, b in self.sae.named_buffers() if n not in saved}
+        return {"dead.since_fired": self.dead.since_fired, **buffers}
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+        return State(self._living(), {}) | self.schedule.state()
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave; the SAE has its weights already.
+
+        Raises:
+            DataError: the state is of another SAE or configuration.
+        """
+        restore_(self._living(), state)
+        device = self.dead.since_fired.device
+        mine = {n: t.to(device) for n, t in state.tensors.items() if n.startswith("schedule.")}
+        self.schedule.load_state(state._replace(tensors=mine))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The SAE's state dict, its master weights in fp32 wherever they lie."""
+        return dict(self.sae.state_dict())
 
     def advance(
         self, fired: torch.Tensor, n_tokens: int, l0: torch.Tensor, finite: torch.Tensor

@@ -12,6 +12,7 @@ import torch
 
 from sae_kernels import functional
 from sae_kernels.nn import JumpReLUSAE
+from sae_kernels.train.state import State
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
@@ -72,6 +73,22 @@ class SparsitySchedule:
         self._changes = list(changes.items())
         self._seen: list[torch.Tensor] = []
         self.control: torch.Tensor | None = None
+
+    def state(self) -> State:
+        """What :meth:`load_state` goes on from."""
+        tensors = {} if self.control is None else {"schedule.control": self.control}
+        if self._seen:
+            tensors["schedule.seen"] = torch.stack(self._seen)
+        values = {"step": self.step, "p": self.p, "factor": self.factor}
+        return State(tensors, {"schedule": values})
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave."""
+        values = state.values["schedule"]
+        self.step, self.p, self.factor = int(values["step"]), values["p"], values["factor"]
+        self._changes = [change for change in self._changes if change[0] > self.step]
+        self.control = state.tensors.get("schedule.control")
+        self._seen = list(state.tensors.get("schedule.seen", ()))
 
     def coefficient(self) -> float | torch.Tensor:
         """What multiplies the penalty now."""

@@ -24,6 +24,7 @@ from sae_kernels.train.losses import checked_batch, loss_scale
 from sae_kernels.train.objective import k_of, needs_norms
 from sae_kernels.train.progress import Progress
 from sae_kernels.train.sparse_pass import sparse_pass
+from sae_kernels.train.state import State
 
 if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
@@ -118,6 +119,22 @@ class FusedStep(Progress):
             entries = x.shape[0] * self.sae.config.n_latents
             self.dense_next = done.n_kept > DENSE_FROM * entries
         return StepResult(loss, done.error / variance, l0, aux_loss, ~finite)
+
+    def _living(self) -> dict[str, torch.Tensor]:
+        return super()._living() | self.adam.living()
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+        return super().state() | State({}, {"dense_next": self.dense_next})
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave; the SAE had its weights before this step was made."""
+        super().load_state(state)
+        self.dense_next = bool(state.values["dense_next"])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The SAE's state dict, its master weights in fp32 wherever they lie."""
+        return super().weights() | self.adam.masters()
 
     @torch.no_grad()
     def restore_(self) -> None:

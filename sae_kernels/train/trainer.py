@@ -1,58 +1,62 @@
-"""The training loop: data in, steps, metric lines out, the SAE saved at the end."""
+"""Training on activations: data in, steps, metric lines and checkpoints out, the SAE at the end."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from sae_kernels.data.batches import RowSource, ShuffledBatches, TensorRows
+from sae_kernels.data.batches import Batches, RowSource, ShuffledBatches, TensorRows
 from sae_kernels.data.joint import JointRows
-from sae_kernels.errors import NonFiniteError
-from sae_kernels.nn import ReLUSAE
-from sae_kernels.runs.folder import MetricLines, run_folder
-from sae_kernels.train.composable import ComposableStep
+from sae_kernels.data.prefetch import Prefetched
+from sae_kernels.errors import DataError
+from sae_kernels.files import is_plain_name
+from sae_kernels.formats import native
+from sae_kernels.nn import build
+from sae_kernels.runs.folder import RunFolder, holds_run, is_finished
+from sae_kernels.runs.options import OutputConfig
 from sae_kernels.train.compute import training_device
-from sae_kernels.train.fresh import check_width, fresh_sae, split
-from sae_kernels.train.objective import k_at
-from sae_kernels.train.shrinkage import fit_scales, scale_latents_
-from sae_kernels.train.step import FusedStep
+from sae_kernels.train.fresh import check_width, fresh_sae
+from sae_kernels.train.on_activations import OnActivations
+from sae_kernels.train.run import Run, TrainingResult, drive
+from sae_kernels.train.run_config import run_defaults, run_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Mapping
+
+    from typing_extensions import TypeIs
 
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.train.config import TrainConfig
-    from sae_kernels.train.step import StepResult
+    from sae_kernels.train.run import OnStep
+
+__all__ = ["Stream", "TrainingResult", "prepare", "train", "train_many"]
 
 _SAMPLE = 16384  # rows from which scale and b_dec are estimated
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainingResult:
-    """What a run leaves.
+class Stream(Batches, Protocol):
+    """Batches that come from no set of rows, such as a model's while it reads text."""
 
-    Attributes:
-        sae: trained, in the scale of training (saving folds the scale).
-        metrics: the metric lines.
-        seconds: of the loop.
-        dead: bool [F], latents that have not fired for ``dead_after_tokens`` tokens.
-        skipped: steps skipped because something was not finite.
-    """
+    d_in: int
+    batch_size: int
 
-    sae: SparseAutoencoder
-    metrics: list[dict[str, Any]]
-    seconds: float
-    dead: torch.Tensor
-    skipped: int
+    def sample(self, n: int) -> torch.Tensor:
+        """The first n rows, without moving on."""
 
 
-def prepare(
-    source: RowSource | torch.Tensor, sae_config: SAEConfig, config: TrainConfig
-) -> SparseAutoencoder:
+Source = RowSource | torch.Tensor | Stream
+
+
+def is_rows(source: RowSource | Stream) -> TypeIs[RowSource]:
+    """Whether any row can be asked for, and not only the next batch."""
+    return hasattr(source, "rows")
+
+
+def prepare(source: Source, sae_config: SAEConfig, config: TrainConfig) -> SparseAutoencoder:
     """A fresh SAE whose scales and b_dec are estimated on a random sample of the source.
 
     A transcoder's source holds its targets too, to the right of its inputs.
@@ -60,39 +64,57 @@ def prepare(
     source = TensorRows(source) if isinstance(source, torch.Tensor) else source
     device = training_device(config.device)
     check_width(source.d_in, sae_config)
+    if not is_rows(source):
+        return fresh_sae(source.sample(_SAMPLE), sae_config, config, device)
     if source.n_tokens < config.batch_size:
         raise ValueError(
             f"batch_size: expected at most the {source.n_tokens} rows of activations, "
             f"got {config.batch_size}"
         )
     rows = min(_SAMPLE, source.n_tokens)
-    sample = next(ShuffledBatches(source, rows, seed=config.seed))
+    sample = next(ShuffledBatches(source, rows, seed=config.order_seed))
     return fresh_sae(sample, sae_config, config, device)
 
 
 def train(
-    source: RowSource | torch.Tensor,
+    source: Source,
     sae_config: SAEConfig,
     config: TrainConfig,
     *,
     target: RowSource | torch.Tensor | None = None,
     folder: str | Path | None = None,
-    on_step: Callable[[int, dict[str, Any] | None], None] | None = None,
+    output: OutputConfig | None = None,
+    data: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
 ) -> TrainingResult:
     """Trains an SAE of any architecture.
 
     Args:
-        source: raw activations, a tensor [N, D] or a :class:`~sae_kernels.train.ShardDataset`; for
-            a crosscoder its layers side by side (:class:`~sae_kernels.train.JointRows`).
+        source: raw activations, a tensor [N, D] or a :class:`~sae_kernels.data.ShardDataset`; for
+            a crosscoder its layers side by side (:class:`~sae_kernels.data.JointRows`); or a
+            stream of batches that a model makes (:class:`~sae_kernels.harvest.LiveBatches`).
         sae_config: the SAE; its scales are replaced by estimates if config asks.
         config: the settings.
         target: what a transcoder is to reconstruct, of the same tokens.
-        folder: where run.json, metrics.jsonl and the SAE go; None keeps everything in memory.
+        folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
+            keeps everything in memory.
+        output: how often to save there, and who else gets the metric lines.
+        data: what run.toml says about the source, for whoever repeats the run.
+        resume: go on with the run in the folder, from its newest checkpoint that is whole; on the
+            CPU it is the same run bit for bit. A folder without a run begins one.
+        overwrite: delete the run that the folder holds.
         on_step: called after every step with the step and, when one was made, its metric line.
+
+    With a folder SIGINT and SIGTERM save a checkpoint before they end the run; a second one ends
+    the process at once.
 
     Raises:
         NonFiniteError: a loss or gradient norm was NaN or infinite and config says "stop". The
             weights are those before that step, and are saved.
+        DataError: the folder is in use, or holds a run that was not asked for.
+        OSError: something could not be written; older checkpoints are intact.
 
     Example:
         >>> from sae_kernels.nn import TopKConfig
@@ -102,80 +124,169 @@ def train(
         >>> len(result.metrics), result.skipped
         (2, 0)
     """
+    place = _Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    watch = None if on_step is None else {"": on_step}
+    result = _train(source, {"": (sae_config, config)}, target, place, watch or {})[""]
+    if result.error is not None:
+        raise result.error
+    return result
+
+
+def train_many(
+    source: Source,
+    runs: Mapping[str, tuple[SAEConfig, TrainConfig]],
+    *,
+    target: RowSource | torch.Tensor | None = None,
+    folder: str | Path | None = None,
+    output: OutputConfig | None = None,
+    data: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: Mapping[str, OnStep] | None = None,
+) -> dict[str, TrainingResult]:
+    """Trains several SAEs on one stream of activations, which is read once.
+
+    Each is bit for bit what :func:`train` makes of the same settings alone. Widths, k, seeds,
+    architectures, learning rates and numbers of steps may differ; the batches may not, so
+    ``batch_size`` and the seed of the order (``data_seed``) are the same in all.
+
+    Args:
+        runs: by name, the SAE and the settings.
+        folder: each run has the folder of its name in it. Runs there that have made all their steps
+            are left out of what is returned when resuming.
+        on_step: by name, as of :func:`train`.
+
+    The other arguments are those of :func:`train`.
+
+    Returns:
+        By name; where something was not finite the result's ``error`` says so, and the others went
+        on.
+
+    Example:
+        >>> from sae_kernels.nn import TopKConfig
+        >>> from sae_kernels.train import TrainConfig
+        >>> config = TrainConfig(steps=20, batch_size=64)
+        >>> runs = {f"k{k}": (TopKConfig(8, 32, k), config) for k in (2, 4)}
+        >>> {name: r.metrics[-1]["l0"] for name, r in train_many(torch.randn(512, 8), runs).items()}
+        {'k2': 2.0, 'k4': 4.0}
+    """
+    _check_together(runs)
+    if resume and folder is not None:
+        runs = {name: run for name, run in runs.items() if not is_finished(Path(folder, name))}
+    place = _Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    return _train(source, runs, target, place, on_step or {})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where runs are kept, and what to do with those that are there."""
+
+    folder: str | Path | None
+    output: OutputConfig
+    data: dict[str, Any]
+    resume: bool
+    overwrite: bool
+
+
+def _train(
+    source: Source,
+    runs: Mapping[str, tuple[SAEConfig, TrainConfig]],
+    target: RowSource | torch.Tensor | None,
+    place: _Place,
+    on_step: Mapping[str, OnStep],
+) -> dict[str, TrainingResult]:
     if target is not None:
+        if not isinstance(source, torch.Tensor) and not is_rows(source):
+            raise ValueError("target: expected none with a stream, which holds the targets itself")
         source = JointRows([source, target])
-    sae = prepare(source, sae_config, config)
-    loop = _Loop(sae, source, config)
-    settings = {"sae": sae.config.to_dict(), "train": config.to_dict()}
-    with run_folder(folder, sae, settings) as log:
-        return loop.run(MetricLines(config, log, on_step))
-
-
-class _Loop:
-    def __init__(
-        self,
-        sae: SparseAutoencoder,
-        source: RowSource | torch.Tensor,
-        config: TrainConfig,
-    ) -> None:
-        self.sae, self.config = sae, config
-        make = FusedStep if config.route == "fused" else ComposableStep
-        self.step = make(sae, config)
-        self.batches = ShuffledBatches(source, config.batch_size, seed=config.seed)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
-
-    def run(self, lines: MetricLines) -> TrainingResult:
-        try:
-            return self._run(lines)
-        finally:  # whatever happened, the weights are saved next
-            if isinstance(self.step, FusedStep):
-                self.step.restore_()
-
-    def _run(self, lines: MetricLines) -> TrainingResult:
-        config, device = self.config, self.sae.W_enc.device
-        start = time.perf_counter()
-        for i in range(config.steps):
-            x, target = split(next(self.batches).to(device), self.sae.config)
-            lr = config.learning_rate(i, self.sae.config.n_latents)
-            k = k_at(self.sae, config, i)
-            result = self.step(x, lr=lr, k=k, target=target)
-            self.skipped += result.skipped
-            due = lines.due(i)
-            # On the CPU looking costs nothing; elsewhere it would stall the step.
-            if config.on_nonfinite == "stop" and (due or device.type == "cpu"):
-                self._stop_if_skipped(i)
-            line = self._line(i, result, lr, k, time.perf_counter() - start) if due else None
-            lines.add(i, line)
-        if config.fix_shrinkage:
-            self._fix_shrinkage()
-        seconds = time.perf_counter() - start
-        dead = self.step.dead.mask().cpu()
-        return TrainingResult(self.sae, lines.kept, seconds, dead, int(self.skipped))
-
-    def _fix_shrinkage(self) -> None:
-        assert isinstance(self.sae, ReLUSAE)
-        if isinstance(self.step, FusedStep):
-            self.step.restore_()
-        scale_latents_(self.sae, fit_scales(self.sae, self.batches.source, seed=self.config.seed))
-
-    def _stop_if_skipped(self, i: int) -> None:
-        if self.skipped:
-            raise NonFiniteError.in_step(i)
-
-    def _line(
-        self, i: int, result: StepResult, lr: float, k: float | None, seconds: float
-    ) -> dict[str, Any]:
-        tokens = (i + 1) * self.config.batch_size
-        return {
-            "step": i + 1,
-            "tokens": tokens,
-            "loss": float(result.loss),
-            "fvu": float(result.fvu),
-            "l0": float(result.l0),
-            "aux_loss": float(result.aux_loss),
-            "dead_fraction": float(self.step.dead.mask().float().mean()),
-            "lr": lr,
-            **({} if k is None else {"k": k}),
-            "skipped": int(self.skipped),
-            "tokens_per_second": tokens / seconds,
+    source = TensorRows(source) if isinstance(source, torch.Tensor) else source
+    with ExitStack() as stack:
+        opened = {
+            name: _open(stack, source, settings, place, name, on_step.get(name))
+            for name, settings in runs.items()
         }
+        waiting = [run for run in opened.values() if run.waits]
+        if waiting:
+            behind = min(waiting, key=lambda run: run.training.made)
+            batches = _batches(source, behind.training.config)
+            if behind.cursor:
+                batches.load_state_dict(behind.cursor)
+            device = behind.training.sae.W_enc.device
+            if device.type != "cpu":  # there it would only take cores from the step
+                batches = stack.enter_context(Prefetched(batches, device))
+            drive(list(opened.values()), batches)
+        return {name: run.result() for name, run in opened.items()}
+
+
+def _open(
+    stack: ExitStack,
+    source: RowSource | Stream,
+    settings: tuple[SAEConfig, TrainConfig],
+    place: _Place,
+    name: str,
+    on_step: OnStep | None,
+) -> Run[torch.Tensor]:
+    """A run as it stands: fresh, or with the state of its newest checkpoint."""
+    sae_config, config = settings
+    rows = source if is_rows(source) else None
+
+    def fresh() -> OnActivations:
+        return OnActivations(prepare(source, sae_config, config), config, rows)
+
+    if place.folder is None:
+        return stack.enter_context(Run(fresh(), None, on_step))
+    path = Path(place.folder, name)
+    # Made first where it can be: what is wrong with the settings then leaves no folder behind.
+    training = None if place.resume and holds_run(path) else fresh()
+    tables = run_tables(sae_config, config, place.data, place.output)
+    defaults = run_defaults(sae_config)
+    options: dict[str, Any] = {"resume": place.resume, "overwrite": place.overwrite}
+    folder = RunFolder(path, tables, place.output, defaults=defaults, **options)
+    stack.enter_context(folder)
+    if folder.checkpoint is not None:
+        sae = _restored(folder.checkpoint, sae_config, training_device(config.device))
+        training = OnActivations(sae, config, rows)
+    run = Run(training or fresh(), folder, on_step)
+    if folder.checkpoint is not None:
+        run.load()
+    return stack.enter_context(run)
+
+
+def _restored(path: Path, sae_config: SAEConfig, device: torch.device) -> SparseAutoencoder:
+    """The SAE of a checkpoint, in memory of its own."""
+    loaded = native.load(path)
+    if loaded.config.architecture != sae_config.architecture:
+        raise DataError(
+            f"{path}: expected an SAE of architecture {sae_config.architecture!r}, got "
+            f"{loaded.config.architecture!r}"
+        )
+    sae = build(loaded.config, device=device)
+    sae.load_state_dict(loaded.state_dict())
+    return sae
+
+
+def _batches(source: RowSource | Stream, config: TrainConfig) -> Batches:
+    if is_rows(source):
+        return ShuffledBatches(source, config.batch_size, seed=config.order_seed)
+    if source.batch_size != config.batch_size:
+        raise ValueError(
+            f"batch_size: expected {source.batch_size}, as the stream's batches, got "
+            f"{config.batch_size}"
+        )
+    return source
+
+
+def _check_together(runs: Mapping[str, tuple[SAEConfig, TrainConfig]]) -> None:
+    """Raises ValueError for runs that cannot share their batches, or their names."""
+    if not runs:
+        raise ValueError("runs: expected at least one, got none")
+    for name in runs:
+        if not is_plain_name(name):
+            raise ValueError(f"runs: expected names that a folder can have, got {name!r}")
+    for what in ("batch_size", "order_seed"):
+        values = {name: getattr(config, what) for name, (_, config) in runs.items()}
+        if len(set(values.values())) > 1:
+            setting = "data_seed" if what == "order_seed" else what
+            raise ValueError(
+                f"{setting}: expected the same in all runs, which share their batches, got {values}"
+            )

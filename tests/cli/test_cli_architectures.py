@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 from sae_kernels.nn import CONFIGS, SparseAutoencoder
+from sae_kernels.runs.tables import read_tables
 from sae_kernels.train import PRESETS, ShardWriter, TrainConfig, nested_groups
 
 D_IN, TOKENS = 8, 600  # of the data fixture
@@ -38,7 +38,7 @@ def _flags(name):
 
 
 def _settings(folder):
-    return json.loads((folder / "run.json").read_text())
+    return read_tables(folder / "run.toml")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_kernels.cli import settings
 from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.runs.tables import read_tables
 from sae_kernels.train import ShardDataset, TrainConfig, evaluate
 
 D_IN, TOKENS = 8, 600  # of the data fixture
@@ -68,7 +69,7 @@ def test_flags_come_before_the_file_and_the_file_before_the_defaults(run, data, 
     out = tmp_path / "run"
     flags = ["--k", 3, "--lr", 0.5, "--no-rank-by-decoder-norm"]
     assert run("train", data, "--out", out, "--config", config, *flags, "--json").code == 0
-    used = json.loads((out / "run.json").read_text())
+    used = read_tables(out / "run.toml")
     assert used["sae"]["k"] == 3
     assert used["sae"]["n_latents"] == 24
     assert used["sae"]["rank_by_decoder_norm"] is False
@@ -79,14 +80,14 @@ def test_flags_come_before_the_file_and_the_file_before_the_defaults(run, data, 
 
 def test_without_a_word_about_it_the_shape_follows_the_data(run, data, tmp_path):
     run("train", data, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 8, "--k", 2)
-    used = json.loads((tmp_path / "run" / "run.json").read_text())["sae"]
+    used = read_tables(tmp_path / "run" / "run.toml")["sae"]
     assert (used["d_in"], used["n_latents"]) == (D_IN, 8 * D_IN)
 
 
 def test_a_scale_of_the_sae_replaces_the_estimate(run, data, tmp_path):
     out = tmp_path / "run"
     assert run("train", data, "--out", out, *QUICK, "--sae-activation-scale", 2).code == 0
-    assert json.loads((out / "run.json").read_text())["sae"]["activation_scale"] == 2
+    assert read_tables(out / "run.toml")["sae"]["activation_scale"] == 2
     both = ["--sae-activation-scale", 2, "--activation-scale", "sqrt_d"]
     ran = run("train", data, "--out", tmp_path / "other", *QUICK, *both)
     assert "leave out one" in ran.refusal()
@@ -121,7 +122,7 @@ def test_a_file_of_settings_that_does_not_fit(run, data, tmp_path, text, expecte
         (["--lr", "nan"], "lr: expected a positive number"),
         (["--d-in", 9], "d_in: expected 8, the width of the activations"),
         (["--batch-size", 601], "batch_size: expected at most the 600 rows"),
-        (["--config", "nowhere.toml"], "nowhere.toml: No such file"),
+        (["--config", "nowhere.toml"], "nowhere.toml: expected a TOML file, it is not there"),
     ],
 )
 def test_settings_that_do_not_fit(run, data, tmp_path, flags, expected):

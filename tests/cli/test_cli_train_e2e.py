@@ -9,6 +9,7 @@ import pytest
 
 from sae_kernels.harvest import token_batches
 from sae_kernels.nn import JumpReLUSAE, SparseAutoencoder
+from sae_kernels.runs.tables import read_tables
 from sae_kernels.train import EndToEnd
 from tests.harvest.causal import D, documents, gpt2, tokenizer
 
@@ -68,7 +69,7 @@ def test_train_then_eval(run, model, text, tmp_path):
     assert result["tokens"] == sum((whole * 10)[:10])
     written = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert written == [{k: v for k, v in line.items() if k != "event"} for line in lines]
-    used = json.loads((out / "run.json").read_text())
+    used = read_tables(out / "run.toml")
     assert used["sae"]["d_in"] == D
     assert used["train"]["batch_size"] == 80
     about = used["end_to_end"]
@@ -122,7 +123,9 @@ def test_every_setting_of_training_has_its_flag_here_too(run):
     def flags(command):
         return {word for word in run(command, "--help").out.split() if word.startswith("--")}
 
-    assert flags("train-e2e") >= flags("train") - {"--target", "--verify"}
+    of_data = {"--model", "--text", "--target-layer", "--model-batch-size", "--check-on-read"}
+    of_data |= {"--dataset", "--dataset-split", "--dataset-column", "--no-check-on-read"}
+    assert flags("train-e2e") >= flags("train") - of_data - {"--target", "--verify"}
     assert f"[default: {EndToEnd.kl_coefficient}]" in run("train-e2e", "--help").out
 
 
@@ -148,7 +151,7 @@ def test_every_setting_of_training_has_its_flag_here_too(run):
         (["--adam", "lazy"], "adam: expected 'dense' with route 'composable'"),
         (["--arch", "relu", "--fix-shrinkage"], "fix_shrinkage: expected false end to end"),
         (["--sparsity", "l0", "--sparsity-coefficient", 1], "sparsity: expected l1, lp or tanh"),
-        (["--config", "nowhere.toml"], "nowhere.toml: No such file"),
+        (["--config", "nowhere.toml"], "nowhere.toml: expected a TOML file, it is not there"),
     ],
 )
 def test_what_does_not_fit(run, model, text, tmp_path, changes, expected):

@@ -25,6 +25,7 @@ from sae_kernels.nn import (
     build,
     geometric_median,
 )
+from sae_kernels.runs.tables import read_tables
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import EndToEnd, TrainConfig, prepare_end_to_end, train_end_to_end
 from sae_kernels.train.through_model import layer_width
@@ -191,7 +192,7 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
         folder=tmp_path / "run",
         metadata={"context_length": 5},
     )
-    used = json.loads((tmp_path / "run" / "run.json").read_text())
+    used = read_tables(tmp_path / "run" / "run.toml")
     assert used["sae"]["k"] == K
     assert used["train"]["steps"] == 4
     assert used["end_to_end"]["layer"] == LAYER

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +11,7 @@ from harness import tokens
 
 from sae_kernels.nn import SAEConfig, SparseAutoencoder
 from sae_kernels.runs.metrics import read_metrics
+from sae_kernels.runs.tables import read_tables
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import (
     PRESETS,
@@ -68,9 +68,9 @@ def test_it_trains_is_saved_and_read_again(name: str, route: str, tmp_path: Path
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["loss"] > 0 and line["l0"] > 0 for line in lines)
     assert ("k" in lines[0]) == hasattr(sae_config, "k")
-    settings = json.loads((tmp_path / "run.json").read_text())
+    settings = read_tables(tmp_path / "run.toml")
     assert TrainConfig(**settings["train"]) == config
-    assert type(sae_config).from_dict(settings["sae"]) == result.sae.config
+    assert type(sae_config).from_dict(settings["sae"]) == sae_config
 
     ours, saved = result.sae.eval(), SparseAutoencoder.from_pretrained(tmp_path / "sae")
     assert type(saved) is type(ours)

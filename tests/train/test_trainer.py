@@ -11,9 +11,10 @@ import torch
 from harness import D, tokens
 from torch import Tensor
 
-from sae_kernels.errors import NonFiniteError
+from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.nn import TopKConfig, TopKSAE, geometric_median
 from sae_kernels.runs.metrics import read_metrics
+from sae_kernels.runs.tables import read_tables
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import (
     FusedStep,
@@ -79,11 +80,21 @@ def test_a_run_leaves_a_folder(tmp_path: Path) -> None:
     x, folder = tokens(N), tmp_path / "deep" / "run"
     result = train(x, SAE, CONFIG, folder=folder)
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    assert files == ["metrics.jsonl", "run.json", "sae/config.json", "sae/sae.safetensors"]
+    assert files == [
+        "metrics.jsonl",
+        "result.json",
+        "run.toml",
+        "sae/config.json",
+        "sae/sae.safetensors",
+    ]
 
-    settings = json.loads((folder / "run.json").read_text())
+    settings = read_tables(folder / "run.toml")
     assert TrainConfig(**settings["train"]) == CONFIG
-    assert TopKConfig(**settings["sae"]) == result.sae.config
+    assert TopKConfig(**settings["sae"]) == SAE
+    left = json.loads((folder / "result.json").read_text())
+    assert (left["steps"], left["tokens"], left["skipped"]) == (25, 25 * 64, 0)
+    assert left["activation_scale"] == result.sae.config.activation_scale != 1
+    assert left["last"] == result.metrics[-1]
 
     lines = read_metrics(folder / "metrics.jsonl")
     assert lines == result.metrics
@@ -104,9 +115,12 @@ def test_a_run_leaves_a_folder(tmp_path: Path) -> None:
     assert result.metrics[-1]["dead_fraction"] == pytest.approx(float(result.dead.float().mean()))
 
 
-def test_a_second_run_in_the_folder_replaces_the_first(tmp_path: Path) -> None:
+def test_a_second_run_replaces_the_first_only_when_told_to(tmp_path: Path) -> None:
     train(tokens(N), SAE, CONFIG, folder=tmp_path)
-    train(tokens(N), SAE, _config(steps=10), folder=tmp_path)
+    with pytest.raises(DataError, match=r"without a run, it holds run\.toml.*overwrite it"):
+        train(tokens(N), SAE, _config(steps=10), folder=tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 25
+    train(tokens(N), SAE, _config(steps=10), folder=tmp_path, overwrite=True)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10]
 
 

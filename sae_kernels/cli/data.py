@@ -1,0 +1,120 @@
+"""The activations that a run is to learn from, on disk or from a model."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sae_kernels.cli.files import Data
+from sae_kernels.train.run_config import Widths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sae_kernels.cli.output import Progress
+    from sae_kernels.data import ShardDataset
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.train.config import TrainConfig
+    from sae_kernels.train.data_config import DataConfig
+    from sae_kernels.train.trainer import Stream
+
+
+class RunData(NamedTuple):
+    """Opened activations.
+
+    Attributes:
+        source: what the trainer reads.
+        target: what a transcoder reconstructs, where it is stored apart.
+        widths: of what was opened.
+    """
+
+    source: RowSource | Stream
+    target: ShardDataset | None
+    widths: Widths
+
+
+def absolute(data: dict[str, Any]) -> dict[str, Any]:
+    """The table [data] with paths that mean the same from any folder."""
+
+    def path(name: Any) -> Any:
+        there = isinstance(name, str) and Path(name).exists()
+        return str(Path(name).absolute()) if there else name
+
+    def paths(value: Any) -> Any:
+        return [path(each) for each in value] if isinstance(value, list | tuple) else path(value)
+
+    names = ("folders", "target", "model", "text", "dataset")
+    return {name: paths(value) if name in names else value for name, value in data.items()}
+
+
+def check_data(config: DataConfig, kind: str) -> None:
+    """Refuses data that an architecture is not trained on: "layer", "target" or "layers"."""
+    n_layers = len(config.layer) if config.model else len(config.folders)
+    has_target = bool(config.target_layer if config.model else config.target)
+    if not n_layers:
+        raise ValueError(
+            "DATA: expected a folder of activations, or --model with its text, got none"
+        )
+    if has_target and kind != "target":
+        raise ValueError(
+            "--target: expected none, this architecture reconstructs its input; with --arch "
+            "transcoder or skip_transcoder it has another target"
+        )
+    if kind == "layers" and n_layers == 1:
+        raise ValueError("DATA: expected a folder for each layer of the crosscoder, got one folder")
+    if kind == "target" and not has_target:
+        raise ValueError("--target: expected the activations that the transcoder is to reconstruct")
+
+
+def open_stored(config: DataConfig, verify: bool = False) -> RunData:
+    """Opens folders; what they hold is not read, unless their checksums are to be compared."""
+    target = Path(config.target) if config.target else None
+    data = Data.open([Path(f) for f in config.folders], target, config.check_on_read)
+    if verify:
+        data.verify()
+    widths = Widths([s.d_in for s in data.layers], data.target.d_in if data.target else None)
+    return RunData(data.source, data.target, widths)
+
+
+def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData:
+    """Loads a language model that makes activations while the SAE trains on them."""
+    from sae_kernels import harvest
+    from sae_kernels.train.compute import training_device
+
+    assert config.model is not None
+    documents = _documents(config)
+    show("load model", 0, 1)
+    model, tokenizer = harvest.load_model(config.model)
+    model.to(training_device(train.device))  # type: ignore[arg-type]
+    show("load model", 1, 1)
+    layers = (*config.layer, *([config.target_layer] if config.target_layer else []))
+    source = harvest.LiveBatches(
+        model,
+        tokenizer,
+        documents,
+        layers,
+        train.batch_size,
+        seed=train.order_seed,
+        model_batch_size=config.model_batch_size,
+        context_length=config.context_length,
+    )
+    widths = list(source.widths)
+    target = widths.pop() if config.target_layer else None
+    return RunData(source, None, Widths(widths, target))
+
+
+def _documents(config: DataConfig) -> Iterable[str] | Callable[[], Iterable[str]]:
+    """The text for the model, which can be gone through as often as it takes."""
+    from sae_kernels import harvest
+
+    if config.dataset is None:
+        harvest.read_documents(config.text)  # what is missing is missed before the model loads
+        return functools.partial(harvest.read_documents, config.text)
+    return harvest.dataset_documents(
+        config.dataset,
+        subset=config.dataset_subset,
+        split=config.dataset_split,
+        column=config.dataset_column,
+        revision=config.dataset_revision,
+    )

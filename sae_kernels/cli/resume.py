@@ -1,0 +1,37 @@
+"""``sae-kernels resume``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sae_kernels.cli.options import Debug, Json, Verify
+from sae_kernels.cli.output import Output
+from sae_kernels.cli.training import start
+from sae_kernels.errors import DataError
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that has not made its steps.")],
+    verify: Verify = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a run from its newest checkpoint, with the settings and data it began with."""
+    from sae_kernels.runs.folder import RUN_FILE, holds_run
+    from sae_kernels.runs.tables import read_tables
+
+    if not holds_run(run):
+        raise DataError(f"{run}: expected the folder of a run, it has no {RUN_FILE}; name a run")
+    tables = read_tables(run / RUN_FILE)
+    if "end_to_end" in tables:
+        raise ValueError(
+            f"{run}: expected a run on activations, got one through a language model; give its "
+            "own command again, with --resume"
+        )
+    if not tables.get("data"):
+        raise ValueError(
+            f"{run}: expected a run that knows its data, it was given them in Python; go on with "
+            "it there, train(..., folder=..., resume=True)"
+        )
+    start(tables, run, Output(as_json), resume=True, verify=verify)

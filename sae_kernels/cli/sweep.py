@@ -1,0 +1,113 @@
+"""``sae-kernels sweep``."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_kernels.cli.data import absolute, check_data
+from sae_kernels.cli.files import check_free
+from sae_kernels.cli.options import Debug, Json, Overwrite, Verify
+from sae_kernels.cli.output import Output
+from sae_kernels.cli.training import METRICS, interruptible, kind_of_data, opened
+from sae_kernels.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sae_kernels.cli.output import Progress
+    from sae_kernels.runs.tables import Tables
+    from sae_kernels.train import RunConfig, TrainingResult
+    from sae_kernels.train.run import OnStep
+
+
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(help="TOML: a run's tables, with [sweep] of lists or [[run]] tables.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the runs in the folder.")
+    ] = False,
+    verify: Verify = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train several SAEs on one stream of activations, which is read once."""
+    from sae_kernels import train as training
+    from sae_kernels.train.run_config import RunConfig
+
+    runs = _runs_of(file)
+    if not resume:
+        check_free(out, overwrite)
+    output = Output(as_json)
+    again = shlex.join(["sae-kernels", "sweep", str(file), "--out", str(out), "--resume"])
+    with interruptible(again, *(out / name for name in runs)), output.progress() as show:
+        first = next(iter(runs.values()))
+        first["data"] = absolute(first.get("data", {}))
+        config, data = opened(first, show, verify=verify)
+        for tables in runs.values():
+            check_data(config.data, kind_of_data(tables))
+        configs = {n: RunConfig.from_tables(tables, data.widths) for n, tables in runs.items()}
+        results = training.train_many(
+            data.source,
+            {name: (each.sae, each.train) for name, each in configs.items()},
+            target=data.target,
+            folder=out,
+            output=config.output,
+            data=config.data.to_dict(),
+            resume=resume,
+            overwrite=overwrite,
+            on_step=_follow(output, show, configs),
+        )
+    _summarise(output, results, out)
+
+
+def _runs_of(file: Path) -> "dict[str, Tables]":
+    from sae_kernels.runs.tables import read_tables
+    from sae_kernels.train.sweep import expand
+
+    tables = read_tables(file)
+    try:
+        return expand(tables)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _follow(
+    output: Output, show: "Progress", configs: "Mapping[str, RunConfig]"
+) -> "dict[str, OnStep]":
+    """Progress by the run that is ahead, and a record of every metric line."""
+    most = max(config.train.steps for config in configs.values())
+    ahead = 0
+
+    def watch(name: str) -> "OnStep":
+        def on_step(step: int, line: dict[str, Any] | None) -> None:
+            nonlocal ahead
+            if line is not None:
+                output.record({"event": "metrics", "run": name, **line})
+            if step >= ahead:
+                ahead = step + 1
+                show(f"train {len(configs)}", ahead, most)
+
+        return on_step
+
+    return {name: watch(name) for name in configs}
+
+
+def _summarise(output: Output, results: "Mapping[str, TrainingResult]", out: Path) -> None:
+    rows: list[tuple[str, ...]] = [("run", *METRICS, "dead", "seconds")]
+    for name, result in results.items():
+        last = result.metrics[-1] if result.metrics else {}
+        values = {key: last.get(key) for key in METRICS}
+        values |= {"dead_fraction": float(result.dead.float().mean()), "seconds": result.seconds}
+        output.record({"event": "result", "run": name, **values, "error": result.error})
+        rows.append((name, *("" if v is None else f"{v:,.4g}" for v in values.values())))
+    output.table(rows)
+    if not results:
+        output.text(f"all runs in {out} have made their steps")
+    ended = [f"{name}: {result.error}" for name, result in results.items() if result.error]
+    if ended:
+        raise NonFiniteError("; ".join(ended))

@@ -1,0 +1,102 @@
+"""What ``train``, ``resume`` and ``sweep`` have in common: settings to data to a run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from sae_kernels.cli.data import check_data, open_live, open_stored
+from sae_kernels.cli.runs import follow, summarise
+from sae_kernels.train.run_config import RunConfig, check_tables, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sae_kernels.cli.data import RunData
+    from sae_kernels.cli.output import Output, Progress
+    from sae_kernels.runs.tables import Tables
+
+METRICS = ("loss", "fvu", "l0")
+
+
+def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[RunConfig, RunData]:
+    """The whole of a run's settings, and the data that complete them."""
+    from sae_kernels.train.config import TrainConfig
+    from sae_kernels.train.data_config import DataConfig
+
+    check_tables(tables)
+    config = DataConfig(**tables.get("data", {}))
+    chosen = kind_of(tables)
+    check_data(config, kind_of_data(tables))
+    if config.model:
+        given = {**chosen.train, **tables.get("train", {})}
+        data = open_live(config, TrainConfig(**given), show)
+    else:
+        data = open_stored(config, verify)
+    whole = RunConfig.from_tables(tables, data.widths)
+    if whole.sae.transcodes and data.widths.target is None:
+        raise ValueError("--target: expected the activations that the transcoder is to reconstruct")
+    return whole, data
+
+
+def start(
+    tables: Tables,
+    out: Path,
+    output: Output,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> None:
+    """Trains, and says what came of it."""
+    from sae_kernels import train as training
+
+    again = f"sae-kernels resume {shlex.quote(str(out))}"
+    with interruptible(again, out), output.progress() as show:
+        config, data = opened(tables, show, verify=verify)
+        result = training.train(
+            data.source,
+            config.sae,
+            config.train,
+            target=data.target,
+            folder=out,
+            output=config.output,
+            data=config.data.to_dict(),
+            resume=resume,
+            overwrite=overwrite,
+            on_step=follow(output, show, config.train.steps),
+        )
+    summarise(output, result, out, METRICS)
+
+
+@contextmanager
+def interruptible(again: str, *runs: Path) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM says what goes on with these runs, where they have begun."""
+    from sae_kernels.runs import checkpoint
+    from sae_kernels.runs.folder import holds_run
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not any(map(holds_run, runs)):
+            raise
+        saved = [step for run in runs for step in checkpoint.steps(run / checkpoint.CHECKPOINTS)]
+        where = f"checkpoint of step {max(saved)} saved" if saved else "no checkpoint yet"
+        print(f"sae-kernels: stopped, {where}; go on with: {again}", file=sys.stderr)
+        code = error.code if isinstance(error, SystemExit) else None
+        raise typer.Exit(code if isinstance(code, int) else 130) from error
+
+
+def kind_of_data(tables: Tables) -> str:
+    """What an architecture is trained on; of a bare kind of SAE its own settings say it."""
+    if "architecture" not in tables:
+        return kind_of(tables).data
+    sae = tables.get("sae", {})
+    if sae.get("d_out") is not None or sae.get("skip"):
+        return "target"
+    return "layers" if sae.get("n_layers", 1) > 1 else "layer"

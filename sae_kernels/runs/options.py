@@ -1,0 +1,27 @@
+"""How a run is saved and watched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """What a run writes while it trains; none of it changes what is learnt.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints; 0: one only when the run is interrupted.
+        keep_checkpoints: how many stay; 0: all.
+        loggers: where metric lines go besides metrics.jsonl: "tensorboard", "wandb".
+    """
+
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    loggers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
+        object.__setattr__(self, "loggers", tuple(self.loggers))

@@ -1,0 +1,85 @@
+"""Settings as TOML, and what differs between two sets of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from sae_kernels.errors import DataError
+from sae_kernels.files import JSON_LIMIT, publish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Tables = dict[str, Any]
+
+
+def read_tables(path: Path) -> Tables:
+    """What a TOML file says.
+
+    Raises:
+        DataError: no file, or no TOML.
+    """
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise DataError(
+                f"{path}: expected TOML of at most {JSON_LIMIT} bytes; name a TOML file"
+            )
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a TOML file, it is not there") from None
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path}: expected TOML ({error})") from error
+
+
+def write_tables(path: Path, tables: Mapping[str, Any]) -> None:
+    """Writes settings as TOML, whole or not at all; None is left out, as TOML has none."""
+    text = tomli_w.dumps(plain(tables))
+    publish(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """The value as TOML can hold it.
+
+    Example:
+        >>> plain({"k": 32, "lr": None, "groups": (1, 2), "data": {}})
+        {'k': 32, 'groups': [1, 2]}
+    """
+    if isinstance(value, dict):
+        items = {str(key): plain(item) for key, item in value.items() if item is not None}
+        return {key: item for key, item in items.items() if item != {}}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def changes(before: Tables, now: Tables, defaults: Tables) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both; a key that is missing on one side has its default.
+
+    Example:
+        >>> changes({"train": {"lr": 1.0}}, {"train": {"lr": 2.0, "seed": 0}}, {"train.seed": 0})
+        {'train.lr': (1.0, 2.0)}
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    found = {}
+    for key in sorted(old.keys() | new.keys()):
+        values = tuple(side.get(key, defaults.get(key)) for side in (old, new))
+        if values[0] != values[1]:
+            found[key] = (values[0], values[1])
+    return found
+
+
+def _flat(tables: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
