@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sae_kernels.data.batches import RowSource
     from sae_kernels.train.config import TrainConfig
     from sae_kernels.train.data_config import DataConfig
-    from sae_kernels.train.trainer import Stream
+    from sae_kernels.train.sources import Stream
 
 
 class RunData(NamedTuple):

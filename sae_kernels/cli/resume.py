@@ -20,6 +20,7 @@ def resume(
     """Go on with a run from its newest checkpoint, with the settings and data it began with."""
     from sae_kernels.runs.folder import RUN_FILE, holds_run
     from sae_kernels.runs.tables import read_tables
+    from sae_kernels.train.run_config import check_tables
 
     if not holds_run(run):
         raise DataError(f"{run}: expected the folder of a run, it has no {RUN_FILE}; name a run")
@@ -29,6 +30,10 @@ def resume(
             f"{run}: expected a run on activations, got one through a language model; give its "
             "own command again, with --resume"
         )
+    try:
+        check_tables(tables)
+    except ValueError as error:
+        raise ValueError(f"{run / RUN_FILE}: {error}") from error
     if not tables.get("data"):
         raise ValueError(
             f"{run}: expected a run that knows its data, it was given them in Python; go on with "

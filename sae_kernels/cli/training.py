@@ -11,7 +11,7 @@ import typer
 
 from sae_kernels.cli.data import check_data, open_live, open_stored
 from sae_kernels.cli.runs import follow, summarise
-from sae_kernels.train.run_config import RunConfig, check_tables, kind_of
+from sae_kernels.train.run_config import RunConfig, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,6 @@ def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[Run
     from sae_kernels.train.config import TrainConfig
     from sae_kernels.train.data_config import DataConfig
 
-    check_tables(tables)
     config = DataConfig(**tables.get("data", {}))
     chosen = kind_of(tables)
     check_data(config, kind_of_data(tables))

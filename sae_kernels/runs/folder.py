@@ -134,7 +134,16 @@ class RunFolder:
             self._log.sync()
             self._saver.save(step, contents)
         if wait:
-            self._saver.wait()
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was saved last is on the disk."""
+        self._saver.wait()
+
+    @property
+    def staged_bytes(self) -> int:
+        """The memory that holds the copy of the last checkpoint."""
+        return self._saver.nbytes
 
     def finish(self, result: dict[str, Any]) -> None:
         """The run has made all its steps."""

@@ -24,4 +24,7 @@ class OutputConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
-        object.__setattr__(self, "loggers", tuple(self.loggers))
+        given = (self.loggers,) if isinstance(self.loggers, str) else self.loggers
+        if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"loggers: expected a list of names, got {self.loggers!r}")
+        object.__setattr__(self, "loggers", tuple(given))

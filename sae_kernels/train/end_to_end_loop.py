@@ -132,6 +132,9 @@ class TokenStream:
         self._batches = self._repeated(batches, keep_first)
         self.position = 0
 
+    def __iter__(self) -> TokenStream:
+        return self
+
     def __next__(self) -> TokenBatch:
         batch = next(self._batches)
         self.position += 1
@@ -143,8 +146,12 @@ class TokenStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Passes over as many batches as the state says; the model is not asked."""
-        for _ in range(int(state["position"])):
-            next(self)
+        for i in range(int(state["position"])):
+            if next(self, None) is None:
+                raise ValueError(
+                    f"batches: expected those that the run began with, {state['position']} up to "
+                    f"its checkpoint, got {i}; give the same text and options"
+                )
 
     @staticmethod
     def _repeated(batches: Batches, keep_first: bool) -> Iterator[TokenBatch]:

@@ -81,6 +81,7 @@ class Run(Generic[Batch]):
         self.cursor: dict[str, Any] | None = None
         self.lines = [] if folder is None else folder.lines
         self.error: NonFiniteError | None = None
+        self._result: TrainingResult | None = None
         self._on_step = on_step
 
     def __enter__(self) -> Self:
@@ -92,9 +93,8 @@ class Run(Generic[Batch]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.training.close()
-        if self.folder is not None:
-            self.training.sae.save_pretrained(self.folder.path / SAE_FOLDER)
+        if self._result is None:
+            self._leave()
 
     def load(self) -> None:
         """Takes up the folder's checkpoint; the SAE has its weights already."""
@@ -133,22 +133,44 @@ class Run(Generic[Batch]):
         self.folder.save(self.training.made, self.training.contents(**more), wait=wait)
 
     def result(self) -> TrainingResult:
-        """What the run has come to; one that made all its steps is finished with this."""
-        training = self.training
-        start = time.perf_counter()
-        if self.error is None:
-            training.settle()
-        self.seconds += time.perf_counter() - start
-        dead = training.progress.dead.mask().cpu()
-        if self.folder is not None and self.error is None:
-            values = {"steps": training.made, "tokens": training.tokens, "seconds": self.seconds}
-            values |= {"skipped": training.skipped, "dead_fraction": float(dead.float().mean())}
-            scales = ("activation_scale", "target_scale")
-            values |= {name: getattr(training.sae.config, name) for name in scales}
-            self.folder.finish({**values, **({"last": self.lines[-1]} if self.lines else {})})
-        return TrainingResult(
-            training.sae, self.lines, self.seconds, dead, training.skipped, self.error
-        )
+        """What the run has come to; with this one that made all its steps is finished."""
+        if self._result is None:
+            start = time.perf_counter()
+            if self.error is None:
+                self.training.settle()
+            self.seconds += time.perf_counter() - start
+            self._leave()
+            dead = self.training.progress.dead.mask().cpu()
+            self._result = TrainingResult(
+                self.training.sae,
+                self.lines,
+                self.seconds,
+                dead,
+                self.training.skipped,
+                self.error,
+            )
+            if self.folder is not None and self.error is None:
+                self.folder.finish(self._summary(self._result))
+        return self._result
+
+    def _leave(self) -> None:
+        """Makes the SAE usable, and saves it."""
+        self.training.close()
+        if self.folder is not None:
+            self.training.sae.save_pretrained(self.folder.path / SAE_FOLDER)
+
+    def _summary(self, result: TrainingResult) -> dict[str, Any]:
+        config = self.training.sae.config
+        return {
+            "steps": self.training.made,
+            "tokens": self.training.tokens,
+            "seconds": result.seconds,
+            "skipped": result.skipped,
+            "dead_fraction": float(result.dead.float().mean()),
+            "activation_scale": config.activation_scale,
+            "target_scale": config.target_scale,
+            **({"last": self.lines[-1]} if self.lines else {}),
+        }
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.folder is None:
@@ -183,6 +205,8 @@ def drive(runs: Sequence[Run[Batch]], batches: Resumable[Batch]) -> None:
             for run in waiting:
                 if run.training.made == position:  # another may be ahead, after a resume
                     run.take(batch, batches, waited)
+                if not run.waits:  # it need not wait for the others
+                    run.result()
             position += 1
             if interrupts.received:
                 for run in saving:

@@ -2,78 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.data.batches import Batches, RowSource, ShuffledBatches, TensorRows
+from sae_kernels.data.batches import RowSource, TensorRows
 from sae_kernels.data.joint import JointRows
 from sae_kernels.data.prefetch import Prefetched
-from sae_kernels.errors import DataError
 from sae_kernels.files import is_plain_name
-from sae_kernels.formats import native
-from sae_kernels.nn import build
-from sae_kernels.runs.folder import RunFolder, holds_run, is_finished
+from sae_kernels.runs.folder import is_finished
 from sae_kernels.runs.options import OutputConfig
-from sae_kernels.train.compute import training_device
-from sae_kernels.train.fresh import check_width, fresh_sae
-from sae_kernels.train.on_activations import OnActivations
-from sae_kernels.train.run import Run, TrainingResult, drive
-from sae_kernels.train.run_config import run_defaults, run_tables
+from sae_kernels.train.begin import Make, Place, begun
+from sae_kernels.train.run import TrainingResult, drive
+from sae_kernels.train.sources import Source, batches_of, is_rows, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from typing_extensions import TypeIs
-
-    from sae_kernels.nn import SAEConfig, SparseAutoencoder
+    from sae_kernels.nn import SAEConfig
     from sae_kernels.train.config import TrainConfig
     from sae_kernels.train.run import OnStep
 
-__all__ = ["Stream", "TrainingResult", "prepare", "train", "train_many"]
-
-_SAMPLE = 16384  # rows from which scale and b_dec are estimated
-
-
-class Stream(Batches, Protocol):
-    """Batches that come from no set of rows, such as a model's while it reads text."""
-
-    d_in: int
-    batch_size: int
-
-    def sample(self, n: int) -> torch.Tensor:
-        """The first n rows, without moving on."""
-
-
-Source = RowSource | torch.Tensor | Stream
-
-
-def is_rows(source: RowSource | Stream) -> TypeIs[RowSource]:
-    """Whether any row can be asked for, and not only the next batch."""
-    return hasattr(source, "rows")
-
-
-def prepare(source: Source, sae_config: SAEConfig, config: TrainConfig) -> SparseAutoencoder:
-    """A fresh SAE whose scales and b_dec are estimated on a random sample of the source.
-
-    A transcoder's source holds its targets too, to the right of its inputs.
-    """
-    source = TensorRows(source) if isinstance(source, torch.Tensor) else source
-    device = training_device(config.device)
-    check_width(source.d_in, sae_config)
-    if not is_rows(source):
-        return fresh_sae(source.sample(_SAMPLE), sae_config, config, device)
-    if source.n_tokens < config.batch_size:
-        raise ValueError(
-            f"batch_size: expected at most the {source.n_tokens} rows of activations, "
-            f"got {config.batch_size}"
-        )
-    rows = min(_SAMPLE, source.n_tokens)
-    sample = next(ShuffledBatches(source, rows, seed=config.order_seed))
-    return fresh_sae(sample, sae_config, config, device)
+__all__ = ["TrainingResult", "prepare", "train", "train_many"]
 
 
 def train(
@@ -124,7 +76,7 @@ def train(
         >>> len(result.metrics), result.skipped
         (2, 0)
     """
-    place = _Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    place = Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
     watch = None if on_step is None else {"": on_step}
     result = _train(source, {"": (sae_config, config)}, target, place, watch or {})[""]
     if result.error is not None:
@@ -173,26 +125,15 @@ def train_many(
     _check_together(runs)
     if resume and folder is not None:
         runs = {name: run for name, run in runs.items() if not is_finished(Path(folder, name))}
-    place = _Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    place = Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
     return _train(source, runs, target, place, on_step or {})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where runs are kept, and what to do with those that are there."""
-
-    folder: str | Path | None
-    output: OutputConfig
-    data: dict[str, Any]
-    resume: bool
-    overwrite: bool
 
 
 def _train(
     source: Source,
     runs: Mapping[str, tuple[SAEConfig, TrainConfig]],
     target: RowSource | torch.Tensor | None,
-    place: _Place,
+    place: Place,
     on_step: Mapping[str, OnStep],
 ) -> dict[str, TrainingResult]:
     if target is not None:
@@ -200,15 +141,20 @@ def _train(
             raise ValueError("target: expected none with a stream, which holds the targets itself")
         source = JointRows([source, target])
     source = TensorRows(source) if isinstance(source, torch.Tensor) else source
+    make = Make(source, runs)
+    # Made first where they can be: what is wrong with the settings then leaves no folder behind.
+    fresh = {name: make(name) for name in runs if not (place.resume and place.holds(name))}
     with ExitStack() as stack:
-        opened = {
-            name: _open(stack, source, settings, place, name, on_step.get(name))
-            for name, settings in runs.items()
-        }
+        opened = {}
+        for name in runs:
+            folder = place.open(stack, name, *runs[name])
+            opened[name] = stack.enter_context(
+                begun(make, name, fresh.pop(name, None), folder, on_step.get(name))
+            )
         waiting = [run for run in opened.values() if run.waits]
         if waiting:
             behind = min(waiting, key=lambda run: run.training.made)
-            batches = _batches(source, behind.training.config)
+            batches = batches_of(source, behind.training.config)
             if behind.cursor:
                 batches.load_state_dict(behind.cursor)
             device = behind.training.sae.W_enc.device
@@ -216,64 +162,6 @@ def _train(
                 batches = stack.enter_context(Prefetched(batches, device))
             drive(list(opened.values()), batches)
         return {name: run.result() for name, run in opened.items()}
-
-
-def _open(
-    stack: ExitStack,
-    source: RowSource | Stream,
-    settings: tuple[SAEConfig, TrainConfig],
-    place: _Place,
-    name: str,
-    on_step: OnStep | None,
-) -> Run[torch.Tensor]:
-    """A run as it stands: fresh, or with the state of its newest checkpoint."""
-    sae_config, config = settings
-    rows = source if is_rows(source) else None
-
-    def fresh() -> OnActivations:
-        return OnActivations(prepare(source, sae_config, config), config, rows)
-
-    if place.folder is None:
-        return stack.enter_context(Run(fresh(), None, on_step))
-    path = Path(place.folder, name)
-    # Made first where it can be: what is wrong with the settings then leaves no folder behind.
-    training = None if place.resume and holds_run(path) else fresh()
-    tables = run_tables(sae_config, config, place.data, place.output)
-    defaults = run_defaults(sae_config)
-    options: dict[str, Any] = {"resume": place.resume, "overwrite": place.overwrite}
-    folder = RunFolder(path, tables, place.output, defaults=defaults, **options)
-    stack.enter_context(folder)
-    if folder.checkpoint is not None:
-        sae = _restored(folder.checkpoint, sae_config, training_device(config.device))
-        training = OnActivations(sae, config, rows)
-    run = Run(training or fresh(), folder, on_step)
-    if folder.checkpoint is not None:
-        run.load()
-    return stack.enter_context(run)
-
-
-def _restored(path: Path, sae_config: SAEConfig, device: torch.device) -> SparseAutoencoder:
-    """The SAE of a checkpoint, in memory of its own."""
-    loaded = native.load(path)
-    if loaded.config.architecture != sae_config.architecture:
-        raise DataError(
-            f"{path}: expected an SAE of architecture {sae_config.architecture!r}, got "
-            f"{loaded.config.architecture!r}"
-        )
-    sae = build(loaded.config, device=device)
-    sae.load_state_dict(loaded.state_dict())
-    return sae
-
-
-def _batches(source: RowSource | Stream, config: TrainConfig) -> Batches:
-    if is_rows(source):
-        return ShuffledBatches(source, config.batch_size, seed=config.order_seed)
-    if source.batch_size != config.batch_size:
-        raise ValueError(
-            f"batch_size: expected {source.batch_size}, as the stream's batches, got "
-            f"{config.batch_size}"
-        )
-    return source
 
 
 def _check_together(runs: Mapping[str, tuple[SAEConfig, TrainConfig]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -108,7 +109,7 @@ class Training(ABC, Generic[Batch]):
             "skipped": self.skipped,
             **state.values,
             **more,
-            "versions": machine.versions(),
+            "versions": _versions(),
         }
         tensors = state.tensors | _random_states(self.sae.W_enc.device)
         return Contents(
@@ -136,6 +137,12 @@ class Training(ABC, Generic[Batch]):
             ) from error
         _set_random_states(state.tensors, self.sae.W_enc.device)
         return values
+
+
+@functools.cache
+def _versions() -> dict[str, Any]:
+    """Of what the run is made with; asking takes as long as some steps."""
+    return dict(machine.versions())
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:

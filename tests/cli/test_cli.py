@@ -147,7 +147,7 @@ def test_progress_without_a_terminal_is_an_occasional_line(capsys, monkeypatch):
     with output.Output(as_json=False).progress() as show:
         for done in range(4):
             show("train", done, 3)
-    assert capsys.readouterr().err == "train\ntrain: 1 of 3\ntrain: 2 of 3\n"
+    assert capsys.readouterr().err == "train\ntrain: 1 of 3, 0:00 left\ntrain: 2 of 3, 0:00 left\n"
 
 
 def test_main_reads_the_arguments_of_the_process(capsys, monkeypatch):

@@ -260,17 +260,3 @@ began.wait()
 def test_depth_is_checked() -> None:
     with pytest.raises(ValueError, match="depth: expected at least 1 batch, got 0"):
         Prefetched(Counted(), depth=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("resident", [False, True])
-def test_batches_reach_a_gpu_whole(resident: bool) -> None:
-    x = torch.randn(20_000, 256, device="cpu")
-    straight = [b.clone() for b in ShuffledBatches(x, 999, epochs=3, drop_last=False)]
-    source = x.cuda() if resident else x
-    inner = ShuffledBatches(source, 999, epochs=3, drop_last=False)
-    side = torch.cuda.Stream()
-    with Prefetched(inner, torch.device("cuda"), depth=3) as batches, torch.cuda.stream(side):
-        for ours, theirs in zip(batches, straight, strict=True):
-            torch.cuda._sleep(1_000_000)  # the consumer lags behind, so that memory is wanted again
-            assert_bitwise("batch", (ours + 0).cpu(), theirs)
