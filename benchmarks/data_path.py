@@ -56,7 +56,7 @@ def step(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         contestants["memory"] = lambda: run(fused, iter(ready[:TURN]))
         threads = []
         for folder in folders:
-            plain = ShuffledBatches(ShardDataset(folder), B)
+            plain = ShuffledBatches(ShardDataset(folder), B, reuse=True)  # as the trainer has it
             ahead = Prefetched(ShuffledBatches(ShardDataset(folder), B))
             threads.append(ahead)
             drops = folder if folder.name == "cold" else None

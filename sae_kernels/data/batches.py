@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from sae_kernels.data.rows import Rows, RowSource, TensorRows, estimate_scale
@@ -43,6 +42,8 @@ class ShuffledBatches:
         drop_last: leave out the rows of an epoch that do not fill a batch.
         skip: batches to pass over without reading them.
         block_rows, window_blocks: a window is `block_rows * window_blocks` rows.
+        reuse: put every batch where the one before it was. Memory that is new each time costs more
+            than the rows that go there, so whoever is done with a batch at the next one says so.
 
     Attributes:
         position: batches yielded or skipped so far.
@@ -68,6 +69,7 @@ class ShuffledBatches:
         skip: int = 0,
         block_rows: int = 4096,
         window_blocks: int = 16,
+        reuse: bool = False,
     ) -> None:
         for name, given, least in (
             ("batch_size", batch_size, 1),
@@ -88,6 +90,8 @@ class ShuffledBatches:
                 f"expected at least one batch of {batch_size} rows, got {n} rows; "
                 "use a smaller batch, drop_last=False or more data"
             )
+        self._reuse = reuse
+        self._kept: Tensor | None = None
         self._order = RowOrder(n, seed, block_rows, window_blocks)
         self._taker: Taker = (
             Resident(self.source, self._order)
@@ -105,14 +109,23 @@ class ShuffledBatches:
         start = batch * self.batch_size
         stop = min(start + self.batch_size, self.source.n_tokens)
         self._read_ahead(self._order.at(epoch, start), start)
-        pieces = []
+        rows = self._room(stop - start)
+        filled = 0
         while start < stop:
             window = self._order.at(epoch, start)
             end = min(stop, window.stop)
-            pieces.append(self._taker.take(window, start - window.start, end - window.start))
-            start = end
+            part = rows[filled : filled + end - start]
+            self._taker.take(window, start - window.start, end - window.start, part)
+            start, filled = end, filled + end - start
         self.position += 1
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return rows
+
+    def _room(self, n: int) -> Tensor:
+        if self._kept is not None and len(self._kept) == n:
+            return self._kept
+        rows = self._taker.room(n)
+        self._kept = rows if self._reuse else None
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what the order depends on, as JSON can hold it.

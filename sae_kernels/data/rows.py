@@ -46,9 +46,9 @@ class TensorRows:
         """Rows `start` to `stop`, as a view."""
         return Rows(self._activations[start:stop])
 
-    def take(self, rows: Tensor) -> Tensor:
-        """Any rows in any order, by their numbers on the same device, as a copy."""
-        return self._activations.index_select(0, rows)
+    def take(self, rows: Tensor, out: Tensor) -> None:
+        """Copies any rows in any order, by their numbers on the same device."""
+        torch.index_select(self._activations, 0, rows, out=out)
 
 
 def estimate_scale(source: RowSource | Tensor, n: int = 16384) -> float:

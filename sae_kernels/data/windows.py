@@ -74,8 +74,11 @@ class RowOrder:
 class Taker(Protocol):
     """Gives the rows of windows."""
 
-    def take(self, window: Window, start: int, stop: int) -> Tensor:
-        """The rows at the places start to stop of a window, counted from its own start."""
+    def take(self, window: Window, start: int, stop: int, out: Tensor) -> None:
+        """Copies the rows at the places start to stop of a window, counted from its own start."""
+
+    def room(self, n: int) -> Tensor:
+        """Memory for so many rows."""
 
     def read_ahead(self, window: Window, start: int, following: Window) -> None:
         """Reads of the following window as large a share as lies before start in this one."""
@@ -89,12 +92,16 @@ class Resident:
         self._window: Window | None = None
         self._rows = torch.empty(0, dtype=torch.int64)
 
-    def take(self, window: Window, start: int, stop: int) -> Tensor:
+    def take(self, window: Window, start: int, stop: int, out: Tensor) -> None:
         if self._window != window:
             rows = torch.cat([torch.arange(*block) for block in window.blocks])
             self._rows = rows[self._order.within(window)].to(self._source.device)
             self._window = window
-        return self._source.take(self._rows[start:stop])
+        self._source.take(self._rows[start:stop], out)
+
+    def room(self, n: int) -> Tensor:
+        source = self._source
+        return torch.empty(n, source.d_in, dtype=source.dtype, device=source.device)
 
     def read_ahead(self, window: Window, start: int, following: Window) -> None:
         pass
@@ -107,9 +114,10 @@ class Copied:
         self._source, self._order = source, order
         self._current: _Filled | None = None
         self._next: _Filled | None = None
+        self._row: Tensor | None = None  # of the device and dtype of all
         self._free: list[Tensor] = []  # buffers of a window each; there are two at most
 
-    def take(self, window: Window, start: int, stop: int) -> Tensor:
+    def take(self, window: Window, start: int, stop: int, out: Tensor) -> None:
         if not _is(self._current, window):
             ready, other = (self._next, None) if _is(self._next, window) else (None, self._next)
             self._release(self._current, other)
@@ -117,7 +125,13 @@ class Copied:
         if self._current is None:
             self._current = self._begun(window)
         self._current.read(len(window.blocks))
-        return self._current.rows.index_select(0, self._current.places[start:stop])
+        torch.index_select(self._current.rows, 0, self._current.places[start:stop], out=out)
+
+    def room(self, n: int) -> Tensor:
+        if self._row is None:
+            # A view of a row would keep its shard mapped.
+            self._row = self._source.rows(0, 1).activations.new_empty(0)
+        return self._row.new_empty(n, self._source.d_in)
 
     def read_ahead(self, window: Window, start: int, following: Window) -> None:
         if not _is(self._current, window):
@@ -137,10 +151,8 @@ class Copied:
         self._free += [filled.rows for filled in others if filled is not None]
 
     def _buffer(self) -> Tensor:
-        if self._current is not None:
-            return torch.empty_like(self._current.rows)
         n = min(self._order.n, self._order.block_rows * self._order.window_blocks)
-        return self._source.rows(0, 1).activations.new_empty(n, self._source.d_in)
+        return self.room(n)
 
 
 def _is(filled: _Filled | None, window: Window) -> bool:

@@ -83,8 +83,8 @@ class Samples:
         return next(ShuffledBatches(self.source, rows, seed=config.order_seed))
 
 
-def batches_of(source: RowSource | Stream, config: TrainConfig) -> Batches:
-    """The batches of a source in the order of a run."""
+def batches_of(source: RowSource | Stream, config: TrainConfig, reuse: bool) -> Batches:
+    """The batches of a source in the order of a run; ``reuse`` as of ShuffledBatches."""
     if is_rows(source):
-        return ShuffledBatches(source, config.batch_size, seed=config.order_seed)
+        return ShuffledBatches(source, config.batch_size, seed=config.order_seed, reuse=reuse)
     return source

@@ -154,11 +154,13 @@ def _train(
         waiting = [run for run in opened.values() if run.waits]
         if waiting:
             behind = min(waiting, key=lambda run: run.training.made)
-            batches = batches_of(source, behind.training.config)
+            device = behind.training.sae.W_enc.device
+            # On a CPU a thread that reads ahead would only take its cores from the step.
+            ahead = device.type != "cpu"
+            batches = batches_of(source, behind.training.config, reuse=not ahead)
             if behind.cursor:
                 batches.load_state_dict(behind.cursor)
-            device = behind.training.sae.W_enc.device
-            if device.type != "cpu":  # there it would only take cores from the step
+            if ahead:
                 batches = stack.enter_context(Prefetched(batches, device))
             drive(list(opened.values()), batches)
         return {name: run.result() for name, run in opened.items()}
