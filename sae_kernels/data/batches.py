@@ -52,6 +52,7 @@ class ShuffledBatches:
     Raises:
         ValueError: an empty source, a count below its minimum, or fewer rows than one batch.
 
+    >>> import torch
     >>> x = torch.arange(6.0)[:, None]
     >>> batches = ShuffledBatches(x, 2, epochs=1)
     >>> sorted(torch.cat(list(batches)).flatten().tolist())
@@ -130,6 +131,7 @@ class ShuffledBatches:
     def state_dict(self) -> dict[str, Any]:
         """The position and what the order depends on, as JSON can hold it.
 
+        >>> import torch
         >>> ShuffledBatches(torch.zeros(6, 1), 2, skip=4).state_dict()["position"]
         4
         """

@@ -7,6 +7,8 @@ checksum taken on the way.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _BLOCK = 4 << 20
+_PAGE = 4096  # what a direct write is aligned to: its memory, its place and its length
 
 
 class Written(NamedTuple):
@@ -56,8 +59,7 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._header = b""
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # begins with a page
         self._filled = 0
 
     @property
@@ -74,36 +76,71 @@ class Staging:
         for name in order:
             tensor = tensors[name]
             start, end = end, end + tensor.numel() * tensor.element_size()
-            places[name] = slice(start, end)
+            places[name] = (start, end)
             header[name] = {
                 "dtype": _DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }
-        if end > self._buffer.numel():
-            on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
-        for name, place in places.items():
-            tensor = tensors[name]
-            self._buffer[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._header, self._filled = len(text).to_bytes(8, "little") + text, end
+        head = len(text).to_bytes(8, "little") + text
+        self._filled = len(head) + end
+        self._reserve(self._filled, any(tensor.is_cuda for tensor in tensors.values()))
+        self._buffer[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        for name, (start, end) in places.items():
+            tensor = tensors[name]
+            place = self._buffer[len(head) + start : len(head) + end]
+            place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def write(self, path: Path) -> Written:
         """Writes what was taken last as a safetensors file, flushed to the disk."""
-        sha256 = hashlib.sha256(self._header)
-        content = memoryview(self._buffer.numpy())[: self._filled]  # type: ignore[arg-type]
-        with path.open("wb", buffering=0) as file:
-            _write(file.fileno(), memoryview(self._header))
+        sha256 = hashlib.sha256()
+        content = memoryview(self._buffer.numpy())  # type: ignore[arg-type]
+        descriptor, direct = _opened(path)
+        try:
             for start in range(0, self._filled, _BLOCK):
-                block = content[start : start + _BLOCK]
-                sha256.update(block)
-                _write(file.fileno(), block)
-            os.fsync(file.fileno())
-        return Written(len(self._header) + self._filled, sha256.hexdigest())
+                stop = min(start + _BLOCK, self._filled)
+                sha256.update(content[start:stop])
+                # A direct write ends with a page; what is too much is cut off again.
+                direct = _write(descriptor, content[start : stop + -stop % _PAGE], direct)
+            os.ftruncate(descriptor, self._filled)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return Written(self._filled, sha256.hexdigest())
+
+    def _reserve(self, size: int, pinned: bool) -> None:
+        size += -size % _PAGE
+        if size > self._buffer.numel():
+            raw = torch.empty(size + _PAGE, dtype=torch.uint8, pin_memory=pinned)
+            skipped = -raw.data_ptr() % _PAGE
+            self._buffer = raw[skipped : skipped + size]
 
 
-def _write(descriptor: int, block: memoryview) -> None:
+def _opened(path: Path) -> tuple[int, bool]:
+    """A new file for writing, past the system's page cache where it can be.
+
+    The copy into that cache is the dearest part of a write, and nobody reads the file soon.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    if hasattr(os, "O_DIRECT"):
+        with contextlib.suppress(OSError):
+            return os.open(path, flags | os.O_DIRECT, 0o666), True
+    return os.open(path, flags, 0o666), False
+
+
+def _write(descriptor: int, block: memoryview, direct: bool) -> bool:
+    """Writes all of it; whether direct writes still work."""
     while block:  # a write may take a part only
-        block = block[os.write(descriptor, block) :]
+        try:
+            block = block[os.write(descriptor, block) :]
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            import fcntl  # a system that has direct writes has it
+
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            direct = False
+    return direct

@@ -155,8 +155,9 @@ def _train(
         if waiting:
             behind = min(waiting, key=lambda run: run.training.made)
             device = behind.training.sae.W_enc.device
-            # On a CPU a thread that reads ahead would only take its cores from the step.
-            ahead = device.type != "cpu"
+            # On a CPU a model's batches would take their cores from the step, ahead or not.
+            stored = is_rows(source) and not isinstance(source, TensorRows)
+            ahead = stored or device.type != "cpu"
             batches = batches_of(source, behind.training.config, reuse=not ahead)
             if behind.cursor:
                 batches.load_state_dict(behind.cursor)
