@@ -144,6 +144,8 @@ class ShuffledBatches:
             "block_rows": self._order.block_rows,
             "window_blocks": self._order.window_blocks,
             "drop_last": self.drop_last,
+            # Of data on disk, whose checksums are known; a tensor's rows are its owner's affair.
+            "data": getattr(self.source, "fingerprint", None),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

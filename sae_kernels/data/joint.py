@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.data.rows import Rows, TensorRows
+from sae_kernels.data.rows import Rows, TensorRows, combined
 from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import DataError
 
@@ -24,6 +24,7 @@ class JointRows:
 
     Attributes:
         n_tokens, d_in, dtype: as of any source; d_in is the sum of their widths.
+        fingerprint: of the data sets among them, or None.
 
     Raises:
         ValueError: no sources, or sources of different lengths.
@@ -49,6 +50,8 @@ class JointRows:
             )
         self.n_tokens = lengths[0]
         self.d_in = sum(source.d_in for source in self.sources)
+        prints = [getattr(source, "fingerprint", None) for source in self.sources]
+        self.fingerprint = combined([each or "" for each in prints]) if any(prints) else None
         self.dtype = self.sources[0].dtype
         for source in self.sources:
             self.dtype = torch.promote_types(self.dtype, source.dtype)

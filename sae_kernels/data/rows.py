@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import NamedTuple, Protocol
 
@@ -49,6 +50,11 @@ class TensorRows:
     def take(self, rows: Tensor, out: Tensor) -> None:
         """Copies any rows in any order, by their numbers on the same device."""
         torch.index_select(self._activations, 0, rows, out=out)
+
+
+def combined(digests: list[str]) -> str:
+    """A short name for what has these checksums, in this order."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
 def estimate_scale(source: RowSource | Tensor, n: int = 16384) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels.data.batches import ShuffledBatches
-from sae_kernels.data.rows import Rows, RowSource, TensorRows, estimate_scale
+from sae_kernels.data.rows import Rows, RowSource, TensorRows, combined, estimate_scale
 from sae_kernels.data.shard_file import ShardReader, changed
 from sae_kernels.data.shard_index import Index
 from sae_kernels.data.shard_writer import ShardWriter
@@ -51,6 +51,7 @@ class ShardDataset:
         dtype: of the activations.
         columns: "activations", and "tokens" and "documents" where they were written.
         metadata: what the writer was given.
+        fingerprint: of its shards' checksums, by which a run knows its data again.
 
     Raises:
         DataError: a missing, damaged or contradictory file; the message names it.
@@ -62,6 +63,7 @@ class ShardDataset:
         self.d_in, self.dtype = index.d_in, index.dtype
         self.columns, self.metadata = index.columns, index.metadata
         self._shards = index.shards
+        self.fingerprint = combined([shard.sha256 for shard in index.shards])
         self._starts = list(accumulate((shard.count for shard in index.shards), initial=0))
         self.n_tokens = self._starts[-1]
         self._reader = ShardReader(self.folder, index, check_on_read)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_kernels.data import ShuffledBatches, TensorRows
+from sae_kernels.data import JointRows, ShardDataset, ShardWriter, ShuffledBatches, TensorRows
 from sae_kernels.testing import assert_bitwise
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sae_kernels.data.rows import Rows
 
 SMALL: dict[str, Any] = {"block_rows": 8, "window_blocks": 3}
@@ -180,3 +182,17 @@ def test_a_batch_may_take_the_place_of_the_last(resident: bool) -> None:
         assert torch.equal(batch, expected)
         places.add((len(batch), batch.data_ptr()))
     assert len({place for n, place in places if n == 10}) <= 2  # the short batch lies elsewhere
+
+
+def test_other_data_of_the_same_size_are_not_gone_on_with(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "again")]
+    for folder, seed in zip(folders, (0, 1, 0), strict=True):
+        with ShardWriter(folder, 3, rows_per_shard=16) as writer:
+            writer.write(torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)))
+    first, other, again = (ShardDataset(folder) for folder in folders)
+    state = ShuffledBatches(first, 8, skip=2).state_dict()
+    ShuffledBatches(again, 8).load_state_dict(state)  # a copy is as good
+    for sources in ((first, other), (JointRows([first, first]), JointRows([first, other]))):
+        state = ShuffledBatches(sources[0], 8, skip=2).state_dict()
+        with pytest.raises(ValueError, match=r"others: data was '.*' is '.*'; use the same data"):
+            ShuffledBatches(sources[1], 8).load_state_dict(state)
