@@ -12,3 +12,6 @@ Json = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare the data's checksums first.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what the folder holds, if it holds a run.")
+]

@@ -8,7 +8,7 @@ import typer
 
 from sae_kernels.cli.data import absolute, check_data
 from sae_kernels.cli.files import check_free
-from sae_kernels.cli.options import Debug, Json, Overwrite, Verify
+from sae_kernels.cli.options import Debug, Json, Overwrite, Resume, Verify
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.training import METRICS, interruptible, kind_of_data, opened
 from sae_kernels.errors import NonFiniteError
@@ -27,9 +27,7 @@ def sweep(
         Path, typer.Argument(help="TOML: a run's tables, with [sweep] of lists or [[run]] tables.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the runs in the folder.")
-    ] = False,
+    resume: Resume = False,
     verify: Verify = False,
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -7,7 +7,7 @@ import typer
 
 from sae_kernels.cli.data import absolute
 from sae_kernels.cli.files import check_free
-from sae_kernels.cli.options import Debug, Json, Overwrite, Verify
+from sae_kernels.cli.options import Debug, Json, Overwrite, Resume, Verify
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import arch_help, given, with_flags
 from sae_kernels.cli.training import start
@@ -27,9 +27,7 @@ def train(
         Path | None,
         typer.Option(help="TOML with arch and tables [data], [sae], [train], [output]."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
-    ] = False,
+    resume: Resume = False,
     verify: Verify = False,
     overwrite: Overwrite = False,
     as_json: Json = False,

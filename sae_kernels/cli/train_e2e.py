@@ -7,7 +7,7 @@ import typer
 
 from sae_kernels.cli.data import absolute
 from sae_kernels.cli.files import check_free
-from sae_kernels.cli.options import Debug, Json, Overwrite
+from sae_kernels.cli.options import Debug, Json, Overwrite, Resume
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.runs import follow, summarise
 from sae_kernels.cli.settings import arch_help, given, with_flags
@@ -62,9 +62,7 @@ def train_e2e(
         int | None,
         typer.Option(min=1, help="Chunks of full length a step [default: batch_size tokens]."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, if there is one.")
-    ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -15,14 +15,13 @@ from sae_kernels.errors import DataError
 from sae_kernels.files import json_writer, publish, sweep
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.lock import locked
-from sae_kernels.runs.loggers import open_loggers
+from sae_kernels.runs.loggers import TENSORBOARD_FOLDER, WANDB_ID_FILE, open_loggers
 from sae_kernels.runs.metrics import MetricLog, jsonable, read_metrics
 from sae_kernels.runs.saver import Saver
 from sae_kernels.runs.tables import changes, plain, read_tables, write_tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 RUN_FILE, METRICS_FILE, RESULT_FILE = "run.toml", "metrics.jsonl", "result.json"
 SAE_FOLDER = "sae"
+_MINE = (RUN_FILE, METRICS_FILE, RESULT_FILE, checkpoint.CHECKPOINTS, SAE_FOLDER)
+_MINE += (TENSORBOARD_FOLDER, WANDB_ID_FILE)
 # What a resumed run may have otherwise: it does not change what is learnt.
 _FREE = ("output.", "data.", "train.log_every", "train.device", "train.on_nonfinite")
 
@@ -97,13 +98,8 @@ class RunFolder:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     @property
     def _checkpoints(self) -> Path:
@@ -162,8 +158,7 @@ class RunFolder:
             if found is not None:
                 self.checkpoint, self.contents = found
             return
-        mine = (RUN_FILE, METRICS_FILE, RESULT_FILE, checkpoint.CHECKPOINTS, SAE_FOLDER)
-        held = [name for name in mine if (self.path / name).exists()]
+        held = [name for name in _MINE if (self.path / name).exists()]
         if held and not self._overwrite:
             raise DataError(
                 f"{self.path}: expected a folder without a run, it holds {', '.join(held)}; "

@@ -18,8 +18,6 @@ from sae_kernels.files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import TracebackType
-
 TENSORBOARD_FOLDER, WANDB_ID_FILE = "tensorboard", "wandb_id.txt"
 PROJECT = "sae_kernels"
 _FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's file
@@ -79,12 +77,7 @@ class Loggers:
     def __enter__(self) -> Loggers:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

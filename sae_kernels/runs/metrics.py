@@ -13,8 +13,6 @@ from sae_kernels.files import publish
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
-
 _BLOCK = 1 << 16  # bytes read at a time in search of the last line's end
 
 
@@ -67,12 +65,7 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

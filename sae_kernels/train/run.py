@@ -13,7 +13,6 @@ from sae_kernels.train.training import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
     import torch
     from typing_extensions import Self
@@ -87,12 +86,7 @@ class Run(Generic[Batch]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._result is None:
             self._leave()
 
