@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 RUN_FILE, METRICS_FILE, RESULT_FILE = "run.toml", "metrics.jsonl", "result.json"
 SAE_FOLDER = "sae"
-_MINE = (RUN_FILE, METRICS_FILE, RESULT_FILE, checkpoint.CHECKPOINTS, SAE_FOLDER)
-_MINE += (TENSORBOARD_FOLDER, WANDB_ID_FILE)
+_MINE = (
+    *(RUN_FILE, METRICS_FILE, RESULT_FILE, checkpoint.CHECKPOINTS, SAE_FOLDER),
+    *(TENSORBOARD_FOLDER, WANDB_ID_FILE),
+)
 # What a resumed run may have otherwise: it does not change what is learnt.
 _FREE = ("output.", "data.", "train.log_every", "train.device", "train.on_nonfinite")
 
