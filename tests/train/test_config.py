@@ -52,6 +52,7 @@ def test_defaults() -> None:
         "activation_scale": "sqrt_d",
         "init_b_dec": "geometric_median",
         "seed": 0,
+        "data_seed": None,
         "on_nonfinite": "stop",
         "log_every": 10,
     }

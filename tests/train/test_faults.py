@@ -98,8 +98,9 @@ def killed(folder: Path, times: int, seed: int) -> int:
         saving += bool(litter(folder))
         after, reached = newest(folder), made(folder)
         assert after >= before
-        # The last save that was begun may have been under way; the one before it is whole.
-        assert after >= reached // EVERY * EVERY - EVERY
+        # The last save that was begun may have been under way; the one before it is whole. (The
+        # line of a step comes before its save.)
+        assert after >= (reached - 1) // EVERY * EVERY - EVERY
         assert len(checkpoint.steps(folder / CHECKPOINTS)) <= 3
         assert len(litter(folder)) <= 1
     return saving
