@@ -13,6 +13,7 @@ The last two leave out tests without that fixture: nothing would differ from the
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -43,6 +44,12 @@ hypothesis.settings.register_profile(
     "random", deadline=None, max_examples=400, print_blob=True, suppress_health_check=[_SHARED]
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

@@ -202,8 +202,8 @@ def drive(runs: Sequence[Run[Batch]], batches: Resumable[Batch]) -> None:
                 if not run.waits:  # it need not wait for the others
                     run.result()
             position += 1
-            if interrupts.received:
-                for run in saving:
-                    if run.waits:
-                        run.save(batches, wait=True)
+            unfinished = [run for run in saving if run.waits]
+            if interrupts.received and unfinished:
+                for run in unfinished:
+                    run.save(batches, wait=True)
                 interrupts.raise_(f"checkpoint of step {position} saved; resume goes on from it")

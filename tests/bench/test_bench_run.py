@@ -188,8 +188,6 @@ def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        # What a shell starts in the background ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = 1 + len(chosen([], "cpu"))
     _wait_for(lambda: out.exists() and out.read_text().count("\n") == lines, process)

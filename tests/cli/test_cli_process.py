@@ -35,8 +35,6 @@ def test_ctrl_c_keeps_what_was_learnt(data, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job is deaf to it, and so would be what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = out / "metrics.jsonl"
     until = time.monotonic() + 120

@@ -105,8 +105,6 @@ def test_a_process_that_is_signalled_can_be_resumed(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # A shell's background job is deaf to it, and so would be what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = out / "metrics.jsonl"
     until = time.monotonic() + 120
