@@ -87,13 +87,14 @@ class RunFolder:
             for folder in (self.path, self._checkpoints):
                 sweep(folder, of_anyone=True)  # the lock says that nobody else writes here
             self._begin()
-            write_tables(self.path / RUN_FILE, self.tables)
             step = self.step
-            self._log = stack.enter_context(MetricLog(self.path / METRICS_FILE, until=step))
-            self.lines = read_metrics(self.path / METRICS_FILE)
+            # First, for it may be what fails: a package is not there, or a service.
             self._loggers = stack.enter_context(
                 closing(open_loggers(self.options.loggers, self.path, self.tables, step))
             )
+            write_tables(self.path / RUN_FILE, self.tables)
+            self._log = stack.enter_context(MetricLog(self.path / METRICS_FILE, until=step))
+            self.lines = read_metrics(self.path / METRICS_FILE)
             self._saver = stack.enter_context(
                 Saver(self._checkpoints, self.options.keep_checkpoints, step or None)
             )

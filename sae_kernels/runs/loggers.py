@@ -81,6 +81,16 @@ class Loggers:
         self.close()
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError for a logger that there is none of."""
+    for name in names:
+        if name not in _OPENERS:
+            raise ValueError(
+                f"loggers: expected some of {', '.join(_OPENERS)}, got {name!r}; "
+                f"{name_hint(name, _OPENERS)}"
+            )
+
+
 def open_loggers(
     names: Iterable[str], folder: str | Path, settings: Mapping[str, Any], step: int = 0
 ) -> Loggers:
@@ -99,12 +109,7 @@ def open_loggers(
         ImportError: a package that is not installed; the message says how to get it.
     """
     names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in _OPENERS:
-            raise ValueError(
-                f"loggers: expected some of {', '.join(_OPENERS)}, got {name!r}; "
-                f"{name_hint(name, _OPENERS)}"
-            )
+    check_names(names)
     with contextlib.ExitStack() as stack:
         opened: dict[str, Logger] = {}
         for name in names:

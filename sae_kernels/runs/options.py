@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from sae_kernels.runs.loggers import check_names
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
@@ -27,4 +29,5 @@ class OutputConfig:
         given = (self.loggers,) if isinstance(self.loggers, str) else self.loggers
         if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
             raise ValueError(f"loggers: expected a list of names, got {self.loggers!r}")
+        check_names(given)
         object.__setattr__(self, "loggers", tuple(given))

@@ -162,3 +162,30 @@ def test_the_result_is_json_without_nan(tmp_path: Path) -> None:
     with opened(tmp_path) as folder:
         folder.finish({"loss": float("nan")})
     assert json.loads((tmp_path / "result.json").read_text()) == {"loss": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loggers": "tensorbord"}, "got 'tensorbord'; did you mean 'tensorboard'"),
+        ({"loggers": 3}, "loggers: expected a list of names, got 3"),
+        ({"checkpoint_every": -1}, "checkpoint_every: expected an integer of at least 0, got -1"),
+        ({"keep_checkpoints": True}, "keep_checkpoints: expected an integer .*, got True"),
+    ],
+)
+def test_what_cannot_be_written_so_is_refused_before_a_folder_is_made(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        OutputConfig(**settings)
+
+
+def test_a_logger_that_does_not_open_leaves_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not there
+    options = OutputConfig(loggers=("tensorboard",))
+    with pytest.raises(ImportError, match="pip install"), RunFolder(tmp_path, TABLES, options):
+        pass
+    assert not holds_run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
