@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from sae_kernels.bench.provenance import provenance
-from sae_kernels.cli.settings import Widths, configs
 from sae_kernels.demo.run import train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
 from sae_kernels.train import PRESETS, JointRows, ShardDataset, evaluate, train
 from sae_kernels.train.compute import compute_dtype
+from sae_kernels.train.run_config import RunConfig, Widths
 
 LAYERS = ("encoder.layer.3", "encoder.layer.4")
 TOKENS = {"train": 200_000, "held_out": 24_000}
@@ -60,9 +60,10 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
     d_in = second["train"].d_in
     widths = Widths([d_in] * len(sources), d_in if transcodes else None)
     demo = train_config(steps, seed).to_dict()
-    flags = {name: demo[name] for name in ("steps", "batch_size", "lr", "dead_after_tokens")}
-    shape, config = configs(None, {**flags, "seed": seed}, widths, arch)
-    done = train(data["train"], shape, config, target=target and target["train"])
+    ours = {name: demo[name] for name in ("steps", "batch_size", "lr", "dead_after_tokens")}
+    settings = RunConfig.from_tables({"arch": arch, "train": {**ours, "seed": seed}}, widths)
+    config = settings.train
+    done = train(data["train"], settings.sae, config, target=target and target["train"])
     measured = evaluate(done.sae, data["held_out"], target=target and target["held_out"])
     return {
         "arch": arch,
