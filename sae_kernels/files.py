@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import socket
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     the one that is there; a folder must be new. After an error the old one stays.
     """
     sweep(path.parent, path.name)
-    host = re.sub(r"[^\w-]", "_", socket.gethostname())
-    partial = path.with_name(f".{path.name}.partial-{host}-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
     _remove(partial)
     try:
         yield partial
@@ -62,13 +61,9 @@ def publish_all(folder: str | Path, files: Mapping[str, Callable[[Path], object]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(left: list[str]) -> None:
-        if left:
-            with replacing(folder / left[0]) as partial:
-                files[left[0]](partial)
-                write(left[1:])
-
-    write(list(files))
+    with ExitStack() as stack:
+        for name, write in files.items():
+            write(stack.enter_context(replacing(folder / name)))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -98,9 +93,9 @@ def read_json(path: Path, what: str = "a JSON object", limit: int = JSON_LIMIT) 
         if (size := path.stat().st_size) > limit:
             raise DataError(f"{path}: expected {what} of at most {limit} bytes, got {size}")
         values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except DataError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: expected {what}, it cannot be read ({error})") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -138,13 +133,17 @@ def sweep(folder: Path, name: str | None = None, *, of_anyone: bool = False) -> 
     A process of another machine is taken to be alive. With ``of_anyone``, for whoever has locked
     the folder, all that is half written goes.
     """
-    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    host = _host()
     for path in folder.glob(".*.partial-*"):
         left = _PARTIAL.fullmatch(path.name)
         if left is None or (name is not None and left["name"] != name):
             continue
         if of_anyone or (left["host"] == host and not _alive(int(left["pid"]))):
             _remove(path)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname())
 
 
 def _alive(pid: int) -> bool:

@@ -24,6 +24,13 @@ class Window(NamedTuple):
     blocks: list[tuple[int, int]]  # rows of the source
 
 
+def permutation(n: int, *key: object) -> Tensor:
+    """Of n, int64: a pure function of what stands in the key, such as seed, epoch and window."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.randperm(n, generator=generator)
+
+
 class RowOrder:
     """Blocks of rows in random order, then the rows inside each window of blocks.
 
@@ -49,10 +56,10 @@ class RowOrder:
 
     def within(self, window: Window) -> Tensor:
         """int64 [rows]: place after place, which row of the blocks laid end to end comes there."""
-        return self._permutation(window.stop - window.start, window.epoch, window.number)
+        return permutation(window.stop - window.start, self.seed, window.epoch, window.number)
 
     def _plan(self, epoch: int) -> list[Window]:
-        order = self._permutation(-(-self.n // self.block_rows), epoch, "blocks")
+        order = permutation(-(-self.n // self.block_rows), self.seed, epoch, "blocks")
         firsts = (order * self.block_rows).tolist()
         blocks = [(first, min(first + self.block_rows, self.n)) for first in firsts]
         some = [
@@ -64,11 +71,6 @@ class RowOrder:
             Window(epoch, number, start, stop, each)
             for number, ((start, stop), each) in enumerate(zip(bounds, some, strict=True))
         ]
-
-    def _permutation(self, n: int, *key: object) -> Tensor:
-        digest = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        return torch.randperm(n, generator=generator)
 
 
 class Taker(Protocol):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.chunks import check_options
 from sae_kernels.harvest.place import Place, checked_place, weights_digest
@@ -256,10 +256,7 @@ class LiveBatches:
     def _permutation(self, n: int, place: Place) -> Tensor:
         key = place[:2]
         if self._order is None or self._order[0] != key:
-            name = repr((self.seed, *key)).encode()
-            seed = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            self._order = (key, order.to(self.device))
+            self._order = (key, permutation(n, self.seed, *key).to(self.device))
         return self._order[1]
 
     def _too_few(self, rows: int) -> str:

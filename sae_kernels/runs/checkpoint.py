@@ -49,6 +49,11 @@ def path_of(parent: Path, step: int) -> Path:
     return parent / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def steps(parent: Path) -> list[int]:
     """The steps of which there is a checkpoint, damaged or not, in ascending order."""
     if not parent.is_dir():

@@ -54,7 +54,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         checkpoint: the one to go on from, or None.
-        contents: what it holds.
+        step: the steps that the run had made then.
         lines: the metric lines so far.
 
     Raises:
@@ -77,7 +77,8 @@ class RunFolder:
         self._resume, self._overwrite = resume, overwrite
         self._defaults = plain(dict(defaults or {}))
         self.checkpoint: Path | None = None
-        self.contents: Contents | None = None
+        self.step = 0
+        self._contents: Contents | None = None
         self.lines: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
@@ -87,16 +88,15 @@ class RunFolder:
             for folder in (self.path, self._checkpoints):
                 sweep(folder, of_anyone=True)  # the lock says that nobody else writes here
             self._begin()
-            step = self.step
             # First, for it may be what fails: a package is not there, or a service.
             self._loggers = stack.enter_context(
-                closing(open_loggers(self.options.loggers, self.path, self.tables, step))
+                closing(open_loggers(self.options.loggers, self.path, self.tables, self.step))
             )
             write_tables(self.path / RUN_FILE, self.tables)
-            self._log = stack.enter_context(MetricLog(self.path / METRICS_FILE, until=step))
+            self._log = stack.enter_context(MetricLog(self.path / METRICS_FILE, until=self.step))
             self.lines = read_metrics(self.path / METRICS_FILE)
             self._saver = stack.enter_context(
-                Saver(self._checkpoints, self.options.keep_checkpoints, step or None)
+                Saver(self._checkpoints, self.options.keep_checkpoints, self.step or None)
             )
             self._stack = stack.pop_all()
         return self
@@ -108,12 +108,11 @@ class RunFolder:
     def _checkpoints(self) -> Path:
         return self.path / checkpoint.CHECKPOINTS
 
-    @property
-    def step(self) -> int:
-        """The steps that the run had made when the folder was opened."""
-        if self.contents is None:
-            return 0
-        return int(self.contents.values["trainer.json"]["step"])
+    def take_contents(self) -> Contents:
+        """What the checkpoint holds; asked once, as it takes as much memory as the training."""
+        assert self._contents is not None
+        contents, self._contents = self._contents, None
+        return contents
 
     def log(self, line: dict[str, Any]) -> None:
         """Takes in a metric line."""
@@ -159,7 +158,8 @@ class RunFolder:
                 )
             found = checkpoint.newest(self._checkpoints)
             if found is not None:
-                self.checkpoint, self.contents = found
+                self.checkpoint, self._contents = found
+                self.step = checkpoint.step_of(self.checkpoint)
             return
         held = [name for name in _MINE if (self.path / name).exists()]
         if held and not self._overwrite:

@@ -18,6 +18,7 @@ from sae_kernels.files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+
 TENSORBOARD_FOLDER, WANDB_ID_FILE = "tensorboard", "wandb_id.txt"
 PROJECT = "sae_kernels"
 _FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's file

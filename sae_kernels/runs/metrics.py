@@ -13,6 +13,7 @@ from sae_kernels.files import publish
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
 _BLOCK = 1 << 16  # bytes read at a time in search of the last line's end
 
 

@@ -45,14 +45,14 @@ class Place:
         return self.folder is not None and holds_run(Path(self.folder, name))
 
     def open(
-        self, stack: ExitStack, name: str, sae_config: SAEConfig, config: TrainConfig
+        self, stack: ExitStack, name: str, sae_config: SAEConfig, config: TrainConfig, **more: Any
     ) -> RunFolder | None:
-        """The folder of a run, until the stack is left."""
+        """The folder of a run, until the stack is left; ``more`` are tables of its run.toml."""
         if self.folder is None:
             return None
         folder = RunFolder(
             Path(self.folder, name),
-            run_tables(sae_config, config, self.data, self.output),
+            run_tables(sae_config, config, self.data, self.output) | more,
             self.output,
             resume=self.resume,
             overwrite=self.overwrite,

@@ -11,15 +11,14 @@ from sae_kernels.errors import NonFiniteError
 from sae_kernels.formats import native
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.harvest.tokens import TokenBatch
-from sae_kernels.runs.folder import RunFolder
 from sae_kernels.runs.options import OutputConfig
 from sae_kernels.train import autograd
+from sae_kernels.train.begin import Place
 from sae_kernels.train.compute import compute_dtype
 from sae_kernels.train.end_to_end import EndToEnd, check_end_to_end, measured_loss
 from sae_kernels.train.objective import k_at
 from sae_kernels.train.progress import Progress
 from sae_kernels.train.run import Run, drive
-from sae_kernels.train.run_config import run_defaults, run_tables
 from sae_kernels.train.spliced import SplicedSAE
 from sae_kernels.train.through_model import layer_width
 from sae_kernels.train.training import Training
@@ -88,23 +87,17 @@ def train_end_to_end(
         )
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
-    output = output or OutputConfig()
+    place = Place(folder, output or OutputConfig(), {}, resume, overwrite)
     training = sae.training
     stream = TokenStream(batches, weights.keep_first)
     try:
         with ExitStack() as stack:
-            place = None
-            if folder is not None:
-                tables = run_tables(sae.config, config, {}, output) | {"end_to_end": about}
-                defaults = run_defaults(sae.config)
-                place = RunFolder(
-                    folder, tables, output, resume=resume, overwrite=overwrite, defaults=defaults
-                )
-                stack.enter_context(place)
-            if place is not None and place.checkpoint is not None:
-                sae.load_state_dict(native.load(place.checkpoint).state_dict())
-            run = Run(_ThroughModel(model, layer, sae, config, weights), place, on_step)
-            if place is not None and place.checkpoint is not None:
+            kept = place.open(stack, "", sae.config, config, end_to_end=about)
+            checkpoint = None if kept is None else kept.checkpoint
+            if checkpoint is not None:
+                sae.load_state_dict(native.load(checkpoint).state_dict())
+            run = Run(_ThroughModel(model, layer, sae, config, weights), kept, on_step)
+            if checkpoint is not None:
                 run.load()
                 stream.load_state_dict(run.cursor or {})
             stack.enter_context(run)

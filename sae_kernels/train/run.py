@@ -93,8 +93,7 @@ class Run(Generic[Batch]):
     def load(self) -> None:
         """Takes up the folder's checkpoint; the SAE has its weights already."""
         assert self.folder is not None
-        assert self.folder.contents is not None
-        values = self.training.load(self.folder.contents)
+        values = self.training.load(self.folder.take_contents())
         self.seconds, self.cursor = float(values["seconds"]), values["batches"]
 
     @property

@@ -59,7 +59,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
 def test_a_run_that_saved_nothing_begins_again(tmp_path: Path) -> None:
     begun(tmp_path, last=1)
     with opened(tmp_path, resume=True) as folder:
-        assert (folder.step, folder.contents, folder.lines) == (0, None, [])
+        assert (folder.step, folder.checkpoint, folder.lines) == (0, None, [])
 
 
 def test_resuming_where_there_is_no_run_begins_one(tmp_path: Path) -> None:
