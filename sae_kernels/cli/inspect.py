@@ -16,9 +16,6 @@ _SHOWN = (
     "a run, a checkpoint, a folder of activations, a saved SAE (native, saelens, sparsify, "
     "dictionary_learning or gemma_scope) or a .safetensors file"
 )
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-           "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-           "BOOL": "bool"}  # fmt: skip
 
 
 def inspect(
@@ -34,7 +31,7 @@ def inspect(
     output = Output(as_json)
     output.record(values)
     tensors = values.pop("tensors", {})
-    output.table([(_plain(key), _plain(str(value))) for key, value in _flat(values)])
+    output.table([(_plain(key), _plain(str(value))) for key, value in _rows(values)])
     if tensors:
         rows = [(n, str(t["shape"]), t["dtype"]) for n, t in tensors.items()]
         output.text("")
@@ -163,11 +160,14 @@ def _header(path: Path) -> dict[str, Any]:
     """Names, shapes and dtypes of a safetensors file; no payload is read."""
     from safetensors import SafetensorError, safe_open
 
+    from sae_kernels.formats.files import STORED_DTYPES
+
+    names = {stored: str(dtype).removeprefix("torch.") for dtype, stored in STORED_DTYPES.items()}
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             tensors = {
-                name: {"shape": s.get_shape(), "dtype": _DTYPES.get(s.get_dtype(), s.get_dtype())}
+                name: {"shape": s.get_shape(), "dtype": names.get(s.get_dtype(), s.get_dtype())}
                 for name, s in slices.items()
             }
             return {"metadata": file.metadata() or {}, "tensors": tensors}
@@ -190,12 +190,13 @@ def _no(verify: bool) -> dict[str, str]:
     return {"verified": "nothing, the format has no checksums"} if verify else {}
 
 
-def _flat(values: "Mapping[str, Any]", above: str = "") -> "Iterator[tuple[str, Any]]":
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        elif value is not None and value != []:
-            yield f"{above}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value
+def _rows(values: "Mapping[str, Any]") -> "Iterator[tuple[str, Any]]":
+    """What is worth a line of the table."""
+    from sae_kernels.runs.tables import flat
+
+    for key, value in flat(values):
+        if value is not None and value != []:
+            yield key, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _plain(text: str) -> str:

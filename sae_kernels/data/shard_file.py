@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from sae_kernels.data.rows import Rows
 from sae_kernels.data.shard_index import INDEX, own_size
 from sae_kernels.errors import DataError
 from sae_kernels.files import digest
+from sae_kernels.formats.files import STORED_DTYPES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.data.shard_index import Index, Shard
 
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_LIMIT = 1 << 20  # bytes; three tensors and some metadata need a few hundred
 
 
@@ -75,7 +74,7 @@ class ShardReader:
                 f"got {size}; this is no shard of this data set, harvest again"
             )
         expected = {name: ("I32", [shard.count]) for name in self.columns}
-        expected["activations"] = (_STORED[self._dtype], [shard.count, self._d_in])
+        expected["activations"] = (STORED_DTYPES[self._dtype], [shard.count, self._d_in])
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

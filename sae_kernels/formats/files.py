@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
+STORED_DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 Sizes = dict[str, tuple[int, ...]]
 
 SETTINGS_LIMIT = 1 << 20  # bytes of a JSON file beside the weights; real ones have a few thousand

@@ -16,22 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sae_kernels.formats.files import STORED_DTYPES
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _BLOCK = 4 << 20
 _PAGE = 4096  # what a direct write is aligned to: its memory, its place and its length
 
@@ -78,7 +68,7 @@ class Staging:
             start, end = end, end + tensor.numel() * tensor.element_size()
             places[name] = (start, end)
             header[name] = {
-                "dtype": _DTYPES[tensor.dtype],
+                "dtype": STORED_DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }

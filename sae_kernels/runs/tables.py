@@ -68,7 +68,7 @@ def changes(before: Tables, now: Tables, defaults: Tables) -> dict[str, tuple[An
         >>> changes({"train": {"lr": 1.0}}, {"train": {"lr": 2.0, "seed": 0}}, {"train.seed": 0})
         {'train.lr': (1.0, 2.0)}
     """
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flat(before)), dict(flat(now))
     found = {}
     for key in sorted(old.keys() | new.keys()):
         values = tuple(side.get(key, defaults.get(key)) for side in (old, new))
@@ -77,9 +77,10 @@ def changes(before: Tables, now: Tables, defaults: Tables) -> dict[str, tuple[An
     return found
 
 
-def _flat(tables: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tables: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Values with their keys from the outermost table on, as "train.lr"."""
     for key, value in tables.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
+            yield from flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from harness import D, tokens
+from same_runs import Stop, assert_same, untimed
 
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.nn import BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 from sae_kernels.runs.folder import is_finished
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import (
     OutputConfig,
     ShardDataset,
@@ -34,10 +34,6 @@ N, F, B, STEPS = 700, 64, 48, 24
 Settings = tuple["SAEConfig", TrainConfig]
 
 
-class Stop(Exception):
-    """Ends the runs as a crash of the user's own code would."""
-
-
 def config(**changes: Any) -> TrainConfig:
     given = {"steps": STEPS, "batch_size": B, "lr": 2e-3, "compute": "float32", "log_every": 3}
     return TrainConfig(**given | {"dead_after_tokens": 300, "data_seed": 5} | changes)
@@ -55,20 +51,6 @@ RUNS: dict[str, Settings] = {
     "bfloat16": (TopKConfig(D, F, 5), config(compute="bfloat16", adam="lazy")),
 }
 FEW = {name: RUNS[name] for name in ("topk", "autograd", "batchtopk")}
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def assert_same(result: TrainingResult, expected: TrainingResult) -> None:
-    wanted = expected.sae.state_dict()
-    for key, tensor in result.sae.state_dict().items():
-        assert_bitwise(key, tensor.reshape(-1), wanted[key].reshape(-1))
-    assert result.sae.config == expected.sae.config
-    assert torch.equal(result.dead, expected.dead)
-    assert result.skipped == expected.skipped
-    assert untimed(result.metrics) == untimed(expected.metrics)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from harness import D, tokens
+from same_runs import Stop, assert_same, stop_at, untimed
 
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import PRESETS, OutputConfig, TrainConfig, nested_groups, train
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 F, N, STEPS = 64, 700, 24
 TARGET = 7  # columns of a transcoder's target
-
-
-class Stop(Exception):
-    """Ends a run as a crash of the user's own code would."""
 
 
 def settings(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
@@ -50,18 +46,6 @@ def data(name: str) -> dict[str, torch.Tensor]:
     if kind == "target":
         return {"source": x, "target": tokens(N, seed=3)[:, :TARGET]}
     return {"source": x}
-
-
-def stop_at(step: int) -> Any:
-    def on_step(i: int, line: object) -> None:
-        if i + 1 == step:
-            raise Stop
-
-    return on_step
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -103,13 +87,8 @@ def test_stopped_and_resumed_is_the_same_run(name: str, option: str, tmp_path: P
         output=saving,
         resume=True,
     )
-    expected = straight.sae.state_dict()
-    for key, tensor in resumed.sae.state_dict().items():
-        assert_bitwise(key, tensor.reshape(-1), expected[key].reshape(-1))
-    assert resumed.sae.config == straight.sae.config
-    assert torch.equal(resumed.dead, straight.dead)
-    assert resumed.skipped == straight.skipped == 0
-    assert untimed(resumed.metrics) == untimed(straight.metrics)
+    assert_same(resumed, straight)
+    assert resumed.skipped == 0
     for folder in ("straight", "stopped"):
         lines = read_metrics(tmp_path / folder / "metrics.jsonl")
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

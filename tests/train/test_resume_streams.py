@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from same_runs import Stop, assert_same, stop_at, untimed
 
 from sae_kernels.errors import DataError
 from sae_kernels.harvest import LiveBatches, TokenBatch, token_batches
 from sae_kernels.nn import BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import (
     EndToEnd,
     OutputConfig,
@@ -39,10 +39,6 @@ SAVING = OutputConfig(checkpoint_every=5)
 FREE = {"subtract_b_dec": False, "unit_norm_decoder": False}
 
 
-class Stop(Exception):
-    """Ends a run as a crash of the user's own code would."""
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return gpt2()
@@ -57,27 +53,6 @@ def live(model: Any, layer: Any = "h.1", text: list[str] = TEXT, **options: Any)
 def config(**changes: Any) -> TrainConfig:
     given = {"steps": STEPS, "batch_size": B, "lr": 2e-3, "compute": "float32", "log_every": 1}
     return TrainConfig(**given | {"dead_after_tokens": 200} | changes)
-
-
-def stop_at(step: int) -> Callable[[int, object], None]:
-    def on_step(i: int, line: object) -> None:
-        if i + 1 == step:
-            raise Stop
-
-    return on_step
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def assert_same(resumed: TrainingResult, straight: TrainingResult) -> None:
-    expected = straight.sae.state_dict()
-    for key, tensor in resumed.sae.state_dict().items():
-        assert_bitwise(key, tensor.reshape(-1), expected[key].reshape(-1))
-    assert resumed.sae.config == straight.sae.config
-    assert torch.equal(resumed.dead, straight.dead)
-    assert untimed(resumed.metrics) == untimed(straight.metrics)
 
 
 def stopped_and_resumed(folder: Path, begin: Callable[..., TrainingResult]) -> TrainingResult:

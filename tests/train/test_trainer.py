@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from harness import D, tokens
+from same_runs import assert_same
 from torch import Tensor
 
 from sae_kernels.errors import DataError, NonFiniteError
@@ -22,7 +23,6 @@ from sae_kernels.train import (
     ShardWriter,
     ShuffledBatches,
     TrainConfig,
-    TrainingResult,
     estimate_scale,
     evaluate,
     train,
@@ -52,18 +52,6 @@ KEYS = (
 
 def _config(**changes: Any) -> TrainConfig:
     return dataclasses.replace(CONFIG, **changes)
-
-
-def _assert_same_run(a: TrainingResult, b: TrainingResult) -> None:
-    """Bit for bit, the clock apart."""
-    for name, p in a.sae.named_parameters():
-        assert_bitwise(name, p.data, dict(b.sae.named_parameters())[name].data)
-    lines = [
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run.metrics]
-        for run in (a, b)
-    ]
-    assert lines[0] == lines[1]
-    assert torch.equal(a.dead, b.dead)
 
 
 @pytest.mark.parametrize("route", ["fused", "composable"])
@@ -167,13 +155,13 @@ def test_a_tensor_and_its_shards_give_the_same_run(tmp_path: Path, compute: str)
     with ShardWriter(tmp_path, D, rows_per_shard=300) as writer:
         writer.write(x)
     config = _config(compute=compute, steps=45)  # more than an epoch
-    _assert_same_run(train(x, SAE, config), train(ShardDataset(tmp_path), SAE, config))
+    assert_same(train(x, SAE, config), train(ShardDataset(tmp_path), SAE, config))
 
 
 def test_the_seed_names_the_run() -> None:
     x, first = tokens(N), train(tokens(N), SAE, CONFIG)
     torch.manual_seed(1)  # the global generator has no part in it
-    _assert_same_run(first, train(x, SAE, CONFIG))
+    assert_same(first, train(x, SAE, CONFIG))
     other = train(x, SAE, _config(seed=1))
     assert (other.sae.W_dec != first.sae.W_dec).any()
 
@@ -183,7 +171,7 @@ def test_threads_do_not_show() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         runs.append(train(tokens(N), SAE, _config(compute="bfloat16", auxk_alpha=0)))
-    _assert_same_run(*runs)
+    assert_same(*runs)
 
 
 def _spoiled(value: float) -> tuple[Tensor, int]:
