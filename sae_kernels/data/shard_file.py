@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,6 +14,7 @@ from sae_kernels.files import digest
 from sae_kernels.formats.files import STORED_DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from sae_kernels.data.shard_index import Index, Shard
@@ -36,17 +38,16 @@ class ShardReader:
 
     def map(self, shard: Shard) -> Rows:
         """A shard's rows, views of the file."""
-        self.check_header(shard)
-        if self.check_content and shard not in self._checked:
-            if not self.is_whole(shard):
-                raise DataError(changed(self.folder, [shard]))
-            self._checked.add(shard)
-        path = self.folder / shard.file
-        try:
-            with safe_open(path, framework="pt") as file:
+        with self._opened(shard) as file:
+            if self.check_content and shard not in self._checked:
+                if not self.is_whole(shard):
+                    raise DataError(changed(self.folder, [shard]))
+                self._checked.add(shard)
+            try:
                 return Rows(**{name: file.get_tensor(name) for name in self.columns})
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} changed while it was opened ({error!s:.200})") from None
+            except (OSError, SafetensorError) as error:
+                path = self.folder / shard.file
+                raise DataError(f"{path} changed while it was opened ({error!s:.200})") from None
 
     def is_whole(self, shard: Shard) -> bool:
         """Reads all of a shard: whether it is what was written."""
@@ -60,6 +61,12 @@ class ShardReader:
         Raises:
             DataError: a file that is not there, is none or is not the one of the index.
         """
+        with self._opened(shard):
+            pass
+
+    @contextmanager
+    def _opened(self, shard: Shard) -> Iterator[Any]:
+        """The file, once its size and header are those of the index."""
         path = self.folder / shard.file
         size = own_size(path)
         if size != shard.bytes:
@@ -75,20 +82,22 @@ class ShardReader:
             )
         expected = {name: ("I32", [shard.count]) for name in self.columns}
         expected["activations"] = (STORED_DTYPES[self._dtype], [shard.count, self._d_in])
-        try:
-            with safe_open(path, framework="pt") as file:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"{path} is no safetensors file ({error!s:.200}); restore it from a copy or "
-                "harvest again"
-            ) from None
-        if found != expected:
-            raise DataError(
-                f"{path}: expected {expected} as {INDEX} says, got {found!r:.200}; put the shard "
-                "of this data set there or harvest again"
-            )
+            except (OSError, SafetensorError) as error:
+                raise DataError(
+                    f"{path} is no safetensors file ({error!s:.200}); restore it from a copy or "
+                    "harvest again"
+                ) from None
+            if found != expected:
+                raise DataError(
+                    f"{path}: expected {expected} as {INDEX} says, got {found!r:.200}; put the "
+                    "shard of this data set there or harvest again"
+                )
+            yield file
 
 
 def changed(folder: Path, shards: list[Shard]) -> str:
