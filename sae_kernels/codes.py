@@ -175,7 +175,13 @@ def _structure(codes: SparseCodes) -> list[Any]:
     return [codes.n_latents, None if codes.leading is None else list(codes.leading)]
 
 
-def _from_leaves(leaves: Iterable[torch.Tensor], structure: list[Any]) -> SparseCodes:
+def flatten_codes(codes: SparseCodes) -> tuple[list[Any], list[Any]]:
+    """The tensors of codes, and what else they are made of."""
+    return list(_leaves(codes).values()), _structure(codes)
+
+
+def unflatten_codes(leaves: Iterable[torch.Tensor], structure: list[Any]) -> SparseCodes:
+    """The inverse of :func:`flatten_codes`."""
     values, indices, *offsets = leaves
     n_latents, leading = structure
     leading = None if leading is None else tuple(leading)
@@ -185,8 +191,8 @@ def _from_leaves(leaves: Iterable[torch.Tensor], structure: list[Any]) -> Sparse
 # Sizes are part of the structure, not leaves: tree_map sees tensors only.
 _pytree.register_pytree_node(
     SparseCodes,
-    lambda codes: (list(_leaves(codes).values()), _structure(codes)),
-    _from_leaves,
+    flatten_codes,
+    unflatten_codes,
     serialized_type_name="sae_kernels.SparseCodes",
     flatten_with_keys_fn=lambda codes: (
         [(_pytree.GetAttrKey(name), leaf) for name, leaf in _leaves(codes).items()],

@@ -27,7 +27,7 @@ DType dtype_of(int code) { return static_cast<DType>(code); }
 
 SelectTopkArgs select_args(int dtype, Address x, Address W, Address b, Address rank_scale,
                            Address values, Address indices, int64_t B, int64_t D, int64_t F,
-                           int64_t k, Address workspace, int threads) {
+                           int64_t k, const Routes& routes, Address workspace, int threads) {
   return {dtype_of(dtype),
           at(x),
           at(W),
@@ -39,8 +39,13 @@ SelectTopkArgs select_args(int dtype, Address x, Address W, Address b, Address r
           D,
           F,
           k,
+          routes,
           at(workspace),
           threads};
+}
+
+Routes routes_of(Address tokens, Address starts, int64_t experts) {
+  return {at<int32_t>(tokens), at<int32_t>(starts), experts};
 }
 
 // offsets, entries, rows, coef, source (0: ones), dtype of source
@@ -88,19 +93,38 @@ PYBIND11_MODULE(_C, module) {
     return names;
   });
 
-  module.def("select_topk_workspace", [](const std::string& isa, int dtype, bool scaled, int64_t B,
-                                         int64_t D, int64_t F, int64_t k, int threads) {
-    return kernels(isa).select_topk_workspace(
-        select_args(dtype, 0, 0, 0, scaled ? 1 : 0, 0, 0, B, D, F, k, 0, threads));
-  });
+  module.def("select_topk_workspace",
+             [](const std::string& isa, int dtype, bool scaled, int64_t B, int64_t D, int64_t F,
+                int64_t k, int64_t experts, int threads) {
+               const Routes routes = routes_of(0, 0, experts);
+               return kernels(isa).select_topk_workspace(
+                   select_args(dtype, 0, 0, 0, scaled, 0, 0, B, D, F, k, routes, 0, threads));
+             });
 
+  // tokens and starts: null where every row meets all of W, as one expert's.
   module.def("select_topk", [](const std::string& isa, int dtype, Address x, Address W, Address b,
                                Address rank_scale, Address values, Address indices, int64_t B,
-                               int64_t D, int64_t F, int64_t k, Address workspace, int threads) {
+                               int64_t D, int64_t F, int64_t k, Address tokens, Address starts,
+                               int64_t experts, Address workspace, int threads) {
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
-    table.select_topk(
-        select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k, workspace, threads));
+    table.select_topk(select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k,
+                                  routes_of(tokens, starts, experts), workspace, threads));
+  });
+
+  module.def("route_top1_workspace", [](const std::string& isa, int dtype, int64_t B, int64_t D,
+                                        int64_t E, int threads) {
+    return kernels(isa).route_top1_workspace(
+        {dtype_of(dtype), nullptr, nullptr, nullptr, nullptr, nullptr, B, D, E, nullptr, threads});
+  });
+
+  module.def("route_top1", [](const std::string& isa, int dtype, Address x, Address W, Address b,
+                              Address experts, Address probabilities, int64_t B, int64_t D,
+                              int64_t E, Address workspace, int threads) {
+    const KernelTable& table = kernels(isa);
+    py::gil_scoped_release release;
+    table.route_top1({dtype_of(dtype), at(x), at(W), at(b), at<int32_t>(experts), at(probabilities),
+                      B, D, E, at(workspace), threads});
   });
 
   py::class_<Selection>(module, "Selection")

@@ -12,14 +12,19 @@ from sae_kernels.functional.encode import (
     encode_topk,
 )
 from sae_kernels.functional.entries import jumprelu, of_latents, step
+from sae_kernels.functional.route import RoutedCodes, Routing, load_balance, route_top1
 
 __all__ = [
+    "RoutedCodes",
+    "Routing",
     "decode",
     "encode_batch_topk",
     "encode_jumprelu",
     "encode_threshold",
     "encode_topk",
     "jumprelu",
+    "load_balance",
     "of_latents",
+    "route_top1",
     "step",
 ]

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.entries import jumprelu
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
+from sae_kernels.functional.route import RoutedCodes, Routing
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.decode import decode as decode_rows
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.select_batch_topk import select_batch_topk
 from sae_kernels.primitives.select_threshold import select_threshold
 from sae_kernels.primitives.select_topk import select_topk
+from sae_kernels.primitives.select_topk_routed import select_topk_routed
 
 
+@overload
+def encode_topk(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    *,
+    b_dec: torch.Tensor | None = ...,
+    relu: bool = ...,
+    rank_scale: torch.Tensor | None = ...,
+    routing: None = ...,
+    compute_dtype: torch.dtype | None = ...,
+    backend: str | None = ...,
+) -> SparseCodes: ...
+@overload
+def encode_topk(
+    x: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor | None,
+    k: int,
+    *,
+    b_dec: torch.Tensor | None = ...,
+    relu: bool = ...,
+    rank_scale: None = ...,
+    routing: Routing,
+    compute_dtype: torch.dtype | None = ...,
+    backend: str | None = ...,
+) -> RoutedCodes: ...
 def encode_topk(
     x: torch.Tensor,
     W_enc: torch.Tensor,
@@ -26,6 +56,7 @@ def encode_topk(
     b_dec: torch.Tensor | None = None,
     relu: bool = True,
     rank_scale: torch.Tensor | None = None,
+    routing: Routing | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> SparseCodes:
@@ -46,12 +77,15 @@ def encode_topk(
             no difference to any value, gradient or count.
         rank_scale: [F], multiplies h for ranking only (SAELens ranks by the decoder norm); no
             gradient flows into it.
+        routing: from :func:`route_top1`: latents are E experts' in equal parts, and a token meets
+            those of its own expert alone, at 1/E of the cost (k is at most F/E). Values are not
+            multiplied with the gates. Not together with rank_scale.
         compute_dtype: of the operands of the product; sums and values are fp32 (fp64 for fp64).
             Default: the autocast dtype inside autocast, else the dtype of W_enc.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
-        SparseCodes with values and indices [..., k], largest key first.
+        SparseCodes with values and indices [..., k], largest key first; RoutedCodes of a routing.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or k that do not fit, named in the message.
@@ -67,9 +101,13 @@ def encode_topk(
     call = _call(x, W_enc, b_enc, b_dec, compute_dtype, backend)
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    values, indices, _ = _Encode.apply(*call.tensors, ("topk", k, rank_scale, relu), call)
+    if routing is not None and rank_scale is not None:
+        raise ValueError("rank_scale: expected none with a routing, got one")
+    rule = ("topk", relu, k, rank_scale, routing)
+    values, indices, _ = _Encode.apply(*call.tensors, rule, call)
     shape = (*x.shape[:-1], k)
-    return SparseCodes(values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
+    parts = (values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
+    return SparseCodes(*parts) if routing is None else RoutedCodes(*parts, routing=routing)
 
 
 def encode_threshold(
@@ -249,9 +287,13 @@ class _Encode(torch.autograd.Function):
         name, *arguments = rule
         backend = call.backend
         if name == "topk":
-            k, rank_scale, relu = arguments
-            scale = _as(rank_scale, call.accumulator)
-            values, indices = select_topk(*operands, k, scale, backend=backend)
+            relu, k, rank_scale, routing = arguments
+            if routing is None:
+                scale = _as(rank_scale, call.accumulator)
+                values, indices = select_topk(*operands, k, scale, backend=backend)
+            else:
+                routes = (routing.tokens, routing.starts)
+                values, indices = select_topk_routed(*operands, k, *routes, backend=backend)
             return values.relu() if relu else values, indices, None
         if name == "threshold":
             ragged = select_threshold(*operands, *arguments, backend=backend)
@@ -268,7 +310,7 @@ class _Encode(torch.autograd.Function):
         values, indices, offsets = output
         ctx.mark_non_differentiable(indices, *([] if offsets is None else [offsets]))
         ctx.set_materialize_grads(False)
-        ctx.drops = rule[0] == "topk" and rule[3]
+        ctx.drops = rule[0] == "topk" and rule[1]
         ctx.b_dtype = None if b is None else b.dtype
         ctx.save_for_backward(x, W, values, indices, offsets)
 

@@ -8,6 +8,7 @@ from sae_kernels.nn.config import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
 )
 from sae_kernels.nn.gated import GatedSAE
@@ -15,6 +16,7 @@ from sae_kernels.nn.initialise import geometric_median
 from sae_kernels.nn.jumprelu import JumpReLUSAE
 from sae_kernels.nn.relu import ReLUSAE
 from sae_kernels.nn.sae import SAEOutput, SparseAutoencoder
+from sae_kernels.nn.switch import SwitchSAE
 from sae_kernels.nn.topk import TopKSAE
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "SAEConfig",
     "SAEOutput",
     "SparseAutoencoder",
+    "SwitchConfig",
+    "SwitchSAE",
     "TopKConfig",
     "TopKSAE",
     "build",

@@ -13,11 +13,13 @@ from sae_kernels.nn.config import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
 )
 from sae_kernels.nn.gated import GatedSAE
 from sae_kernels.nn.jumprelu import JumpReLUSAE
 from sae_kernels.nn.relu import ReLUSAE
+from sae_kernels.nn.switch import SwitchSAE
 from sae_kernels.nn.topk import TopKSAE
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ MODULES: dict[type[SAEConfig], type[SparseAutoencoder]] = {
     JumpReLUConfig: JumpReLUSAE,
     ReLUConfig: ReLUSAE,
     GatedConfig: GatedSAE,
+    SwitchConfig: SwitchSAE,
 }
 CONFIGS: dict[str, type[SAEConfig]] = {config.architecture: config for config in MODULES}
 

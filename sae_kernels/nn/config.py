@@ -165,6 +165,58 @@ class TopKConfig(SAEConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class SwitchConfig(SAEConfig):
+    """One of several small TopK SAEs for every token (Mudide et al., arXiv 2410.08201).
+
+    Attributes:
+        k: latents kept per token, K.
+        n_experts: E; each has n_latents / n_experts latents, one expert's after the other's.
+        gate: what codes are multiplied with: the "softmax" probability of the token's expert, which
+            is how reconstruction teaches the router, or "heaviside": 1, and the router learns from
+            the load-balance loss alone.
+        shared_expert: the first expert is for every token, without gate, and the router chooses
+            among the others; the k are the largest of both experts' gated codes.
+    """
+
+    architecture: ClassVar[str] = "switch"
+
+    k: int = 32
+    n_experts: int = 8
+    gate: Literal["softmax", "heaviside"] = "softmax"
+    shared_expert: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k", "n_experts"):
+            self._expect(name, self._whole(name), "a positive integer")
+        self._choice("gate", ("softmax", "heaviside"))
+        if self.n_latents % self.n_experts:
+            raise ValueError(
+                f"n_experts: expected a divisor of n_latents = {self.n_latents}, got "
+                f"{self.n_experts}"
+            )
+        if self.k > self.expert_width:
+            raise ValueError(
+                f"k: expected at most {self.expert_width}, the latents of one of {self.n_experts} "
+                f"experts, got {self.k}"
+            )
+        if self.shared_expert and self.n_experts < 2:
+            raise ValueError(
+                "shared_expert: expected false with n_experts = 1, there is none to choose from"
+            )
+
+    @property
+    def expert_width(self) -> int:
+        """Latents of an expert, F/E."""
+        return self.n_latents // self.n_experts
+
+    @property
+    def n_routed(self) -> int:
+        """Experts that the router chooses among."""
+        return self.n_experts - self.shared_expert
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchTopKConfig(SAEConfig):
     """The k B largest latents of a batch of B tokens (Bussmann et al., arXiv 2412.06410).
 

@@ -55,6 +55,8 @@ class SparseAutoencoder(nn.Module):
 
     # What stays in its own precision when the module is cast: a bf16 threshold stops learning.
     keeps_dtype: ClassVar[tuple[str, ...]] = ()
+    # Vectors as wide as an activation; all others have a number for each latent.
+    width_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
 
     def __init__(
         self,
@@ -245,9 +247,11 @@ class SparseAutoencoder(nn.Module):
     # -- beginning and end of training ----------------------------------------------------------
 
     @torch.no_grad()
-    def initialise_b_dec_(self, x: torch.Tensor) -> None:
-        """Sets b_dec to the geometric median of a sample of raw targets [N, output width]."""
-        self.b_dec.copy_(geometric_median(x) * self.target_scale)
+    def initialise_b_dec_(
+        self, x: torch.Tensor, centre: Callable[[torch.Tensor], torch.Tensor] = geometric_median
+    ) -> None:
+        """Sets b_dec to the centre of a sample of raw targets [N, output width]."""
+        self.b_dec.copy_(centre(x) * self.target_scale)
 
     @torch.no_grad()
     def folded(self: _SAE) -> _SAE:

@@ -102,7 +102,9 @@ def groups_split_latents(group_ends: torch.Tensor | None, n_latents: int) -> Non
         )
 
 
-def offsets_split_entries(offsets: torch.Tensor | None, n_entries: int) -> None:
+def offsets_split_entries(
+    offsets: torch.Tensor | None, n_entries: int, name: str = "offsets"
+) -> None:
     """Raises ValueError unless the offsets of ragged codes ascend from 0 to at most n_entries."""
     if offsets is None:
         return
@@ -111,8 +113,21 @@ def offsets_split_entries(offsets: torch.Tensor | None, n_entries: int) -> None:
     if first != 0 or last > n_entries or falling.numel():
         where = f", falling at token {int(falling[0])}" if falling.numel() else ""
         raise ValueError(
-            f"offsets: expected ascending numbers from 0 to at most the {n_entries} entries, got "
+            f"{name}: expected ascending numbers from 0 to at most the {n_entries} entries, got "
             f"{first} to {last}{where}"
+        )
+
+
+def routes(tokens: torch.Tensor, starts: torch.Tensor) -> None:
+    """Raises unless the starts split a list in which every token is once."""
+    n = tokens.shape[0]
+    offsets_split_entries(starts, n, "starts")
+    seen = torch.zeros(n, dtype=torch.bool, device=tokens.device)
+    seen[tokens.clamp(0, max(0, n - 1)).long()] = True
+    if int(starts[-1]) != n or not bool(seen.all()):
+        raise ValueError(
+            f"tokens: expected each of the {n} tokens once, and starts that end with {n}; got "
+            f"{int(seen.sum())} different ones and an end of {int(starts[-1])}"
         )
 
 

@@ -32,7 +32,7 @@ class FusedAdam:
     def __init__(self, sae: SparseAutoencoder, config: TrainConfig, dtype: torch.dtype) -> None:
         self.sae, self.config = sae, config
         self.rows = {
-            name: _adam_row(name, parameter, dtype, config)
+            name: _adam_row(name, parameter, dtype, config, name in sae.width_vectors)
             for name, parameter in sae.named_parameters()
         }
         self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
@@ -124,16 +124,20 @@ def _joined(row: AdamRow) -> torch.Tensor:
 
 
 def _adam_row(
-    name: str, parameter: torch.nn.Parameter, dtype: torch.dtype, config: TrainConfig
+    name: str,
+    parameter: torch.nn.Parameter,
+    dtype: torch.dtype,
+    config: TrainConfig,
+    one_row: bool,
 ) -> AdamRow:
     if parameter.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32 master weights, got {parameter.dtype}")
     matrix = parameter.data
-    if matrix.dim() == 1:  # per latent: one row each; b_dec is one row in all
-        matrix = matrix[None] if name == "b_dec" else matrix[:, None]
+    if matrix.dim() == 1:  # per latent: one row each
+        matrix = matrix[None] if one_row else matrix[:, None]
         return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
     copy = None
-    if name not in ("W_enc", "W_dec"):  # a skip connection: small, and read in fp32
+    if name not in ("W_enc", "W_dec"):  # a skip connection or a router: small, read in fp32
         return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
     if config.master == "split":
         copy, matrix = halves.split(matrix)

@@ -91,6 +91,8 @@ class TrainConfig:
             dictionary_learning up to its second 1 / G) or count in full each ("sum", SAELens).
         random_prefixes: a Matryoshka SAE's prefixes are drawn anew each step, so many and the
             whole, sizes by a Pareto law (noanabeshima); 0: the SAE's own groups.
+        balance_coefficient: weight of a Switch SAE's load-balance loss, E sum_i F_i P_i (times d_in
+            with loss "mse": amudide/switch_sae's lb_alpha).
         multi_topk: adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify).
         auxk_alpha: weight of AuxK, 1/32 (OpenAI, dictionary_learning); 0 is off.
         k_aux: dead latents per token in AuxK; None is d_in / 2 (sparsify, dictionary_learning).
@@ -146,6 +148,7 @@ class TrainConfig:
     fix_shrinkage: bool = False
     matryoshka: Literal["mean", "sum"] = "mean"
     random_prefixes: int = 0
+    balance_coefficient: float = 0.0
     multi_topk: bool = False
     auxk_alpha: float = 1 / 32
     k_aux: int | None = None
@@ -178,7 +181,12 @@ class TrainConfig:
         self._expect(
             "decay_fraction", 0 <= self._number("decay_fraction") <= 1, "a number in [0, 1]"
         )
-        for name in ("auxk_alpha", "sparsity_coefficient", "preact_coefficient"):
+        for name in (
+            "auxk_alpha",
+            "sparsity_coefficient",
+            "preact_coefficient",
+            "balance_coefficient",
+        ):
             self._expect(name, self._number(name) >= 0, "a number of at least 0")
         for name in ("p_end", "p_start"):
             self._expect(name, 0 <= self._number(name) <= 1, "a number in [0, 1]")

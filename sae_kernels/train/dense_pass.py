@@ -82,12 +82,11 @@ class _Dense:
         sae, batch = self.sae, self.batch
         bias = sae.b_enc.detach()[latents].to(self.product)
         h = torch.nn.functional.linear(self.x, self.operands.W_enc[latents], bias)
-        leaves = Leaves.of(sae, h, batch)
-        indices = self.every[latents].expand(h.shape)
+        pre = SparseCodes(h, self.every[latents].expand(h.shape), sae.config.n_latents)
+        leaves = Leaves.of(sae, pre, batch)
         with torch.enable_grad():
             facts = Facts(h.shape[0], batch.k, leaves.norms, None, batch.dead)
-            pre = SparseCodes(leaves.h, indices, sae.config.n_latents)
-            aim = objective(sae, pre, facts, self.schedule)
+            aim = objective(sae, leaves.entries(pre), facts, self.schedule)
         return _Tile(leaves, aim)
 
     def reconstruct(self) -> tuple[list[_Output], torch.Tensor, torch.Tensor]:

@@ -6,13 +6,16 @@ left to autograd, which sees vectors of kept entries and of latents and nothing 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sae_kernels.functional import RoutedCodes
 from sae_kernels.primitives.terms import Gradient
 
 if TYPE_CHECKING:
+    from sae_kernels.codes import SparseCodes
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.train.objective import Prefixes
 
@@ -81,15 +84,17 @@ class Leaves(NamedTuple):
         h: the kept pre-activations.
         vectors: the parameters [F]: biases, thresholds.
         norms, sums: as of `Batch`.
+        probabilities: [B, E], a router's, or None.
     """
 
     h: torch.Tensor
     vectors: dict[str, torch.Tensor]
     norms: torch.Tensor | None
     sums: torch.Tensor | None
+    probabilities: torch.Tensor | None
 
     @classmethod
-    def of(cls, sae: SparseAutoencoder, h: torch.Tensor, batch: Batch) -> Leaves:
+    def of(cls, sae: SparseAutoencoder, pre: SparseCodes, batch: Batch) -> Leaves:
         """Fresh leaves with these values; parameters are leaves already."""
 
         def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -98,9 +103,20 @@ class Leaves(NamedTuple):
         vectors: dict[str, torch.Tensor] = {
             name: parameter
             for name, parameter in sae.named_parameters()
-            if parameter.dim() == 1 and name != "b_dec" and parameter.requires_grad
+            if parameter.dim() == 1 and name not in sae.width_vectors and parameter.requires_grad
         }
-        return cls(h.detach().requires_grad_(), vectors, leaf(batch.norms), leaf(batch.sums))
+        probabilities = pre.routing.probabilities if isinstance(pre, RoutedCodes) else None
+        h = pre.values.detach().requires_grad_()
+        return cls(h, vectors, leaf(batch.norms), leaf(batch.sums), leaf(probabilities))
+
+    def entries(self, pre: SparseCodes) -> SparseCodes:
+        """The entries that the leaves were made of, with these in their places."""
+        pre = pre.with_values(self.h)
+        if self.probabilities is None:
+            return pre
+        assert isinstance(pre, RoutedCodes)
+        routing = pre.routing._replace(probabilities=self.probabilities)
+        return dataclasses.replace(pre, routing=routing)
 
     def gradients(
         self,
@@ -115,7 +131,8 @@ class Leaves(NamedTuple):
         """
         if penalty is not None:
             outputs = [*outputs, (penalty, torch.ones_like(penalty))]
-        names = {"h": self.h, **self.vectors, "norms": self.norms, "sums": self.sums}
+        given = self._asdict()
+        names = given.pop("vectors") | given
         present = {name: leaf for name, leaf in names.items() if leaf is not None}
         live = [(value, grad) for value, grad in outputs if value.requires_grad]
         values, slopes = zip(*live, strict=True)
@@ -137,7 +154,7 @@ def gradients_of_vectors(
     """
     result = {"b_enc": db_enc}
     for name, parameter in sae.named_parameters():
-        if parameter.dim() != 1 or name == "b_dec" or name not in slopes:
+        if parameter.dim() != 1 or name in sae.width_vectors or name not in slopes:
             continue
         terms = result.get(name, Gradient()).terms
         result[name] = Gradient.whole(slopes[name][:, None])._replace(terms=terms)

@@ -63,7 +63,7 @@ def fresh_sae(
     if config.init_b_dec == "geometric_median":
         sae.initialise_b_dec_(target)
     elif config.init_b_dec == "mean":
-        sae.b_dec.data.copy_(target.mean(0) * sae.target_scale)
+        sae.initialise_b_dec_(target, lambda rows: rows.mean(0))
     return sae
 
 

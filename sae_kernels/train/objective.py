@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sae_kernels.nn import BatchTopKSAE, JumpReLUSAE, ReLUSAE, TopKSAE
+from sae_kernels.nn import BatchTopKSAE, JumpReLUSAE, ReLUSAE, SwitchSAE, TopKSAE
+from sae_kernels.train.router import balance
 from sae_kernels.train.sparsity import Penalised, SparsitySchedule, penalty
 
 if TYPE_CHECKING:
@@ -85,7 +86,12 @@ def objective(
     # Of multi-TopK's codes only the main ones are penalised.
     penalised = pre.with_values(parts[0].values) if auxiliary is None else auxiliary
     looked_at = Penalised(pre, penalised, facts.n_tokens, facts.norms, facts.sums, facts.dead)
-    return Objective(parts, penalty(sae, looked_at, schedule))
+    added = [
+        penalty(sae, looked_at, schedule),
+        balance(pre, sae.config.output_width, schedule.config),
+    ]
+    given = [each for each in added if each is not None]
+    return Objective(parts, torch.stack(given).sum() if given else None)
 
 
 def main_codes(
@@ -170,6 +176,9 @@ def check_objective(sae: SparseAutoencoder, config: TrainConfig) -> None:
         (config.sparsity != "none" and not sae.drops_zeros)
         and f"sparsity: expected none with relu 'none' (codes may be negative), got "
         f"{config.sparsity!r}",
+        (config.balance_coefficient and not isinstance(sae, SwitchSAE))
+        and f"balance_coefficient: expected 0 with architecture {name!r}, which has no experts, got "
+        f"{config.balance_coefficient}",
         (config.multi_topk and not isinstance(sae, TopKSAE))
         and f"multi_topk: expected false with architecture {name!r}, got true",
         (config.fix_shrinkage and not isinstance(sae, ReLUSAE))

@@ -12,6 +12,7 @@ from sae_kernels.nn import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
 )
 
@@ -81,6 +82,11 @@ PRESETS = {
         GatedConfig,
         "a gate decides which latents fire, L1 on the gate",
         train=_PENALISED | {"sparsity": "l1", "sparsity_coefficient": 3.0},
+    ),
+    "switch": Preset(
+        SwitchConfig,
+        "one of several small TopK SAEs for every token",
+        train={"balance_coefficient": 0.03, "auxk_alpha": 0.0},
     ),
     "transcoder": Preset(
         TopKConfig, "TopK from one activation to another", sae=_TRANSCODES, data="target"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from sae_kernels.functional import RoutedCodes
+from sae_kernels.nn import SwitchSAE
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.terms import Gradient, Term
@@ -23,6 +25,7 @@ from sae_kernels.train.objective import (
     main_codes,
     objective,
 )
+from sae_kernels.train.router import router_gradients
 
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
@@ -48,10 +51,10 @@ def sparse_pass(
     """Runs the batch through the kernels."""
     k = kept_per_token(sae, batch.k, schedule.config)
     pre = sae.select(batch.x, W_enc=operands.W_enc, k=k)
-    leaves = Leaves.of(sae, pre.values, batch)
+    leaves = Leaves.of(sae, pre, batch)
     with torch.enable_grad():
         facts = Facts(batch.x.shape[0], batch.k, leaves.norms, leaves.sums, batch.dead)
-        aim = objective(sae, pre.with_values(leaves.h), facts, schedule)
+        aim = objective(sae, leaves.entries(pre), facts, schedule)
     decoded = [_decode(sae, operands, batch, pre, part) for part in aim.reconstructions]
     slopes = leaves.gradients([(d.part.values, d.grad) for d in decoded], aim.penalty)
     order, fired = _orders(sae, pre, decoded, batch.k, schedule.config)
@@ -61,6 +64,9 @@ def sparse_pass(
     db_dec = torch.stack(
         [d.factor * _total(d, batch).sum(0) for d in decoded if d.part.trains_decoder]
     ).sum(0)
+    if "probabilities" in slopes:
+        assert isinstance(sae, SwitchSAE) and isinstance(pre, RoutedCodes)
+        gradients |= router_gradients(sae, pre.routing, slopes["probabilities"], batch.x)
     if batch.skip_input is not None:
         gradients["W_skip"] = _skip_gradient(decoded, batch)
     loss = torch.stack([d.loss for d in decoded]).sum()

@@ -37,6 +37,14 @@ SAE_INLINE Key<T> ordered_key(T value) {
 }
 
 template <class T>
+SAE_INLINE Vec<Key<T>> ordered_keys(Vec<T> value) {
+  constexpr Key<T> kSign = Key<T>{1} << (8 * sizeof(T) - 1);
+  const Vec<Key<T>> bits = reinterpret_cast<Vec<Key<T>>>(value + T{0});
+  const Vec<Key<T>> negative = reinterpret_cast<Vec<Key<T>>>((bits & kSign) != 0);
+  return (bits ^ (negative | kSign)) | reinterpret_cast<Vec<Key<T>>>(value != value);
+}
+
+template <class T>
 SAE_INLINE T value_of_key(Key<T> key) {
   constexpr Key<T> kSign = Key<T>{1} << (8 * sizeof(T) - 1);
   if (key == ~Key<T>{0}) return std::numeric_limits<T>::quiet_NaN();
@@ -94,15 +102,15 @@ SAE_INLINE Key<T> smallest(const Key<T>* keys, int64_t n) {
   return out;
 }
 
-// Candidate lists of a block of tokens. `capacity` is a multiple of the vector length.
+// Candidate lists of a block of tokens. `capacity` and `limit` are multiples of the vector length.
 template <class T, bool kScaled>
 struct Candidates {
-  Key<T>* keys;      // [tokens, capacity]
-  int32_t* latents;  // [tokens, capacity]
-  T* values;         // [tokens, capacity] when the key is not the value
-  int32_t* counts;   // [tokens]
-  T* thresholds;     // [tokens]
-  int64_t capacity, k;
+  Key<T>* keys;                // [tokens, capacity]
+  int32_t* latents;            // [tokens, capacity]
+  T* values;                   // [tokens, capacity] when the key is not the value
+  int32_t* counts;             // [tokens]
+  T* thresholds;               // [tokens]
+  int64_t capacity, limit, k;  // entries there is room for; with which a list is cut back; kept
 
   static size_t bytes(int64_t tokens, int64_t capacity) {
     const size_t lists = static_cast<size_t>(tokens * capacity);
@@ -112,8 +120,8 @@ struct Candidates {
            aligned(static_cast<size_t>(tokens) * sizeof(T));
   }
 
-  Candidates(char* memory, int64_t tokens, int64_t capacity_, int64_t k_)
-      : capacity(capacity_), k(k_) {
+  Candidates(char* memory, int64_t tokens, int64_t capacity_, int64_t limit_, int64_t k_)
+      : capacity(capacity_), limit(limit_), k(k_) {
     const size_t lists = static_cast<size_t>(tokens * capacity);
     keys = reinterpret_cast<Key<T>*>(memory);
     memory += aligned(lists * sizeof(Key<T>));
@@ -126,6 +134,10 @@ struct Candidates {
     thresholds = reinterpret_cast<T*>(memory);
   }
 
+  static int64_t whole_vectors(int64_t n) {
+    return (n + kLanes<Key<T>> - 1) / kLanes<Key<T>> * kLanes<Key<T>>;
+  }
+
   void reset(int64_t tokens) {
     for (int64_t t = 0; t < tokens; ++t) {
       counts[t] = 0;
@@ -134,24 +146,39 @@ struct Candidates {
   }
 
   SAE_INLINE void push(int64_t token, T key, int32_t latent, T value) {
-    const int64_t at = token * capacity + counts[token];
+    put(token, 0, key, latent, value);
+    if (++counts[token] == limit) compact(token);
+  }
+
+  // Writes the entry that comes i places after the last; `counts` is the caller's to move on.
+  SAE_INLINE void put(int64_t token, int64_t i, T key, int32_t latent, T value) {
+    const int64_t at = token * capacity + counts[token] + i;
     keys[at] = ordered_key(key);
     latents[at] = latent;
     if (kScaled) values[at] = value;
-    if (++counts[token] == capacity) compact(token);
+  }
+
+  // The same for as many entries as a vector has lanes, of latents that follow each other.
+  SAE_INLINE void put_vector(int64_t token, int64_t i, Vec<T> key, int32_t latent, Vec<T> value) {
+    const int64_t at = token * capacity + counts[token] + i;
+    const Vec<Key<T>> ordered = ordered_keys<T>(key);
+    std::memcpy(keys + at, &ordered, sizeof(ordered));
+    for (int lane = 0; lane < kLanes<T>; ++lane) latents[at + lane] = latent + lane;
+    if (kScaled) store(values + at, value);
   }
 
   __attribute__((noinline)) void compact(int64_t token) {
     Key<T>* key = keys + token * capacity;
     const int64_t n = counts[token];
-    for (int64_t i = n; i < capacity; ++i) key[i] = 0;  // below every real key
+    const int64_t padded = whole_vectors(n);
+    for (int64_t i = n; i < padded; ++i) key[i] = 0;  // below every real key
     // At least k entries are >= low, fewer than k are > high. Most often some bound in between has
     // exactly k at or above it; otherwise low ends at the k-th key itself, which has ties.
-    Key<T> low = ordered_key(thresholds[token]), high = largest<T>(key, capacity);
+    Key<T> low = ordered_key(thresholds[token]), high = largest<T>(key, padded);
     int64_t count = n;
     while (low < high && count != k) {
       const Key<T> middle = high - (high - low) / 2;
-      const int64_t above = count_at_least<T>(key, capacity, middle);
+      const int64_t above = count_at_least<T>(key, padded, middle);
       if (above >= k) {
         low = middle;
         count = above;
@@ -161,7 +188,7 @@ struct Candidates {
     }
     Key<T> kth = low;
     if (count == k) {
-      keep_at_least(token, low);
+      keep_at_least(token, padded, low);
       for (int64_t i = k; i % kLanes<Key<T>>; ++i) key[i] = ~Key<T>{0};
       kth = smallest<T>(key, k);
     } else {
@@ -174,7 +201,7 @@ struct Candidates {
   }
 
   // Moves the entries with keys from the bound on to the front, in their order.
-  SAE_INLINE void keep_at_least(int64_t token, Key<T> bound) {
+  SAE_INLINE void keep_at_least(int64_t token, int64_t padded, Key<T> bound) {
     Key<T>* key = keys + token * capacity;
     int32_t* latent = latents + token * capacity;
     T* value = values + token * capacity;
@@ -182,7 +209,7 @@ struct Candidates {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
       const __m512i least = _mm512_set1_epi32(static_cast<int>(bound));
-      for (int64_t i = 0; i < capacity; i += 16) {
+      for (int64_t i = 0; i < padded; i += 16) {
         const __m512i at = _mm512_loadu_si512(key + i);
         const __mmask16 stays = _mm512_cmpge_epu32_mask(at, least);
         // Counted while the mask is in a register: GCC 12 spills its 16 bits and reads back 32.
@@ -200,7 +227,7 @@ struct Candidates {
       return;
     }
 #endif
-    for (int64_t i = 0; i < capacity; ++i) {
+    for (int64_t i = 0; i < padded; ++i) {
       const bool stays = key[i] >= bound;
       key[kept] = key[i];
       latent[kept] = latent[i];
@@ -243,7 +270,7 @@ struct Candidates {
     if (k <= kRankByCounting) {
       Key<T>* key = keys + at;
       for (int64_t i = k; i < capacity && i % kLanes<Key<T>>; ++i) key[i] = 0;
-      const int64_t padded = (k + kLanes<Key<T>> - 1) / kLanes<Key<T>> * kLanes<Key<T>>;
+      const int64_t padded = whole_vectors(k);
       for (int64_t j = 0; j < k; ++j) {
         // Not below j's key: those above it, itself, and its ties, the earlier of which rank first.
         int64_t rank = count_at_least<T>(key, padded, key[j]) - 1;

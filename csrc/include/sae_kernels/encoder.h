@@ -7,6 +7,7 @@
 
 #include "sae_kernels/parallel.h"
 #include "sae_kernels/product_fma.h"
+#include "sae_kernels/rows.h"
 
 namespace sae::SAE_ISA {
 
@@ -31,23 +32,27 @@ struct Encoder {
   const void *x, *W, *b;
   int64_t B, D, F;
   int threads;
+  Routes routes = {};
   int64_t tokens = block_tokens();  // of one block
 
+  // Experts have unlike numbers of tokens: of smaller blocks all threads get about as many.
   int64_t block_tokens() const {
     const int64_t step = Product::kTokenStep;
-    const int64_t share = ((B + threads - 1) / threads + step - 1) / step * step;
+    const int64_t shares = threads * (routes.experts > 1 ? 4 : 1);
+    const int64_t share = ((B + shares - 1) / shares + step - 1) / step * step;
     return std::min(Product::max_tokens(D), std::max(share, step));
   }
-  int64_t blocks() const { return (B + tokens - 1) / tokens; }
+  // As many for each expert as it has blocks if all tokens are its own; the others are empty.
+  int64_t blocks() const { return routes.experts * blocks_of_expert(); }
 
   size_t thread_bytes() const {
     return packed_bytes() + Product::scratch_bytes(D) + aligned(kScoresBytes) +
            aligned(Product::kLatents * sizeof(T));
   }
 
-  // make_sink(carver) is called once a thread. A sink has start_block(first, count),
+  // make_sink(carver) is called once a thread. A sink has start_block(block, rows, count),
   // start_tile(f, latents), scan(scores, bias, f, latents, token, count) and
-  // finish_block(first, count); scores are [vectors of a step][kLatents][kGroup tokens].
+  // finish_block(rows, count); scores are [vectors of a step][kLatents][kGroup tokens].
   template <class MakeSink>
   void run(void* workspace, size_t sink_bytes, const MakeSink& make_sink) const {
     if (B == 0) return;
@@ -62,11 +67,16 @@ struct Encoder {
       auto sink = make_sink(carver);
       Product::enter_thread();
       for (int64_t block; (block = next.fetch_add(1)) < blocks();) {
-        const int64_t first = block * tokens;
-        const int64_t count = std::min(tokens, B - first);
-        sink.start_block(first, count);
-        encode_block(first, count, packed, scratch, scores, bias, sink);
-        sink.finish_block(first, count);
+        const int64_t expert = block / blocks_of_expert();
+        const int64_t start = routes.starts ? routes.starts[expert] : 0;
+        const int64_t end = routes.starts ? routes.starts[expert + 1] : B;
+        const int64_t size = block_size(end - start);
+        const Rows rows = {routes.tokens, start + block % blocks_of_expert() * size};
+        const int64_t count = std::min(size, end - rows.first);
+        if (count <= 0) continue;
+        sink.start_block(block, rows, count);
+        encode_block(rows, count, expert, packed, scratch, scores, bias, sink);
+        sink.finish_block(rows, count);
       }
       Product::leave_thread();
     });
@@ -80,25 +90,34 @@ struct Encoder {
  private:
   static constexpr size_t kScoresBytes = sizeof(T) * Product::kTokenStep * Product::kLatents;
 
+  int64_t blocks_of_expert() const { return (B + tokens - 1) / tokens; }
+  // Equal parts: a small rest would read all of W for a few tokens.
+  int64_t block_size(int64_t n) const {
+    const int64_t parts = std::max<int64_t>((n + tokens - 1) / tokens, 1);
+    const int64_t step = Product::kTokenStep;
+    return ((n + parts - 1) / parts + step - 1) / step * step;
+  }
+
   size_t packed_bytes() const {
     return aligned(static_cast<size_t>(tokens / Product::kTokenStep * Product::panel_bytes(D)));
   }
 
   template <class Sink>
-  void encode_block(int64_t first, int64_t count, void* packed, void* scratch, T* scores, T* bias,
-                    Sink& sink) const {
-    const int64_t step = Product::kTokenStep;
+  void encode_block(const Rows& tokens_of, int64_t count, int64_t expert, void* packed,
+                    void* scratch, T* scores, T* bias, Sink& sink) const {
+    const int64_t step = Product::kTokenStep, width = F / routes.experts;
     const int64_t padded = (count + step - 1) / step * step;
+    const int64_t end = (expert + 1) * width;
     const E* w = static_cast<const E*>(W);
-    Product::pack(static_cast<const E*>(x) + first * D, count, padded, D, packed);
-    for (int64_t f = 0; f < F; f += Product::kLatents) {
-      const int64_t latents = std::min<int64_t>(Product::kLatents, F - f);
+    Product::pack(static_cast<const E*>(x), tokens_of, count, padded, D, packed);
+    for (int64_t f = expert * width; f < end; f += Product::kLatents) {
+      const int64_t latents = std::min<int64_t>(Product::kLatents, end - f);
       const auto* rows = Product::rows(w + f * D, latents, D, scratch);
       fill(bias, b, f, latents, T{0});
       sink.start_tile(f, latents);
       // The next tile of W is fetched in equal shares while this one is multiplied.
       const char* ahead = reinterpret_cast<const char*>(w + (f + latents) * D);
-      const int64_t next = std::min<int64_t>(Product::kLatents, F - f - latents);
+      const int64_t next = std::min<int64_t>(Product::kLatents, end - f - latents);
       const int64_t share = next * D * static_cast<int64_t>(sizeof(E)) * step / padded;
       const char* panel = static_cast<const char*>(packed);
       for (int64_t token = 0; token < count; token += step) {

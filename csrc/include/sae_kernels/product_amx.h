@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "sae_kernels/simd.h"
+#include "sae_kernels/rows.h"
 
 #if defined(__AMX_BF16__)
 
@@ -52,19 +52,22 @@ struct AmxProduct {
   static void leave_thread() { _tile_release(); }
 
   // packed[group][step][pair][token][2]: sixteen pairs of depth by sixteen tokens are one tile.
-  static void pack(const bf16* x, int64_t tokens, int64_t padded, int64_t D, void* packed) {
+  static void pack(const bf16* x, const Rows& rows, int64_t tokens, int64_t padded, int64_t D,
+                   void* packed) {
     uint32_t* out = static_cast<uint32_t*>(packed);
     const int64_t pairs = steps(D) * kDepth / 2;
     for (int64_t first = 0; first < padded; first += kGroup, out += pairs * kGroup) {
-      for (int64_t lane = 0; lane < kGroup; ++lane) {
-        const int64_t token = first + lane;
-        const bf16* row = x + token * D;
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-          uint32_t low = 0, high = 0;
-          if (token < tokens && 2 * pair < D) low = row[2 * pair].bits;
-          if (token < tokens && 2 * pair + 1 < D) high = row[2 * pair + 1].bits;
-          out[pair * kGroup + lane] = low | high << 16;
-        }
+      const bf16* row[kGroup];
+      uint32_t live = 0;
+      for (int lane = 0; lane < kGroup; ++lane) {
+        const bool is_there = first + lane < tokens;
+        row[lane] = x + (is_there ? rows[first + lane] : 0) * D;
+        live |= static_cast<uint32_t>(is_there) << lane;
+      }
+      pack_pairs(row, live, D / 2, out);
+      std::memset(out + D / 2 * kGroup, 0, static_cast<size_t>((pairs - D / 2) * kGroup) * 4);
+      for (int lane = 0; lane < kGroup && D % 2; ++lane) {
+        if (live >> lane & 1) out[D / 2 * kGroup + lane] = row[lane][D - 1].bits;
       }
     }
   }
@@ -104,6 +107,23 @@ struct AmxProduct {
   }
 
  private:
+  // One pair of each of sixteen rows after the other, zeros for rows that are not there.
+  static void pack_pairs(const bf16* const (&row)[kGroup], uint32_t live, int64_t pairs,
+                         uint32_t* out) {
+    __m512i left = _mm512_loadu_si512(row), right = _mm512_loadu_si512(row + 8);
+    const __m512i next = _mm512_set1_epi64(sizeof(uint32_t));
+    const __mmask8 low = static_cast<__mmask8>(live), high = static_cast<__mmask8>(live >> 8);
+    for (int64_t pair = 0; pair < pairs; ++pair, out += kGroup) {
+      const __m256i zero = _mm256_setzero_si256();
+      const __m256i a = _mm512_mask_i64gather_epi32(zero, low, left, nullptr, 1);
+      const __m256i b = _mm512_mask_i64gather_epi32(zero, high, right, nullptr, 1);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), a);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), b);
+      left = _mm512_add_epi64(left, next);
+      right = _mm512_add_epi64(right, next);
+    }
+  }
+
   // Rows of W that do not stay in L1 are 32 streams at once, more than the hardware follows.
   template <bool kFetchRows>
   static void quad(const bf16* a, const bf16* b, int64_t depth, float* out, const char* ahead,

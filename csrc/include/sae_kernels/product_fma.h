@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "sae_kernels/simd.h"
+#include "sae_kernels/rows.h"
 
 namespace sae::SAE_ISA {
 
@@ -38,7 +38,8 @@ struct FmaProduct {
   static void leave_thread() {}
 
   // Panel p holds its tokens d-major: packed[p][d][kTokenStep]; missing tokens are zero.
-  static void pack(const E* x, int64_t tokens, int64_t padded, int64_t D, void* packed) {
+  static void pack(const E* x, const Rows& rows, int64_t tokens, int64_t padded, int64_t D,
+                   void* packed) {
     T* out = static_cast<T*>(packed);
     for (int64_t first = 0; first < padded; first += kTokenStep, out += D * kTokenStep) {
       for (int64_t lane = 0; lane < kTokenStep; ++lane) {
@@ -47,7 +48,7 @@ struct FmaProduct {
           for (int64_t d = 0; d < D; ++d) out[d * kTokenStep + lane] = T{0};
           continue;
         }
-        const E* row = x + token * D;
+        const E* row = x + rows[token] * D;
         for (int64_t d = 0; d < D; d += kGroup) {
           T lanes[kGroup];
           const int64_t n = std::min<int64_t>(kGroup, D - d);

@@ -72,7 +72,7 @@ class SelectThreshold {
     found->counts.resize(static_cast<size_t>(a.B));
     found->threads = a.threads;
     encoder.run(a.workspace, kSinkBytes, [&](Carver& carver) {
-      return Sink{a, carver.template take<T>(kSinkBytes), *found, encoder.tokens, nullptr};
+      return Sink{a, carver.template take<T>(kSinkBytes), *found, nullptr};
     });
     return found;
   }
@@ -88,12 +88,11 @@ class SelectThreshold {
     const SelectThresholdArgs& a;
     T* bound;
     List& found;
-    int64_t tokens;
     typename List::Block* block;
 
-    void start_block(int64_t first, int64_t count) {
-      block = &found.blocks[static_cast<size_t>(first / tokens)];
-      block->first = first;
+    void start_block(int64_t number, const Rows& rows, int64_t count) {
+      block = &found.blocks[static_cast<size_t>(number)];
+      block->first = rows.first;
       block->entries.reserve(static_cast<size_t>(count) * kExpected);
     }
 
@@ -114,9 +113,9 @@ class SelectThreshold {
           });
     }
 
-    void finish_block(int64_t first, int64_t) {
+    void finish_block(const Rows& rows, int64_t) {
       for (const auto& entry : block->entries) {
-        ++found.counts[static_cast<size_t>(first + entry.token)].n;
+        ++found.counts[static_cast<size_t>(rows.first + entry.token)].n;
       }
     }
   };

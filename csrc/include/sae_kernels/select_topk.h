@@ -14,10 +14,12 @@ class SelectTopk {
 
  public:
   explicit SelectTopk(const SelectTopkArgs& args)
-      : a(args), encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads} {
-    // Longer lists are cut less often, shorter ones tighten the threshold earlier.
-    const int64_t vector = kLanes<Key<T>>;
-    capacity = (a.k + std::max<int64_t>(a.k, 32) + vector - 1) / vector * vector;
+      : a(args),
+        encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads, args.routes} {
+    // Longer lists are cut less often, shorter ones tighten the threshold earlier. At first, when
+    // nearly all would pass, longer ones are filled without comparing.
+    limit = List::whole_vectors(a.k + std::max<int64_t>(a.k, 32));
+    capacity = std::max(limit, List::whole_vectors(std::min<int64_t>(8 * a.k, kFilled)));
     int64_t& tokens = encoder.tokens;
     const int64_t step = Product::kTokenStep;
     while (tokens > step && List::bytes(tokens, capacity) > kListBytes) tokens -= step;
@@ -32,16 +34,17 @@ class SelectTopk {
       T* scale = carver.template take<T>(Product::kLatents * sizeof(T));
       char* lists = carver.take(List::bytes(encoder.tokens, capacity));
       Entry* entries = carver.template take<Entry>(static_cast<size_t>(a.k) * sizeof(Entry));
-      return Sink{a, scale, List(lists, encoder.tokens, capacity, a.k), entries};
+      return Sink{a, scale, List(lists, encoder.tokens, capacity, limit, a.k), entries};
     });
   }
 
  private:
   static constexpr size_t kListBytes = 4 << 20;
+  static constexpr int64_t kFilled = 272;  // no power of two, by which lists would share sets
 
   const SelectTopkArgs& a;
   Encoder<Product> encoder;
-  int64_t capacity;
+  int64_t limit, capacity;
 
   size_t sink_bytes() const {
     return aligned(Product::kLatents * sizeof(T)) + aligned(List::bytes(encoder.tokens, capacity)) +
@@ -53,17 +56,23 @@ class SelectTopk {
     T* scale;
     List list;
     Entry* entries;
+    int64_t seen = 0;  // latents of the block's tiles so far
+    bool fills = false;
 
-    void start_block(int64_t, int64_t count) {
+    void start_block(int64_t, const Rows&, int64_t count) {
+      seen = 0;
       list.reset((count + Product::kTokenStep - 1) / Product::kTokenStep * Product::kTokenStep);
     }
 
     void start_tile(int64_t f, int64_t latents) {
+      seen += latents;
+      fills = seen <= list.capacity;
       if (kScaled) Encoder<Product>::fill(scale, a.rank_scale, f, latents, T{1});
     }
 
     void scan(const T* scores, const T* bias, int64_t f, int64_t latents, int64_t token,
               int64_t count) {
+      if (fills) return fill(scores, bias, f, latents, token, count);
       scan_step<Product>(
           scores, latents, token, count,
           [&](int64_t first) SAE_INLINE_LAMBDA { return load_raw(list.thresholds + first); },
@@ -78,11 +87,33 @@ class SelectTopk {
           });
     }
 
-    void finish_block(int64_t first, int64_t count) {
-      T* values = static_cast<T*>(a.values) + first * a.k;
-      int32_t* indices = a.indices + first * a.k;
+    // As long as lists have room for a whole tile nothing has to be compared.
+    void fill(const T* scores, const T* bias, int64_t f, int64_t latents, int64_t token,
+              int64_t count) {
+      constexpr int kGroup = Product::kGroup;
+      const int64_t end = std::min<int64_t>(count, token + Product::kTokenStep);
+      for (int64_t t = token; t < end; ++t) {
+        const int64_t place = t - token;
+        const T* own = scores + place / kGroup * Product::kLatents * kGroup + place % kGroup;
+        int64_t i = 0;
+        for (; i + kGroup <= latents; i += kGroup) {
+          const Vec<T> h = load_strided<kGroup>(own + i * kGroup) + load_raw(bias + i) + T{0};
+          list.put_vector(t, i, kScaled ? h * load_raw(scale + i) : h, static_cast<int32_t>(f + i),
+                          h);
+        }
+        for (; i < latents; ++i) {
+          const T h = own[i * kGroup] + bias[i] + T{0};
+          list.put(t, i, kScaled ? h * scale[i] : h, static_cast<int32_t>(f + i), h);
+        }
+        list.counts[t] += static_cast<int32_t>(latents);
+        if (seen + Product::kLatents > list.capacity) list.compact(t);
+      }
+    }
+
+    void finish_block(const Rows& rows, int64_t count) {
       for (int64_t t = 0; t < count; ++t) {
-        list.finish(t, entries, values + t * a.k, indices + t * a.k);
+        const int64_t at = rows[t] * a.k;
+        list.finish(t, entries, static_cast<T*>(a.values) + at, a.indices + at);
       }
     }
   };

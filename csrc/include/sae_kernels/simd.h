@@ -56,6 +56,22 @@ SAE_INLINE Vec<T> load_raw(const T* p) {
   return out;
 }
 
+// Every kStride-th number.
+template <int kStride, class T>
+SAE_INLINE Vec<T> load_strided(const T* p) {
+  Vec<T> out;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i places =
+        _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                           _mm512_set1_epi32(kStride));
+    return reinterpret_cast<Vec<T>>(_mm512_i32gather_ps(places, p, 4));
+  }
+#endif
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = p[i * kStride];
+  return out;
+}
+
 SAE_INLINE Vec<float> load(const float* p) { return load_raw(p); }
 SAE_INLINE Vec<double> load(const double* p) { return load_raw(p); }
 

@@ -28,6 +28,14 @@ struct AccOf<double> {
 template <class E>
 using Acc = typename AccOf<E>::type;
 
+// Which rows of x meet which part of W: those of experts, equal parts of the latents one after the
+// other. Expert e has the rows tokens[starts[e]] to tokens[starts[e + 1] - 1]. Without tokens every
+// row meets all of W.
+struct Routes {
+  const int32_t *tokens = nullptr, *starts = nullptr;  // [B], [experts + 1]
+  int64_t experts = 1;
+};
+
 // Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k].
 struct SelectTopkArgs {
   DType dtype;
@@ -35,6 +43,18 @@ struct SelectTopkArgs {
   void* values;
   int32_t* indices;
   int64_t B, D, F, k;
+  Routes routes;
+  void* workspace;
+  int threads;
+};
+
+// Shapes: x [B, D], W [E, D], b [E] or null, experts [B], probabilities [B, E].
+struct RouteTop1Args {
+  DType dtype;
+  const void *x, *W, *b;
+  int32_t* experts;
+  void* probabilities;
+  int64_t B, D, E;
   void* workspace;
   int threads;
 };
@@ -142,6 +162,8 @@ class Selection {
 struct KernelTable {
   size_t (*select_topk_workspace)(const SelectTopkArgs&);
   void (*select_topk)(const SelectTopkArgs&);
+  size_t (*route_top1_workspace)(const RouteTop1Args&);
+  void (*route_top1)(const RouteTop1Args&);
   size_t (*select_threshold_workspace)(const SelectThresholdArgs&);
   std::unique_ptr<Selection> (*select_threshold)(const SelectThresholdArgs&);
   bool (*decode)(const DecodeArgs&);

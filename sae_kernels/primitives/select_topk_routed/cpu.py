@@ -1,0 +1,21 @@
+"""select_topk_routed on the host kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from sae_kernels.primitives import checks
+from sae_kernels.primitives.select_topk import cpu
+
+
+def run(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    tokens: torch.Tensor,
+    starts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs csrc/cpu/select_topk.cpp on blocks of one expert each."""
+    checks.routes(tokens, starts)
+    return cpu.run(x, W, b, k, None, cpu.Routes(tokens, starts))

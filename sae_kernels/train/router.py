@@ -1,0 +1,47 @@
+"""What a Switch SAE's router learns from: the gates of the codes, and how busy its experts are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sae_kernels.functional import RoutedCodes, load_balance
+from sae_kernels.functional.route import softmax_backward
+from sae_kernels.primitives.terms import Gradient
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae_kernels.codes import SparseCodes
+    from sae_kernels.functional import Routing
+    from sae_kernels.nn import SwitchSAE
+    from sae_kernels.train.config import TrainConfig
+
+
+def balance(pre: SparseCodes, width: int, config: TrainConfig) -> torch.Tensor | None:
+    """The load-balance loss in units of the squared error's, or None where there is none.
+
+    ``balance_coefficient E sum_i F_i P_i``, times the width where squared errors of as many outputs
+    are added up (loss "mse"; amudide/switch_sae's lb_alpha).
+    """
+    if not config.balance_coefficient or not isinstance(pre, RoutedCodes):
+        return None
+    unit = width if config.loss == "mse" else 1
+    return config.balance_coefficient * unit * load_balance(pre.routing)
+
+
+def router_gradients(
+    sae: SwitchSAE, routing: Routing, slope: torch.Tensor, x_centred: torch.Tensor
+) -> dict[str, Gradient]:
+    """Those of W_router and b_router.
+
+    Args:
+        sae: whose router.
+        routing: of the batch.
+        slope: fp32 [B, E], the loss's derivative by the probabilities.
+        x_centred: [B, input width], as the encoder saw it.
+    """
+    by_logit = softmax_backward(routing.probabilities.detach(), slope)
+    total = by_logit.sum(0)
+    W = sae.W_router.detach().to(x_centred.dtype).float()  # as it was multiplied
+    dW = by_logit.T @ x_centred.float() - total[:, None] * sae.router_shift().detach()
+    return {"W_router": Gradient.whole(dW), "b_router": Gradient.whole(-(total @ W)[None])}
