@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils import _pytree
@@ -15,6 +15,9 @@ from sae_kernels.primitives.transpose_codes import transpose_codes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+
+_Codes = TypeVar("_Codes", bound="SparseCodes")
 
 
 class LatentOrder(NamedTuple):
@@ -111,7 +114,9 @@ class SparseCodes:
         shape = (-1, self.k)
         return self.with_values(self.values.reshape(shape), self.indices.reshape(shape))
 
-    def with_values(self, values: torch.Tensor, indices: torch.Tensor | None = None) -> SparseCodes:
+    def with_values(
+        self: _Codes, values: torch.Tensor, indices: torch.Tensor | None = None
+    ) -> _Codes:
         """Other values (and indices) in the same places."""
         indices = self.indices if indices is None else indices
         return dataclasses.replace(self, values=values, indices=indices)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dense_examples import close, grad, identity, inf, kept, nan, raw, t
 from torch import Tensor
 
-from sae_kernels.testing import DenseSpec, assert_bitwise, dense_loss
+from sae_kernels.testing import DenseResult, DenseSpec, assert_bitwise, dense_loss
 from sae_kernels.testing import dense as dense_module
 from sae_kernels.testing.dense_selection import batchtopk_kept, rank_order, topk_kept
 
@@ -28,7 +29,7 @@ SMALL = {
 
 def test_the_files_stand_on_torch_alone() -> None:
     folder = Path(dense_module.__file__).parent
-    own = ("dense", "dense_selection", "dense_spec")
+    own = ("dense", "dense_selection", "dense_spec", "dense_switch")
     for name in own:
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
             if isinstance(node, ast.Import):
@@ -283,3 +284,50 @@ def test_the_gated_penalty_acts_on_the_gate() -> None:
         penalty = dense_loss(spec, p, x).penalty
         close(penalty, 10 * (2 * norms[0] + 1 * norms[2] + 4 * norms[0]) / 2)
         close(torch.autograd.grad(penalty, p["b_enc"])[0], [10 * norms[0], 0, 5 * norms[2]])
+
+
+def switch_example(**settings: Any) -> tuple[dict[str, Tensor], DenseResult]:
+    router = t([[0, 0, 0, 0], [0, 0, 0, math.log(3) / 2]])
+    p = identity(4, W_router=router, b_router=t([0, 0, 0, 0]))
+    spec = raw("switch", k=1, n_experts=2, **settings)
+    return p, dense_loss(spec, p, t([[9, 1, 3, 2]]), t([[0, 0, 2, 0]]))
+
+
+def test_switch_by_hand() -> None:
+    # Logits [0, log 3], probabilities [1/4, 3/4]: the larger 9 is the other expert's.
+    p, result = switch_example(balance=2.0)
+    close(result.codes, [[0, 0, 0.75 * 3, 0]])
+    close(result.reconstruction, 0.25**2)
+    close(result.penalty, 2 * 2 * (0 * 0.25 + 1 * 0.75))
+    result.reconstruction.backward()
+    dcode = 2 * 0.25
+    close(grad(p["b_enc"]), [0, 0, dcode * 0.75, 0])
+    # dL/dp_1 = dcode h = 1.5, and softmax's Jacobian p_i (1[i = 1] - p_1).
+    slope = 1.5 * 0.75 * 0.25
+    x = t([9, 1, 3, 2])
+    assert torch.allclose(grad(p["W_router"]), torch.stack([-slope * x, slope * x]))
+    assert torch.allclose(grad(p["b_router"]), t([0, 0, 0, -slope * math.log(3) / 2]))
+
+
+def test_the_load_balance_has_a_gradient_through_the_probabilities_alone() -> None:
+    p, result = switch_example(balance=1.0)
+    result.penalty.backward()
+    # E F_1 dP_1/dlogit_1 = 2 * 1 * p_1 (1 - p_1)
+    slope = 2 * 0.75 * 0.25
+    assert torch.allclose(grad(p["W_router"])[:, 1], t([-slope, slope]))
+
+
+def test_a_heaviside_gate_leaves_the_router_to_the_load_balance() -> None:
+    p, result = switch_example(gated=False)
+    close(result.codes, [[0, 0, 3, 0]])
+    result.reconstruction.backward()
+    assert p["W_router"].grad is None
+
+
+def test_a_shared_expert_competes_without_a_gate() -> None:
+    router = t([[0, 0, 0], [0, 0, math.log(3) / 4]])
+    p = identity(3, W_router=router, b_router=t([0, 0, 0]))
+    spec = raw("switch", k=1, n_experts=3, shared_expert=True)
+    for first, codes in ((2, [0, 0, 3]), (4, [4, 0, 0]), (-1, [0, 0, 3])):
+        close(dense_loss(spec, p, t([[first, 9, 4]])).codes, [codes])
+    close(dense_loss(spec, p, t([[3, 9, 4]])).codes, [[3, 0, 0]])  # a tie goes to the lower

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sae_kernels import functional
+from sae_kernels.functional import RoutedCodes
 from sae_kernels.functional.recording import autocast_dtype
 from sae_kernels.nn.initialise import geometric_median
 from sae_kernels.nn.sae import SparseAutoencoder
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.functional import RoutedCodes, Routing
     from sae_kernels.nn.config import SwitchConfig
 
 
@@ -72,24 +72,17 @@ class SwitchSAE(SparseAutoencoder):
             compute_dtype=self.compute_dtype or autocast_dtype(x_centred) or W_enc.dtype,
             backend=self.backend,
         )
+        options: dict[str, Any] = {"k": k, "relu": False, "backend": self.backend}
+        options["compute_dtype"] = self.compute_dtype
         first = self.config.expert_width if self.config.shared_expert else 0
-
-        def encode(latents: slice, routing: Routing | None) -> SparseCodes:
-            return functional.encode_topk(
-                x_centred,
-                W_enc[latents],
-                self.b_enc[latents],
-                k,
-                relu=False,
-                routing=routing,
-                compute_dtype=self.compute_dtype,
-                backend=self.backend,
-            )
-
-        routed = encode(slice(first, None), routing)
+        b_enc = self.b_enc
+        routed = functional.encode_topk(
+            x_centred, W_enc[first:], b_enc[first:], routing=routing, **options
+        )
         if not first:
             return routed
-        return self._largest(encode(slice(0, first), None), routed)
+        shared = functional.encode_topk(x_centred, W_enc[:first], b_enc[:first], **options)
+        return self._largest(shared, routed)
 
     def activate(self, pre: SparseCodes) -> SparseCodes:
         """ReLU, and the gate of the token's expert."""
@@ -117,8 +110,10 @@ class SwitchSAE(SparseAutoencoder):
         if not self.config.transcodes:
             self.b_router.copy_(self.b_dec)
 
-    def _gates(self, pre: RoutedCodes) -> torch.Tensor:
+    def _gates(self, pre: SparseCodes) -> torch.Tensor:
         """What each entry is multiplied with, like the values or [..., 1]."""
+        if not isinstance(pre, RoutedCodes):
+            raise TypeError(f"pre: expected RoutedCodes of select(), got {type(pre).__name__}")
         gates = pre.routing.gates().reshape(*pre.batch_shape, 1)
         if not self.config.shared_expert:
             return gates

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_kernels.testing.dense_selection import batchtopk_kept, gated, jumprelu, step, topk_kept
 from sae_kernels.testing.dense_spec import DenseSpec, check_tensors
+from sae_kernels.testing.dense_switch import routed, switch_codes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,6 +62,8 @@ def dense_loss(
       lower (token, latent) (Bussmann et al., arXiv 2412.06410).
     - jumprelu, with its straight-through gradients: see
       :func:`~sae_kernels.testing.dense_selection.jumprelu` and ``step`` there, of pre-activations.
+    - switch: relu(h) times the gate at the first k latents of the token's expert, see
+      :mod:`~sae_kernels.testing.dense_switch` (Mudide et al., arXiv 2410.08201).
     - gated: ``1[pi > 0] relu(exp(r_mag) a + b_mag)`` with ``a`` the product alone and ``pi = h``.
       relu(pi) takes the place of f in the penalty and in the auxiliary squared error
       (Rajamanoharan et al., arXiv 2404.16014).
@@ -70,8 +73,9 @@ def dense_loss(
     Args:
         spec: what to compute.
         parameters: W_enc [F, d_in], b_enc [F], W_dec [F, d_out] and b_dec [d_out]; "threshold" or
-            "log_threshold" [F] for jumprelu; "r_mag" and "b_mag" [F] for gated; "W_skip"
-            [d_out, d_in] for a skip connection.
+            "log_threshold" [F] for jumprelu; "r_mag" and "b_mag" [F] for gated; "W_router"
+            [E, d_in] and "b_router" [d_in] for switch; "W_skip" [d_out, d_in] for a skip
+            connection.
         x: [B, d_in]; a crosscoder's layers side by side.
         y: [B, d_out], the target. Default: x.
         dead: bool [F], for ``spec.preact``.
@@ -95,7 +99,12 @@ def dense_loss(
     x_centred = x - parameters["b_dec"] if spec.subtract_b_dec else x
     a = x_centred @ parameters["W_enc"].T
     h = a + parameters["b_enc"]
-    codes = _codes(spec, parameters, a, h, spec.k)
+    routes = None
+    if spec.selection == "switch":
+        routes = routed(spec, parameters, x, h.shape[1])
+        codes = switch_codes(routes, h, int(spec.k))
+    else:
+        codes = _codes(spec, parameters, a, h, spec.k)
     y_hat, error = _prefixes(spec, parameters, codes, x, y)
     if spec.multi_topk:
         more = _codes(spec, parameters, a, h, 4 * spec.k)
@@ -105,6 +114,8 @@ def dense_loss(
     scale = 1 / (y - y.mean(0)).square().sum() if spec.loss == "fvu" else 1 / y.shape[0]
     reconstruction = scale * error
     penalty = spec.coefficient * _penalty(spec, parameters, h, codes)
+    if routes is not None:
+        penalty = penalty + spec.balance * routes.balance()
     if spec.preact and dead is not None:
         penalty = penalty + spec.preact * _preact(parameters, h, dead)
     return DenseResult(reconstruction + penalty, reconstruction, penalty, y_hat, codes, h)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-Selection = Literal["topk", "batchtopk", "jumprelu", "relu", "gated"]
+Selection = Literal["topk", "batchtopk", "jumprelu", "relu", "gated", "switch"]
 Loss = Literal["fvu", "mse"]
 Penalty = Literal["none", "l1", "lp", "l0", "tanh", "target_l0"]
 Norm = Literal["joint", "sum", "mixed"]
@@ -24,7 +24,8 @@ class DenseSpec:
 
     Attributes:
         selection: how codes are made of ``h = x W_enc^T + b_enc``.
-        k: "topk": latents per token. "batchtopk": ``int(k * B)`` are kept in the whole batch.
+        k: "topk" and "switch": latents per token. "batchtopk": ``int(k * B)`` are kept in the whole
+            batch.
         relu: "topk": the kept values are relu(h), else h.
         subtract_b_dec: h is that of ``x - b_dec``.
         rank_by_decoder_norm: "topk" and "batchtopk" rank by ``h n_f`` (n_f without gradient).
@@ -45,6 +46,10 @@ class DenseSpec:
         target_l0: of "target_l0".
         preact: "jumprelu": times mean_b sum_f relu(theta - h) dead_f |W_dec[f]|, which is added to
             the penalty; the norm is joint and has no gradient.
+        n_experts: "switch": E, the shared expert included.
+        gated: "switch": codes are multiplied with the probability of the token's expert.
+        shared_expert: "switch": the first expert is every token's, without gate.
+        balance: "switch": times E sum_i F_i P_i, which is added to the penalty.
         aux_stops_decoder: "gated": the auxiliary loss sends no gradient through its decoder.
 
     Raises:
@@ -70,6 +75,10 @@ class DenseSpec:
     tanh_scale: float = 4.0
     target_l0: float = 0.0
     preact: float = 0.0
+    n_experts: int = 1
+    gated: bool = True
+    shared_expert: bool = False
+    balance: float = 0.0
     aux_stops_decoder: bool = True
 
     def __post_init__(self) -> None:
@@ -91,12 +100,14 @@ _CHOICES = {
 
 def _check_selection(spec: DenseSpec) -> None:
     ranked = spec.selection in ("topk", "batchtopk")
-    if ranked and not spec.k > 0:
+    if (ranked or spec.selection == "switch") and not spec.k > 0:
         raise ValueError(f"k: expected a positive number of latents per token, got {spec.k}")
-    if spec.selection == "topk" and spec.k % 1 != 0:
+    if spec.selection in ("topk", "switch") and spec.k % 1 != 0:
         raise ValueError(f"k: expected a whole number of latents per token, got {spec.k}")
     if spec.selection == "jumprelu" and not spec.bandwidth > 0:
         raise ValueError(f"bandwidth: expected a positive number, got {spec.bandwidth}")
+    if spec.balance and spec.selection != "switch":
+        raise ValueError(f"balance: expected switch, got {spec.selection}")
     for name in ("multi_topk", "rank_by_decoder_norm"):
         if getattr(spec, name) and not ranked:
             raise ValueError(f"{name}: expected topk or batchtopk, got {spec.selection}")
@@ -145,6 +156,8 @@ def check_tensors(
         raise ValueError(f"x, y: expected [B, d_in] and [B, d_out] with B > 0, got {came}")
     F, d_in, d_out = len(parameters["W_enc"]), x.shape[1], y.shape[1]
     wanted = {"W_enc": [F, d_in], "W_dec": [F, d_out], "b_dec": [d_out], "W_skip": [d_out, d_in]}
+    n_routed = spec.n_experts - spec.shared_expert
+    wanted |= {"W_router": [n_routed, d_in], "b_router": [d_in]}
     for name, tensor in parameters.items():
         shape = wanted.get(name, [F])
         if list(tensor.shape) != shape:
@@ -155,6 +168,9 @@ def check_tensors(
         raise ValueError(f"k: expected at most n_latents = {F}, got {spec.k}")
     if spec.group_ends and spec.group_ends[-1] != F:
         raise ValueError(f"group_ends: expected to end in F = {F}, got {spec.group_ends}")
+    if F % spec.n_experts or (spec.selection == "switch" and spec.k > F // spec.n_experts):
+        came = f"{spec.n_experts} with k = {spec.k}"
+        raise ValueError(f"n_experts: expected a divisor of F = {F}, k fitting one, got {came}")
     if d_out % spec.n_layers:
         raise ValueError(f"n_layers: expected a divisor of d_out = {d_out}, got {spec.n_layers}")
     if spec.preact and (dead is None or dead.dtype != torch.bool or list(dead.shape) != [F]):
@@ -166,6 +182,8 @@ def _check_names(spec: DenseSpec, parameters: Mapping[str, Tensor]) -> None:
     wanted = ["W_enc", "b_enc", "W_dec", "b_dec"]
     if spec.selection == "gated":
         wanted += ["r_mag", "b_mag"]
+    if spec.selection == "switch":
+        wanted += ["W_router", "b_router"]
     if spec.selection == "jumprelu":
         wanted.append("log_threshold" if "log_threshold" in parameters else "threshold")
     if set(parameters) - {"W_skip"} != set(wanted):

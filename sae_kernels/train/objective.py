@@ -177,8 +177,8 @@ def check_objective(sae: SparseAutoencoder, config: TrainConfig) -> None:
         and f"sparsity: expected none with relu 'none' (codes may be negative), got "
         f"{config.sparsity!r}",
         (config.balance_coefficient and not isinstance(sae, SwitchSAE))
-        and f"balance_coefficient: expected 0 with architecture {name!r}, which has no experts, got "
-        f"{config.balance_coefficient}",
+        and f"balance_coefficient: expected 0 with architecture {name!r}, which has no experts, "
+        f"got {config.balance_coefficient}",
         (config.multi_topk and not isinstance(sae, TopKSAE))
         and f"multi_topk: expected false with architecture {name!r}, got true",
         (config.fix_shrinkage and not isinstance(sae, ReLUSAE))

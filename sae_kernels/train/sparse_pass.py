@@ -65,7 +65,8 @@ def sparse_pass(
         [d.factor * _total(d, batch).sum(0) for d in decoded if d.part.trains_decoder]
     ).sum(0)
     if "probabilities" in slopes:
-        assert isinstance(sae, SwitchSAE) and isinstance(pre, RoutedCodes)
+        assert isinstance(sae, SwitchSAE)
+        assert isinstance(pre, RoutedCodes)
         gradients |= router_gradients(sae, pre.routing, slopes["probabilities"], batch.x)
     if batch.skip_input is not None:
         gradients["W_skip"] = _skip_gradient(decoded, batch)

@@ -13,6 +13,7 @@ from sae_kernels.nn import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
 )
 from sae_kernels.nn import build as build_sae
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 D, D_OUT, D_LAYER, F, B = 11, 7, 5, 37, 13
 # Few enough that all of them take part in AuxK: k_aux is half of the input's width.
-DEAD, DEAD_AFTER = slice(F - 2, F), 10**6
+DEAD, DEAD_AFTER = slice(-2, None), 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,12 @@ def _jumprelu(**options: Any) -> JumpReLUConfig:
     return JumpReLUConfig(D, F, bandwidth=0.45, **{"threshold_init": 0.6, **options})
 
 
+def _switch(**options: Any) -> SwitchConfig:
+    return SwitchConfig(
+        options.pop("d_in", D), 36, k=3, n_experts=options.pop("n_experts", 4), **options
+    )
+
+
 _TRANSCODES = {"d_out": D_OUT, "subtract_b_dec": False}
 _LAYERS = {"d_in": D_LAYER, "unit_norm_decoder": False}
 _GROUPS = {"groups": (4, 11, F - 15)}
@@ -72,6 +79,7 @@ _WEIGHTED = {"sparsity_norm_weighted": True}
 _L1, _WEIGHTED_L1 = _penalised("l1"), _penalised("l1", **_WEIGHTED)
 _LP = _penalised("lp", steps=40, p_start=0.0, p_steps=5)
 _PREACT = {"preact_coefficient": 0.3}
+_BALANCED = {"balance_coefficient": 0.2}
 
 ARCHITECTURES = {
     "topk": Architecture(_topk(), {"clip_norm": 0.5, **_AUXK}),
@@ -117,6 +125,20 @@ ARCHITECTURES = {
     "matryoshka-mean": Architecture(_batchtopk(**_GROUPS), {"clip_norm": 0.5}),
     "matryoshka-sum": Architecture(_batchtopk(k=3.3, **_GROUPS), {"matryoshka": "sum", **_AUXK}),
     "matryoshka-random": Architecture(_batchtopk(), {"random_prefixes": 3, "matryoshka": "sum"}),
+    "switch": Architecture(_switch(), {**_BALANCED, "loss": "mse", "clip_norm": 0.5}),
+    "switch-fvu": Architecture(_switch(activation_scale=0.6), {**_BALANCED, **_AUXK}),
+    "switch-unbalanced": Architecture(_switch(n_experts=2)),
+    "switch-heaviside": Architecture(_switch(gate="heaviside"), _BALANCED),
+    "switch-shared": Architecture(_switch(shared_expert=True), {**_BALANCED, "clip_norm": 0.5}),
+    "switch-shared-heaviside": Architecture(
+        _switch(n_experts=6, shared_expert=True, gate="heaviside"), _BALANCED
+    ),
+    "switch-raw-input": Architecture(_switch(subtract_b_dec=False, **_FREE), _BALANCED),
+    "switch-l1": Architecture(_switch(), {**_BALANCED, **_L1}),
+    "switch-skip-transcoder": Architecture(
+        _switch(**_TRANSCODES, **_FREE, skip=True, activation_scale=0.6), _BALANCED
+    ),
+    "switch-crosscoder": Architecture(_switch(n_layers=2, d_in=D_LAYER), _BALANCED),
     "transcoder": Architecture(_topk(**_TRANSCODES, **_FREE, target_scale=0.6), _AUXK),
     "transcoder-unit-norms": Architecture(_batchtopk(**_TRANSCODES, activation_scale=1.3)),
     "skip-transcoder": Architecture(_topk(**_TRANSCODES, **_FREE, skip=True), {"clip_norm": 0.5}),
@@ -163,6 +185,8 @@ REPRESENTATIVE = (
     "gated-free",
     "matryoshka-sum",
     "matryoshka-topk-random",
+    "switch",
+    "switch-shared",
     "skip-transcoder-multi",
     "crosscoder-mixed",
     "crosscoder-unit-norms",
@@ -182,8 +206,10 @@ def build(case: Architecture, route: type[Route], backend: str | None = None) ->
             elif p.dim() == 1:
                 p.copy_(0.3 * noise)
             else:
-                p.copy_(noise / p.shape[1] ** 0.5)
-        sae.W_dec.mul_(0.6 + torch.rand(F, 1, generator=g))
+                # The bound of a softmax grows with its logits.
+                size = 0.25 if name == "W_router" else 1.0
+                p.copy_(size * noise / p.shape[1] ** 0.5)
+        sae.W_dec.mul_(0.6 + torch.rand(len(sae.W_dec), 1, generator=g))
         if case.sae.unit_norm_decoder:
             sae.normalize_decoder_()
     step = route(sae, case.settings())

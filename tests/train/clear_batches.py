@@ -42,6 +42,11 @@ def _band(given: Problem) -> tuple[Tensor, Tensor]:
 def _keys(given: Problem) -> tuple[Tensor, Tensor]:
     """What ranks the entries, and how far that may be off."""
     spec, (h, band) = given.spec, _band(given)
+    if spec.selection == "switch":
+        routes, n = given.routes(), given.router_roundings()
+        key = torch.where(routes.allowed, routes.gates * h, -torch.inf)
+        off = band * routes.gates + rounding(n, (routes.gates * h).abs(), torch.float32)
+        return key, off
     if not spec.rank_by_decoder_norm:
         return h, band
     W_dec = given.p["W_dec"].detach()
@@ -65,7 +70,10 @@ def _doubtful(given: Problem) -> Tensor:
         terms = scale * (h.abs() + b_enc.abs()) + b_mag.abs()
         doubt |= size.abs() <= scale * band + rounding(8, terms, torch.float32)
     found = doubt.any(1)
-    if spec.selection == "topk":
+    if spec.selection == "switch":
+        logits = given.routes().probabilities.log()  # up to one number for all of a token's
+        found |= _close_cut(logits, given.logit_band(), 1)
+    if spec.selection in ("topk", "switch"):
         key, off = _keys(given)
         for k in (spec.k, 4 * spec.k) if spec.multi_topk else (spec.k,):
             found |= _close_cut(key, off, int(k))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from sae_kernels.nn import GatedSAE
-from sae_kernels.testing import DenseSpec, dense_loss
+from sae_kernels.testing import DenseSpec, dense_loss, rounding
+from sae_kernels.testing.dense_switch import routed
 from sae_kernels.train.objective import fixed_prefixes, random_prefixes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_kernels.testing import DenseResult
+    from sae_kernels.testing.dense_switch import Routed
     from sae_kernels.train import ComposableStep, FusedStep
 
     Parameters = dict[str, Tensor]
@@ -38,7 +43,30 @@ class Problem(NamedTuple):
         passes b_dec also over the latents), in the batch's variance and in the decoder's norms;
         and those of the scales, coefficients and entry-wise functions."""
         B, d_in, d_out, F = len(self.x), self.x.shape[1], self.y.shape[1], len(self.p["W_enc"])
-        return d_in + 2 * F + 3 * d_out + 4 * B + 64
+        return d_in + 2 * F + 3 * d_out + 4 * B + 64 + self.router_roundings()
+
+    def routes(self) -> Routed:
+        """A Switch SAE's decisions, exactly."""
+        p = {name: t.detach() for name, t in self.p.items()}
+        return routed(self.spec, p, self.x, len(p["W_enc"]))
+
+    def logit_band(self) -> Tensor:
+        """How far each logit of the router may be off, [B, E]."""
+        p = {name: t.detach().abs() for name, t in self.p.items()}
+        x = self.x.abs() + p["b_router"]
+        if self.spec.subtract_b_dec:  # it comes centred and with a bias that takes that back
+            x = x + 2 * p["b_dec"]
+        return rounding(self.x.shape[1] + 6, x @ p["W_router"].T, torch.float32)
+
+    def router_roundings(self) -> int:
+        """On the way of a term that holds three probabilities.
+
+        exp makes of the logits' error a relative one, twice, for the sum of all is divided by.
+        """
+        if self.spec.selection != "switch":
+            return 0
+        logits = float(self.logit_band().max()) / 2**-24
+        return 3 * (math.ceil(2 * logits) + self.p["W_router"].shape[0] + 8)
 
     def tokens(self, kept: Tensor) -> Problem:
         """The same for some of the tokens."""
@@ -70,6 +98,10 @@ def spec_of(route: Route) -> DenseSpec:
         tanh_scale=train.tanh_scale,
         target_l0=train.target_l0 or 0.0,
         preact=train.preact_coefficient,
+        n_experts=getattr(config, "n_experts", 1),
+        gated=getattr(config, "gate", "softmax") == "softmax",
+        shared_expert=getattr(config, "shared_expert", False),
+        balance=train.balance_coefficient * (config.output_width if train.loss == "mse" else 1),
         aux_stops_decoder=not isinstance(sae, GatedSAE) or sae.config.frozen_decoder,
     )
 

@@ -73,6 +73,9 @@ class _Twin:
         spec, self.x, self.y = given.spec, given.x.abs(), given.y.abs()
         x = self.x + p["b_dec"] if spec.subtract_b_dec else self.x
         self.h = x @ p["W_enc"].T + p["b_enc"]
+        if spec.selection == "switch":
+            self.routes = given.routes()
+            self.probabilities = self._probabilities()
         self.codes = self._codes()
         residuals, self.error = self._prefixes()
         self.residual = residuals.detach()
@@ -81,11 +84,23 @@ class _Twin:
         if spec.selection == "gated":
             self.error = self.error + self._gated_auxiliary()
 
+    def _probabilities(self) -> Tensor:
+        """The exact ones, with slopes ``p_i (1[i = j] + p_j)`` in the place of softmax's."""
+        spec, p, P = self.given.spec, self.p, self.routes.probabilities
+        x = self.x + p["b_router"] + (2 * p["b_dec"] if spec.subtract_b_dec else 0)
+        logits = x @ p["W_router"].T
+        moved = logits - logits.detach()
+        return P * (1 + moved + (P * moved).sum(1, keepdim=True))
+
     def _codes(self) -> Tensor:
         spec, p, decided = self.given.spec, self.p, self.decided
         if spec.selection == "gated":  # a is computed as h - b_enc
             return decided.main * (p["r_mag"].exp() * (self.h + p["b_enc"]) + p["b_mag"])
         codes = decided.main * self.h
+        if spec.selection == "switch" and spec.gated:
+            gates = self.probabilities.gather(1, self.routes.chosen[:, None])
+            owner = torch.arange(codes.shape[1]) // (codes.shape[1] // spec.n_experts)
+            codes = codes * torch.where((owner == 0) & spec.shared_expert, 1.0, gates)
         if spec.selection != "jumprelu":
             return codes
         through = decided.window * theta(p).square() / (2 * spec.bandwidth)
@@ -119,7 +134,11 @@ class _Twin:
             total = l0 if spec.penalty == "l0" else (l0 / spec.target_l0 + 1).square()
         elif spec.penalty != "none":
             total = self._of_codes(result).sum(1).mean()
-        return spec.coefficient * total + spec.preact * self._preact()
+        total = spec.coefficient * total + spec.preact * self._preact()
+        if not spec.balance:
+            return total
+        routes = self.routes._replace(probabilities=self.probabilities)
+        return total + spec.balance * routes.balance()
 
     def _of_codes(self, result: DenseResult) -> Tensor:
         spec = self.given.spec

@@ -77,7 +77,7 @@ def test_nothing_fires(case: Architecture, route: type[Step]) -> None:
             if not case.train.get("preact_coefficient") or name == "W_dec":
                 assert not moments[name][0].any(), name
         assert (state(step).weights["b_dec"] != before.weights["b_dec"]).any()
-        assert int((step.dead.since_fired >= 3 * B).sum()) == F
+        assert int((step.dead.since_fired >= 3 * B).sum()) == case.sae.n_latents
 
 
 def _after_a_step(step: Step, case: Architecture) -> Step:

@@ -40,6 +40,8 @@ def tables_of(name: str) -> dict[str, Any]:
         sae["d_out"] = 7
     if PRESETS[name].data == "layers":
         sae["n_layers"] = 2
+    if name == "switch":
+        sae["n_experts"] = 2  # the default k of 32 needs experts of as many latents
     return {"arch": name, "sae": sae}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.select_topk import cpu
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from sae_kernels.primitives import checks
@@ -22,7 +24,7 @@ def run(
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
     ends = starts.tolist()
     width = W.shape[0] // (len(ends) - 1)
-    for e, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for e, (start, end) in enumerate(itertools.pairwise(ends)):
         own, latents = tokens[start:end].long(), slice(e * width, (e + 1) * width)
         bias = None if b is None else b[latents]
         values[own], local = reference.run(x[own], W[latents], bias, k, None)
