@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,16 @@ def wandb_history(folder: Path) -> list[tuple[str, str, list[dict[str, str]]]]:
     return found
 
 
+def ended(path: Path) -> bool:
+    """Whether a run's last record is there."""
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()
+    for data in records(path):
+        record.ParseFromString(data)
+    return bool(record.HasField("exit"))
+
+
 def test_wandb_offline_keeps_lines_and_goes_on_under_the_same_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +133,11 @@ def test_wandb_offline_keeps_lines_and_goes_on_under_the_same_id(
                 loggers.write(line)
     assert capfd.readouterr() == ("", "")
     run_id = (tmp_path / "wandb_id.txt").read_text()
+    # Its service is a process of its own and may write the file after the run has finished.
+    deadline = time.monotonic() + 60
+    while not all(ended(path) for path in tmp_path.rglob("*.wandb")):
+        assert time.monotonic() < deadline, "the files are not complete after a minute"
+        time.sleep(0.1)
     first, second = wandb_history(tmp_path)
     assert first[:2] == second[:2] == (f"run-{run_id}.wandb", "a project")
     held = [(int(line["_step"]), float(line["loss"])) for line in first[2] + second[2]]
