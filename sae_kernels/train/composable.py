@@ -82,4 +82,4 @@ class ComposableStep(Progress):
         l0 = fired.sum() / x.shape[0]
         self.advance(fired, x.shape[0], l0, finite)
         fvu = main.square().sum() / variance
-        return StepResult(loss.detach(), fvu, l0, aux.detach(), ~finite)
+        return StepResult(loss.detach(), fvu, l0, aux.detach(), ~finite, fired)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels.errors import NonFiniteError
-from sae_kernels.nn import ReLUSAE
+from sae_kernels.nn import ReLUSAE, SwitchSAE
 from sae_kernels.train.composable import ComposableStep
 from sae_kernels.train.fresh import split
 from sae_kernels.train.objective import k_at
+from sae_kernels.train.router import largest_load
 from sae_kernels.train.shrinkage import fit_scales, scale_latents_
 from sae_kernels.train.step import FusedStep
 from sae_kernels.train.training import Training
@@ -69,10 +70,13 @@ class OnActivations(Training[torch.Tensor]):
             raise NonFiniteError.in_step(self.made - 1)
 
     def measured(self) -> dict[str, float]:
-        """Loss, FVU, L0 and AuxK's loss of the last step."""
+        """Loss, FVU, L0 and AuxK's loss of the last step; a Switch SAE's largest load."""
         assert self._last is not None
         values = self._last._asdict()
-        return {name: float(values[name]) for name in ("loss", "fvu", "l0", "aux_loss")}
+        found = {name: float(values[name]) for name in ("loss", "fvu", "l0", "aux_loss")}
+        if isinstance(self.sae, SwitchSAE):
+            found["largest_load"] = float(largest_load(self.sae, self._last.fired))
+        return found
 
     def settle(self) -> None:
         """Fits the scales of the latents, where config asks for it."""

@@ -86,7 +86,7 @@ PRESETS = {
     "switch": Preset(
         SwitchConfig,
         "one of several small TopK SAEs for every token",
-        train={"balance_coefficient": 0.03, "auxk_alpha": 0.0},
+        train={"balance_coefficient": 0.3, "auxk_alpha": 0.0},
     ),
     "transcoder": Preset(
         TopKConfig, "TopK from one activation to another", sae=_TRANSCODES, data="target"

@@ -29,6 +29,20 @@ def balance(pre: SparseCodes, width: int, config: TrainConfig) -> torch.Tensor |
     return config.balance_coefficient * unit * load_balance(pre.routing)
 
 
+def largest_load(sae: SwitchSAE, fired: torch.Tensor) -> torch.Tensor:
+    """The part of the codes that the busiest expert has, of the experts that tokens go to.
+
+    Example:
+        >>> import torch
+        >>> from sae_kernels.nn import SwitchConfig, SwitchSAE
+        >>> sae = SwitchSAE(SwitchConfig(d_in=2, n_latents=4, k=2, n_experts=2))
+        >>> float(largest_load(sae, torch.tensor([3, 0, 1, 0])))
+        0.75
+    """
+    by_expert = fired.view(sae.config.n_experts, -1).sum(1)[-sae.config.n_routed :]
+    return by_expert.max() / by_expert.sum().clamp(min=1)
+
+
 def router_gradients(
     sae: SwitchSAE, routing: Routing, slope: torch.Tensor, x_centred: torch.Tensor
 ) -> dict[str, Gradient]:

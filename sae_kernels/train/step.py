@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class StepResult(NamedTuple):
-    """What a step reports; scalars on the device, read when somebody looks.
+    """What a step reports; on the device, read when somebody looks. All but the last are scalars.
 
     Attributes:
         loss: the whole loss.
@@ -41,6 +41,7 @@ class StepResult(NamedTuple):
         l0: latents per token that fired.
         aux_loss: AuxK's part of the loss.
         skipped: whether the loss or the gradient norm was not finite and nothing was changed.
+        fired: int32 [F], how often each latent fired.
     """
 
     loss: torch.Tensor
@@ -48,6 +49,7 @@ class StepResult(NamedTuple):
     l0: torch.Tensor
     aux_loss: torch.Tensor
     skipped: torch.Tensor
+    fired: torch.Tensor
 
 
 class FusedStep(Progress):
@@ -118,7 +120,7 @@ class FusedStep(Progress):
         if can_be_dense(self.sae, self.config):
             entries = x.shape[0] * self.sae.config.n_latents
             self.dense_next = done.n_kept > DENSE_FROM * entries
-        return StepResult(loss, done.error / variance, l0, aux_loss, ~finite)
+        return StepResult(loss, done.error / variance, l0, aux_loss, ~finite, done.fired)
 
     def _living(self) -> dict[str, torch.Tensor]:
         return super()._living() | self.adam.living()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import SwitchConfig, TopKConfig
+from sae_kernels.nn import build as build_sae
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.train import FusedStep, TrainConfig
 
@@ -17,13 +18,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-clipped": {"compute": "float32", "auxk_alpha": 0.0, "clip_norm": 0.1},
     "auxk": {"compute": "bfloat16", "auxk_alpha": 0.5, "auxk_latents": 256},
     "auxk-none-dead": {"compute": "bfloat16"},
+    "switch": {"compute": "bfloat16", "auxk_alpha": 0.0, "balance_coefficient": 0.3},
     "split-bf16-moments": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
 }
 
 
 def build(variant: str, device: torch.device) -> FusedStep:
     """A step that always starts from the same state; with "auxk" some latents are dead."""
-    step = FusedStep(TopKSAE(TopKConfig(D, F, K), device=device), TrainConfig(**VARIANTS[variant]))
+    switch = SwitchConfig(D, F, k=K, n_experts=8)
+    sae = build_sae(switch if variant == "switch" else TopKConfig(D, F, K), device=device)
+    step = FusedStep(sae, TrainConfig(**VARIANTS[variant]))
     if variant == "auxk":
         step.dead.since_fired[:DEAD] = step.dead.after + torch.arange(DEAD, device=device)
     return step

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import SwitchConfig, TopKConfig, build
 from sae_kernels.train import FusedStep, TrainConfig
 
 PRIMITIVES = (
@@ -15,10 +15,12 @@ PRIMITIVES = (
     "decode",
     "decode_residual",
     "pick_dead",
+    "route_top1",
     "row_grad",
     "row_sqnorm",
     "row_update",
     "select_topk",
+    "select_topk_routed",
     "transpose_codes",
 )
 B, D, F, K = 24, 40, 160, 6
@@ -29,13 +31,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small-states": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
     "encoder-copy": {"compute": "bfloat16", "copies": "encoder", "multi_topk": True},
     "lazy-ranked": {"compute": "bfloat16", "adam": "lazy", "loss": "mse"},
+    "switch": {"compute": "bfloat16", "balance_coefficient": 0.3},
 }
 
 
 def step_on(backend: str, settings: dict[str, Any]) -> FusedStep:
     """Some latents are dead, and the longest dead of them are more than take part."""
     ranked = settings.get("adam") == "lazy"
-    sae = TopKSAE(TopKConfig(D, F, K, rank_by_decoder_norm=ranked), backend=backend)
+    routed = "balance_coefficient" in settings
+    topk = TopKConfig(D, F, K, rank_by_decoder_norm=ranked)
+    sae = build(SwitchConfig(D, F, k=K, n_experts=5) if routed else topk, backend=backend)
     config = TrainConfig(clip_norm=0.1, auxk_latents=30, dead_after_tokens=1000, **settings)
     step = FusedStep(sae.to(torch.get_default_device()), config)
     step.dead.padded = True
