@@ -22,7 +22,7 @@ LAYERS = (
     {"nn", "formats", "testing"},
     {"data", "runs"},
     {"train", "harvest"},
-    {"cli", "bench", "demo", "report", "__main__"},
+    {"cli", "bench", "demo", "report", "analyze", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

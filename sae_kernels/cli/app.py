@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from sae_kernels._version import __version__
+from sae_kernels.cli.analyze import analyze
 from sae_kernels.cli.bench import bench
 from sae_kernels.cli.convert import convert
 from sae_kernels.cli.demo import demo
@@ -37,6 +38,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "train-e2e": train_e2e,
     "eval": evaluate,
+    "analyze": analyze,
     "report": report,
     "inspect": inspect,
     "convert": convert,

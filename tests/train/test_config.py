@@ -36,6 +36,7 @@ def test_defaults() -> None:
         "fix_shrinkage": False,
         "matryoshka": "mean",
         "random_prefixes": 0,
+        "balance_coefficient": 0.0,
         "multi_topk": False,
         "auxk_alpha": 1 / 32,
         "k_aux": None,

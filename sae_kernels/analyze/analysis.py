@@ -1,0 +1,152 @@
+"""All analyses of one SAE."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sae_kernels.analyze.experts import expert_use
+from sae_kernels.analyze.geometry import geometry
+from sae_kernels.data.batches import TensorRows
+from sae_kernels.nn import SwitchSAE
+from sae_kernels.train import evaluate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sae_kernels.analyze.experts import ExpertUse
+    from sae_kernels.analyze.geometry import Geometry
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.nn import SAEConfig, SparseAutoencoder
+    from sae_kernels.train import Evaluation
+
+Side = Literal["decoder", "encoder"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """What was found of one SAE.
+
+    Attributes:
+        name: what tables and pictures call it.
+        config: the SAE's.
+        side: whose rows the geometry is of, "decoder" or "encoder".
+        geometry: nearest neighbours and duplicates.
+        evaluation: what ``eval`` measures, given data.
+        use: what the experts do, given data and a Switch SAE.
+    """
+
+    name: str
+    config: SAEConfig
+    side: Side
+    geometry: Geometry
+    evaluation: Evaluation | None = None
+    use: ExpertUse | None = None
+
+    @property
+    def n_experts(self) -> int:
+        """E, the shared expert too; 1 for an SAE without experts."""
+        return int(getattr(self.config, "n_experts", 1))
+
+    @property
+    def shared(self) -> int:
+        """How many experts are everyone's: 0, or 1, which is the first."""
+        return int(getattr(self.config, "shared_expert", False))
+
+    def dead(self) -> torch.Tensor | None:
+        """The part of each expert's latents that fired on no token, fp64 [E], given data.
+
+        Those of a shared expert come first; :attr:`use` does not have it.
+        """
+        if self.evaluation is None:
+            return None
+        density = self.evaluation.latent_density
+        return (density == 0).double().view(self.n_experts, -1).mean(1)
+
+    def values(self) -> dict[str, Any]:
+        """All numbers, for JSON, but those of single latents."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "architecture": self.config.architecture,
+            "n_latents": self.config.n_latents,
+            "n_experts": self.n_experts if self.n_experts > 1 else None,
+            "rows": self.side,
+            **self.geometry.values(experts=self.n_experts > 1),
+        }
+        if self.evaluation is not None:
+            found["evaluation"] = self.evaluation.scalars()
+        if self.use is not None:
+            dead = self.dead()
+            assert dead is not None
+            found["experts"] = self.use.values()
+            found["experts"]["by_expert"]["dead"] = dead[self.shared :].tolist()
+            if self.shared:
+                found["experts"]["shared_dead"] = float(dead[0])
+        return found
+
+
+def analyze(
+    sae: SparseAutoencoder,
+    source: RowSource | torch.Tensor | None = None,
+    *,
+    target: RowSource | torch.Tensor | None = None,
+    name: str = "SAE",
+    side: Side = "decoder",
+    threshold: float = 0.9,
+    progress: Callable[[int, int], None] | None = None,
+) -> Analysis:
+    """The analyses of the Switch SAE paper (arXiv 2410.08201), for an SAE of any architecture.
+
+    Args:
+        sae: the SAE; left in the mode in which it was.
+        source: raw activations [N, D] to run it on; None for its weights' geometry alone.
+        target: what a transcoder is to reconstruct.
+        name: what to call it.
+        side: whose rows to compare: the "decoder"'s or the "encoder"'s.
+        threshold: from which cosine on two latents are duplicates.
+        progress: gets how many tiles of cosines are done, of how many.
+
+    Raises:
+        ValueError: what :func:`~sae_kernels.train.evaluate` and
+            :func:`~sae_kernels.analyze.geometry.geometry` refuse, or no such side.
+
+    Example:
+        >>> from sae_kernels.nn import SwitchConfig, SwitchSAE
+        >>> sae = SwitchSAE(SwitchConfig(d_in=8, n_latents=32, k=4, n_experts=4))
+        >>> found = analyze(sae, torch.randn(100, 8))
+        >>> found.geometry.within.shape, found.use.load.shape, found.dead().shape
+        (torch.Size([32]), torch.Size([4]), torch.Size([4]))
+    """
+    if side not in ("decoder", "encoder"):
+        raise ValueError(f"side: expected decoder or encoder, got {side!r}")
+    measured = use = None
+    if source is not None:
+        rows, goal = _rows(source), None if target is None else _rows(target)
+        measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
+        if isinstance(sae, SwitchSAE):
+            use = _expert_use(sae, rows, goal)
+    W = sae.W_dec if side == "decoder" else sae.W_enc
+    shape = geometry(W, _experts(sae), threshold=threshold, progress=progress)
+    return Analysis(name, sae.config, side, shape, measured, use)
+
+
+def _rows(source: RowSource | torch.Tensor) -> RowSource:
+    return TensorRows(source) if isinstance(source, torch.Tensor) else source
+
+
+def _expert_use(sae: SwitchSAE, source: RowSource, target: RowSource | None) -> ExpertUse:
+    training = sae.training
+    sae.eval()
+    try:
+        return expert_use(sae, source, target=target)
+    finally:
+        sae.train(training)
+
+
+def _experts(sae: SparseAutoencoder) -> torch.Tensor | None:
+    if not isinstance(sae, SwitchSAE):
+        return None
+    latents = torch.arange(sae.config.n_latents, device=sae.W_dec.device)
+    return latents // sae.config.expert_width

@@ -1,0 +1,162 @@
+"""The pictures of an analysis: a panel for each SAE, cosines and thresholds on common axes."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sae_kernels.analyze.geometry import CURVE, duplicate_curve, median
+from sae_kernels.report.plotstyle import BLUE, INK, MUTED, ORANGE, count_axis, house_style
+from sae_kernels.report.units import number, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from matplotlib.axes import Axes
+
+    from sae_kernels.analyze.analysis import Analysis
+
+_WIDTH, _PANEL = 6.0, 2.3  # inches; of a figure, and the height of a panel
+_BINS, _TITLE = 50, 60
+
+
+class Picture(NamedTuple):
+    """A PNG file.
+
+    Attributes:
+        name: file stem.
+        png: its bytes, the image on white.
+    """
+
+    name: str
+    png: bytes
+
+
+def check_drawable() -> None:
+    """Raises ImportError at once if :func:`draw` would later."""
+    with house_style("the pictures of an analysis"):
+        pass
+
+
+def draw(analyses: Sequence[Analysis]) -> list[Picture]:
+    """Nearest neighbours, duplicates and, where there are some, experts.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    used = [each for each in analyses if each.use is not None]
+    kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
+    lowest = min(float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if _any(c))
+    highest = max(max(duplicate_curve(cosines)) for cosines in kinds)
+    with house_style("the pictures of an analysis"):
+        pictures = [
+            _picture("neighbours", analyses, partial(neighbours_panel, low=lowest)),
+            _picture("duplicates", analyses, partial(duplicates_panel, high=highest)),
+        ]
+        return [*pictures, *([_picture("experts", used, load_panel)] if used else [])]
+
+
+def _any(cosines: torch.Tensor) -> bool:
+    return bool(cosines.isfinite().any())
+
+
+def _picture(
+    name: str, analyses: Sequence[Analysis], panel: Callable[[Axes, Analysis], None]
+) -> Picture:
+    """A panel for each SAE, one below the other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, 0.3 + _PANEL * len(analyses)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, analysis in zip(
+        figure.subplots(len(analyses), squeeze=False)[:, 0], analyses, strict=True
+    ):
+        panel(axes, analysis)
+        # A name is no formula, whatever signs are in it.
+        axes.set_title(_title(analysis.name), parse_math=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, facecolor="white")
+    return Picture(name, png.getvalue())
+
+
+def _title(name: str) -> str:
+    """A path's end says most; what is no text in its bytes, no font can show."""
+    name = name.encode("utf-8", "replace").decode()
+    return name if len(name) <= _TITLE else f"…{name[1 - _TITLE :]}"
+
+
+def _kinds(analysis: Analysis) -> list[tuple[str, str, torch.Tensor]]:
+    """What is drawn of an SAE's latents: a name, a colour, cosines."""
+    shape = analysis.geometry
+    if analysis.n_experts == 1:
+        return [("any other latent", INK, shape.nearest.cpu())]
+    return [
+        ("in the same expert", BLUE, shape.within.cpu()),
+        ("in other experts", ORANGE, shape.across.cpu()),
+    ]
+
+
+def neighbours_panel(axes: Axes, analysis: Analysis, low: float) -> None:
+    edges = torch.linspace(low, 1, _BINS + 1, dtype=torch.float64)
+    for name, colour, cosines in _kinds(analysis):
+        counts = torch.histc(cosines[cosines.isfinite()].double(), _BINS, low, 1)
+        label = f"{name}, median {number(median(cosines))}"
+        filled = counts.nonzero()[:, 0].tolist() or [0]
+        shown = slice(filled[0], filled[-1] + 1)  # no line along the axis where nothing is
+        steps = counts[shown].tolist(), edges[filled[0] : filled[-1] + 2].tolist()
+        axes.stairs(*steps, fill=True, color=colour, alpha=0.15)
+        axes.stairs(*steps, color=colour, linewidth=1.5, label=label)
+    axes.margins(y=0.12)  # with what count_axis leaves, room for the legend
+    axes.set_ylim(0, None)
+    count_axis(axes, analysis.geometry.nearest, f"largest cosine to another {analysis.side} row")
+    axes.set_xlim(low, 1)
+    _legend(axes)
+
+
+def duplicates_panel(axes: Axes, analysis: Analysis, high: float) -> None:
+    threshold = analysis.geometry.threshold
+    axes.axvline(threshold, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    for name, colour, cosines in _kinds(analysis):
+        (part,) = duplicate_curve(cosines, (threshold,))
+        label = f"{name}, {percent(part)} from {threshold:g} on"
+        look: dict[str, Any] = {"color": colour, "marker": ".", "zorder": 3, "clip_on": False}
+        axes.plot(CURVE, duplicate_curve(cosines), label=label, **look)
+    axes.set_xlim(min(CURVE[0], threshold) - 0.01, 1)
+    axes.set_ylim(0, max(1.35 * high, 0.01))
+    _percent_axis(axes, "latents")
+    axes.set_xlabel("with a neighbour at or above this cosine")
+    _legend(axes)
+
+
+def load_panel(axes: Axes, analysis: Analysis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    use = analysis.use
+    assert use is not None
+    n = len(use.load)
+    experts = range(analysis.shared, analysis.shared + n)
+    axes.bar(experts, use.load.tolist(), color=BLUE, width=0.8)
+    axes.axhline(1 / n, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)))
+    _percent_axis(axes, "tokens")
+    even = f"as even as {number(use.effective_experts)} equally busy ones"
+    axes.set_xlabel(f"expert (dashed: 1/{n}; {even})")
+    axes.set_xlim(experts[0] - 0.6, experts[-1] + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+
+
+def _percent_axis(axes: Axes, what: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    axes.set_ylabel(what)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(
+        loc="upper right", frameon=True, facecolor="white", edgecolor="none", framealpha=1,
+        fontsize="small", labelcolor="linecolor", handlelength=1.2,
+    )  # fmt: skip
