@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sae_kernels.formats import Weights
 
 FORMATS = ("native", "saelens", "sparsify", "dictionary_learning", "gemma_scope")
-WRITTEN = FORMATS[:3]
+WRITTEN = FORMATS[:4]
 
 
 def convert(
@@ -80,6 +80,8 @@ def _write(weights: "Weights", out: Path, to: str) -> None:
         formats.write_saelens(out, config, tensors, metadata)
     elif to == "sparsify":
         formats.write_sparsify(out, config, tensors)
+    elif to == "dictionary_learning":
+        formats.write_dictionary_learning(out, config, tensors, metadata)
     else:
         nn.from_weights(config, tensors).save_pretrained(out)
 

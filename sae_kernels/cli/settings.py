@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sae_kernels.nn import CONFIGS
 from sae_kernels.runs.tables import read_tables
 from sae_kernels.train import PRESETS
 from sae_kernels.train.run_config import (
@@ -97,7 +98,7 @@ def _flag_name(table: str, field: str) -> str:
 
 def _flag(table: str, setting: str) -> inspect.Parameter:
     cls, field = FIELDS[table][setting]
-    kind = typing.get_type_hints(cls)[setting]
+    kind = _kind(table, setting)
     if isinstance(kind, types.UnionType):
         kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
     metavar = None
@@ -118,6 +119,13 @@ def _flag(table: str, setting: str) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _kind(table: str, setting: str) -> Any:
+    """A setting's type: the wider one where architectures differ, as in k of TopK and BatchTopK."""
+    classes = CONFIGS.values() if table == "sae" else [FIELDS[table][setting][0]]
+    kinds = [hints[setting] for hints in map(typing.get_type_hints, classes) if setting in hints]
+    return float if float in kinds else kinds[0]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sae_kernels.errors import DataError, name_hint
 from sae_kernels.formats import dictionary_learning, gemma_scope, native, saelens, sparsify
 from sae_kernels.formats.dictionary_learning import read_dictionary_learning
+from sae_kernels.formats.dictionary_learning_writer import write_dictionary_learning
 from sae_kernels.formats.gemma_scope import read_gemma_scope
 from sae_kernels.formats.layout import Weights, shapes
 from sae_kernels.formats.saelens import read_saelens
@@ -27,6 +28,7 @@ __all__ = [
     "read_saelens",
     "read_sparsify",
     "shapes",
+    "write_dictionary_learning",
     "write_saelens",
     "write_sparsify",
 ]

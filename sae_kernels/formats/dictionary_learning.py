@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import Tensors, read_settings, whole
+from sae_kernels.formats.files import Tensors, flag, read_settings, whole
 from sae_kernels.formats.layout import Weights, at_least_zero, configure, load, take
 from sae_kernels.formats.state_dicts import stored_state_dict
 from sae_kernels.nn.config import (
@@ -16,6 +16,7 @@ from sae_kernels.nn.config import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
 )
 
@@ -33,6 +34,14 @@ _GATED = {
     "b_dec": "decoder_bias",
 }
 _THRESHOLD = {"threshold": "threshold"}
+SWITCH = {
+    "W_enc": "encoder.weight",
+    "b_enc": "",
+    "W_dec": "decoder",
+    "b_dec": "b_dec",
+    "W_router": "router.weight",
+    "b_router": "b_router",
+}
 
 
 class _Kind(NamedTuple):
@@ -58,8 +67,9 @@ _KINDS = {
     "MatryoshkaBatchTopKSAE": _Kind(BatchTopKConfig, _PLAIN | _THRESHOLD, ("k", "group_sizes")),
     "GatedAutoEncoder": _Kind(GatedConfig, _LINEAR | _GATED),
     "JumpReluAutoEncoder": _Kind(JumpReLUConfig, _PLAIN | _THRESHOLD, subtract_b_dec=False),
+    "SwitchAutoEncoder": _Kind(SwitchConfig, SWITCH),
 }
-_METADATA = {"lm_name": "model_name", "layer": "layer", "submodule_name": "submodule_name"}
+METADATA = {"lm_name": "model_name", "layer": "layer", "submodule_name": "submodule_name"}
 
 
 def read_dictionary_learning(folder_or_file: str | Path) -> Weights:
@@ -69,7 +79,7 @@ def read_dictionary_learning(folder_or_file: str | Path) -> Weights:
     not by JumpReluAutoEncoder and AutoEncoderNew. Codes are the file's: its own loader may still
     normalise the decoder of an AutoEncoder, which multiplies codes by the norms. A negative
     JumpReLU threshold becomes 0 (the class's ReLU says so). AutoEncoderTopK keeps k latents of a
-    token, whatever threshold lies beside them.
+    token, whatever threshold lies beside them. SwitchAutoEncoder is amudide/switch_sae's, a fork's.
 
     Args:
         folder_or_file: ``trainer_0``, or a file such as ``trainer_0/checkpoints/ae_1000.pt``.
@@ -109,7 +119,9 @@ def read_dictionary_learning(folder_or_file: str | Path) -> Weights:
     tensors = take(file, config, kind.names, found)
     if kind.make is JumpReLUConfig:
         tensors["threshold"] = at_least_zero(tensors["threshold"])
-    metadata = {ours: trainer[key] for key, ours in _METADATA.items() if key in trainer}
+    if kind.make is SwitchConfig:  # whose trainer gives both biases one memory
+        tensors["b_router"] = tensors["b_router"].clone()
+    metadata = {ours: trainer[key] for key, ours in METADATA.items() if key in trainer}
     return Weights(config, tensors, metadata)
 
 
@@ -132,6 +144,9 @@ def _claimed(path: Path, kind: _Kind, trainer: dict[str, Any], k_is_stored: bool
         options["relu"] = "before"
     if kind.make is JumpReLUConfig:
         options["log_threshold"] = False
+    if kind.make is SwitchConfig:
+        options |= {"k": whole(path, trainer, "k"), "n_experts": whole(path, trainer, "experts")}
+        options["gate"] = "heaviside" if flag(path, trainer, "heaviside", False) else "softmax"
     return configure(
         path,
         kind.make,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig
+from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig, SwitchConfig
 from sae_kernels.primitives.checks import OPERAND_DTYPES
 from sae_kernels.tensors import rounded_down
 
@@ -63,6 +63,8 @@ def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
         sizes |= {"r_mag": (n,), "b_mag": (n,)}
     if isinstance(config, BatchTopKConfig):
         sizes["threshold"] = ()
+    if isinstance(config, SwitchConfig):
+        sizes |= {"W_router": (config.n_routed, d_in), "b_router": (d_in,)}
     return sizes
 
 
@@ -109,7 +111,8 @@ def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
     Args:
         path: where they come from, for the messages.
         config: what the file claims to be.
-        names: theirs by ours; one that ends in ``.T`` lies transposed in the file.
+        names: theirs by ours; one that ends in ``.T`` lies transposed in the file, and one that is
+            empty has no place there: it is all zeros.
         found: what is in the file; emptied on the way.
 
     Raises:
@@ -117,7 +120,7 @@ def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
             not finite.
     """
     check(path, _theirs(config, names), found)
-    ours = {our: _turned(names[our], found.pop(_plain(names[our]))) for our in shapes(config)}
+    ours = {our: _taken(names[our], size, found) for our, size in shapes(config).items()}
     dtype = weight_dtype(ours)
     for name, tensor in ours.items():
         if name not in _THRESHOLDS:
@@ -132,6 +135,8 @@ def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
 def give(where: str, config: SAEConfig, names: Mapping[str, str], tensors: Tensors) -> Tensors:
     """The inverse of `take`: another tool's tensors out of ours, on the CPU.
 
+    What has no place there is left out: the caller looks whether it is zeros.
+
     Raises:
         DataError: as `take`.
     """
@@ -139,6 +144,8 @@ def give(where: str, config: SAEConfig, names: Mapping[str, str], tensors: Tenso
     dtype = weight_dtype(tensors)
     theirs = {}
     for our, name in names.items():
+        if not name:
+            continue
         tensor = tensors[our].detach().cpu()
         own = tensor.dtype if our in _THRESHOLDS else dtype
         theirs[_plain(name)] = _turned(name, tensor).to(own).contiguous()
@@ -230,7 +237,15 @@ def only_raw_activations(tool: str, config: SAEConfig) -> None:
 
 def _theirs(config: SAEConfig, names: Mapping[str, str]) -> Sizes:
     """What the file must hold, in its own words."""
-    return {_plain(names[our]): _turned(names[our], size) for our, size in shapes(config).items()}
+    sizes = ((names[our], size) for our, size in shapes(config).items())
+    return {_plain(name): _turned(name, size) for name, size in sizes if name}
+
+
+def _taken(name: str, size: tuple[int, ...], found: Tensors) -> torch.Tensor:
+    if not name:
+        return torch.zeros(size, dtype=torch.bool)  # which decides on no other's dtype
+    tensor: torch.Tensor = _turned(name, found.pop(_plain(name)))
+    return tensor
 
 
 def _plain(name: str) -> str:

@@ -13,7 +13,13 @@ from foreign import D, F, exact_tensors
 from hostile_arrays import NPZ
 from hostile_pickles import OLD_PT, PT
 from hostile_weights import SAFETENSORS
-from makers import MAKE, dictionary_learning, gemma_scope
+from makers import (
+    MAKE,
+    dictionary_learning,
+    dictionary_learning_switch,
+    gemma_scope,
+    native_switch,
+)
 from safetensors.torch import save_file
 
 from sae_kernels.nn.config import JumpReLUConfig
@@ -57,10 +63,12 @@ def _gemma_scope_2(folder: Path) -> None:
 # How a folder is made, its settings and its weights, and the cases made for such weights.
 FORMATS: dict[str, tuple[Callable[[Path], None], str | None, str, Any]] = {
     "native": (MAKE["native"], "config.json", "sae.safetensors", SAFETENSORS),
+    "native, switch": (native_switch, "config.json", "sae.safetensors", SAFETENSORS),
     "saelens": (MAKE["saelens"], "cfg.json", "sae_weights.safetensors", SAFETENSORS),
     "sparsify": (MAKE["sparsify"], "cfg.json", "sae.safetensors", SAFETENSORS),
     "dictionary_learning": (dictionary_learning, "config.json", "ae.pt", PT),
     "dictionary_learning, old": (_old_pt, "config.json", "ae.pt", OLD_PT),
+    "dictionary_learning, switch": (dictionary_learning_switch, "config.json", "ae.pt", PT),
     "gemma_scope": (gemma_scope, None, "params.npz", NPZ),
     "gemma_scope, packed": (_packed_npz, None, "params.npz", NPZ),
     "gemma_scope, 2": (_gemma_scope_2, "config.json", "params.safetensors", SAFETENSORS),

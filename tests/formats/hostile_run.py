@@ -30,9 +30,10 @@ MEMORY = 1024 * _MIB
 
 def load(format: str, folder: Path) -> dict[str, torch.Tensor]:
     """The SAE's tensors."""
+    format = format.split(",")[0]  # what follows says which of its files
     if format == "native":
         return nn.SparseAutoencoder.from_pretrained(folder).state_dict()
-    weights = read(folder, format.split(",")[0])
+    weights = read(folder, format)
     return nn.from_weights(weights.config, weights.tensors).state_dict()
 
 

@@ -10,14 +10,15 @@ import torch
 from foreign import D, F, exact_tensors
 
 from sae_kernels import nn
-from sae_kernels.formats import write_saelens, write_sparsify
-from sae_kernels.nn.config import JumpReLUConfig, ReLUConfig, TopKConfig
+from sae_kernels.formats import write_dictionary_learning, write_saelens, write_sparsify
+from sae_kernels.nn.config import JumpReLUConfig, ReLUConfig, SwitchConfig, TopKConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 TOPK = TopKConfig(D, F, k=2, relu="before")
+SWITCH = SwitchConfig(D, F, k=2, n_experts=4)
 
 
 def native(folder: Path) -> None:
@@ -39,6 +40,15 @@ def dictionary_learning(folder: Path) -> None:
     torch.save(linear | {"encoder.bias": t["b_enc"], "bias": t["b_dec"]}, folder / "ae.pt")
     trainer = {"dict_class": "AutoEncoder", "activation_dim": D, "dict_size": F}
     (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+
+
+def native_switch(folder: Path) -> None:
+    nn.from_weights(SWITCH, exact_tensors(SWITCH)).save_pretrained(folder)
+
+
+def dictionary_learning_switch(folder: Path) -> None:
+    tensors = exact_tensors(SWITCH) | {"b_enc": torch.zeros(F)}
+    write_dictionary_learning(folder, SWITCH, tensors)
 
 
 def gemma_scope(folder: Path) -> None:

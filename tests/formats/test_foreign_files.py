@@ -19,6 +19,7 @@ from sae_kernels.nn.config import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
 )
 
@@ -121,6 +122,8 @@ ARCHITECTURES: list[SAEConfig] = [
     JumpReLUConfig(D, F, log_threshold=False, skip=True, subtract_b_dec=False),
     ReLUConfig(D, F, d_out=5, skip=True, subtract_b_dec=False),
     GatedConfig(D, F),
+    SwitchConfig(D, F, k=2, n_experts=4),
+    SwitchConfig(D, F, k=2, n_experts=4, shared_expert=True, d_out=5, subtract_b_dec=False),
 ]
 
 

@@ -16,6 +16,7 @@ from sae_kernels.nn import (
     ReLUConfig,
     SAEConfig,
     SparseAutoencoder,
+    SwitchConfig,
     TopKConfig,
     build,
 )
@@ -34,6 +35,11 @@ CASES: dict[str, SAEConfig] = {
     "jumprelu-raw": JumpReLUConfig(D, F, threshold_init=0.5, log_threshold=False),
     "relu": ReLUConfig(D, F, subtract_b_dec=False),
     "gated": GatedConfig(D, F),
+    "switch": SwitchConfig(D, F, k=4, n_experts=5),
+    "switch-heaviside": SwitchConfig(D, F, k=4, n_experts=5, gate="heaviside"),
+    "switch-shared": SwitchConfig(D, F, k=4, n_experts=5, shared_expert=True),
+    "switch-transcoder": SwitchConfig(D, F, k=4, n_experts=5, **_TRANSCODES, **_FREE),
+    "switch-crosscoder": SwitchConfig(D, F, k=4, n_experts=2, n_layers=2),
     "transcoder": TopKConfig(D, F, 4, **_TRANSCODES, **_FREE),
     "transcoder-ranked": BatchTopKConfig(
         D, F, k=3.5, rank_by_decoder_norm=True, **_TRANSCODES, **_FREE

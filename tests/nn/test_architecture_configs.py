@@ -16,6 +16,7 @@ from sae_kernels.nn import (
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SwitchConfig,
     TopKConfig,
     build,
 )
@@ -35,7 +36,7 @@ def test_configurations_survive_json(config: SAEConfig) -> None:
 
 
 def test_architectures_by_name() -> None:
-    assert list(CONFIGS) == ["topk", "batchtopk", "jumprelu", "relu", "gated"]
+    assert list(CONFIGS) == ["topk", "batchtopk", "jumprelu", "relu", "gated", "switch"]
     for config in CASES.values():
         assert CONFIGS[config.architecture] is type(config)
 
@@ -121,6 +122,45 @@ def test_groups_that_do_not_add_up_are_named(
             "threshold_init: expected a number of at least 0, got -0.5",
         ),
         (GatedConfig, {"frozen_decoder": 1}, "frozen_decoder: expected true or false, got 1"),
+        (
+            SwitchConfig,
+            {"k": 2, "n_experts": 3},
+            "n_experts: expected a divisor of n_latents = 8, got 3",
+        ),
+        *(
+            (
+                SwitchConfig,
+                {"k": 2, "n_experts": n},
+                f"n_experts: expected a positive integer, got {n!r}",
+            )
+            for n in (0, -4, 2.0, True, "4", None)
+        ),
+        (
+            SwitchConfig,
+            {"k": 2, "n_experts": 2**62},
+            f"n_experts: expected a divisor of n_latents = 8, got {2**62}",
+        ),
+        (
+            SwitchConfig,
+            {"k": 3, "n_experts": 4},
+            "k: expected at most 2, the latents of one of 4 experts, got 3",
+        ),
+        (SwitchConfig, {"k": 1.0}, "k: expected a positive integer, got 1.0"),
+        (
+            SwitchConfig,
+            {"k": 1, "gate": "sigmoid"},
+            "gate: expected one of softmax, heaviside, got 'sigmoid'",
+        ),
+        (
+            SwitchConfig,
+            {"k": 1, "shared_expert": 1},
+            "shared_expert: expected true or false, got 1",
+        ),
+        (
+            SwitchConfig,
+            {"k": 1, "n_experts": 1, "shared_expert": True},
+            "shared_expert: expected false with n_experts = 1, there is none to choose from",
+        ),
         (ReLUConfig, {"d_out": 0}, "d_out: expected a positive integer, got 0"),
         (ReLUConfig, {"n_layers": 0}, "n_layers: expected a positive integer, got 0"),
         (ReLUConfig, {"skip": "yes"}, "skip: expected true or false, got 'yes'"),

@@ -15,6 +15,7 @@ from sae_kernels.nn import (
     ReLUSAE,
     SAEConfig,
     SparseAutoencoder,
+    SwitchSAE,
     TopKSAE,
     build,
     from_weights,
@@ -43,11 +44,11 @@ def test_files_hold_every_bit(config: SAEConfig, dtype: torch.dtype, tmp_path: P
     assert_bitwise("x_hat", own(x).x_hat, sae(x).x_hat)
 
 
-CLASSES = (TopKSAE, BatchTopKSAE, JumpReLUSAE, ReLUSAE, GatedSAE)
+CLASSES = (TopKSAE, BatchTopKSAE, JumpReLUSAE, ReLUSAE, GatedSAE, SwitchSAE)
 
 
 @pytest.mark.parametrize("wanted", CLASSES)
-@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu-log", "relu", "gated"])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu-log", "relu", "gated", "switch"])
 def test_another_architecture_is_refused_by_a_class(
     name: str, wanted: type[SparseAutoencoder], tmp_path: Path
 ) -> None:

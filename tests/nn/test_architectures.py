@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from modules import CASES, B, D, F, each, sae_of, scaled, x_of
+from switch_spec import dense_switch
 from torch import Tensor
 
 from sae_kernels.nn import (
@@ -16,6 +17,7 @@ from sae_kernels.nn import (
     ReLUConfig,
     SAEConfig,
     SparseAutoencoder,
+    SwitchSAE,
     build,
 )
 from sae_kernels.testing import (
@@ -36,6 +38,9 @@ def _exact(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and reconstruction by the dense oracle on scaled activations, and |terms| of h."""
     config = sae.config
     p = {name: t.detach().double() for name, t in sae.named_parameters()}
+    if isinstance(sae, SwitchSAE):
+        dense = dense_switch(sae.config, p, x.double() * config.activation_scale)
+        return dense.codes, dense.x_hat, dense.size
     kind, k = config.architecture, getattr(config, "k", 0)
     if isinstance(sae, BatchTopKSAE):  # in evaluation every key above the threshold
         kind, norms = "jumprelu", torch.ones(F).double()
