@@ -1,11 +1,11 @@
-"""The speed bars of the TopK path on this machine (minutes; mean nothing on a busy one)."""
+"""The speed bars of TopK and Switch on this machine (minutes; mean nothing on a busy one)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import cpu_bars
+from benchmarks import cpu_bars, switch_bars
 from sae_kernels.backends import cpu
 
 pytestmark = pytest.mark.slow
@@ -51,3 +51,29 @@ def test_small_shapes_are_never_slower_than_dense():
     for case, ratio in ratios(cpu_bars.small("uniform", rounds=7)).items():
         if "dense" in case:
             assert ratio >= 1, f"{case} is faster than FusedStep float32"
+
+
+def ratio_of(records: list[dict[str, object]], provider: str) -> float:
+    """Of the one whose name begins so."""
+    (found,) = (r for r in records if str(r["provider"]).startswith(provider))
+    return float(str(found["ratio"]))
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["zipf", "uniform"])
+def test_a_switch_encoder_costs_its_experts_part_of_the_product(kind):
+    got = list(switch_bars.encode(kind, rounds=7))
+    assert ratio_of(got, "Switch E=8,") <= 0.32
+    assert ratio_of(got, "Switch E=32,") <= 0.16
+    for record in switch_bars.uneven(kind, rounds=7):
+        assert record["ratio"] <= 1.1, record
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["zipf", "uniform"])
+def test_a_switch_step_costs_a_part_of_topks_and_of_the_dense_one(kind):
+    adam = [r for r in switch_bars.steps(kind, rounds=7) if "dense" in r["case"]]
+    assert ratio_of(adam, "Switch E=8") <= 0.7
+    assert ratio_of(adam, "Switch E=32") <= 0.7
+    for record in list(switch_bars.dense(kind, rounds=3))[1:]:
+        assert record["ratio"] >= 15, record

@@ -21,7 +21,7 @@ class DenseStep:
     Args:
         W_enc, W_dec: [F, D] initial weights (copied).
         k: latents kept per token.
-        optimizer: "foreach" or "fused".
+        optimizer: which of torch's Adams, "foreach" or "fused"; "default" is what it takes unasked.
         autocast: bf16 autocast around the forward pass.
         compiler: a backend of torch.compile for the forward and backward pass; None for none.
     """
@@ -42,7 +42,7 @@ class DenseStep:
         self.b_enc = W_enc.new_zeros(n_latents).requires_grad_()
         self.b_dec = W_enc.new_zeros(d_in).requires_grad_()
         self.parameters = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
-        kind: dict[str, Any] = {optimizer: True}
+        kind: dict[str, Any] = {} if optimizer == "default" else {optimizer: True}
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4, **kind)
 
         def built(part: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,3 +131,59 @@ class DenseJumpReLUStep(DenseStep):
     def _penalty(self, h: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | float:
         fires = step(h, self.log_threshold.exp(), self.bandwidth)
         return self.coefficient * fires.float().sum() / codes.shape[0]
+
+
+class DenseSwitchStep(DenseStep):
+    """amudide/switch_sae's step: all experts are multiplied, and all but one then with 0.
+
+    ``f = relu(W_enc (x - b_dec))`` times the gate of the token's expert, 0 for the others' latents;
+    the k largest of all F; ``mean |x_hat - x|^2 + balance_coefficient D E sum_i F_i P_i`` with the
+    router run a second time; gradients clipped to norm 1 before the decoder's parallel part is
+    removed. The encoder has no bias: b_enc stays 0.
+
+    Args:
+        W_router: [E, D] (copied).
+        balance_coefficient: its lb_alpha.
+        others: as of :class:`DenseStep`.
+    """
+
+    def __init__(
+        self, *others: Any, W_router: torch.Tensor, balance_coefficient: float, **options: Any
+    ) -> None:
+        super().__init__(*others, **options)
+        self.balance_coefficient = balance_coefficient
+        self.W_router = W_router.clone().requires_grad_()
+        self.b_router = torch.zeros_like(self.b_dec).requires_grad_()
+        router = [self.W_router, self.b_router]
+        self.parameters += router
+        self.optimizer.add_param_group({"params": router})
+
+    def _dense_loss(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            z = torch.nn.functional.linear(x - self.b_dec, self.W_enc).relu()
+            codes = self._codes(z * self._gates(self._probabilities(x)))
+            x_hat = codes @ self.W_dec + self.b_dec
+            balance = self._load_balance(self._probabilities(x))
+        error = (x_hat.to(x.dtype) - x).square().sum(1).mean()
+        return error + self.balance_coefficient * x.shape[1] * balance
+
+    def _probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x - self.b_router, self.W_router).softmax(1)
+
+    def _gates(self, p: torch.Tensor) -> torch.Tensor:
+        n_experts, n_latents = p.shape[1], self.W_enc.shape[0]
+        chosen = torch.nn.functional.one_hot(p.argmax(1), n_experts)
+        return (chosen * p).repeat_interleave(n_latents // n_experts, 1)
+
+    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+        values, indices = h.topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(h).scatter(1, indices, values)
+
+    def _load_balance(self, p: torch.Tensor) -> torch.Tensor:
+        n_experts = p.shape[1]
+        load = torch.nn.functional.one_hot(p.argmax(1), n_experts).to(p.dtype).mean(0)
+        return n_experts * (load * p.mean(0)).sum()
+
+    def _without_parallel_part(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        super()._without_parallel_part()

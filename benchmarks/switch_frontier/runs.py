@@ -1,0 +1,157 @@
+"""The runs: which there are, and what one of them leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.switch_frontier.flops import step_flops
+from sae_kernels.functional import RoutedCodes
+from sae_kernels.nn import SwitchConfig, TopKConfig
+from sae_kernels.train import PRESETS, TrainConfig, evaluate, train
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.nn import SAEConfig, SparseAutoencoder
+
+Record = dict[str, Any]
+ARMS = ("width", "flops")
+POINTS = 24  # of a curve
+_HELD_OUT_BATCH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before it is made.
+
+    Attributes:
+        arm: "width", as many latents as TopK in all; "flops", as many in each expert; "base", TopK
+            itself.
+        n_experts, n_latents, k: the SAE's.
+        seed: of the weights and of the order of the data.
+        steps, batch_size, lr: the training's.
+    """
+
+    arm: str
+    n_experts: int
+    n_latents: int
+    k: int
+    seed: int
+    steps: int
+    batch_size: int
+    lr: float
+
+    @property
+    def architecture(self) -> str:
+        """The preset's name."""
+        return "topk" if self.arm == "base" else "switch"
+
+    def sae(self, d_in: int) -> SAEConfig:
+        """The SAE.
+
+        Raises:
+            ValueError: k is more than an expert has latents.
+        """
+        if self.arm == "base":
+            return TopKConfig(d_in, self.n_latents, self.k)
+        return SwitchConfig(d_in, self.n_latents, self.k, n_experts=self.n_experts)
+
+    def train(self) -> TrainConfig:
+        """The preset's settings, without AuxK: it would be TopK's alone, and FLOPs by chance."""
+        given = {name: getattr(self, name) for name in ("seed", "steps", "batch_size", "lr")}
+        own = {**PRESETS[self.architecture].train, "auxk_alpha": 0.0}
+        return TrainConfig(log_every=1, **given, **own)
+
+    def flops(self, d_in: int) -> int:
+        """Of a step."""
+        return step_flops(self.batch_size, d_in, self.n_latents, self.n_experts, self.k)
+
+    def made(self, record: Record) -> bool:
+        """Whether a record is of this run."""
+        return all(record.get(name) == value for name, value in dataclasses.asdict(self).items())
+
+
+def plans(
+    n_latents: int,
+    experts: Iterable[int],
+    ks: Iterable[int],
+    seeds: Iterable[int],
+    arms: Iterable[str],
+    **training: Any,
+) -> Iterator[Plan]:
+    """Seed by seed, so that what drifts while they run does not fall on one kind alone.
+
+    Example:
+        >>> found = plans(8, [2], [1], [0], ARMS, steps=1, batch_size=1, lr=0.1)
+        >>> [(plan.arm, plan.n_experts, plan.n_latents) for plan in found]
+        [('base', 1, 8), ('width', 2, 8), ('flops', 2, 16)]
+    """
+    shapes = [("base", 1, n_latents)]
+    for arm in arms:
+        shapes += [(arm, n, n_latents * (n if arm == "flops" else 1)) for n in experts]
+    for seed in seeds:
+        for k in ks:
+            yield from (Plan(*shape, k, seed, **training) for shape in shapes)
+
+
+def run(plan: Plan, data: RowSource, held_out: RowSource) -> Record:
+    """Trains and evaluates; "seconds" are those of the steps, waiting for data included."""
+    d_in, flops = data.d_in, plan.flops(data.d_in)
+    done = train(data, plan.sae(d_in), plan.train())
+    measured = evaluate(done.sae, held_out)
+    seconds = [line["tokens"] / line["tokens_per_second"] for line in done.metrics]
+    each = [now - before for before, now in zip([0.0, *seconds], seconds, strict=False)]
+    return {
+        **dataclasses.asdict(plan),
+        "architecture": plan.architecture,
+        "d_in": d_in,
+        **{name: getattr(measured, name) for name in ("fvu", "mse", "l0", "dead_fraction")},
+        "flops": flops * plan.steps,
+        "seconds": done.seconds,
+        "step_ms": 1e3 * statistics.median(each),
+        **balance(done.sae, held_out),
+        "curve": curve([line["fvu"] for line in done.metrics], seconds, flops),
+    }
+
+
+def curve(fvu: list[float], seconds: list[float], flops: int) -> list[Record]:
+    """Points spread evenly over the logarithm of the step, FVU averaged since the point before.
+
+    Args:
+        fvu: of each step's batch, before its update.
+        seconds: from the start to the end of each step.
+        flops: of a step.
+
+    Example:
+        >>> [point["step"] for point in curve([1.0] * 100, [0.1] * 100, 7)][-4:]
+        [55, 67, 82, 100]
+    """
+    steps = sorted({round(len(fvu) ** (i / (POINTS - 1))) for i in range(POINTS)})
+    return [
+        {
+            "step": step,
+            "seconds": seconds[step - 1],
+            "flops": flops * step,
+            "fvu": statistics.fmean(fvu[before:step]),
+        }
+        for before, step in zip([0, *steps], steps, strict=False)
+    ]
+
+
+@torch.inference_mode()
+def balance(sae: SparseAutoencoder, rows: RowSource) -> Record:
+    """The busiest expert's part of the tokens, and e to the entropy of all parts."""
+    tokens = torch.zeros(getattr(sae.config, "n_experts", 1))
+    for start in range(0, rows.n_tokens, _HELD_OUT_BATCH):
+        stop = min(start + _HELD_OUT_BATCH, rows.n_tokens)
+        codes = sae.encode(rows.rows(start, stop).activations.float())
+        routed = isinstance(codes, RoutedCodes)
+        tokens += codes.routing.starts.diff() if routed else stop - start
+    parts = tokens / tokens.sum()
+    effective = torch.special.entr(parts).sum().exp()
+    return {"largest_load": float(parts.max()), "effective_experts": float(effective)}

@@ -1,0 +1,170 @@
+"""The results as Markdown, and the part of docs/switch.md that is made of them."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_kernels.runs.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from benchmarks.switch_frontier.runs import Record
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "switch.md"
+PICTURES = PAGE.parent / "pictures"
+PATTERN = "switch-frontier-*.jsonl"
+BEGIN = "<!-- Written by `python -m benchmarks.switch_frontier --page` from here on -->"
+END = "<!-- to here; do not edit -->"
+TITLES = {
+    "width": "Equal width: all experts together have as many latents as TopK",
+    "flops": "Equal FLOPs: each expert has as many latents as TopK",
+}
+SHOWN = {
+    "switch-frontier": "FVU on held-out tokens against L0",
+    "switch-flops": "FVU of training batches against training FLOPs",
+    "switch-seconds": "FVU of training batches against seconds of training",
+}
+"""Pictures and what is in them, in the order of the page."""
+Shape = tuple[str, int, int]
+"""Arm, experts and k."""
+
+
+def read(path: Path) -> tuple[Record, list[Record]]:
+    """A file's provenance and its runs."""
+    first, *records = read_metrics(path)
+    return first["provenance"], records
+
+
+def by_shape(records: Iterable[Record]) -> dict[Shape, list[Record]]:
+    """The runs that differ in their seed alone."""
+    found: dict[Shape, list[Record]] = {}
+    for record in records:
+        found.setdefault((record["arm"], record["n_experts"], record["k"]), []).append(record)
+    return found
+
+
+def experts(records: Iterable[Record], arm: str) -> list[int]:
+    """How many experts the SAEs of an arm have."""
+    return sorted({record["n_experts"] for record in records if record["arm"] == arm})
+
+
+def ks(records: Iterable[Record]) -> list[int]:
+    """The k of the runs."""
+    return sorted({record["k"] for record in records})
+
+
+def mean(records: list[Record], name: str) -> float:
+    """Over the seeds; NaN of none."""
+    return statistics.fmean(r[name] for r in records) if records else float("nan")
+
+
+def fvu_table(records: list[Record], arm: str) -> list[str]:
+    """FVU on held-out tokens by experts and k, and how much above TopK's it is.
+
+    Example:
+        >>> base = {"arm": "base", "n_experts": 1, "n_latents": 8, "k": 2, "fvu": 0.1}
+        >>> ours = base | {"arm": "width", "n_experts": 4, "fvu": 0.105}
+        >>> fvu_table([base, ours], "width")[2:]
+        ['| TopK | 8 | 0.1000 |', '| 4 experts | 8 | 0.1050 (+5.0 %) |']
+    """
+    found, columns = by_shape(records), ks(records)
+    lines = [
+        f"| FVU | F |{''.join(f' k = {k} |' for k in columns)}",
+        f"|---|---:|{'---:|' * len(columns)}",
+    ]
+    for one, n in [("base", 1), *((arm, n) for n in experts(records, arm))]:
+        cells, latents = [], 0
+        for k in columns:
+            runs, base = found.get((one, n, k), []), found.get(("base", 1, k), [])
+            latents = runs[0]["n_latents"] if runs else latents
+            cells.append(_against(mean(runs, "fvu"), mean(base, "fvu"), one) if runs else "")
+        name = "TopK" if one == "base" else f"{n} experts"
+        lines.append(f"| {name} | {latents:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def _against(value: float, base: float, arm: str) -> str:
+    return f"{value:.4f}" if arm == "base" else f"{value:.4f} ({100 * (value / base - 1):+.1f} %)"
+
+
+def cost_table(records: list[Record], k: int) -> list[str]:
+    """What a step takes at one k, and how the experts share the work."""
+    lines = [
+        f"| k = {k} | F | GFLOP a step | ms a step | seconds in all | dead on held-out tokens "
+        "| busiest expert | effective experts |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (arm, n, _), runs in sorted(_at(records, k).items(), key=_order):
+        name = "TopK" if arm == "base" else f"{n} experts, equal {_WORDS[arm]}"
+        gflops = mean(runs, "flops") / runs[0]["steps"] / 1e9
+        shares = f"{100 * mean(runs, 'largest_load'):.1f} % | {mean(runs, 'effective_experts'):.2f}"
+        lines.append(
+            f"| {name} | {runs[0]['n_latents']:,} | {gflops:.2f} | {mean(runs, 'step_ms'):.1f} "
+            f"| {mean(runs, 'seconds'):.1f} | {100 * mean(runs, 'dead_fraction'):.1f} % "
+            f"| {shares if arm != 'base' else ' | '} |"
+        )
+    return lines
+
+
+_WORDS = {"width": "width", "flops": "FLOPs"}
+
+
+def _at(records: list[Record], k: int) -> dict[Shape, list[Record]]:
+    return {shape: runs for shape, runs in by_shape(records).items() if shape[2] == k}
+
+
+def _order(item: tuple[Shape, list[Record]]) -> tuple[int, int]:
+    arm, n, _ = item[0]
+    return ("base", *TITLES).index(arm), n
+
+
+def section(path: Path) -> str:
+    """One results file as Markdown."""
+    facts, records = read(path)
+    first, seeds = records[0], sorted({record["seed"] for record in records})
+    blocks = [
+        f"{first['steps']} steps of {first['batch_size']:,} tokens, learning rate {first['lr']:g}, "
+        f"d_in {first['d_in']}, means over seeds {', '.join(map(str, seeds))}; FVU on held-out "
+        f"tokens, in brackets against TopK's. {facts['cpu']}, ISA {facts['isa']}, "
+        f"{facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
+        f"{' with changes' if facts['dirty'] else ''}, {facts['time'][:10]}: `{facts['command']}`"
+    ]
+    for arm, title in TITLES.items():
+        if experts(records, arm):
+            blocks += [f"{title}.", "\n".join(fvu_table(records, arm))]
+    blocks.append("\n".join(cost_table(records, shown_k(records))))
+    return "\n\n".join(blocks)
+
+
+def shown_k(records: list[Record]) -> int:
+    """The k of pictures and costs: 32 where it is among the runs, else the largest."""
+    found = ks(records)
+    return 32 if 32 in found else found[-1]
+
+
+def generated(results: Path, pictures: Path) -> str:
+    """What stands between the marks."""
+    sections = [section(path) for path in sorted(results.glob(PATTERN))]
+    shown = [
+        f"![{alt}]({pictures.name}/{name}.png)\n\n{alt}; means and ranges over the seeds."
+        for name, alt in SHOWN.items()
+        if (pictures / f"{name}.png").exists()
+    ]
+    return "\n\n".join([*shown, *sections] or ["Not measured yet."])
+
+
+def written(page: str, results: Path = RESULTS, pictures: Path = PICTURES) -> str:
+    """The page with what is between its marks renewed.
+
+    Raises:
+        ValueError: the page has not both marks, once each and in order.
+    """
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in head + tail:
+        raise ValueError(f"{PAGE.name}: expected {BEGIN!r} and {END!r} after it, once each")
+    return f"{head}{BEGIN}\n\n{generated(results, pictures)}\n\n{END}{tail}"
