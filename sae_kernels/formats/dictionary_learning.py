@@ -146,6 +146,7 @@ def _claimed(path: Path, kind: _Kind, trainer: dict[str, Any], k_is_stored: bool
         options["log_threshold"] = False
     if kind.make is SwitchConfig:
         options |= {"k": whole(path, trainer, "k"), "n_experts": whole(path, trainer, "experts")}
+        options["encoder_bias"] = False
         options["gate"] = "heaviside" if flag(path, trainer, "heaviside", False) else "softmax"
     return configure(
         path,

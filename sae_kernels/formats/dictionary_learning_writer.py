@@ -43,7 +43,7 @@ def write_dictionary_learning(
     Example:
         >>> import tempfile
         >>> from sae_kernels.formats import read, shapes
-        >>> config = SwitchConfig(2, 8, k=1, n_experts=4)
+        >>> config = SwitchConfig(2, 8, k=1, n_experts=4, encoder_bias=False)
         >>> tensors = {name: torch.zeros(size) for name, size in shapes(config).items()}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_dictionary_learning(folder, config, tensors)
@@ -56,7 +56,8 @@ def write_dictionary_learning(
     if (largest := float(tensors["b_enc"].abs().max())) > 0:
         raise ValueError(
             f"dictionary_learning: expected b_enc of zeros, got numbers up to {largest:.3g}: "
-            "SwitchAutoEncoder has no encoder bias; the native format does"
+            "SwitchAutoEncoder has no encoder bias; train with encoder_bias false, or write the "
+            "native format"
         )
     publish_all(
         folder,

@@ -76,6 +76,11 @@ class SAEConfig:
         return self.d_out is not None or self.skip
 
     @property
+    def largest_k(self) -> int:
+        """How many latents a token can keep at most."""
+        return self.n_latents
+
+    @property
     def input_width(self) -> int:
         """Of the rows that the encoder reads: all layers together."""
         return self.n_layers * self.d_in
@@ -176,6 +181,8 @@ class SwitchConfig(SAEConfig):
             the load-balance loss alone.
         shared_expert: the first expert is for every token, without gate, and the router chooses
             among the others; the k are the largest of both experts' gated codes.
+        encoder_bias: train b_enc; false keeps it at 0 (the paper, amudide/switch_sae, whose files
+            have no place for it).
     """
 
     architecture: ClassVar[str] = "switch"
@@ -184,6 +191,7 @@ class SwitchConfig(SAEConfig):
     n_experts: int = 8
     gate: Literal["softmax", "heaviside"] = "softmax"
     shared_expert: bool = False
+    encoder_bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,6 +217,11 @@ class SwitchConfig(SAEConfig):
     def expert_width(self) -> int:
         """Latents of an expert, F/E."""
         return self.n_latents // self.n_experts
+
+    @property
+    def largest_k(self) -> int:
+        """Latents of an expert: the others are not looked at."""
+        return self.expert_width
 
     @property
     def n_routed(self) -> int:

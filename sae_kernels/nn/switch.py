@@ -53,6 +53,7 @@ class SwitchSAE(SparseAutoencoder):
             drawn = torch.rand(router.shape, generator=generator) * 2 - 1
             router.copy_(drawn / config.input_width**0.5)
         self.W_router = nn.Parameter(router)
+        self.b_enc.requires_grad_(config.encoder_bias)
         self.b_router = nn.Parameter(torch.zeros(config.input_width, device=router.device))
 
     def select(
@@ -87,8 +88,6 @@ class SwitchSAE(SparseAutoencoder):
     def activate(self, pre: SparseCodes) -> SparseCodes:
         """ReLU, and the gate of the token's expert."""
         codes = super().activate(pre)
-        if self.config.gate == "heaviside":
-            return codes
         return codes.with_values(codes.values * self._gates(pre))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
@@ -115,6 +114,8 @@ class SwitchSAE(SparseAutoencoder):
         if not isinstance(pre, RoutedCodes):
             raise TypeError(f"pre: expected RoutedCodes of select(), got {type(pre).__name__}")
         gates = pre.routing.gates().reshape(*pre.batch_shape, 1)
+        if self.config.gate == "heaviside":  # a router's NaN must show all the same
+            gates = torch.where(gates.detach().isnan(), torch.nan, 1.0)
         if not self.config.shared_expert:
             return gates
         return torch.where(pre.indices < self.config.expert_width, 1, gates)
@@ -126,7 +127,6 @@ class SwitchSAE(SparseAutoencoder):
         both = dataclasses.replace(
             routed, values=values, indices=indices, n_latents=self.config.n_latents
         )
-        gated = values if self.config.gate == "heaviside" else values * self._gates(both)
-        key = gated.detach() + 0.0  # -0 becomes +0
+        key = (values * self._gates(both)).detach() + 0.0  # -0 becomes +0
         order = key.sort(dim=-1, descending=True, stable=True).indices[..., : routed.k]
         return both.with_values(values.gather(-1, order), indices.gather(-1, order))

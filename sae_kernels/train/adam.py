@@ -45,8 +45,12 @@ class FusedAdam:
     def update(
         self, gradients: dict[str, Gradient], loss: torch.Tensor, lr: float | torch.Tensor
     ) -> torch.Tensor:
-        """One update, or none if the loss or the gradients' norm is not finite; whether it is."""
+        """One update, or none if the loss or the gradients' norm is not finite; whether it is.
+
+        What does not ask for a gradient stays as it is.
+        """
         config = self.config
+        gradients = {n: g for n, g in gradients.items() if self.sae.get_parameter(n).requires_grad}
         clip, finite = self._clip(gradients, loss)
         hyper = self._hyper(lr, clip, finite)
         for name, gradient in gradients.items():

@@ -41,9 +41,10 @@ def fresh_sae(
         (0.3333, [1.0, 1.0, 1.0, 1.0])
     """
     check_width(sample.shape[1], sae_config)
-    if config.k_start is not None and config.k_start > sae_config.n_latents:
+    if config.k_start is not None and config.k_start > sae_config.largest_k:
         raise ValueError(
-            f"k_start: expected at most n_latents = {sae_config.n_latents}, got {config.k_start}"
+            f"k_start: expected at most {sae_config.largest_k}, as many as a token can keep, got "
+            f"{config.k_start}"
         )
     finite = sample.isfinite().all(1)
     if not (finite.any() if config.on_nonfinite == "skip" else finite.all()):

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 E = 4
 CONFIGS = {
-    "softmax": SwitchConfig(D, F, k=K, n_experts=E),
-    "heaviside": SwitchConfig(D, F, k=K, n_experts=E, gate="heaviside"),
+    "softmax": SwitchConfig(D, F, k=K, n_experts=E, encoder_bias=False),
+    "heaviside": SwitchConfig(D, F, k=K, n_experts=E, gate="heaviside", encoder_bias=False),
 }
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
