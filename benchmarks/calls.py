@@ -117,6 +117,20 @@ def _bound(shape: Shape) -> torch.Tensor:
     return (torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5).float()
 
 
+def _select_topk_routed(shape: Shape, dtype: torch.dtype, *, experts: int = 8) -> tuple[Any, ...]:
+    """Tokens that chose at random; of the latents as many as make equal parts."""
+    x, W, b, K, _ = _select_topk(shape._replace(F=shape.F // experts * experts), dtype)
+    chosen = torch.randint(experts, (shape.B,))
+    starts = torch.zeros(experts + 1, dtype=torch.int32)
+    starts[1:] = chosen.bincount(minlength=experts).cumsum(0)
+    return x, W, b, K, chosen.argsort(stable=True).to(torch.int32), starts
+
+
+def _route_top1(shape: Shape, dtype: torch.dtype, *, experts: int = 8) -> tuple[Any, ...]:
+    B, D, *_ = shape
+    return torch.randn(B, D, dtype=dtype), unit_rows(experts, D, dtype), torch.randn(experts) / 8
+
+
 def _select_threshold(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
     x, W, b, *_ = _select_topk(shape, dtype)
     return x, W, b, _bound(shape).expand(shape.F).clone()
@@ -260,11 +274,13 @@ BUILDERS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "decode": _decode,
     "decode_residual": _decode_residual,
     "pick_dead": _pick_dead,
+    "route_top1": _route_top1,
     "row_grad": _row_grad,
     "row_sqnorm": _row_sqnorm,
     "row_update": _row_update,
     "select_batch_topk": _select_batch_topk,
     "select_threshold": _select_threshold,
     "select_topk": _select_topk,
+    "select_topk_routed": _select_topk_routed,
     "transpose_codes": _transpose_codes,
 }

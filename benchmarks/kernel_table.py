@@ -94,6 +94,13 @@ def _widths(
         yield Case(primitive, backend, D, K, **settings)
 
 
+def _routed(primitive: str) -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for E in (8, 32):
+            options, matrix = (("experts", E),), dtype != torch.float32
+            yield Case(primitive, "triton", 768, 32, options, dtype, matrix, F=65536)
+
+
 _FP32 = torch.float32
 _VECTOR = (("width", 1), ("norm", "none"), ("copied", False))  # b_enc
 _PENALTY = (("norm", "none"), ("penalties", 4))  # of a crosscoder
@@ -120,6 +127,7 @@ CASES: tuple[Case, ...] = (
     *_widths("decode_residual", "triton", options=_RAGGED, widths=(768,)),
     *_widths("decode_residual", "triton", options=_GROUPS + _RAGGED, widths=(2304,)),
     *_widths("pick_dead", "triton", widths=(768,)),
+    *_routed("route_top1"),
     *_widths("row_grad", "triton"),
     *_widths("row_grad", "triton", dtype=_FP32, widths=(768,)),
     *_widths("row_grad", "triton", options=(("width", 1),), widths=(768,), wide=False),
@@ -142,6 +150,8 @@ CASES: tuple[Case, ...] = (
     *_widths("select_topk", "triton", K=128, widths=(1024,), matrix=True),
     *_widths("select_topk", "triton", options=(("ranked", True),), widths=(1024,), matrix=True),
     *_widths("select_topk", "triton", dtype=_FP32, widths=(1024,)),
+    # How many latents an expert has decides the length of the lists.
+    *_routed("select_topk_routed"),
     *_widths("transpose_codes", "triton", widths=(768,), wide=False),
 )
 

@@ -19,7 +19,7 @@ from sae_kernels.functional import (
     step,
 )
 from sae_kernels.primitives.terms import Gradient
-from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within
+from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within, oracles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -302,8 +302,13 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     ragged = ops.select_threshold(x, W, b, row_coef, "")
     parts = param[:, : next(n for n in (3, 2, 1) if case.D % n == 0)].contiguous()
     both, weights = torch.stack([e, e]), torch.rand(2, dtype=values.dtype)
+    n_experts = next(n for n in (3, 2, 1) if case.F % n == 0)
+    routes = oracles.routes(torch.arange(case.B) % n_experts, n_experts)
+    k_routed = min(case.K, case.F // n_experts)
     for backend in ("cpu", "reference"):
         yield ops.select_topk, (x, W, b, case.K, None, backend)
+        yield ops.route_top1, (x, W, b, backend)
+        yield ops.select_topk_routed, (x, W, b, k_routed, *routes, backend)
         yield ops.select_threshold, (x, W, b, row_coef, backend)
         yield ops.select_batch_topk, (x, W, b, case.B * case.K, None, None, backend)
         guess = torch.ones((), dtype=values.dtype)

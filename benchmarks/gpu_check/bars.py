@@ -56,6 +56,13 @@ def _select(backend: str, name: str, limit: float) -> Iterable[Bar]:
     yield Bar(case, backend, "extra_mib", share, f"{of}: MiB allocated, a 16th of bf16 scores")
 
 
+def _routed() -> Iterable[Bar]:
+    for experts, limit in ((8, 0.5), (32, 0.25)):
+        case, of = f"select_topk_routed gpu-small E={experts}", f"{experts} experts at gpu-small"
+        text = f"select_topk_routed on triton, {of}: time over that of the dense product"
+        yield Bar(case, "triton", "ratio", limit, text)
+
+
 def _decode() -> Iterable[Bar]:
     for K in DECODE_SHAPES:
         case, of = f"decode F=65536 D=2304 K={K}", f"decode and backward, F=65536 D=2304 K={K}"
@@ -87,6 +94,7 @@ BARS: tuple[Bar, ...] = (
     *_select("triton", "gpu-small", 1.45),
     *_select("triton", "gpu-mid", 1.25),
     *_select("gluon", "gpu-mid", 1.15),
+    *_routed(),
     *_decode(),
     *_steps(),
 )

@@ -64,6 +64,19 @@ def select(bench: Bench, name: str, backend: str) -> Iterator[Record]:
         yield record
 
 
+def routed(bench: Bench, name: str, experts: int) -> Iterator[Record]:
+    """select_topk_routed against the dense product, of which it needs one part in so many."""
+    shape, case = bench.shape(name), f"select_topk_routed {name} E={experts}"
+    contestants = bench.runs(
+        "select_topk_routed", bench.inputs("select_topk_routed", shape, experts=experts)
+    )
+    if not contestants:
+        yield {"kind": "skipped", "what": case, "why": "no backend of it runs here"}
+        return
+    contestants[PRODUCT] = product(bench, shape)
+    yield from compared(case, "select_topk_routed", bench.time(contestants), PRODUCT)
+
+
 def torch_topk(bench: Bench, name: str) -> Iterator[Record]:
     """What selecting costs without these kernels: torch.topk over the scores in memory."""
     shape = bench.shape(name)

@@ -41,7 +41,7 @@ class Group(NamedTuple):
     most_s: float = 60
 
 
-def _group(run: Callable[..., Iterator[Record]], *arguments: str, **times: float) -> Group:
+def _group(run: Callable[..., Iterator[Record]], *arguments: str | int, **times: float) -> Group:
     return Group(lambda bench: run(bench, *arguments), **times)
 
 
@@ -62,6 +62,8 @@ GROUPS: dict[str, Group] = {
     "step-gpu-small": _group(steps.step, "gpu-small"),
     **_selection("gpu-mid"),
     "step-gpu-mid": _group(steps.step, "gpu-mid"),
+    "routed-8": _group(kernels.routed, "gpu-small", 8),
+    "routed-32": _group(kernels.routed, "gpu-small", 32),
     "decode": _group(kernels.decode_both_ways),
     "hot": _group(steps.hot),
     "wide-split-master": _group(steps.wide, "split-master", least_s=30, most_s=90),

@@ -123,7 +123,7 @@ def routes(tokens: torch.Tensor, starts: torch.Tensor) -> None:
     n = tokens.shape[0]
     offsets_split_entries(starts, n, "starts")
     seen = torch.zeros(n, dtype=torch.bool, device=tokens.device)
-    seen[tokens.clamp(0, max(0, n - 1)).long()] = True
+    seen[tokens[(tokens >= 0) & (tokens < n)].long()] = True
     if int(starts[-1]) != n or not bool(seen.all()):
         raise ValueError(
             f"tokens: expected each of the {n} tokens once, and starts that end with {n}; got "

@@ -21,6 +21,7 @@ from sae_kernels.testing.budgets import (
     gamma,
     norm_budget,
     rounding,
+    softmax_budget,
     unit_roundoff,
 )
 from sae_kernels.testing.cases import CASES, EXACT_KINDS, Case, Inputs
@@ -29,6 +30,7 @@ from sae_kernels.testing.selection import (
     assert_selects,
     assert_selects_above,
     assert_selects_batch,
+    assert_selects_routed,
 )
 
 __all__ = [
@@ -44,11 +46,13 @@ __all__ = [
     "assert_selects",
     "assert_selects_above",
     "assert_selects_batch",
+    "assert_selects_routed",
     "assert_within",
     "dense_loss",
     "gamma",
     "norm_budget",
     "oracles",
     "rounding",
+    "softmax_budget",
     "unit_roundoff",
 ]

@@ -95,6 +95,28 @@ def norm_budget(
     return after.flatten(1)
 
 
+def softmax_budget(logits: torch.Tensor, budget: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The budget of ``softmax(logits)``, [B, E] like its arguments, from that of the logits.
+
+    ``p_i = exp(d_i) / S`` with ``d_i = l_i - max l``. Logits off by e_j change p_i by a factor of
+    ``exp(e_i) / sum_j p_j exp(e_j)``, at most ``exp(e_i + max_j e_j)``. Three roundings on the way
+    into exp (the difference, log2 e and the product with it) are each ``u |d_j|`` in the exponent,
+    of p_i and on average of S. exp itself and the division may be off by two units in the last
+    place, 4 u, as on a GPU: with S's own that is 12, and E more of its sum. Below the normal range
+    a weight may be lost.
+    """
+    p = logits.double().softmax(1)
+    # What is infinite is exactly that, and what has no weight adds none.
+    off = torch.where(logits.isfinite(), budget, 0.0)
+    d = torch.where(p > 0, logits - logits.amax(1, keepdim=True), 0.0).abs()
+    u = unit_roundoff(dtype) + unit_roundoff(torch.float64)
+    exponent = 3 * u * (d + (p * d).sum(1, keepdim=True)) + off + off.amax(1, keepdim=True)
+    few = rounding(logits.shape[1] + 12, p, dtype)
+    lost = torch.finfo(accumulator(dtype)).smallest_normal
+    total: torch.Tensor = p * torch.expm1(exponent) + few * torch.exp(exponent) + lost
+    return total
+
+
 def assert_within(
     name: str, actual: torch.Tensor, expected: torch.Tensor, budget: torch.Tensor | float
 ) -> None:

@@ -52,6 +52,20 @@ def selection(key: torch.Tensor, k: int) -> torch.Tensor:
     return by_key.gather(1, nan_first)[:, :k]
 
 
+def of_experts(exact: Scores, experts: torch.Tensor, n_experts: int) -> Scores:
+    """[B, F / n_experts] each: every token's scores of the latents of its own expert."""
+    token = torch.arange(experts.shape[0])
+    parts = (t.unflatten(1, (n_experts, -1))[token, experts.long()] for t in exact)
+    return Scores(*parts)
+
+
+def routes(experts: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens by expert, int32 [B], and where each expert's start, int32 [n_experts + 1]."""
+    own = [(experts == e).nonzero()[:, 0] for e in range(n_experts)]
+    ends = torch.tensor([0, *(t.shape[0] for t in own)]).cumsum(0)
+    return torch.cat(own).int(), ends.int()
+
+
 class Ragged(NamedTuple):
     """Ragged codes: values and int32 indices [N], and int32 offsets [B + 1] of the tokens."""
 

@@ -38,6 +38,40 @@ def assert_selects(
         flushed: see :func:`~sae_kernels.testing.rounding`.
     """
     exact = oracles.scores(*case.inputs(), rank_scale)
+    _assert_selected(case, exact, values, indices, rank_scale, flushed)
+
+
+def assert_selects_routed(
+    case: Case,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    experts: torch.Tensor,
+    n_experts: int,
+    *,
+    flushed: float = 0.0,
+) -> None:
+    """Raises AssertionError unless these are the winners among the latents of tokens' experts.
+
+    Args:
+        case: what was selected from.
+        values, indices: [B, K], as select_topk_routed returned them.
+        experts: [B], where the tokens went.
+        n_experts: how many there are.
+        flushed: see :func:`~sae_kernels.testing.rounding`.
+    """
+    exact = oracles.of_experts(oracles.scores(*case.inputs()), experts, n_experts)
+    own = indices.long() - experts.long()[:, None] * (case.F // n_experts)
+    _assert_selected(case, exact, values, own, None, flushed)
+
+
+def _assert_selected(
+    case: Case,
+    exact: oracles.Scores,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    rank_scale: torch.Tensor | None,
+    flushed: float,
+) -> None:
     budget = rounding(case.D + 1, exact.magnitude, case.dtype, flushed=flushed)
     kept = indices.long()
     if case.exact:

@@ -38,10 +38,20 @@ void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Rando
   Buffer<int32_t> indices(s.B * s.k);
   const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
   const auto scales = fill(scale, random);
-  SelectTopkArgs args{
-      kDType<E>,     x.data(),       W.data(), b.data(), scaled ? scale.data() : nullptr,
-      values.data(), indices.data(), s.B,      s.D,      s.F,
-      s.k,           nullptr,        threads};
+  SelectTopkArgs args{kDType<E>,
+                      x.data(),
+                      W.data(),
+                      b.data(),
+                      scaled ? scale.data() : nullptr,
+                      values.data(),
+                      indices.data(),
+                      s.B,
+                      s.D,
+                      s.F,
+                      s.k,
+                      {},
+                      nullptr,
+                      threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
   args.workspace = workspace.data();
   kernels.select_topk(args);
@@ -56,6 +66,76 @@ void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Rando
     for (int64_t j = 0; j < s.k; ++j) {
       check(indices[t * s.k + j] == order[j], "select_topk: index", t * s.k + j);
       check(values[t * s.k + j] == static_cast<T>(h[order[j]]), "select_topk: value", t * s.k + j);
+    }
+  }
+}
+
+// Tokens that go to experts at random, the last of which has none where there are others; inside an
+// expert they come in any order. Every expert has the shape's latents.
+template <class E>
+void select_routed(const KernelTable& kernels, Shape s, int experts, int threads, Random& random) {
+  using T = Acc<E>;
+  const int64_t F = experts * s.F;
+  Buffer<E> x(s.B * s.D), W(F * s.D);
+  Buffer<T> b(F), values(s.B * s.k);
+  Buffer<int32_t> indices(s.B * s.k), tokens(s.B), starts(experts + 1);
+  const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
+  std::vector<std::vector<int32_t>> own(experts);
+  for (int64_t t = s.B - 1; t >= 0; --t) {
+    own[random.below(std::max(1, experts - 1))].push_back(static_cast<int32_t>(t));
+  }
+  int32_t place = starts[0] = 0;
+  for (int e = 0; e < experts; ++e) {
+    for (const int32_t token : own[e]) tokens[place++] = token;
+    starts[e + 1] = place;
+  }
+  SelectTopkArgs args{};
+  args.dtype = kDType<E>, args.x = x.data(), args.W = W.data(), args.b = b.data();
+  args.values = values.data(), args.indices = indices.data();
+  args.B = s.B, args.D = s.D, args.F = F, args.k = s.k, args.threads = threads;
+  args.routes = {tokens.data(), starts.data(), experts};
+  Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
+  args.workspace = workspace.data();
+  kernels.select_topk(args);
+  std::vector<int64_t> h(s.F), order(s.F);
+  for (int e = 0; e < experts; ++e) {
+    for (const int64_t t : own[e]) {
+      for (int64_t f = 0; f < s.F; ++f) h[f] = operands.score(s, t, e * s.F + f);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](auto i, auto j) { return h[i] > h[j]; });
+      for (int64_t j = 0; j < s.k; ++j) {
+        const int64_t at = t * s.k + j;
+        check(indices[at] == e * s.F + order[j], "select_topk, routed: index", at);
+        check(values[at] == static_cast<T>(h[order[j]]), "select_topk, routed: value", at);
+      }
+    }
+  }
+}
+
+// The shape's latents as experts.
+template <class E>
+void route(const KernelTable& kernels, Shape s, int threads, Random& random) {
+  using T = Acc<E>;
+  Buffer<E> x(s.B * s.D), W(s.F * s.D);
+  Buffer<T> b(s.F), probabilities(s.B * s.F);
+  Buffer<int32_t> experts(s.B);
+  const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
+  RouteTop1Args args{kDType<E>, x.data(), W.data(), b.data(), experts.data(), probabilities.data(),
+                     s.B,       s.D,      s.F,      nullptr,  threads};
+  Buffer<char> workspace(static_cast<int64_t>(kernels.route_top1_workspace(args)), kAlign);
+  args.workspace = workspace.data();
+  kernels.route_top1(args);
+  std::vector<int64_t> logits(s.F);
+  for (int64_t t = 0; t < s.B; ++t) {
+    for (int64_t e = 0; e < s.F; ++e) logits[e] = operands.score(s, t, e);
+    const auto best = std::max_element(logits.begin(), logits.end());
+    check(experts[t] == best - logits.begin(), "route_top1: expert", t);
+    double sum = 0;
+    for (const int64_t logit : logits) sum += std::exp(static_cast<double>(logit - *best));
+    for (int64_t e = 0; e < s.F; ++e) {
+      const double p = std::exp(static_cast<double>(logits[e] - *best)) / sum;
+      const double came = static_cast<double>(probabilities[t * s.F + e]);
+      check(std::abs(came - p) <= 1e-4 * p + 1e-30, "route_top1: probability", t * s.F + e);
     }
   }
 }
@@ -363,6 +443,10 @@ void all(const KernelTable& kernels, const char* name) {
       where = text;
       Random random(++seed);
       for (const bool scaled : {false, true}) select<E>(kernels, shape, scaled, threads, random);
+      for (const int experts : {1, 2, 5}) {
+        select_routed<E>(kernels, shape, experts, threads, random);
+      }
+      route<E>(kernels, shape, threads, random);
       for (const int level : {-100000, 0, 20, 100000}) {
         threshold<E>(kernels, shape, level, threads, random);
       }

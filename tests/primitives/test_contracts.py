@@ -13,12 +13,14 @@ from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode as decode_rows
 from sae_kernels.primitives.decode_residual import decode_residual
+from sae_kernels.primitives.route_top1 import route_top1
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
 from sae_kernels.primitives.row_update import AdamRow, row_update
 from sae_kernels.primitives.select_batch_topk import select_batch_topk
 from sae_kernels.primitives.select_threshold import select_threshold
 from sae_kernels.primitives.select_topk import select_topk
+from sae_kernels.primitives.select_topk_routed import select_topk_routed
 from sae_kernels.primitives.terms import Gradient, Term
 from sae_kernels.primitives.transpose_codes import transpose_codes
 
@@ -34,6 +36,7 @@ codes = SparseCodes(values, indices, F)
 offsets = torch.tensor([0, 2, 2, 6], dtype=i32)
 ragged = {"values": t(6), "indices": t(6, dtype=i32), "offsets": offsets}
 ends = torch.tensor([2, F], dtype=i32)
+tokens, starts = torch.tensor([1, 0, 2], dtype=i32), torch.tensor([0, 1, 3, 3], dtype=i32)
 term = Term(t(F + 1, dtype=i32), t(6, dtype=i32), t(6, dtype=i32), t(6), t(B, D))
 hyper = t(6, dtype=f64)
 row = AdamRow(t(F, D), t(F, D), t(F, D))
@@ -53,6 +56,16 @@ def above(**changes: Any) -> None:
 def largest(**changes: Any) -> None:
     args = {"x": x, "W": W, "b": b, "count": K, "rank_scale": None, "start": None, **changes}
     select_batch_topk(*args.values())
+
+
+def route(**changes: Any) -> None:
+    args = {"x": x, "W": W, "b": b, **changes}
+    route_top1(*args.values())
+
+
+def routed(**changes: Any) -> None:
+    args = {"x": x, "W": W, "b": b, "k": K, "tokens": tokens, "starts": starts, **changes}
+    select_topk_routed(*args.values())
 
 
 def rows(**changes: Any) -> None:
@@ -203,6 +216,55 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"rank_scale: .*float32, got float64",
     ),
     "largest-start": (lambda: largest(start=t(F)), ValueError, r"start: .*\[\].* got \[6\]"),
+    "route-x": (lambda: route(x=t(D)), ValueError, r"x: .*\[B, D\].* got \[4\]"),
+    "route-W": (lambda: route(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),
+    "route-W-dtype": (lambda: route(W=W.to(bf16)), TypeError, "W: .*float32, got bfloat16"),
+    "route-b": (lambda: route(b=t(D)), ValueError, r"b: .*\[6\].* got \[4\]"),
+    "route-no-expert": (
+        lambda: route(W=t(0, D), b=None),
+        ValueError,
+        r"W: .*at least one expert.* got shape \[0, 4\]",
+    ),
+    "route-device": (lambda: route(b=b.to("meta")), ValueError, "one device, .*b on meta"),
+    "routed-W": (lambda: routed(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),
+    "routed-b-dtype": (lambda: routed(b=b.double()), TypeError, "b: .*float32, got float64"),
+    "routed-tokens": (
+        lambda: routed(tokens=tokens[:2]),
+        ValueError,
+        r"tokens: .*\[3\] \(every token once, by expert\), got \[2\]",
+    ),
+    "routed-tokens-int64": (
+        lambda: routed(tokens=tokens.long()),
+        TypeError,
+        "tokens: .*int32, got int64",
+    ),
+    "routed-starts-2d": (
+        lambda: routed(starts=starts[None]),
+        ValueError,
+        r"starts: .*\[E \+ 1\].* got \[1, 4\]",
+    ),
+    "routed-starts-float": (
+        lambda: routed(starts=starts.float()),
+        TypeError,
+        "starts: .*int32, got float32",
+    ),
+    "routed-no-expert": (
+        lambda: routed(starts=starts[:1]),
+        ValueError,
+        "starts: .*divides n_latents = 6, got 0",
+    ),
+    "routed-four-experts": (
+        lambda: routed(starts=t(5, dtype=i32)),
+        ValueError,
+        "starts: .*divides n_latents = 6, got 4",
+    ),
+    "routed-k-zero": (lambda: routed(k=0), ValueError, "1 <= k <= 2, .*3 experts, got 0"),
+    "routed-k-large": (lambda: routed(k=3), ValueError, "1 <= k <= 2, .*3 experts, got 3"),
+    "routed-device": (
+        lambda: routed(tokens=tokens.to("meta")),
+        ValueError,
+        "one device, .*tokens on meta",
+    ),
     "decode-values": (lambda: rows(values=t(B, 3)), ValueError, r"indices: .*\[3, 3\].*\[3, 2\]"),
     "decode-v-dtype": (lambda: rows(values=values.half()), TypeError, "values: .* got float16"),
     "decode-ends-2d": (
@@ -425,6 +487,8 @@ def test_a_copy_beside_fp64_is_refused() -> None:
 
 def test_the_good_arguments_are_accepted() -> None:
     # Otherwise the table above could pass for the wrong reason.
+    for call in (route, routed):
+        call()
     for call in (select, above, largest, rows, residual, grads, transpose, weights, update, dead):
         call()
     for call in (encode, threshold, jumprelu, batch):
