@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SwitchSAE
     from sae_kernels.train.config import TrainConfig
 
+_WIDENED = 256  # tokens
+
 
 def balance(pre: SparseCodes, width: int, config: TrainConfig) -> torch.Tensor | None:
     """The load-balance loss in units of the squared error's, or None where there is none.
@@ -57,5 +59,9 @@ def router_gradients(
     by_logit = softmax_backward(routing.probabilities.detach(), slope)
     total = by_logit.sum(0)
     W = sae.W_router.detach().to(x_centred.dtype).float()  # as it was multiplied
-    dW = by_logit.T @ x_centred.float() - total[:, None] * sae.router_shift().detach()
+    dW = -total[:, None] * sae.router_shift().detach()
+    # The tokens are widened some at a time: on a CPU fresh pages for all of them cost more.
+    at_once = len(x_centred) if x_centred.is_cuda else _WIDENED
+    for some, tokens in zip(by_logit.split(at_once), x_centred.split(at_once), strict=True):
+        dW.addmm_(some.T, tokens.float())
     return {"W_router": Gradient.whole(dW), "b_router": Gradient.whole(-(total @ W)[None])}
