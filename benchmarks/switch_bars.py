@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 EXPERTS = (2, 8, 32, 128)
 STEP_EXPERTS = (8, 32)
-BALANCE = 0.03  # the preset's
+BALANCE = 0.3  # the preset's
 LB_ALPHA = 3.0  # of amudide/switch_sae's script
 DENSE_ROUNDS = 3  # their steps take seconds
 
