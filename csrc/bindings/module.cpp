@@ -108,8 +108,8 @@ PYBIND11_MODULE(_C, module) {
                                int64_t experts, Address workspace, int threads) {
     const KernelTable& table = kernels(isa);
     py::gil_scoped_release release;
-    table.select_topk(select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k,
-                                  routes_of(tokens, starts, experts), workspace, threads));
+    return table.select_topk(select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k,
+                                         routes_of(tokens, starts, experts), workspace, threads));
   });
 
   module.def("route_top1_workspace", [](const std::string& isa, int dtype, int64_t B, int64_t D,

@@ -19,8 +19,8 @@ size_t select_topk_workspace(const SelectTopkArgs& args) {
   return visit_select(args, [](const auto& select) { return select.workspace(); });
 }
 
-void select_topk(const SelectTopkArgs& args) {
-  visit_select(args, [](const auto& select) { select.run(); });
+bool select_topk(const SelectTopkArgs& args) {
+  return visit_select(args, [](const auto& select) { return select.run(); });
 }
 
 }  // namespace sae::SAE_ISA

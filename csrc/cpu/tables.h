@@ -7,7 +7,7 @@ namespace sae {
 
 namespace SAE_ISA {
 size_t select_topk_workspace(const SelectTopkArgs&);
-void select_topk(const SelectTopkArgs&);
+bool select_topk(const SelectTopkArgs&);
 size_t route_top1_workspace(const RouteTop1Args&);
 void route_top1(const RouteTop1Args&);
 size_t select_threshold_workspace(const SelectThresholdArgs&);

@@ -100,7 +100,7 @@ def route_top1(
     bias = None
     if b_router is not None:  # the product of rounded operands, as that of x is
         high = checks.accumulator(dtype)
-        bias = -(W_router.to(dtype).to(high) * b_router.to(high)).sum(1)
+        bias = -torch.mv(W_router.to(dtype).to(high), b_router.to(high))
     rows = x.reshape(-1, x.shape[-1])
     experts, probabilities = _Route.apply(rows, W_router, bias, dtype, backend)
     order = transpose_codes(experts[:, None], None, None, W_router.shape[0], backend=backend)

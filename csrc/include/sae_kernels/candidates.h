@@ -271,12 +271,16 @@ struct Candidates {
       Key<T>* key = keys + at;
       for (int64_t i = k; i < capacity && i % kLanes<Key<T>>; ++i) key[i] = 0;
       const int64_t padded = whole_vectors(k);
+      int64_t rank[kRankByCounting], total = 0;
       for (int64_t j = 0; j < k; ++j) {
-        // Not below j's key: those above it, itself, and its ties, the earlier of which rank first.
-        int64_t rank = count_at_least<T>(key, padded, key[j]) - 1;
-        for (int64_t i = j + 1; i < k; ++i) rank -= key[i] == key[j];
-        out_values[rank] = kScaled ? values[at + j] : value_of_key<T>(key[j]);
-        out_latents[rank] = latents[at + j];
+        total += rank[j] = count_at_least<T>(key, padded, key[j]) - 1;
+      }
+      const bool has_ties = total != k * (k - 1) / 2;
+      for (int64_t j = 0; j < k; ++j) {
+        // Those above j's key and its ties, of which the earlier rank first.
+        for (int64_t i = j + 1; has_ties && i < k; ++i) rank[j] -= key[i] == key[j];
+        out_values[rank[j]] = kScaled ? values[at + j] : value_of_key<T>(key[j]);
+        out_latents[rank[j]] = latents[at + j];
       }
       return;
     }

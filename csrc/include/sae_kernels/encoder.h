@@ -140,20 +140,21 @@ SAE_INLINE void scan_step(const typename Product::T* scores, int64_t latents, in
   const int64_t end = std::min<int64_t>(count, token + Product::kTokenStep);
   for (; token < end; token += kGroup, scores += Product::kLatents * kGroup) {
     // Never wider than a group, so that nothing beyond a mask's own bits can pass.
-    const uint32_t live = (1u << std::min<int64_t>(end - token, kGroup)) - 1;
+    const uint64_t live = (uint64_t{1} << std::min<int64_t>(end - token, kGroup)) - 1;
     auto against = renew(token);
     for (int64_t i = 0; i < latents; i += 4) {
-      uint32_t mask[4], any = 0;
+      uint64_t passed = 0;  // four latents by all tokens of the group
       SAE_UNROLL for (int u = 0; u < 4; ++u) {
-        mask[u] = test(scores + (i + u) * kGroup, i + u, against) & live;
-        any |= mask[u];
+        const uint64_t mask = test(scores + (i + u) * kGroup, i + u, against) & live;
+        passed |= mask << (u * kGroup);
       }
-      if (__builtin_expect(any == 0, 1)) continue;
-      for (int u = 0; u < 4 && i + u < latents; ++u) {
-        for (uint32_t left = mask[u]; left; left &= left - 1) {
-          const int lane = __builtin_ctz(left);
-          visit(token + lane, i + u, scores[(i + u) * kGroup + lane]);
-        }
+      if (__builtin_expect(passed == 0, 1)) continue;
+      // One loop over the bits of all four: leaving a loop is what is guessed wrong.
+      const uint64_t there =
+          i + 4 > latents ? (uint64_t{1} << (latents - i) * kGroup) - 1 : ~uint64_t{0};
+      for (passed &= there; passed; passed &= passed - 1) {
+        const int bit = __builtin_ctzll(passed);
+        visit(token + bit % kGroup, i + bit / kGroup, scores[i * kGroup + bit]);
       }
       against = renew(token);
     }

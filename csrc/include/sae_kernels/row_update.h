@@ -77,15 +77,33 @@ class RowUpdate {
 
   void run() const {
     if (!a.sqnorm && a.hyper[4] != 0) return;
-    parallel_for(a.F, 64, a.threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(a.F, kChunk, a.threads, [&](int64_t begin, int64_t end, int thread) {
+      if (a.width == 1 && a.norm == Norm::none && !a.lazy) return update_column(begin, end);
       T* grad = static_cast<T*>(a.workspace) + thread * a.width;
       for (int64_t f = begin; f < end; ++f) update_row(f, grad);
     });
   }
 
  private:
+  static constexpr int64_t kChunk = 64;  // of rows
+
   const RowUpdateArgs& a;
   T clip, step, v_scale, beta1, beta2, eps;
+
+  // Of rows of one number each Adam takes whole vectors.
+  void update_column(int64_t begin, int64_t end) const {
+    T grads[kChunk];
+    for (int64_t f = begin; f < end; ++f) {
+      gather(f, static_cast<const T*>(a.param) + f, grads + (f - begin));
+    }
+    if (!a.sqnorm) {
+      adam(begin, end - begin, grads);
+      return;
+    }
+    for (int64_t f = begin; f < end; ++f) {
+      static_cast<T*>(a.sqnorm)[f] = grads[f - begin] * grads[f - begin];
+    }
+  }
 
   void update_row(int64_t f, T* grad) const {
     T* param = static_cast<T*>(a.param) + f * a.width;

@@ -25,17 +25,17 @@ class SelectTopk {
     while (tokens > step && List::bytes(tokens, capacity) > kListBytes) tokens -= step;
   }
 
-  size_t workspace() const {
-    return (encoder.thread_bytes() + sink_bytes()) * static_cast<size_t>(a.threads);
-  }
+  size_t workspace() const { return lists_bytes() + aligned(static_cast<size_t>(a.B)); }
 
-  void run() const {
+  bool run() const {
+    if (a.routes.tokens && !each_token_once()) return false;
     encoder.run(a.workspace, sink_bytes(), [&](Carver& carver) {
       T* scale = carver.template take<T>(Product::kLatents * sizeof(T));
       char* lists = carver.take(List::bytes(encoder.tokens, capacity));
       Entry* entries = carver.template take<Entry>(static_cast<size_t>(a.k) * sizeof(Entry));
       return Sink{a, scale, List(lists, encoder.tokens, capacity, limit, a.k), entries};
     });
+    return true;
   }
 
  private:
@@ -45,6 +45,26 @@ class SelectTopk {
   const SelectTopkArgs& a;
   Encoder<Product> encoder;
   int64_t limit, capacity;
+
+  size_t lists_bytes() const {
+    return (encoder.thread_bytes() + sink_bytes()) * static_cast<size_t>(a.threads);
+  }
+
+  // Whether the experts' parts of the list of tokens join, and every token is in it.
+  bool each_token_once() const {
+    const auto [tokens, starts, experts] = a.routes;
+    if (starts[0] != 0 || starts[experts] != a.B) return false;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (starts[e] > starts[e + 1]) return false;
+    }
+    char* seen = static_cast<char*>(a.workspace) + lists_bytes();
+    std::memset(seen, 0, static_cast<size_t>(a.B));
+    for (int64_t i = 0; i < a.B; ++i) {
+      if (tokens[i] < 0 || tokens[i] >= a.B || seen[tokens[i]]) return false;
+      seen[tokens[i]] = 1;
+    }
+    return true;
+  }
 
   size_t sink_bytes() const {
     return aligned(Product::kLatents * sizeof(T)) + aligned(List::bytes(encoder.tokens, capacity)) +

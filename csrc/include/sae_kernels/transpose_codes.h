@@ -13,8 +13,10 @@ namespace sae::SAE_ISA {
 
 template <class T>
 bool transpose_codes(const TransposeArgs& a) {
+  constexpr int64_t kWorthAThread = 1 << 13;  // entries: waking one takes longer than fewer
   const T* values = static_cast<const T*>(a.values);
-  const int64_t stretch = (a.N + a.threads - 1) / a.threads;
+  const int threads = static_cast<int>(std::clamp<int64_t>(a.N / kWorthAThread, 1, a.threads));
+  const int64_t stretch = (a.N + threads - 1) / threads;
   const auto for_each_entry = [&](int thread, auto&& body) {
     const int64_t end = std::min(a.N, (thread + 1) * stretch);
     for (int64_t e = thread * stretch; e < end; ++e) {
@@ -23,7 +25,7 @@ bool transpose_codes(const TransposeArgs& a) {
   };
 
   std::atomic<bool> in_range{true};
-  on_threads(a.threads, [&](int thread) {
+  on_threads(threads, [&](int thread) {
     int32_t* counts = a.workspace + thread * a.F;
     std::fill(counts, counts + a.F, 0);
     for_each_entry(thread, [&](int64_t, int32_t latent, bool kept) {
@@ -39,7 +41,7 @@ bool transpose_codes(const TransposeArgs& a) {
   int32_t total = 0;
   for (int64_t f = 0; f < a.F; ++f) {
     a.offsets[f] = total;
-    for (int thread = 0; thread < a.threads; ++thread) {
+    for (int thread = 0; thread < threads; ++thread) {
       int32_t& place = a.workspace[thread * a.F + f];
       const int32_t count = place;
       place = total;
@@ -48,7 +50,7 @@ bool transpose_codes(const TransposeArgs& a) {
   }
   a.offsets[a.F] = total;
 
-  on_threads(a.threads, [&](int thread) {
+  on_threads(threads, [&](int thread) {
     int32_t* places = a.workspace + thread * a.F;
     for_each_entry(thread, [&](int64_t e, int32_t latent, bool kept) {
       if (!kept) return;

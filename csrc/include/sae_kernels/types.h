@@ -158,10 +158,11 @@ class Selection {
   virtual void write(void* values, int32_t* indices, int32_t* offsets) const = 0;
 };
 
-// The kernels of one ISA. Those that read indices return false when one lies outside [0, F).
+// The kernels of one ISA. Those that read indices return false when one lies outside [0, F), or
+// routes that do not name every token once.
 struct KernelTable {
   size_t (*select_topk_workspace)(const SelectTopkArgs&);
-  void (*select_topk)(const SelectTopkArgs&);
+  bool (*select_topk)(const SelectTopkArgs&);
   size_t (*route_top1_workspace)(const RouteTop1Args&);
   void (*route_top1)(const RouteTop1Args&);
   size_t (*select_threshold_workspace)(const SelectThresholdArgs&);

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from sae_kernels.backends import cpu
-from sae_kernels.primitives.checks import accumulator
+from sae_kernels.primitives import checks
 from sae_kernels.tensors import packed
 
 
@@ -32,14 +32,14 @@ def run(
     tokens, starts = (None, None) if routes is None else map(packed, routes)
     n_experts = 1 if starts is None else starts.shape[0] - 1
     sizes = (x.shape[0], x.shape[1], W.shape[0], k)
-    values = x.new_empty((x.shape[0], k), dtype=accumulator(x.dtype))
+    values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
     isa, code, threads = cpu.isa(), cpu.code(x.dtype), cpu.threads()
     bytes_needed = cpu.module().select_topk_workspace(
         isa, code, rank_scale is not None, *sizes, n_experts, threads
     )
     workspace = torch.empty(bytes_needed, dtype=torch.uint8)
-    cpu.module().select_topk(
+    valid = cpu.module().select_topk(
         isa,
         code,
         cpu.address(x),
@@ -55,4 +55,6 @@ def run(
         cpu.address(workspace),
         threads,
     )
+    if routes is not None and not valid:
+        checks.routes(*routes)
     return values, indices

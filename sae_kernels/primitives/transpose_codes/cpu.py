@@ -19,7 +19,8 @@ def run(
     alive = [packed(t) for t in (indices, values, row_ids)]
     n, threads = indices.numel(), cpu.threads()
     offsets = indices.new_empty(n_latents + 1)
-    entries, rows = indices.new_zeros(n), indices.new_zeros(n)
+    made = indices.new_empty if values is None else indices.new_zeros  # what is dropped stays zero
+    entries, rows = made(n), made(n)
     workspace = indices.new_empty(threads * n_latents)
     in_range = cpu.module().transpose_codes(
         cpu.isa(),
