@@ -30,10 +30,14 @@ Record = dict[str, object]
 
 
 def ratios(
-    case: str, contestants: dict[str, Callable[[], object]], base: str, rounds: int
+    case: str,
+    contestants: dict[str, Callable[[], object]],
+    base: str,
+    rounds: int,
+    untimed: int = 0,
 ) -> Iterator[Record]:
     """Times the contestants and gives each with its ratio to the base."""
-    for name, timing in (times := interleaved(contestants, rounds)).items():
+    for name, timing in (times := interleaved(contestants, rounds, untimed=untimed)).items():
         yield record(case, name, timing, timing.median_ms / times[base].median_ms, base)
 
 

@@ -31,12 +31,19 @@ def interleaved(
     rounds: int,
     clock: Clock | None = None,
     warmup: int = 1,
+    untimed: int = 0,
 ) -> dict[str, Timing]:
-    """Times each contestant once a round, after rounds of warm-up."""
+    """Times each contestant once a round, after rounds of warm-up.
+
+    ``untimed`` runs of it come first in each of its turns: a step of a training follows a step of
+    the same training, and finds the caches and the allocator as that left them.
+    """
     clock = WallClock() if clock is None else clock
     readings: dict[str, list[Reading]] = {name: [] for name in contestants}
     for round_ in range(warmup + rounds):
         for name in in_turn(list(contestants), round_):
+            for _ in range(untimed):
+                contestants[name]()
             clock.start()
             contestants[name]()
             reading = clock.stop()

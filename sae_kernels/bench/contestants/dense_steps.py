@@ -138,19 +138,26 @@ class DenseSwitchStep(DenseStep):
 
     ``f = relu(W_enc (x - b_dec))`` times the gate of the token's expert, 0 for the others' latents;
     the k largest of all F; ``mean |x_hat - x|^2 + balance_coefficient D E sum_i F_i P_i`` with the
-    router run a second time; gradients clipped to norm 1 before the decoder's parallel part is
-    removed. The encoder has no bias: b_enc stays 0.
+    router run a second time; gradients clipped, to norm 1 there, before the decoder's parallel part
+    is removed. The encoder has no bias: b_enc stays 0.
 
     Args:
         W_router: [E, D] (copied).
         balance_coefficient: its lb_alpha.
+        clip_norm: of all gradients together; None clips nothing.
         others: as of :class:`DenseStep`.
     """
 
     def __init__(
-        self, *others: Any, W_router: torch.Tensor, balance_coefficient: float, **options: Any
+        self,
+        *others: Any,
+        W_router: torch.Tensor,
+        balance_coefficient: float,
+        clip_norm: float | None = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__(*others, **options)
+        self.clip_norm = clip_norm
         self.balance_coefficient = balance_coefficient
         self.W_router = W_router.clone().requires_grad_()
         self.b_router = torch.zeros_like(self.b_dec).requires_grad_()
@@ -185,5 +192,6 @@ class DenseSwitchStep(DenseStep):
         return n_experts * (load * p.mean(0)).sum()
 
     def _without_parallel_part(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         super()._without_parallel_part()
