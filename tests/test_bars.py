@@ -75,7 +75,7 @@ def test_a_switch_step_costs_a_part_of_topks_and_of_the_dense_one(kind):
     adam = [r for r in switch_bars.steps(kind, rounds=7) if "dense" in r["case"]]
     assert ratio_of(adam, "Switch E=8") <= 0.7
     assert ratio_of(adam, "Switch E=32") <= 0.7
-    # Bars are without clipping, which costs ours a pass over the gradients and shows in the results.
+    # Clipping costs ours another pass over the gradients: off in bars, and in the results.
     got = list(switch_bars.dense(kind, rounds=5))
     assert ratio_of(got[:3], "dense fp32") >= 15
     assert ratio_of(got[3:], "dense autocast") >= 15
