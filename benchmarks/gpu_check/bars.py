@@ -57,7 +57,7 @@ def _select(backend: str, name: str, limit: float) -> Iterable[Bar]:
 
 
 def _routed() -> Iterable[Bar]:
-    for experts, limit in ((8, 0.5), (32, 0.25)):
+    for experts, limit in ((8, 0.32), (32, 0.16)):
         case, of = f"select_topk_routed gpu-small E={experts}", f"{experts} experts at gpu-small"
         text = f"select_topk_routed on triton, {of}: time over that of the dense product"
         yield Bar(case, "triton", "ratio", limit, text)

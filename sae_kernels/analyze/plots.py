@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
+from sae_kernels.analyze.frontier import frontiers
 from sae_kernels.analyze.geometry import CURVE, duplicate_curve, median
 from sae_kernels.report.plotstyle import BLUE, INK, MUTED, ORANGE, count_axis, house_style
 from sae_kernels.report.units import number, percent
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sae_kernels.analyze.analysis import Analysis
+    from sae_kernels.analyze.frontier import Frontier
+
+    Named = TypeVar("Named", Analysis, Frontier)
 
 _WIDTH, _PANEL = 6.0, 2.3  # inches; of a figure, and the height of a panel
 _BINS, _TITLE = 50, 60
@@ -42,12 +46,13 @@ def check_drawable() -> None:
 
 
 def draw(analyses: Sequence[Analysis]) -> list[Picture]:
-    """Nearest neighbours, duplicates and, where there are some, experts.
+    """Nearest neighbours, duplicates and, where there are some, experts and frontiers.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     used = [each for each in analyses if each.use is not None]
+    compared = frontiers(analyses)
     kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
     lowest = min(float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if _any(c))
     highest = max(max(duplicate_curve(cosines)) for cosines in kinds)
@@ -56,28 +61,28 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
             _picture("neighbours", analyses, partial(neighbours_panel, low=lowest)),
             _picture("duplicates", analyses, partial(duplicates_panel, high=highest)),
         ]
-        return [*pictures, *([_picture("experts", used, load_panel)] if used else [])]
+        if used:
+            pictures.append(_picture("experts", used, load_panel))
+        if compared:
+            pictures.append(_picture("frontiers", compared, frontier_panel))
+        return pictures
 
 
 def _any(cosines: torch.Tensor) -> bool:
     return bool(cosines.isfinite().any())
 
 
-def _picture(
-    name: str, analyses: Sequence[Analysis], panel: Callable[[Axes, Analysis], None]
-) -> Picture:
-    """A panel for each SAE, one below the other."""
+def _picture(name: str, shown: Sequence[Named], panel: Callable[[Axes, Named], None]) -> Picture:
+    """A panel for each SAE or frontier, one below the other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, 0.3 + _PANEL * len(analyses)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.3 + _PANEL * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, analysis in zip(
-        figure.subplots(len(analyses), squeeze=False)[:, 0], analyses, strict=True
-    ):
-        panel(axes, analysis)
+    for axes, each in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+        panel(axes, each)
         # A name is no formula, whatever signs are in it.
-        axes.set_title(_title(analysis.name), parse_math=False)
+        axes.set_title(_title(each.name), parse_math=False)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=200, facecolor="white")
     return Picture(name, png.getvalue())
@@ -146,6 +151,22 @@ def load_panel(axes: Axes, analysis: Analysis) -> None:
     axes.set_xlabel(f"expert (dashed: 1/{n}; {even})")
     axes.set_xlim(experts[0] - 0.6, experts[-1] + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+
+
+def frontier_panel(axes: Axes, frontier: Frontier) -> None:
+    """FVU against L0, a line for each kind; the first is what the others are compared with."""
+    from matplotlib import colormaps
+
+    others = colormaps["viridis"].resampled(max(2, len(frontier.kinds)))
+    for i, (name, analyses) in enumerate(frontier.kinds.items()):
+        measured = [each.evaluation for each in analyses if each.evaluation is not None]
+        points = [each.l0 for each in measured], [each.fvu for each in measured]
+        axes.plot(*points, marker="o", markersize=4, label=name, color=others(i) if i else INK)
+    axes.set_xlabel("L0")
+    axes.set_ylabel("FVU")
+    axes.margins(y=0.15)
+    axes.set_ylim(0, None)
+    axes.legend(frameon=False, fontsize="small", labelcolor="linecolor", handlelength=1.2)
 
 
 def _percent_axis(axes: Axes, what: str) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_kernels.analyze.frontier import latents_met
 from sae_kernels.analyze.geometry import median, n_duplicates
 from sae_kernels.report.units import number, percent
 
@@ -32,6 +33,7 @@ def _ordered(names: dict[str, None]) -> list[str]:
 _ORDER = (
     "",
     "latents",
+    "latents a token meets",
     "rows compared",
     "rows of zeros",
     "nearest neighbour, median cosine",
@@ -57,6 +59,7 @@ def _column(analysis: Analysis) -> dict[str, str]:
     found = {
         "": analysis.name,
         "latents": f"{n:,}",
+        "latents a token meets": f"{latents_met(config):,}",
         "rows compared": analysis.side,
         "rows of zeros": f"{int(shape.zero.sum()):,}",
         "nearest neighbour, median cosine": number(median(shape.nearest)),

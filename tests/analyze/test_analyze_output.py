@@ -35,7 +35,7 @@ def found():
 def test_the_json_holds_what_was_found(found, tmp_path):
     files = write_analyses(found, tmp_path / "new" / "out", data=["acts"])
     assert [path.name for path in files] == [
-        "analysis.json", "neighbours.png", "duplicates.png", "experts.png",
+        "analysis.json", "neighbours.png", "duplicates.png", "experts.png", "frontiers.png",
     ]  # fmt: skip
     values = json.loads(files[0].read_text(), parse_constant=pytest.fail)
     assert values["data"] == ["acts"]
@@ -51,10 +51,12 @@ def test_the_json_holds_what_was_found(found, tmp_path):
 def test_pictures_are_images_with_ink(found):
     for several in (found, found[:1], found[1:2]):
         pictures = draw(several)
-        assert len(pictures) == (3 if several[-1].use else 2)
+        assert len(pictures) == {3: 4, 1: 3 if several[-1].use else 2}[len(several)]
         for picture in pictures:
             image = matplotlib.image.imread(io.BytesIO(picture.png))
-            assert image.shape[0] > 200 * len(several if picture.name != "experts" else [0])
+            assert image.shape[0] > 200 * (
+                len(several) if picture.name in ("neighbours", "duplicates") else 1
+            )
             assert image[..., :3].std() > 0.02, picture.name
 
 
@@ -119,7 +121,7 @@ def test_a_picture_that_cannot_be_written_leaves_no_numbers(found, tmp_path):
     (tmp_path / "experts.png").mkdir()
     with pytest.raises(OSError, match=r"experts\.png"):
         write_analyses(found, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["experts.png"]
+    assert not {"analysis.json", "neighbours.png"} & {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["\udc80", "long " * 50])

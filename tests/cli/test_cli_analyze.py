@@ -35,7 +35,7 @@ def test_two_side_by_side(run, saved, switch, data, tmp_path):
     assert "experts of routed" in lines
     assert lines[-1] == str(out)
     assert {path.name for path in out.iterdir()} == {
-        "analysis.json", "neighbours.png", "duplicates.png", "experts.png",
+        "analysis.json", "neighbours.png", "duplicates.png", "experts.png", "frontiers.png",
     }  # fmt: skip
     values = json.loads((out / "analysis.json").read_text(), parse_constant=pytest.fail)
     assert values["paths"] == [str(saved), str(switch)]

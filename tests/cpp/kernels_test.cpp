@@ -96,7 +96,7 @@ void select_routed(const KernelTable& kernels, Shape s, int experts, int threads
   args.routes = {tokens.data(), starts.data(), experts};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
   args.workspace = workspace.data();
-  kernels.select_topk(args);
+  check(kernels.select_topk(args), "select_topk, routed: refused", 0);
   std::vector<int64_t> h(s.F), order(s.F);
   for (int e = 0; e < experts; ++e) {
     for (const int64_t t : own[e]) {
@@ -109,6 +109,10 @@ void select_routed(const KernelTable& kernels, Shape s, int experts, int threads
         check(values[at] == static_cast<T>(h[order[j]]), "select_topk, routed: value", at);
       }
     }
+  }
+  for (const int64_t wrong : {int64_t{-1}, s.B}) {
+    tokens[0] = static_cast<int32_t>(wrong);
+    check(!kernels.select_topk(args), "select_topk, routed: took a token that is none", wrong);
   }
 }
 

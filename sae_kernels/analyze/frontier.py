@@ -1,0 +1,74 @@
+"""Which of several SAEs to compare with which: those of equal width, and those of equal FLOPs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sae_kernels.analyze.analysis import Analysis
+    from sae_kernels.nn import SAEConfig
+
+
+class Frontier(NamedTuple):
+    """SAEs of several kinds that cost or hold the same, as the Switch SAE paper compares them.
+
+    Attributes:
+        name: what they have in common.
+        kinds: the SAEs of each kind, by L0.
+    """
+
+    name: str
+    kinds: dict[str, list[Analysis]]
+
+
+def latents_met(config: SAEConfig) -> int:
+    """How many latents a token is multiplied with: F, or those of its experts.
+
+    Example:
+        >>> from sae_kernels.nn import SwitchConfig, TopKConfig
+        >>> latents_met(TopKConfig(8, 64, 4)), latents_met(SwitchConfig(8, 64, k=4, n_experts=4))
+        (64, 16)
+    """
+    n_experts: int = getattr(config, "n_experts", 1)
+    shared: bool = getattr(config, "shared_expert", False)
+    return config.n_latents // n_experts * (1 + shared)
+
+
+def frontiers(analyses: Sequence[Analysis]) -> list[Frontier]:
+    """The SAEs that ran on data, grouped by width and by the latents that a token meets.
+
+    Encoding takes 2 D FLOPs for each latent met (a router's E more are left out). A group of one
+    kind compares nothing and is left out.
+    """
+    measured = [each for each in analyses if each.evaluation is not None]
+    found = _groups(measured, "equal width", "in all", lambda config: config.n_latents)
+    same = [list(each.kinds.values()) for each in found]
+    by_flops = _groups(measured, "equal FLOPs", "met by a token", latents_met)
+    return found + [each for each in by_flops if list(each.kinds.values()) not in same]
+
+
+def _groups(
+    analyses: Sequence[Analysis], what: str, where: str, size: Callable[[SAEConfig], int]
+) -> list[Frontier]:
+    groups: dict[int, dict[str, list[Analysis]]] = {}
+    for each in sorted(analyses, key=_l0):
+        groups.setdefault(size(each.config), {}).setdefault(_kind(each), []).append(each)
+    return [
+        Frontier(f"{what}: {n:,} latents {where}", kinds)
+        for n, kinds in sorted(groups.items())
+        if len(kinds) > 1
+    ]
+
+
+def _kind(analysis: Analysis) -> str:
+    name = analysis.config.architecture
+    if analysis.n_experts == 1:
+        return name
+    return f"{name}, {analysis.n_experts} experts" + ", one shared" * analysis.shared
+
+
+def _l0(analysis: Analysis) -> float:
+    assert analysis.evaluation is not None
+    return analysis.evaluation.l0
