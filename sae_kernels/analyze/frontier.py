@@ -16,7 +16,7 @@ class Frontier(NamedTuple):
 
     Attributes:
         name: what they have in common.
-        kinds: the SAEs of each kind, by L0.
+        kinds: the SAEs of each kind, by L0; those without experts first, then by their number.
     """
 
     name: str
@@ -53,7 +53,7 @@ def _groups(
     analyses: Sequence[Analysis], what: str, where: str, size: Callable[[SAEConfig], int]
 ) -> list[Frontier]:
     groups: dict[int, dict[str, list[Analysis]]] = {}
-    for each in sorted(analyses, key=_l0):
+    for each in sorted(analyses, key=lambda each: (each.n_experts, each.shared, _l0(each))):
         groups.setdefault(size(each.config), {}).setdefault(_kind(each), []).append(each)
     return [
         Frontier(f"{what}: {n:,} latents {where}", kinds)

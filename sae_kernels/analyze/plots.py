@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _WIDTH, _PANEL = 6.0, 2.3  # inches; of a figure, and the height of a panel
 _BINS, _TITLE = 50, 60
+_COLOURS = (INK, BLUE, ORANGE, "#007a5a", "#a3437c", MUTED)  # of lines that are compared
 
 
 class Picture(NamedTuple):
@@ -154,19 +156,20 @@ def load_panel(axes: Axes, analysis: Analysis) -> None:
 
 
 def frontier_panel(axes: Axes, frontier: Frontier) -> None:
-    """FVU against L0, a line for each kind; the first is what the others are compared with."""
-    from matplotlib import colormaps
-
-    others = colormaps["viridis"].resampled(max(2, len(frontier.kinds)))
-    for i, (name, analyses) in enumerate(frontier.kinds.items()):
+    """FVU against L0, a line for each kind."""
+    seen: list[float] = []
+    for (name, analyses), colour in zip(frontier.kinds.items(), itertools.cycle(_COLOURS)):
         measured = [each.evaluation for each in analyses if each.evaluation is not None]
-        points = [each.l0 for each in measured], [each.fvu for each in measured]
-        axes.plot(*points, marker="o", markersize=4, label=name, color=others(i) if i else INK)
-    axes.set_xlabel("L0")
-    axes.set_ylabel("FVU")
+        l0, fvu = [each.l0 for each in measured], [each.fvu for each in measured]
+        axes.plot(l0, fvu, marker="o", markersize=4, label=name, color=colour)
+        seen += l0
+    room = max(1.0, 0.08 * (max(seen) - min(seen)))
+    axes.set_xlim(min(seen) - room, max(seen) + room)
     axes.margins(y=0.15)
     axes.set_ylim(0, None)
-    axes.legend(frameon=False, fontsize="small", labelcolor="linecolor", handlelength=1.2)
+    axes.set_xlabel("L0")
+    axes.set_ylabel("FVU")
+    _legend(axes)
 
 
 def _percent_axis(axes: Axes, what: str) -> None:

@@ -47,8 +47,8 @@ def test_a_shared_expert_is_met_too_and_is_a_kind_of_its_own() -> None:
     found = analysed(topk(16, 2), switch(64, 2, 8, shared=True), switch(64, 2, 8))
     assert shown(found) == {
         "equal width: 64 latents in all": {
-            "switch, 8 experts, one shared": [2],
             "switch, 8 experts": [2],
+            "switch, 8 experts, one shared": [2],
         },
         "equal FLOPs: 16 latents met by a token": {
             "topk": [2],
@@ -60,6 +60,14 @@ def test_a_shared_expert_is_met_too_and_is_a_kind_of_its_own() -> None:
 def test_what_is_the_same_both_ways_is_shown_once() -> None:
     found = analysed(topk(32, 2), switch(32, 2, 1))
     assert list(shown(found)) == ["equal width: 32 latents in all"]
+
+
+def test_kinds_come_in_order_whatever_the_order_of_the_saes() -> None:
+    found = analysed(switch(32, 2, 8), switch(32, 2, 4, shared=True), switch(32, 2, 4), topk(32, 2))
+    (kinds, *_) = shown(found).values()
+    assert list(kinds) == [
+        "topk", "switch, 4 experts", "switch, 4 experts, one shared", "switch, 8 experts",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("configs", [(topk(32, 2), topk(32, 4)), (topk(32, 2), switch(64, 2, 8))])
