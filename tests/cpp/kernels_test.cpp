@@ -111,6 +111,7 @@ void select_routed(const KernelTable& kernels, Shape s, int experts, int threads
     }
   }
   for (const int64_t wrong : {int64_t{-1}, s.B}) {
+    if (s.B == 0) break;
     tokens[0] = static_cast<int32_t>(wrong);
     check(!kernels.select_topk(args), "select_topk, routed: took a token that is none", wrong);
   }
