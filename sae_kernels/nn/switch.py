@@ -46,6 +46,7 @@ class SwitchSAE(SparseAutoencoder):
 
     def __init__(self, config: SwitchConfig, **options: Any) -> None:
         super().__init__(config, **options)
+        self.b_enc.requires_grad_(config.encoder_bias)
         router = torch.empty(config.n_routed, config.input_width, device=self.W_enc.device)
         # torch.nn.Linear's range, drawn on the CPU like all else.
         generator = torch.Generator().manual_seed(options.get("seed", 0) + 1)
@@ -53,7 +54,6 @@ class SwitchSAE(SparseAutoencoder):
             drawn = torch.rand(router.shape, generator=generator) * 2 - 1
             router.copy_(drawn / config.input_width**0.5)
         self.W_router = nn.Parameter(router)
-        self.b_enc.requires_grad_(config.encoder_bias)
         self.b_router = nn.Parameter(torch.zeros(config.input_width, device=router.device))
 
     def select(
@@ -76,13 +76,12 @@ class SwitchSAE(SparseAutoencoder):
         options: dict[str, Any] = {"k": k, "relu": False, "backend": self.backend}
         options["compute_dtype"] = self.compute_dtype
         first = self.config.expert_width if self.config.shared_expert else 0
-        b_enc = self.b_enc
         routed = functional.encode_topk(
-            x_centred, W_enc[first:], b_enc[first:], routing=routing, **options
+            x_centred, W_enc[first:], self.b_enc[first:], routing=routing, **options
         )
         if not first:
             return routed
-        shared = functional.encode_topk(x_centred, W_enc[:first], b_enc[:first], **options)
+        shared = functional.encode_topk(x_centred, W_enc[:first], self.b_enc[:first], **options)
         return self._largest(shared, routed)
 
     def activate(self, pre: SparseCodes) -> SparseCodes:
