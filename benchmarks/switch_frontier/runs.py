@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.switch_frontier.flops import step_flops
+from sae_kernels.analyze import effective_number
 from sae_kernels.functional import RoutedCodes
 from sae_kernels.nn import SwitchConfig, TopKConfig
 from sae_kernels.train import PRESETS, TrainConfig, evaluate, train
@@ -153,5 +154,4 @@ def balance(sae: SparseAutoencoder, rows: RowSource) -> Record:
         routed = isinstance(codes, RoutedCodes)
         tokens += codes.routing.starts.diff() if routed else stop - start
     parts = tokens / tokens.sum()
-    effective = torch.special.entr(parts).sum().exp()
-    return {"largest_load": float(parts.max()), "effective_experts": float(effective)}
+    return {"largest_load": float(parts.max()), "effective_experts": effective_number(parts)}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sae_kernels.analyze.experts import expert_use
-from sae_kernels.analyze.frontier import latents_met
 from sae_kernels.analyze.geometry import geometry
 from sae_kernels.data.batches import TensorRows
 from sae_kernels.nn import SwitchSAE
@@ -73,7 +72,7 @@ class Analysis:
             "architecture": self.config.architecture,
             "n_latents": self.config.n_latents,
             "n_experts": self.n_experts if self.n_experts > 1 else None,
-            "latents_met": latents_met(self.config),
+            "latents_met": self.config.latents_met,
             "rows": self.side,
             **self.geometry.values(experts=self.n_experts > 1),
         }

@@ -23,19 +23,6 @@ class Frontier(NamedTuple):
     kinds: dict[str, list[Analysis]]
 
 
-def latents_met(config: SAEConfig) -> int:
-    """How many latents a token is multiplied with: F, or those of its experts.
-
-    Example:
-        >>> from sae_kernels.nn import SwitchConfig, TopKConfig
-        >>> latents_met(TopKConfig(8, 64, 4)), latents_met(SwitchConfig(8, 64, k=4, n_experts=4))
-        (64, 16)
-    """
-    n_experts: int = getattr(config, "n_experts", 1)
-    shared: bool = getattr(config, "shared_expert", False)
-    return config.n_latents // n_experts * (1 + shared)
-
-
 def frontiers(analyses: Sequence[Analysis]) -> list[Frontier]:
     """The SAEs that ran on data, grouped by width and by the latents that a token meets.
 
@@ -45,7 +32,7 @@ def frontiers(analyses: Sequence[Analysis]) -> list[Frontier]:
     measured = [each for each in analyses if each.evaluation is not None]
     found = _groups(measured, "equal width", "in all", lambda config: config.n_latents)
     same = [list(each.kinds.values()) for each in found]
-    by_flops = _groups(measured, "equal FLOPs", "met by a token", latents_met)
+    by_flops = _groups(measured, "equal FLOPs", "met by a token", lambda config: config.latents_met)
     return found + [each for each in by_flops if list(each.kinds.values()) not in same]
 
 

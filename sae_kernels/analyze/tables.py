@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.analyze.frontier import latents_met
 from sae_kernels.analyze.geometry import median, n_duplicates
 from sae_kernels.report.units import number, percent
 
@@ -59,7 +58,7 @@ def _column(analysis: Analysis) -> dict[str, str]:
     found = {
         "": analysis.name,
         "latents": f"{n:,}",
-        "latents a token meets": f"{latents_met(config):,}",
+        "latents a token meets": f"{config.latents_met:,}",
         "rows compared": analysis.side,
         "rows of zeros": f"{int(shape.zero.sum()):,}",
         "nearest neighbour, median cosine": number(median(shape.nearest)),

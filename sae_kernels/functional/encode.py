@@ -255,10 +255,7 @@ def _call(
     checks.dtype("compute_dtype", torch.empty(0, dtype=dtype), checks.OPERAND_DTYPES)
     checks.shape("W_enc", W_enc, ["F", "D"], "latents first")
     checks.shape("b_enc", b_enc, [W_enc.shape[0]], "one bias per latent")
-    if x.dim() < 1 or x.shape[-1] != W_enc.shape[1]:
-        raise ValueError(
-            f"x: expected shape [..., {W_enc.shape[1]}] (as wide as W_enc), got {list(x.shape)}"
-        )
+    checks.as_wide_as(x, W_enc, "W_enc")
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
     checks.shape("b_dec", b_dec, [W_enc.shape[1]], "one bias per input")

@@ -90,11 +90,7 @@ def route_top1(
         checks.dtype(name, tensor, checks.OPERAND_DTYPES)
     checks.same_device(x=x, W_router=W_router, b_router=b_router)
     checks.shape("W_router", W_router, ["E", "D"], "a row per expert")
-    if x.dim() < 1 or x.shape[-1] != W_router.shape[1]:
-        raise ValueError(
-            f"x: expected shape [..., {W_router.shape[1]}] (as wide as W_router), got "
-            f"{list(x.shape)}"
-        )
+    checks.as_wide_as(x, W_router, "W_router")
     checks.shape("b_router", b_router, [W_router.shape[1]], "one bias per input")
     dtype = compute_dtype or autocast_dtype(x) or W_router.dtype
     bias = None

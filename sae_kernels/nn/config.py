@@ -81,6 +81,11 @@ class SAEConfig:
         return self.n_latents
 
     @property
+    def latents_met(self) -> int:
+        """How many latents a token is multiplied with."""
+        return self.n_latents
+
+    @property
     def input_width(self) -> int:
         """Of the rows that the encoder reads: all layers together."""
         return self.n_layers * self.d_in
@@ -222,6 +227,11 @@ class SwitchConfig(SAEConfig):
     def largest_k(self) -> int:
         """Latents of an expert: the others are not looked at."""
         return self.expert_width
+
+    @property
+    def latents_met(self) -> int:
+        """Those of its expert, and of the shared one."""
+        return self.expert_width * (1 + self.shared_expert)
 
     @property
     def n_routed(self) -> int:

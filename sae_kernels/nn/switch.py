@@ -73,8 +73,12 @@ class SwitchSAE(SparseAutoencoder):
             compute_dtype=self.compute_dtype or autocast_dtype(x_centred) or W_enc.dtype,
             backend=self.backend,
         )
-        options: dict[str, Any] = {"k": k, "relu": False, "backend": self.backend}
-        options["compute_dtype"] = self.compute_dtype
+        options: dict[str, Any] = {
+            "k": k,
+            "relu": False,
+            "compute_dtype": self.compute_dtype,
+            "backend": self.backend,
+        }
         first = self.config.expert_width if self.config.shared_expert else 0
         routed = functional.encode_topk(
             x_centred, W_enc[first:], self.b_enc[first:], routing=routing, **options

@@ -63,6 +63,14 @@ def indices(name: str, tensor: torch.Tensor) -> None:
     dtype(name, tensor, (torch.int32,))
 
 
+def as_wide_as(x: torch.Tensor, W: torch.Tensor, name: str) -> None:
+    """Raises ValueError unless x is [..., D] and W, of this name, [F, D]."""
+    if x.dim() < 1 or x.shape[-1] != W.shape[1]:
+        raise ValueError(
+            f"x: expected shape [..., {W.shape[1]}] (as wide as {name}), got {list(x.shape)}"
+        )
+
+
 def encoder(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, **per_latent: torch.Tensor | None
 ) -> None:

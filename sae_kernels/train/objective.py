@@ -91,7 +91,7 @@ def objective(
         balance(pre, sae.config.output_width, schedule.config),
     ]
     given = [each for each in added if each is not None]
-    return Objective(parts, torch.stack(given).sum() if given else None)
+    return Objective(parts, sum(given[1:], given[0]) if given else None)
 
 
 def main_codes(

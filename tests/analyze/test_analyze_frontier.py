@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_kernels.analyze import Analysis, analyze
-from sae_kernels.analyze.frontier import frontiers, latents_met
+from sae_kernels.analyze.frontier import frontiers
 from sae_kernels.nn import SAEConfig, SwitchConfig, TopKConfig, build
 
 D = 16
@@ -43,7 +43,7 @@ def test_equal_width_and_equal_flops_are_told_apart() -> None:
 
 
 def test_a_shared_expert_is_met_too_and_is_a_kind_of_its_own() -> None:
-    assert latents_met(switch(64, 2, 8, shared=True)) == 16
+    assert switch(64, 2, 8, shared=True).latents_met == 16
     found = analysed(topk(16, 2), switch(64, 2, 8, shared=True), switch(64, 2, 8))
     assert shown(found) == {
         "equal width: 64 latents in all": {
