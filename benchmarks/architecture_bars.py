@@ -18,6 +18,7 @@ from sae_kernels.bench.contestants.dense_steps import (
     DenseReLUStep,
 )
 from sae_kernels.bench.inputs import activations, threshold
+from sae_kernels.config import TrainConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
@@ -27,7 +28,7 @@ from sae_kernels.nn import (
     TopKConfig,
     build,
 )
-from sae_kernels.train import FusedStep, TrainConfig
+from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,12 +19,12 @@ from benchmarks.cpu_bars import B, D, F, K
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import interleaved
+from sae_kernels.config import TrainConfig
+from sae_kernels.config.output import OutputConfig
 from sae_kernels.data import ShuffledBatches
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.runs.folder import RunFolder
-from sae_kernels.runs.options import OutputConfig
-from sae_kernels.train import TrainConfig
-from sae_kernels.train.on_activations import OnActivations
+from sae_kernels.training.on_activations import OnActivations
 
 TURNS = {"bfloat16": 60, "float32": 25}  # steps, in which a write comes to its end
 

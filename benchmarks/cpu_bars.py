@@ -18,9 +18,10 @@ from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import Timing, interleaved
+from sae_kernels.config import TrainConfig
 from sae_kernels.functional import encode_topk
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import ComposableStep, FusedStep, TrainConfig
+from sae_kernels.step import ComposableStep, FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

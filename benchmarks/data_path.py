@@ -26,10 +26,11 @@ from benchmarks.cpu_bars import B, D, F, K, record
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import interleaved
+from sae_kernels.config import TrainConfig
 from sae_kernels.data import Prefetched, ShardDataset, ShardWriter, ShuffledBatches
 from sae_kernels.data.shard_index import Index, Shard
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import FusedStep, TrainConfig
+from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

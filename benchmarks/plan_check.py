@@ -21,8 +21,9 @@ from sae_kernels.bench.plan.fit import fit
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.results import Results, Writer
 from sae_kernels.bench.timing import interleaved
+from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import FusedStep, TrainConfig
+from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

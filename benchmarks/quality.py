@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from sae_kernels.bench.provenance import provenance
+from sae_kernels.data import JointRows, ShardDataset
 from sae_kernels.demo.run import train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
-from sae_kernels.train import PRESETS, JointRows, ShardDataset, evaluate, train
-from sae_kernels.train.compute import compute_dtype
-from sae_kernels.train.run_config import RunConfig, Widths
+from sae_kernels.step.compute import compute_dtype
+from sae_kernels.training import PRESETS, evaluate, train
+from sae_kernels.training.run_config import RunConfig, Widths
 
 LAYERS = ("encoder.layer.3", "encoder.layer.4")
 TOKENS = {"train": 200_000, "held_out": 24_000}

@@ -12,8 +12,10 @@ import statistics
 from pathlib import Path
 
 from sae_kernels.bench.provenance import provenance
+from sae_kernels.config import TrainConfig
+from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig
-from sae_kernels.train import ShardDataset, TrainConfig, evaluate, train
+from sae_kernels.training import evaluate, train
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "fp32 masters, fp32 moments": {},

@@ -22,7 +22,7 @@ from sae_kernels.nn import SwitchConfig, TopKConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sae_kernels.train import FusedStep
+    from sae_kernels.step import FusedStep
 
     Contestants = dict[str, Callable[[], object]]
 

@@ -12,10 +12,11 @@ import torch
 
 from sae_kernels import demo
 from sae_kernels.cli import main
+from sae_kernels.data import ShardDataset
 from sae_kernels.errors import ModelError
 from sae_kernels.harvest import minilm_folder
 from sae_kernels.nn import TopKSAE
-from sae_kernels.train import ShardDataset, evaluate
+from sae_kernels.training import evaluate
 
 pytest.importorskip("transformers", reason="needs sae-kernels[demo]")
 pytest.importorskip("matplotlib", reason="needs sae-kernels[demo]")

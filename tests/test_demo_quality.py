@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sae_kernels.data import ShardDataset, ShuffledBatches
 from sae_kernels.demo import run_demo, sae_config, train_config
-from sae_kernels.train import ShardDataset, ShuffledBatches, evaluate
-from sae_kernels.train.trainer import prepare
+from sae_kernels.training import evaluate
+from sae_kernels.training.trainer import prepare
 
 STEPS, SEED = 800, 0
 

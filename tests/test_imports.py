@@ -19,9 +19,11 @@ LAYERS = (
     {"primitives"},
     {"codes"},
     {"functional"},
+    {"config"},
     {"nn", "formats", "testing"},
+    {"step"},
     {"data", "runs"},
-    {"train", "harvest"},
+    {"training", "harvest"},
     {"cli", "bench", "demo", "report", "analyze", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

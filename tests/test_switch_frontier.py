@@ -11,7 +11,7 @@ from benchmarks.switch_frontier import pictures, tables
 from benchmarks.switch_frontier.__main__ import main
 from benchmarks.switch_frontier.flops import ADAM, step_flops
 from benchmarks.switch_frontier.runs import ARMS, curve, plans
-from sae_kernels.train import ShardWriter
+from sae_kernels.data import ShardWriter
 
 if TYPE_CHECKING:
     from pathlib import Path

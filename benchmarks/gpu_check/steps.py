@@ -12,8 +12,9 @@ from benchmarks.gpu_check.bench import Bench, Record, check, compared, rates
 from benchmarks.gpu_check.kernels import PRODUCT, product
 from sae_kernels.bench.cases import Shape
 from sae_kernels.bench.contestants.dense_steps import DenseStep
+from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import FusedStep, TrainConfig
+from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,8 +16,8 @@ import torch
 from benchmarks.switch_frontier import pictures, tables
 from benchmarks.switch_frontier.runs import ARMS, Plan, plans, run
 from sae_kernels.bench.provenance import provenance
+from sae_kernels.data import ShardDataset
 from sae_kernels.runs.metrics import MetricLog, read_metrics
-from sae_kernels.train import ShardDataset
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.switch_frontier.flops import step_flops
 from sae_kernels.analyze import effective_number
+from sae_kernels.config import TrainConfig
 from sae_kernels.functional import RoutedCodes
 from sae_kernels.nn import SwitchConfig, TopKConfig
-from sae_kernels.train import PRESETS, TrainConfig, evaluate, train
+from sae_kernels.training import PRESETS, evaluate, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

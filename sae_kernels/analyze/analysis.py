@@ -11,7 +11,7 @@ from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
 from sae_kernels.data.batches import TensorRows
 from sae_kernels.nn import SwitchSAE
-from sae_kernels.train import evaluate
+from sae_kernels.training import evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_kernels.analyze.geometry import Geometry
     from sae_kernels.data.batches import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
-    from sae_kernels.train import Evaluation
+    from sae_kernels.training import Evaluation
 
 Side = Literal["decoder", "encoder"]
 
@@ -110,7 +110,7 @@ def analyze(
         progress: gets how many tiles of cosines are done, of how many.
 
     Raises:
-        ValueError: what :func:`~sae_kernels.train.evaluate` and
+        ValueError: what :func:`~sae_kernels.training.evaluate` and
             :func:`~sae_kernels.analyze.geometry.geometry` refuse, or no such side.
 
     Example:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.data.joint import JointRows
-from sae_kernels.train.fresh import split
+from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
     from sae_kernels.data.batches import RowSource
@@ -148,7 +148,7 @@ def expert_use(
 
     Example:
         >>> from sae_kernels.nn import SwitchConfig, SwitchSAE
-        >>> from sae_kernels.train import TensorRows
+        >>> from sae_kernels.data import TensorRows
         >>> sae = SwitchSAE(SwitchConfig(d_in=4, n_latents=16, k=2, n_experts=4))
         >>> use = expert_use(sae, TensorRows(torch.randn(100, 4)))
         >>> int(use.n_tokens.sum()), 1 <= use.effective_experts <= 4

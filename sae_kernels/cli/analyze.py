@@ -111,7 +111,7 @@ def _load(saes: "Sequence[str]") -> "list[SparseAutoencoder]":
 def _try(names: list[str], saes: "Sequence[SparseAutoencoder]", data: Data) -> None:
     """A row through each, so that data which do not fit the last are refused before the first."""
     from sae_kernels.report.run_data import FirstRows
-    from sae_kernels.train import evaluate
+    from sae_kernels.training import evaluate
 
     target = None if data.target is None else FirstRows(data.target, 1)
     for name, sae in zip(names, saes, strict=True):

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.cli.files import Data
-from sae_kernels.train.run_config import Widths
+from sae_kernels.training.run_config import Widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from sae_kernels.cli.output import Progress
+    from sae_kernels.config.data import DataConfig
+    from sae_kernels.config.train import TrainConfig
     from sae_kernels.data import ShardDataset
     from sae_kernels.data.batches import RowSource
-    from sae_kernels.train.config import TrainConfig
-    from sae_kernels.train.data_config import DataConfig
-    from sae_kernels.train.sources import Stream
+    from sae_kernels.training.sources import Stream
 
 
 class RunData(NamedTuple):
@@ -80,7 +80,7 @@ def open_stored(config: DataConfig, verify: bool = False) -> RunData:
 def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData:
     """Loads a language model that makes activations while the SAE trains on them."""
     from sae_kernels import harvest
-    from sae_kernels.train.compute import training_device
+    from sae_kernels.step.compute import training_device
 
     assert config.model is not None
     documents = _documents(config)

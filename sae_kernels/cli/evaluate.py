@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sae_kernels.cli.output import Progress
     from sae_kernels.harvest.language_model import LanguageModelLoss
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.train import Evaluation
+    from sae_kernels.training import Evaluation
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
 ) -> None:
     """Measure an SAE, on stored activations, in the language model it came from, or both."""
     _check(data, verify, {"--model": model, "--layer": layer, "--text": text})
-    from sae_kernels import train as training
+    from sae_kernels import training
     from sae_kernels.nn import SparseAutoencoder
 
     output = Output(as_json)

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from sae_kernels.data import ShardDataset
     from sae_kernels.data.batches import RowSource
-    from sae_kernels.train import ShardDataset
 
 
 class Data(NamedTuple):
@@ -25,7 +25,7 @@ class Data(NamedTuple):
         cls, folders: Sequence[Path], target: Path | None, check_on_read: bool = False
     ) -> Data:
         """Opens the folders; what they hold is not read yet."""
-        from sae_kernels.train import ShardDataset
+        from sae_kernels.data import ShardDataset
 
         def opened(folder: Path) -> ShardDataset:
             return ShardDataset(folder, check_on_read=check_on_read)
@@ -35,7 +35,7 @@ class Data(NamedTuple):
     @property
     def source(self) -> RowSource:
         """The layers side by side."""
-        from sae_kernels.train import JointRows
+        from sae_kernels.data import JointRows
 
         return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
 

@@ -65,11 +65,11 @@ def look(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _run(path: Path, verify: bool) -> dict[str, Any]:
+    from sae_kernels.config.tables import read_tables
     from sae_kernels.files import read_json
     from sae_kernels.runs import checkpoint
     from sae_kernels.runs.folder import METRICS_FILE, RESULT_FILE, RUN_FILE, SAE_FOLDER
     from sae_kernels.runs.metrics import read_metrics
-    from sae_kernels.runs.tables import read_tables
 
     parent = path / checkpoint.CHECKPOINTS
     saved = [checkpoint.path_of(parent, step) for step in checkpoint.steps(parent)]
@@ -192,7 +192,7 @@ def _no(verify: bool) -> dict[str, str]:
 
 def _rows(values: "Mapping[str, Any]") -> "Iterator[tuple[str, Any]]":
     """What is worth a line of the table."""
-    from sae_kernels.runs.tables import flat
+    from sae_kernels.config.tables import flat
 
     for key, value in flat(values):
         if value is not None and value != []:

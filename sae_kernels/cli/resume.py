@@ -18,9 +18,9 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a run from its newest checkpoint, with the settings and data it began with."""
+    from sae_kernels.config.tables import read_tables
     from sae_kernels.runs.folder import RUN_FILE, holds_run
-    from sae_kernels.runs.tables import read_tables
-    from sae_kernels.train.run_config import check_tables
+    from sae_kernels.training.run_config import check_tables
 
     if not holds_run(run):
         raise DataError(f"{run}: expected the folder of a run, it has no {RUN_FILE}; name a run")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.cli.output import Output, Progress
-    from sae_kernels.train import TrainingResult
+    from sae_kernels.training import TrainingResult
 
 
 _EVERY = 0.25  # seconds between two looks at how far a run is

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sae_kernels.config.tables import read_tables
 from sae_kernels.nn import CONFIGS
-from sae_kernels.runs.tables import read_tables
-from sae_kernels.train import PRESETS
-from sae_kernels.train.run_config import (
+from sae_kernels.training import PRESETS
+from sae_kernels.training.run_config import (
     DEFAULT_ARCHITECTURE,
     FIELDS,
     LATENTS_PER_INPUT,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from sae_kernels.runs.tables import Tables
+    from sae_kernels.config.tables import Tables
 
 _OWN = ("folders",)  # arguments, not flags
 _DEFAULTS = {

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sae_kernels.cli.output import Progress
-    from sae_kernels.runs.tables import Tables
-    from sae_kernels.train import RunConfig, TrainingResult
-    from sae_kernels.train.run import OnStep
+    from sae_kernels.config.tables import Tables
+    from sae_kernels.training import RunConfig, TrainingResult
+    from sae_kernels.training.run import OnStep
 
 
 def sweep(
@@ -34,8 +34,8 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Train several SAEs on one stream of activations, which is read once."""
-    from sae_kernels import train as training
-    from sae_kernels.train.run_config import RunConfig
+    from sae_kernels import training
+    from sae_kernels.training.run_config import RunConfig
 
     runs = _runs_of(file)
     if not resume:
@@ -64,8 +64,8 @@ def sweep(
 
 
 def _runs_of(file: Path) -> "dict[str, Tables]":
-    from sae_kernels.runs.tables import read_tables
-    from sae_kernels.train.sweep import expand
+    from sae_kernels.config.tables import read_tables
+    from sae_kernels.training.sweep import expand
 
     tables = read_tables(file)
     try:

@@ -12,15 +12,15 @@ from sae_kernels.cli.output import Output
 from sae_kernels.cli.runs import follow, summarise
 from sae_kernels.cli.settings import arch_help, given, with_flags
 from sae_kernels.cli.training import interruptible
-from sae_kernels.train import EndToEnd
-from sae_kernels.train.run_config import RunConfig, Widths, kind_of
+from sae_kernels.training.end_to_end import EndToEnd
+from sae_kernels.training.run_config import RunConfig, Widths, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sae_kernels.config.tables import Tables
     from sae_kernels.harvest import TokenBatch
     from sae_kernels.nn import SAEConfig
-    from sae_kernels.runs.tables import Tables
 
 
 _TABLES = ("sae", "train", "output")
@@ -70,9 +70,9 @@ def train_e2e(
 ) -> None:
     """Train an SAE through a language model, on what it does to the model's predictions."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels import train as training
-    from sae_kernels.train.compute import training_device
-    from sae_kernels.train.through_model import layer_width
+    from sae_kernels.step.compute import training_device
+    from sae_kernels.training import end_to_end
+    from sae_kernels.training.end_to_end.layer import layer_width
 
     weights = EndToEnd(
         kl_coefficient,
@@ -103,10 +103,10 @@ def train_e2e(
             "context_length": context_length,
         }
         batches = _Text(loaded, tokenizer, text, options)
-        sae = training.prepare_end_to_end(
+        sae = end_to_end.prepare_end_to_end(
             loaded, batches, layer, sae_config, train_config, keep_first=keep_first
         )
-        result = training.train_end_to_end(
+        result = end_to_end.train_end_to_end(
             loaded,
             batches,
             layer,

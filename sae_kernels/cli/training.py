@@ -11,7 +11,7 @@ import typer
 
 from sae_kernels.cli.data import check_data, open_live, open_stored
 from sae_kernels.cli.runs import follow, summarise
-from sae_kernels.train.run_config import RunConfig, kind_of
+from sae_kernels.training.run_config import RunConfig, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     from sae_kernels.cli.data import RunData
     from sae_kernels.cli.output import Output, Progress
-    from sae_kernels.runs.tables import Tables
+    from sae_kernels.config.tables import Tables
 
 METRICS = ("loss", "fvu", "l0")
 
 
 def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[RunConfig, RunData]:
     """The whole of a run's settings, and the data that complete them."""
-    from sae_kernels.train.config import TrainConfig
-    from sae_kernels.train.data_config import DataConfig
+    from sae_kernels.config.data import DataConfig
+    from sae_kernels.config.train import TrainConfig
 
     config = DataConfig(**tables.get("data", {}))
     chosen = kind_of(tables)
@@ -53,7 +53,7 @@ def start(
     verify: bool = False,
 ) -> None:
     """Trains, and says what came of it."""
-    from sae_kernels import train as training
+    from sae_kernels import training
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
     with interruptible(again, out), output.progress() as show:

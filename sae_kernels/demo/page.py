@@ -13,12 +13,14 @@ from sae_kernels.report.examples import decoder_cosine, latent_examples
 from sae_kernels.report.run import curve
 from sae_kernels.report.run_data import to_text
 from sae_kernels.report.run_facts import dead_rule
-from sae_kernels.train.compute import compute_dtype
+from sae_kernels.step.compute import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sae_kernels.train import Evaluation, ShardDataset, TrainConfig, TrainingResult
+    from sae_kernels.config import TrainConfig
+    from sae_kernels.data import ShardDataset
+    from sae_kernels.training import Evaluation, TrainingResult
 
 
 def describe(

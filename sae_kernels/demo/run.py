@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels.config import DataConfig, OutputConfig, TrainConfig
+from sae_kernels.data import ShardDataset
 from sae_kernels.demo.page import describe
 from sae_kernels.demo.stages import Clock
 from sae_kernels.errors import DataError
@@ -15,15 +17,8 @@ from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpu
 from sae_kernels.nn import TopKConfig
 from sae_kernels.report import write_report
 from sae_kernels.runs.folder import SAE_FOLDER
-from sae_kernels.train import (
-    DataConfig,
-    OutputConfig,
-    ShardDataset,
-    TrainConfig,
-    evaluate,
-    train,
-)
-from sae_kernels.train.compute import compute_dtype
+from sae_kernels.step.compute import compute_dtype
+from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.train.evaluate import Evaluation
+    from sae_kernels.training.evaluate import Evaluation
 
     from .run_data import Activations
 

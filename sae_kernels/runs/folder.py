@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_kernels.config.tables import changes, plain, read_tables, write_tables
 from sae_kernels.errors import DataError
 from sae_kernels.files import json_writer, publish, sweep
 from sae_kernels.runs import checkpoint
@@ -18,16 +19,15 @@ from sae_kernels.runs.lock import locked
 from sae_kernels.runs.loggers import TENSORBOARD_FOLDER, WANDB_ID_FILE, open_loggers
 from sae_kernels.runs.metrics import MetricLog, jsonable, read_metrics
 from sae_kernels.runs.saver import Saver
-from sae_kernels.runs.tables import changes, plain, read_tables, write_tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from typing_extensions import Self
 
+    from sae_kernels.config.output import OutputConfig
+    from sae_kernels.config.tables import Tables
     from sae_kernels.runs.checkpoint import Contents
-    from sae_kernels.runs.options import OutputConfig
-    from sae_kernels.runs.tables import Tables
 
 RUN_FILE, METRICS_FILE, RESULT_FILE = "run.toml", "metrics.jsonl", "result.json"
 SAE_FOLDER = "sae"

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sae_kernels.errors import name_hint
+from sae_kernels.config.output import check_loggers
 from sae_kernels.files import write_bytes
 
 if TYPE_CHECKING:
@@ -82,16 +82,6 @@ class Loggers:
         self.close()
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raises ValueError for a logger that there is none of."""
-    for name in names:
-        if name not in _OPENERS:
-            raise ValueError(
-                f"loggers: expected some of {', '.join(_OPENERS)}, got {name!r}; "
-                f"{name_hint(name, _OPENERS)}"
-            )
-
-
 def open_loggers(
     names: Iterable[str], folder: str | Path, settings: Mapping[str, Any], step: int = 0
 ) -> Loggers:
@@ -110,7 +100,7 @@ def open_loggers(
         ImportError: a package that is not installed; the message says how to get it.
     """
     names = list(dict.fromkeys(names))
-    check_names(names)
+    check_loggers(names)
     with contextlib.ExitStack() as stack:
         opened: dict[str, Logger] = {}
         for name in names:

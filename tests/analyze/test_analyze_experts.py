@@ -9,9 +9,10 @@ import torch
 
 from sae_kernels.analyze import analyze, effective_number, expert_use
 from sae_kernels.analyze.experts import Moments
+from sae_kernels.data import TensorRows
 from sae_kernels.nn import SwitchConfig, SwitchSAE, TopKConfig, TopKSAE
 from sae_kernels.testing.budgets import gamma
-from sae_kernels.train import TensorRows, evaluate
+from sae_kernels.training import evaluate
 
 SUMS = 1e-12  # relative; fp64 sums of some thousand numbers, in another order
 # Relative, of a sum of squares: the residual's subtraction in fp32, squared.

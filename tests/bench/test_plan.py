@@ -28,9 +28,10 @@ from sae_kernels.bench.plan import (
 )
 from sae_kernels.bench.plan.fit import Observation, fit
 from sae_kernels.bench.results import Results
+from sae_kernels.config import TrainConfig
 from sae_kernels.errors import DataError
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import FusedStep, TrainConfig
+from sae_kernels.step import FusedStep
 
 SMALL = Problem(d_in=4, n_latents=8, k=2, batch=16)
 SETTINGS = [  # and bytes of a weight, held and moved by an update (docs/training.md)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sae_kernels.cli import main
+from sae_kernels.data import ShardWriter
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.train import ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -60,7 +60,7 @@ def test_a_failure_of_ours_exits_1_and_says_so(run, data, saved, monkeypatch):
     def fail(*_args, **_options):
         raise RuntimeError("a kernel\nwent wrong")
 
-    monkeypatch.setattr("sae_kernels.train.evaluate", fail)
+    monkeypatch.setattr("sae_kernels.training.evaluate", fail)
     ran = run("eval", saved, data)
     assert ran.code == 1
     assert ran.err.startswith("sae-kernels: internal failure, RuntimeError: a kernel went wrong;")
@@ -71,7 +71,7 @@ def test_interruption_exits_130_without_a_word(run, data, saved, monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sae_kernels.train.evaluate", interrupt)
+    monkeypatch.setattr("sae_kernels.training.evaluate", interrupt)
     assert run("eval", saved, data) == (130, "", "")
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from sae_kernels.data import ShardWriter
 from sae_kernels.nn import SwitchConfig, SwitchSAE, TopKConfig, TopKSAE
-from sae_kernels.train import ShardWriter
 
 pytest.importorskip("matplotlib")
 

@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from sae_kernels.config import TrainConfig
+from sae_kernels.config.tables import read_tables
+from sae_kernels.data import ShardWriter
 from sae_kernels.nn import CONFIGS, SparseAutoencoder
-from sae_kernels.runs.tables import read_tables
-from sae_kernels.train import PRESETS, ShardWriter, TrainConfig, nested_groups
+from sae_kernels.training import PRESETS, nested_groups
 
 D_IN, TOKENS = 8, 600  # of the data fixture
 QUICK = ["--steps", 4, "--batch-size", 64, "--n-latents", 32, "--log-every", 2]

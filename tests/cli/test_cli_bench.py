@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_kernels.bench import cases, environments, results
-from sae_kernels.train import ShardWriter
+from sae_kernels.data import ShardWriter
 
 TINY = ["--preset", "tiny", "--only", "step", "--rounds", "3", "--threads", "1"]
 

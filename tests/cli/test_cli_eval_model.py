@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from sae_kernels.data import ShardDataset
 from sae_kernels.harvest import language_model_loss, load_causal_model, token_batches
 from sae_kernels.nn import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
-from sae_kernels.train import ShardDataset, evaluate
+from sae_kernels.training import evaluate
 
 transformers = pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sae_kernels.train import ShardDataset
+from sae_kernels.data import ShardDataset
 
 transformers = pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 

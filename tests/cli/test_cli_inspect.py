@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from sae_kernels import formats
+from sae_kernels.config import TrainConfig
+from sae_kernels.config.output import OutputConfig
+from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.runs.options import OutputConfig
-from sae_kernels.train import ShardDataset, TrainConfig, train
+from sae_kernels.training import train
 
 D_IN, TOKENS = 8, 600  # of the data fixture
 

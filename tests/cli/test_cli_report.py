@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_kernels.config import TrainConfig
+from sae_kernels.data import ShardDataset, ShardWriter
 from sae_kernels.nn import TopKConfig
-from sae_kernels.train import ShardDataset, ShardWriter, TrainConfig, train
+from sae_kernels.training import train
 
 pytest.importorskip("matplotlib")
 

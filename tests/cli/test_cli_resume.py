@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sae_kernels.config import TrainConfig
+from sae_kernels.config.tables import read_tables
+from sae_kernels.data import ShardDataset, ShardWriter
 from sae_kernels.nn import TopKConfig
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.folder import RunFolder
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.runs.tables import read_tables
-from sae_kernels.train import ShardDataset, ShardWriter, TrainConfig, train
+from sae_kernels.training import train
 from tests.harvest.causal import documents, gpt2, tokenizer
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sae_kernels.config.tables import read_tables
+from sae_kernels.data import ShardWriter
 from sae_kernels.nn import SparseAutoencoder
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.runs.tables import read_tables
-from sae_kernels.train import ShardWriter
 
 if TYPE_CHECKING:
     from pathlib import Path

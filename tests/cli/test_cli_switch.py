@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sae_kernels import formats
+from sae_kernels.config.tables import read_tables
 from sae_kernels.nn import SparseAutoencoder, SwitchConfig, SwitchSAE
-from sae_kernels.runs.tables import read_tables
 
 D_IN = 8  # of the data fixture
 QUICK = ["--steps", 4, "--batch-size", 64, "--n-latents", 32, "--log-every", 2, "--k", 4]

@@ -10,9 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sae_kernels.cli import settings
+from sae_kernels.config import TrainConfig
+from sae_kernels.config.tables import read_tables
+from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.runs.tables import read_tables
-from sae_kernels.train import ShardDataset, TrainConfig, evaluate
+from sae_kernels.training import evaluate
 
 D_IN, TOKENS = 8, 600  # of the data fixture
 QUICK = ["--steps", 4, "--batch-size", 64, "--n-latents", 32, "--k", 4, "--log-every", 2]
@@ -169,7 +171,7 @@ def test_nan_in_the_data_is_refused(run, data, tmp_path):
 
 
 def test_nan_on_the_way_stops_training_and_loses_nothing(run, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_kernels.train.sources._SAMPLE", 16)
+    monkeypatch.setattr("sae_kernels.training.sources._SAMPLE", 16)
     _write_nan(data)
     out = tmp_path / "run"
     flags = ["--steps", 9, "--batch-size", 64, "--k", 4, "--log-every", 1]

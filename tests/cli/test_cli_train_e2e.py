@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from sae_kernels.config.tables import read_tables
 from sae_kernels.harvest import token_batches
 from sae_kernels.nn import JumpReLUSAE, SparseAutoencoder
-from sae_kernels.runs.tables import read_tables
-from sae_kernels.train import EndToEnd
+from sae_kernels.training.end_to_end import EndToEnd
 from tests.harvest.causal import D, documents, gpt2, tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from sae_kernels.config import TrainConfig
 from sae_kernels.nn import SwitchConfig, TopKConfig
 from sae_kernels.nn import build as build_sae
+from sae_kernels.step import FusedStep
 from sae_kernels.testing import assert_bitwise
-from sae_kernels.train import FusedStep, TrainConfig
 
 B, D, F, K = 512, 256, 4096, 16
 DEAD = 300

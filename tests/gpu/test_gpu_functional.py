@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sae_kernels import decode, encode_topk
+from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig
 from sae_kernels.testing import assert_bitwise
-from sae_kernels.train import TrainConfig, evaluate, train
+from sae_kernels.training import evaluate, train
 
 PRIMITIVES = ("code_grad", "decode", "row_grad", "select_topk", "transpose_codes")
 B, D, F, K = 300, 96, 1500, 12

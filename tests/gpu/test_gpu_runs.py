@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from sae_kernels.config import OutputConfig, TrainConfig
 from sae_kernels.data import Prefetched, ShuffledBatches
 from sae_kernels.nn import TopKConfig
 from sae_kernels.testing import assert_bitwise
-from sae_kernels.train import OutputConfig, TrainConfig, train
+from sae_kernels.training import train
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -125,8 +125,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(device: torch.device) -> None
 
 def test_a_step_has_no_memory_that_grows_with_tokens_times_latents(device: torch.device) -> None:
     # Four times the latents: scores in bf16 would grow by 1.5 GiB, one gradient in fp32 by 192 MiB.
+    from sae_kernels.config import TrainConfig
     from sae_kernels.nn import TopKConfig, TopKSAE
-    from sae_kernels.train import FusedStep, TrainConfig
+    from sae_kernels.step import FusedStep
 
     taken = []
     x = torch.randn(8192, 256, device=device)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from modules import CASES, D, F, each, scaled, x_of
 
 from sae_kernels.nn import (
     CONFIGS,
@@ -23,6 +22,7 @@ from sae_kernels.nn import (
 from sae_kernels.testing import (
     assert_bitwise,
 )
+from tests.nn.modules import CASES, D, F, each, scaled, x_of
 
 
 @each

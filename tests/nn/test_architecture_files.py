@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from modules import CASES, B, each, sae_of, x_of
 
 from sae_kernels.nn import (
     BatchTopKSAE,
@@ -21,6 +20,7 @@ from sae_kernels.nn import (
     from_weights,
 )
 from sae_kernels.testing import assert_bitwise
+from tests.nn.modules import CASES, B, each, sae_of, x_of
 
 if TYPE_CHECKING:
     from pathlib import Path

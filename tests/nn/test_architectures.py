@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from modules import CASES, B, D, F, each, sae_of, scaled, x_of
-from switch_spec import dense_switch
 from torch import Tensor
 
 from sae_kernels.nn import (
@@ -29,6 +27,8 @@ from sae_kernels.testing import (
     gamma,
 )
 from sae_kernels.testing.dense import decoder_norm
+from tests.nn.modules import CASES, B, D, F, each, sae_of, scaled, x_of
+from tests.nn.switch_spec import dense_switch
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from switch_spec import F64, B, D, Dense, E, F, K, dense_switch, each, sae_of, x_of
 
 from sae_kernels.testing import assert_within, gamma
+from tests.nn.switch_spec import F64, B, D, Dense, E, F, K, dense_switch, each, sae_of, x_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from switch_spec import F64, B, D, E, F, K, each, exact, sae_of, x_of
 from torch import Tensor
 
 from sae_kernels.functional import load_balance
 from sae_kernels.nn import SwitchConfig, SwitchSAE, TopKConfig, TopKSAE, from_weights
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
+from tests.nn.switch_spec import F64, B, D, E, F, K, each, exact, sae_of, x_of
 
 
 def positive(sae: SwitchSAE, expert: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sae_kernels.data import ShardDataset, ShardWriter
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.report.examples import decoder_cosine, latent_examples
-from sae_kernels.train import ShardDataset, ShardWriter
 
 SUBJECTS = {0: ["cat", "kitten"], 1: ["dog"], 2: ["=", "!"]}
 

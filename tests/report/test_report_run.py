@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sae_kernels.config import TrainConfig
+from sae_kernels.config.output import OutputConfig
+from sae_kernels.data import JointRows, ShardDataset, ShardWriter
 from sae_kernels.errors import DataError, ModelError
 from sae_kernels.harvest import harvest, load_model, minilm_folder
 from sae_kernels.nn import (
@@ -21,15 +24,7 @@ from sae_kernels.nn import (
 )
 from sae_kernels.report import write_report
 from sae_kernels.report.run import newest_sae, run_report
-from sae_kernels.runs.options import OutputConfig
-from sae_kernels.train import (
-    JointRows,
-    ShardDataset,
-    ShardWriter,
-    TrainConfig,
-    evaluate,
-    train,
-)
+from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable

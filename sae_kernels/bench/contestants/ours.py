@@ -9,6 +9,7 @@ import torch
 
 from sae_kernels import functional
 from sae_kernels.codes import SparseCodes
+from sae_kernels.config import TrainConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -17,7 +18,7 @@ from sae_kernels.nn import (
     TopKConfig,
     build,
 )
-from sae_kernels.train import FusedStep, TrainConfig
+from sae_kernels.step import FusedStep
 
 from .contestant import LR, Contestant, Task, Tensors, copies
 

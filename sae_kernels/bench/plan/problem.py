@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sae_kernels.train import TrainConfig
+from sae_kernels.config import TrainConfig
 
 
 @dataclass(frozen=True)

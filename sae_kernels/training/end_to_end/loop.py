@@ -1,0 +1,230 @@
+"""The training loop through a language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from sae_kernels.config.output import OutputConfig
+from sae_kernels.errors import NonFiniteError
+from sae_kernels.formats import native
+from sae_kernels.harvest.splice import check_fits
+from sae_kernels.harvest.tokens import TokenBatch
+from sae_kernels.step import autograd
+from sae_kernels.step.base import Progress
+from sae_kernels.step.compute import compute_dtype
+from sae_kernels.step.objective import k_at
+from sae_kernels.training.begin import Place
+from sae_kernels.training.end_to_end.layer import layer_width
+from sae_kernels.training.end_to_end.loss import EndToEnd, check_end_to_end, measured_loss
+from sae_kernels.training.end_to_end.spliced import SplicedSAE
+from sae_kernels.training.run import Run, drive
+from sae_kernels.training.training import Training
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from sae_kernels.config.train import TrainConfig
+    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.step.state import State
+    from sae_kernels.training.end_to_end.loss import EndToEndLoss
+    from sae_kernels.training.run import OnStep, TrainingResult
+
+    Batches = Iterable[TokenBatch | Tensor | Mapping[str, Tensor]]
+
+
+def train_end_to_end(
+    model: nn.Module,
+    batches: Batches,
+    layer: str,
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    weights: EndToEnd | None = None,
+    *,
+    folder: str | Path | None = None,
+    output: OutputConfig | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """Trains an SAE in place through a model, under torch's Adam.
+
+    The loss is :func:`~sae_kernels.training.end_to_end.end_to_end_loss`.
+
+    Args:
+        model: frozen, in evaluation mode; left as it was.
+        batches: token ids or :class:`~sae_kernels.harvest.TokenBatch`, one a step; gone through
+            again where they end before the steps do, which an iterator does not allow. Batches of
+            fewer than two tokens to replace, which have no variance, are passed over.
+        layer: the dotted path of the layer that the SAE reconstructs.
+        sae: fresh (:func:`~sae_kernels.training.end_to_end.prepare_end_to_end`), or trained on the
+            layer's activations before; on the model's device.
+        config: the settings, as of the composable route; batch_size says nothing here.
+        weights: see :func:`~sae_kernels.training.end_to_end.end_to_end_loss`.
+        folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
+            keeps everything in memory.
+        metadata: joins what run.toml says about the model, the layer and the weights.
+        output, resume, overwrite: as of :func:`~sae_kernels.training.train`. To resume, the batches
+            must come in the same order again.
+        on_step: called after every step with the step and, when one was made, its metric line.
+
+    Raises:
+        NonFiniteError: a loss or gradient norm was NaN or infinite and config says "stop".
+        ValueError: fewer batches than steps; otherwise as ``end_to_end_loss``. The SAE keeps what
+            it learnt before either, and is saved.
+    """
+    config = dataclasses.replace(config, route="composable")
+    weights = weights or EndToEnd()
+    check_fits(sae, layer_width(model, layer, weights), layer)
+    check_end_to_end(sae, config, weights)
+    if config.fix_shrinkage:
+        raise ValueError(
+            "fix_shrinkage: expected false end to end (it fits stored activations), got true"
+        )
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
+    place = Place(folder, output or OutputConfig(), {}, resume, overwrite)
+    training = sae.training
+    stream = TokenStream(batches, weights.keep_first)
+    try:
+        with ExitStack() as stack:
+            kept = place.open(stack, "", sae.config, config, end_to_end=about)
+            checkpoint = None if kept is None else kept.checkpoint
+            if checkpoint is not None:
+                sae.load_state_dict(native.load(checkpoint).state_dict())
+            run = Run(_ThroughModel(model, layer, sae, config, weights), kept, on_step)
+            if checkpoint is not None:
+                run.load()
+                stream.load_state_dict(run.cursor or {})
+            stack.enter_context(run)
+            drive([run], stream)
+            result = run.result()
+    finally:
+        sae.train(training)
+    if result.error is not None:
+        raise result.error
+    return result
+
+
+class TokenStream:
+    """The usable batches of tokens, over and over; ends where going through them gives none.
+
+    Args:
+        batches: gone through again where they end, which an iterator does not allow.
+        keep_first: leave the first token of each sequence out, as the splice will.
+
+    Attributes:
+        position: batches handed out so far.
+    """
+
+    def __init__(self, batches: Batches, keep_first: bool) -> None:
+        self._batches = self._repeated(batches, keep_first)
+        self.position = 0
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        batch = next(self._batches)
+        self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Passes over as many batches as the state says; the model is not asked."""
+        for i in range(int(state["position"])):
+            if next(self, None) is None:
+                raise ValueError(
+                    f"batches: expected those that the run began with, {state['position']} up to "
+                    f"its checkpoint, got {i}; give the same text and options"
+                )
+
+    @staticmethod
+    def _repeated(batches: Batches, keep_first: bool) -> Iterator[TokenBatch]:
+        found = True
+        while found:
+            found = False
+            for inputs in batches:
+                batch = TokenBatch.of(inputs)
+                if batch.replaced(keep_first).sum() > 1:
+                    found = True
+                    yield batch
+
+
+class _Step(Progress):
+    """torch's Adam beside what every step leaves for the next one."""
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
+        super().__init__(sae, config)
+        sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
+        self.optimizer = autograd.adam(sae, config)
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+        return super().state() | autograd.adam_state(self.optimizer)
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave."""
+        super().load_state(state)
+        autograd.load_adam_state(self.optimizer, state)
+
+
+class _ThroughModel(Training[TokenBatch]):
+    """Trains an SAE in place on what its reconstruction does to a model's predictions."""
+
+    progress: _Step
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        sae: SparseAutoencoder,
+        config: TrainConfig,
+        weights: EndToEnd,
+    ) -> None:
+        super().__init__(_Step(sae, config))
+        self.model, self.layer, self.weights = model, layer, weights
+        self._skipped = 0
+        self._last: EndToEndLoss | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because something was not finite."""
+        return self._skipped
+
+    def set_skipped(self, count: int) -> None:
+        """Goes on counting from here."""
+        self._skipped = count
+
+    def take(self, batch: TokenBatch) -> None:
+        """One step on a batch of tokens."""
+        sae, config, progress = self.sae.train(), self.config, self.progress
+        k, lr = k_at(sae, config, self.made), self.learning_rate(self.made)
+        spliced = SplicedSAE(sae, self.layer, self.weights, progress.schedule, progress.dead, k)
+        result = measured_loss(self.model, batch, spliced)
+        assert spliced.measured is not None
+        # The gradients come from all over the model, so their norm is looked at in any case.
+        limit = math.inf if config.clip_norm is None else config.clip_norm
+        finite = autograd.update(sae, progress.optimizer, result.loss, lr, limit)
+        if not finite and config.on_nonfinite == "stop":
+            raise NonFiniteError.in_step(self.made)
+        n_tokens = int(batch.attention_mask.sum())
+        progress.advance(spliced.measured.fired, n_tokens, result.l0, finite)
+        self.made += 1
+        self.tokens += n_tokens
+        self._skipped += not finite
+        self._last = result
+
+    def measured(self) -> dict[str, float]:
+        """The parts of the last step's loss."""
+        assert self._last is not None
+        return {name: float(value.detach()) for name, value in self._last._asdict().items()}

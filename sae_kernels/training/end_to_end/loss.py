@@ -1,0 +1,209 @@
+"""Training an SAE on what it does to the model it sits in (Braun et al., arXiv 2405.12241)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_kernels.config.train import TrainConfig
+from sae_kernels.harvest.language_model import divergence, log_probabilities
+from sae_kernels.harvest.splice import clean_logits, frozen, record, spliced_logits
+from sae_kernels.harvest.tokens import TokenBatch
+from sae_kernels.step.objective import check_objective
+from sae_kernels.step.sparsity import SparsitySchedule
+from sae_kernels.training.end_to_end.spliced import SplicedSAE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.step.dead import DeadLatents
+
+_COEFFICIENTS = ("kl_coefficient", "downstream_coefficient", "reconstruction_coefficient")
+
+
+@dataclasses.dataclass(frozen=True)
+class EndToEnd:
+    """What the end-to-end loss is made of.
+
+    Attributes:
+        kl_coefficient: weight of ``KL(clean || spliced)`` of the next-token distributions.
+        downstream_coefficient: weight of the mean of the downstream layers' errors.
+        reconstruction_coefficient: weight of the FVU at the spliced layer.
+        downstream_layers: dotted paths of later layers, whose output is to stay as it was.
+        keep_first: the first token of each sequence keeps its activation.
+
+    Raises:
+        ValueError: a coefficient that is negative or not finite, none above 0, a layer named twice.
+
+    Example:
+        >>> EndToEnd(downstream_layers=("h.7", "h.8")).downstream_coefficient
+        1.0
+    """
+
+    kl_coefficient: float = 1.0
+    downstream_coefficient: float = 1.0
+    reconstruction_coefficient: float = 0.0
+    downstream_layers: tuple[str, ...] = ()
+    keep_first: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "downstream_layers", tuple(self.downstream_layers))
+        for name in _COEFFICIENTS:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+        downstream = self.downstream_coefficient if self.downstream_layers else 0
+        if not self.kl_coefficient + downstream + self.reconstruction_coefficient:
+            raise ValueError(
+                "expected a coefficient above 0 (downstream_coefficient counts with "
+                f"downstream_layers only), got {self}"
+            )
+        if len(set(self.downstream_layers)) != len(self.downstream_layers):
+            raise ValueError(f"downstream_layers: expected each once, got {self.downstream_layers}")
+
+
+class EndToEndLoss(NamedTuple):
+    """The loss and its parts, scalars.
+
+    Attributes:
+        loss: what to minimise; gradients reach the SAE.
+        kl: nats per attended token.
+        downstream: mean over the downstream layers of their FVU; 0 where there are none.
+        fvu: at the spliced layer.
+        l0: latents per token that fired.
+        sparsity: the penalty as it counts in the loss, its coefficient included.
+        aux_loss: AuxK, likewise.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    downstream: Tensor
+    fvu: Tensor
+    l0: Tensor
+    sparsity: Tensor
+    aux_loss: Tensor
+
+
+def end_to_end_loss(
+    model: nn.Module,
+    inputs: TokenBatch | Tensor | Mapping[str, Tensor],
+    layer: str,
+    sae: SparseAutoencoder,
+    weights: EndToEnd | None = None,
+    *,
+    schedule: SparsitySchedule | None = None,
+    dead: DeadLatents | None = None,
+    k: float | None = None,
+) -> EndToEndLoss:
+    """The loss of an SAE in the place of a layer's output; the model itself gets no gradient.
+
+    ``u (kl_coefficient * mean_t KL(clean_t || spliced_t)
+    + downstream_coefficient / n * sum_l |a_l' - a_l|^2 / |a_l - mean(a_l)|^2
+    + reconstruction_coefficient * |x_hat - x|^2 / |x - mean(x)|^2
+    + |x_gate - x|^2 / |x - mean(x)|^2) + penalty + AuxK``
+
+    t runs over the attended tokens, l over the n downstream layers, whose output is a_l clean and
+    a_l' spliced; norms and means are over the attended tokens, at the splice over the replaced
+    ones. x_gate is what a Gated SAE's gate reconstructs by itself. Prefixes and multi-TopK's 4k
+    codes reconstruct x besides, under the third coefficient. u is 1 or, with the setting
+    ``loss = "mse"``, the variance of x per token, so that a penalty weighs what it does in
+    :func:`~sae_kernels.training.train`; both are of x in the scale of training.
+
+    The terms are those of Braun et al. (arXiv 2405.12241) with their squared errors divided by the
+    layer's variance, so that one coefficient fits all layers.
+
+    Args:
+        model: a causal model, see :func:`~sae_kernels.harvest.load_causal_model`.
+        inputs: token ids [B, S], or ids and attention mask.
+        layer: the dotted path of the layer that the SAE reconstructs.
+        sae: on the model's device.
+        weights: coefficients and downstream layers; default: KL alone.
+        schedule: the settings of the objective and how strong the penalty is; default: those of
+            ``TrainConfig()``, which has none.
+        dead: what AuxK and the pre-activation loss look at; None: no latent is dead.
+        k: in the place of the configuration's.
+
+    Raises:
+        ModelError: no such layer, one without an output [B, S, D], or a model without logits.
+        ValueError: no model; a layer of another width than the SAE; a downstream layer that does
+            not come after the spliced one; settings that do not go together.
+    """
+    require_model(model)
+    schedule = schedule or SparsitySchedule(TrainConfig())
+    spliced = SplicedSAE(sae, layer, weights or EndToEnd(), schedule, dead, k)
+    check_end_to_end(sae, schedule.config, spliced.weights)
+    return measured_loss(model, TokenBatch.of(inputs), spliced)
+
+
+def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> EndToEndLoss:
+    """:func:`end_to_end_loss` with what is spliced in, which keeps what it measured."""
+    layer, weights = spliced.layer, spliced.weights
+    batch = batch.to(next(model.parameters()).device)
+    mask = batch.attention_mask
+    with frozen(model), record(model, (layer, *weights.downstream_layers)) as outputs:
+        with torch.no_grad():
+            clean = log_probabilities(clean_logits(model, batch)[mask])
+        before = downstream_outputs(outputs, layer, weights)
+        outputs.clear()
+        logits = spliced_logits(model, batch, layer, spliced, keep_first=weights.keep_first)
+        after = downstream_outputs(outputs, layer, weights)
+    here = spliced.measured
+    if here is None:
+        raise ValueError("expected at least one token to replace, got none")
+    kl = divergence(clean, log_probabilities(logits[mask])).mean()
+    errors = [_fvu(a[mask], b[mask]) for a, b in zip(after, before, strict=True)]
+    downstream = torch.stack(errors).mean() if errors else torch.zeros_like(kl)
+    loss = here.loss
+    for weight, term in (
+        (weights.kl_coefficient, kl),
+        (weights.downstream_coefficient, downstream),
+    ):
+        loss = loss + weight * here.unit * term if weight else loss
+    return EndToEndLoss(
+        loss, kl.detach(), downstream.detach(), here.fvu, here.l0, here.sparsity, here.aux_loss
+    )
+
+
+def check_end_to_end(sae: SparseAutoencoder, config: TrainConfig, weights: EndToEnd) -> None:
+    """Raises ValueError for settings that mean nothing together."""
+    check_objective(sae, config)
+    others = getattr(sae.config, "groups", None) or config.random_prefixes or config.multi_topk
+    if others and not weights.reconstruction_coefficient:
+        raise ValueError(
+            "reconstruction_coefficient: expected a number above 0 with groups, random_prefixes or "
+            "multi_topk, whose further reconstructions are of the layer alone (the model sees the "
+            "main one), got 0"
+        )
+
+
+def require_model(model: object) -> None:
+    """Raises ValueError for what is no model."""
+    if not callable(getattr(model, "parameters", None)):
+        raise ValueError(
+            f"the end-to-end loss needs the model that the SAE sits in, got {model!r}; load it "
+            "with sae_kernels.harvest.load_causal_model"
+        )
+
+
+def _fvu(a: Tensor, b: Tensor) -> Tensor:
+    """``|a - b|^2 / |b - mean(b)|^2`` of rows [n, D], in fp32 at least."""
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    return (a - b).square().sum() / (b - b.mean(0)).square().sum()
+
+
+def downstream_outputs(outputs: dict[str, Tensor], layer: str, weights: EndToEnd) -> list[Tensor]:
+    """The downstream layers' outputs; the order in which layers ran says what comes after what."""
+    ran = list(outputs)
+    for name in weights.downstream_layers:
+        if name not in ran or ran.index(name) <= ran.index(layer):
+            raise ValueError(
+                f"downstream_layers: expected layers that run after {layer}, got {name}"
+            )
+    return [outputs[name] for name in weights.downstream_layers]

@@ -1,0 +1,152 @@
+"""How good an SAE is on held-out activations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_kernels.data.batches import RowSource, TensorRows
+from sae_kernels.data.joint import JointRows
+from sae_kernels.training.description_length import DescriptionLengthSums
+from sae_kernels.training.fresh import split
+
+if TYPE_CHECKING:
+    from sae_kernels.nn import SparseAutoencoder
+
+DENSE = 0.1  # a latent that fires on more than this part of the tokens counts as dense
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Measures of an SAE on a set of activations.
+
+    Attributes:
+        n_tokens: how many tokens they were taken over.
+        fvu: ``sum |x - x_hat|^2 / sum |x - mean(x)|^2``, the mean being that of this set.
+        explained_variance: ``1 - fvu``.
+        mse: squared error per token.
+        l0: latents per token that fired.
+        cosine: mean cosine similarity of x and x_hat.
+        dead_fraction: part of the latents that fired on none of these tokens.
+        dense_fraction: part of the latents that fired on more than a tenth of them.
+        bits_codes, bits_residual, bits_per_token, bits_without_sae: what a token takes to send,
+            see :class:`~sae_kernels.training.description_length.DescriptionLengthSums`.
+        layer_fvu: of a crosscoder, the FVU of each layer; else empty.
+        latent_density: [F], part of the tokens on which each latent fired.
+    """
+
+    n_tokens: int
+    fvu: float
+    explained_variance: float
+    mse: float
+    l0: float
+    cosine: float
+    dead_fraction: float
+    dense_fraction: float
+    bits_codes: float
+    bits_residual: float
+    bits_per_token: float
+    bits_without_sae: float
+    layer_fvu: tuple[float, ...]
+    latent_density: torch.Tensor
+
+    def scalars(self) -> dict[str, Any]:
+        """Everything but the per-latent tensor, for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["latent_density"]
+        return values if self.layer_fvu else {k: v for k, v in values.items() if k != "layer_fvu"}
+
+
+def evaluate(
+    sae: SparseAutoencoder,
+    source: RowSource | torch.Tensor,
+    *,
+    target: RowSource | torch.Tensor | None = None,
+    batch_size: int = 4096,
+) -> Evaluation:
+    """Reconstructs every row of the source once, in evaluation mode; sums are kept in fp64.
+
+    Args:
+        sae: of any architecture; left in the mode in which it was.
+        source: raw activations, a tensor [N, D] or a data set; a crosscoder's layers side by side
+            (:class:`~sae_kernels.data.JointRows`).
+        target: what a transcoder is to reconstruct, of the same tokens; all measures are of it.
+        batch_size: tokens at a time.
+
+    Raises:
+        ValueError: no rows, rows of another width than the SAE's d_in, a transcoder without its
+            target or a target for another SAE.
+
+    Example:
+        >>> from sae_kernels.nn import TopKConfig, TopKSAE
+        >>> sae = TopKSAE(TopKConfig(d_in=4, n_latents=8, k=2))
+        >>> evaluate(sae, torch.randn(100, 4)).l0 <= 2
+        True
+    """
+    source = TensorRows(source) if isinstance(source, torch.Tensor) else source
+    config = sae.config
+    if config.transcodes != (target is not None):
+        came = "none for a transcoder" if target is None else "one for an SAE of its input"
+        raise ValueError(f"target: expected one for a transcoder and none else, got {came}")
+    if source.d_in != config.input_width:
+        layers = f" times {config.n_layers} layers" if config.n_layers > 1 else ""
+        raise ValueError(
+            f"expected activations as wide as the SAE's d_in {config.d_in}{layers}, got "
+            f"{source.d_in}"
+        )
+    if source.n_tokens == 0:
+        raise ValueError("expected at least one row to evaluate on, got none")
+    if target is not None:
+        source = JointRows([source, target])
+        if source.d_in != config.input_width + config.output_width:
+            raise ValueError(
+                f"target: expected activations as wide as the SAE's output {config.output_width}, "
+                f"got {source.d_in - config.input_width}"
+            )
+    training = sae.training
+    sae.eval()
+    try:
+        return _evaluate(sae, source, batch_size)
+    finally:
+        sae.train(training)
+
+
+@torch.inference_mode()
+def _evaluate(sae: SparseAutoencoder, source: RowSource, batch_size: int) -> Evaluation:
+    n, device = source.n_tokens, sae.W_enc.device
+    cosine = torch.zeros((), dtype=torch.float64, device=device)
+    fired = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=device)
+    sums = DescriptionLengthSums(sae.config.output_width, sae.config.n_latents, device)
+    for start in range(0, n, batch_size):
+        rows = source.rows(start, min(start + batch_size, n)).activations.to(device).float()
+        x, target = split(rows, sae.config)
+        target = x if target is None else target
+        x_hat, codes = sae(x)
+        cosine = cosine + torch.cosine_similarity(target, x_hat, dim=1).sum(dtype=torch.float64)
+        fired += codes.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend).counts()
+        sums.update(target, x_hat, codes)
+    layers = sae.config.n_layers
+    errors = sums.residual.square.view(layers, -1).sum(1)
+    variances = n * sums.activations.variance().view(layers, -1).sum(1)
+    error = errors.sum()
+    fvu = float(error / variances.sum())
+    bits = sums.result(sae.decoder_norms().norm(dim=1) / sae.target_scale)
+    density = fired.double() / n
+    return Evaluation(
+        n_tokens=n,
+        fvu=fvu,
+        explained_variance=1 - fvu,
+        mse=float(error / n),
+        l0=int(fired.sum()) / n,
+        cosine=float(cosine / n),
+        dead_fraction=float((fired == 0).double().mean()),
+        dense_fraction=float((density > DENSE).double().mean()),
+        bits_codes=bits.bits_codes,
+        bits_residual=bits.bits_residual,
+        bits_per_token=bits.bits_per_token,
+        bits_without_sae=bits.bits_without_sae,
+        layer_fvu=tuple((errors / variances).tolist()) if layers > 1 else (),
+        latent_density=density.float().cpu(),
+    )

@@ -1,0 +1,110 @@
+"""A sweep: the runs of one TOML file, which share a stream of activations."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from sae_kernels.training.run_config import FIELDS, check_tables, merged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sae_kernels.config.tables import Tables
+
+_GRID, _RUNS = "sweep", "run"
+_KINDS = ("arch", "architecture")
+_SHARED = ("data", "output")
+
+
+def expand(tables: Tables) -> dict[str, Tables]:
+    """The tables of every run, by its name.
+
+    Args:
+        tables: what all runs share, as of :class:`~sae_kernels.training.RunConfig`. Besides,
+            ``[sweep]`` gives lists of values, of which every combination is a run (keys are
+            "table.key" or "arch"), and each ``[[run]]`` is one more, with a ``name`` and what it
+            has otherwise. Without either there is one run.
+
+    All runs share the order of the data: ``train.data_seed`` is that of the whole file.
+
+    Raises:
+        ValueError: unknown keys, lists that are none, or names that come twice.
+
+    Example:
+        >>> base = {"sae": {"d_in": 8, "n_latents": 32}, "sweep": {"sae.k": [2, 4]}}
+        >>> {name: run["sae"]["k"] for name, run in expand(base).items()}
+        {'k2': 2, 'k4': 4}
+    """
+    check_tables(tables, also=(_GRID, _RUNS))
+    base = {key: value for key, value in tables.items() if key not in (_GRID, _RUNS)}
+    train = dict(base.get("train", {}))
+    train.setdefault("data_seed", train.get("seed", 0))
+    base = {**base, "train": train}
+    found: dict[str, Tables] = {}
+    for name, own in [*_grid(tables.get(_GRID, {})), *_named(tables.get(_RUNS, []))]:
+        if name in found:
+            raise ValueError(f"sweep: expected names that differ, got {name!r} twice")
+        found[name] = merged(base, own)
+    return found or {"run": base}
+
+
+def _grid(grid: Any) -> Iterator[tuple[str, Tables]]:
+    """Every combination of the lists."""
+    if not isinstance(grid, dict):
+        raise ValueError(f"[sweep]: expected a table of lists, got {grid!r}")
+    grid = dict(_flat(grid))
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"[sweep]: {key}: expected a list of values, got {values!r}")
+    for values in itertools.product(*grid.values()) if grid else ():
+        own: Tables = {}
+        for key, value in zip(grid, values, strict=True):
+            table, _, name = key.rpartition(".")
+            own = merged(own, {table: {name: value}} if table else {name: value})
+        _check_own("[sweep]", own)
+        yield "-".join(_label(key, value) for key, value in zip(grid, values, strict=True)), own
+
+
+def _named(runs: Any) -> Iterator[tuple[str, Tables]]:
+    """The runs that have a table of their own."""
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ValueError("[[run]]: expected tables, each with a name")
+    for run in runs:
+        own = {key: value for key, value in run.items() if key != "name"}
+        _check_own("[[run]]", own)
+        if not isinstance(run.get("name"), str):
+            raise ValueError(f"[[run]]: name: expected a name, got {run.get('name')!r}")
+        yield run["name"], own
+
+
+def _check_own(where: str, own: Tables) -> None:
+    """Raises ValueError for what is unknown, or is not a single run's."""
+    try:
+        check_tables(own)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for table in _SHARED:
+        if table in own:
+            raise ValueError(
+                f"{where}: {table}: expected in the file's own table [{table}], shared by all runs"
+            )
+
+
+def _flat(grid: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys as "table.key", whether written so or as tables."""
+    for key, value in grid.items():
+        if key in FIELDS and isinstance(value, dict):
+            yield from ((f"{key}.{name}", each) for name, each in value.items())
+        else:
+            yield key, value
+
+
+def _label(key: str, value: Any) -> str:
+    """What a run's name says of a setting."""
+    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    name = key.rpartition(".")[2]
+    digits = text[:1].isdigit()
+    short = text if name in _KINDS else f"{name}{text}" if digits else f"{name}_{text}"
+    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in short)

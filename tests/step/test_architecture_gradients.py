@@ -1,0 +1,108 @@
+"""Every loss and gradient of every architecture is the dense oracle's, on both routes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_kernels.step import dense_pass
+from sae_kernels.testing import assert_bitwise, assert_within
+from tests.step.architectures import ARCHITECTURES, B, batch, build, set_dense
+from tests.step.clear_batches import clear_batch
+from tests.step.dense_steps import Expected, expected
+from tests.step.harness import ROUTES, state
+
+if TYPE_CHECKING:
+    from sae_kernels.step import ComposableStep, FusedStep, StepResult
+    from tests.step.architectures import Architecture
+
+WAYS = ("sparse", "dense", "dense-tiles", "composable")
+CASES = [
+    (name, way)
+    for name, case in ARCHITECTURES.items()
+    for way in WAYS
+    if "dense" not in way or case.can_be_dense()
+]
+
+
+def route_of(
+    case: Architecture, way: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> FusedStep | ComposableStep:
+    """FusedStep made to take one of its passes, or the composable route."""
+    step: Any = build(case, ROUTES["composable" if way == "composable" else "fused"], backend)
+    if way != "composable":
+        set_dense(step, way != "sparse")
+    if way == "dense-tiles":  # five latents each, and two
+        monkeypatch.setattr(dense_pass, "_TILE_BYTES", 4 * B * 5)
+    return step
+
+
+def counted(step: FusedStep | ComposableStep, **arguments: Any) -> tuple[StepResult, Tensor]:
+    """A step, and how often each latent fired by its own count."""
+    counts: list[Tensor] = []
+    update = step.dead.update
+
+    def recorded(fired: Tensor, *others: Any, **named: Any) -> None:
+        counts.append(fired.clone())
+        update(fired, *others, **named)
+
+    step.dead.update = recorded  # type: ignore[method-assign]
+    result = step(**arguments)
+    del step.dead.update
+    return result, counts[0]
+
+
+def assert_result(result: StepResult, want: Expected) -> None:
+    """The losses within their bounds, the counts exactly."""
+    for field in ("loss", "fvu", "aux_loss"):
+        bound = getattr(want, field)
+        assert_within(field, getattr(result, field), bound.value, bound.error)
+    assert not result.skipped
+    assert float(result.l0) == pytest.approx(int(want.fired.sum()) / B, rel=2**-23)
+
+
+def _assert_something_is_tested(case: Architecture, want: Expected) -> None:
+    for name, gradient in want.gradients.items():
+        assert gradient.value.abs().max() > 20 * gradient.error.max(), name
+    if case.settings().clip_norm is not None:
+        squares = sum(gradient.value.square().sum() for gradient in want.gradients.values())
+        assert float(squares) ** 0.5 == pytest.approx(case.settings().clip_norm, rel=1e-5)
+    assert (float(want.aux_loss.value) > 0) == (case.settings().auxk_alpha > 0)
+
+
+@pytest.mark.parametrize(("name", "way"), CASES, ids=lambda part: part)
+def test_losses_and_all_gradients_are_the_oracles(
+    name: str, way: str, either_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With beta1 = 0 Adam's first moment is the gradient itself, projected and clipped."""
+    case = ARCHITECTURES[name]
+    case = dataclasses.replace(case, train={**case.train, "beta1": 0.0})
+    step = route_of(case, way, either_backend, monkeypatch)
+    x, target = clear_batch(step, *batch(case, 2 * B), B)
+    want = expected(step, x, target)
+    _assert_something_is_tested(case, want)
+    result, fired = counted(step, x=x, lr=1e-3, target=target)
+    assert_result(result, want)
+    assert_bitwise("fired", fired.long(), want.fired)
+    moments = state(step).moments
+    assert moments.keys() == want.gradients.keys()
+    for parameter, bound in want.gradients.items():
+        assert_within(parameter, moments[parameter][0], bound.value, bound.error)
+
+
+@pytest.mark.parametrize("name", ["jumprelu-log-l0", "jumprelu-raw-target", "jumprelu-raw-tanh"])
+def test_thresholds_learn_from_both_sides_of_their_window(name: str) -> None:
+    """The case above would mean little if no entry lay in a window, or on one side only."""
+    case = ARCHITECTURES[name]
+    step = build(case, ROUTES["fused"])
+    x, _ = batch(case)
+    with torch.no_grad():
+        sae: Any = step.sae
+        h = sae.centred(x) @ sae.W_enc.T + sae.b_enc
+        away = (h - sae.thresholds()) / sae.config.bandwidth
+    assert int(((away > 0) & (away < 0.5)).sum()) > 10
+    assert int(((away < 0) & (away > -0.5)).sum()) > 10

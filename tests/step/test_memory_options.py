@@ -1,0 +1,140 @@
+"""Options that save memory: split masters, bf16 moments, no decoder copy; and what a device needs.
+
+These run on the reference backend where no host kernel knows an option: what is tested here is
+what FusedStep makes of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from sae_kernels.config import TrainConfig
+from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.primitives.row_update import halves
+from sae_kernels.step.compute import training_device
+from sae_kernels.testing import assert_bitwise
+from sae_kernels.training import evaluate, train
+from tests.step.harness import VARIANTS, B, Variant, build, tokens
+
+if TYPE_CHECKING:
+    from sae_kernels.step import FusedStep
+
+LR = 1e-3
+
+
+def variant(**settings: Any) -> Variant:
+    """bf16 compute and some dead latents, with these settings of the training."""
+    return Variant(train={"compute": "bfloat16", **settings}, n_dead=30)
+
+
+def trained(steps: int = 5, **settings: Any) -> FusedStep:
+    """A few steps of such a variant; the module has its fp32 weights back."""
+    step = build(variant(**settings))
+    step.sae.backend = "reference"
+    for i in range(steps):
+        step(tokens(B, seed=i), lr=LR)
+    step.restore_()
+    return step
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["free", "clipped"])
+def test_a_split_master_trains_bit_for_bit_like_an_fp32_one(clip: float | None) -> None:
+    split, whole = (build(variant(master=m, clip_norm=clip)) for m in ("split", "float32"))
+    for i in range(5):
+        for step in (split, whole):
+            step.sae.backend = "reference"
+            step(tokens(B, seed=i), lr=LR)
+        for name in ("W_enc", "W_dec"):
+            # Halfway between two bf16 numbers torch rounds to the even one, halves away from zero:
+            # one weight in 65536.
+            copy = whole.rows[name].copy
+            assert copy is not None
+            copy.copy_(halves.split(whole.rows[name].param)[0])
+            assert_bitwise(name, split.sae.get_parameter(name).data, copy)
+    split.restore_()
+    for name, parameter in whole.sae.named_parameters():
+        assert_bitwise(name, split.sae.get_parameter(name).data, parameter.data)
+
+
+def test_in_between_the_module_holds_the_upper_halves() -> None:
+    step = build(variant(master="split"))
+    assert step.sae.W_dec.dtype == torch.bfloat16
+    output = step.sae(tokens(3))
+    assert output.x_hat.isfinite().all()
+    with pytest.raises(ValueError, match="compute: expected 'bfloat16' with master 'split'"):
+        build(Variant(train={"compute": "float32", "master": "split"}))
+
+
+def test_bf16_moments_learn_as_fp32_ones_do() -> None:
+    fvu = []
+    for states in ("float32", "bfloat16"):
+        step = trained(100, states=states)
+        row = step.rows["W_dec"]
+        assert row.m is not None
+        assert row.m.dtype == getattr(torch, states)
+        step.sae.backend = None
+        fvu.append(evaluate(step.sae, tokens(2000, seed=999)).fvu)
+    assert fvu[0] < 0.7, "nothing was learnt, so nothing was compared"
+    assert fvu[1] == pytest.approx(fvu[0], rel=0.02)
+
+
+def test_without_a_decoder_copy_the_decoder_is_read_in_fp32() -> None:
+    step = trained(copies="encoder")
+    assert step.rows["W_dec"].copy is None
+    assert step.rows["W_enc"].copy is not None
+    both = trained(copies="both")
+    assert not torch.equal(both.sae.W_dec, step.sae.W_dec)
+
+
+def test_a_trained_sae_is_fp32_again_and_saved_so(tmp_path: Any) -> None:
+    config = TrainConfig(
+        steps=12, batch_size=64, compute="bfloat16", master="split", states="bfloat16"
+    )
+    result = train(tokens(400), TopKConfig(32, 128, 4), config, folder=tmp_path)
+    assert result.sae.W_enc.dtype == torch.float32
+    loaded = TopKSAE.from_pretrained(tmp_path / "sae")
+    assert loaded.W_dec.dtype == torch.float32
+    assert_bitwise("W_dec", loaded.W_dec.data, result.sae.W_dec.data)
+
+
+@pytest.mark.parametrize("name", ["default", "few-dead", "many-dead"])
+def test_a_padded_set_of_dead_latents_gives_the_same_step(name: str) -> None:
+    """AuxK that is not to know how many are dead, as on a GPU, against AuxK that counts."""
+    results = []
+    for backend in ("cpu", "reference"):
+        step = build(VARIANTS[name])
+        step.sae.backend = backend
+        step.dead.padded = backend == "reference"
+        results.append([step(tokens(B, seed=i), lr=LR) for i in range(3)])
+    for counted, padded in zip(*results, strict=True):
+        assert (float(counted.aux_loss) > 0) == (name != "default")
+        assert float(padded.aux_loss) == pytest.approx(float(counted.aux_loss), rel=1e-4)
+        assert float(padded.loss) == pytest.approx(float(counted.loss), rel=1e-4)
+
+
+def test_the_learning_rate_may_be_a_tensor() -> None:
+    numbers, tensors = (build(Variant()) for _ in range(2))
+    for i, lr in enumerate((1e-3, 3e-4)):
+        numbers(tokens(B, seed=i), lr=lr)
+        tensors(tokens(B, seed=i), lr=torch.tensor(lr, dtype=torch.float64))
+    for name, parameter in numbers.sae.named_parameters():
+        assert_bitwise(name, dict(tensors.sae.named_parameters())[name].data, parameter.data)
+
+
+def test_counters_stay_where_they_are() -> None:
+    """A CUDA graph replays on addresses."""
+    step = build(Variant())
+    places = step.dead.since_fired.data_ptr(), step.n_updates.data_ptr()
+    step(tokens(B), lr=LR)
+    assert places == (step.dead.since_fired.data_ptr(), step.n_updates.data_ptr())
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    assert training_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda:0, got 'gpu'"):
+        training_device("gpu")
+    with pytest.raises(ValueError, match=r"device: expected a GPU that is there, got 'cuda:99'"):
+        training_device("cuda:99")

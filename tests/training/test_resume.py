@@ -1,0 +1,98 @@
+"""A run that was stopped goes on as if it had not been: bit for bit, for all that is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from sae_kernels.config import OutputConfig, TrainConfig
+from sae_kernels.runs.metrics import read_metrics
+from sae_kernels.training import PRESETS, nested_groups, train
+from tests.step.harness import D, tokens
+from tests.training.same_runs import Stop, assert_same, stop_at, untimed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sae_kernels.nn import SAEConfig
+
+F, N, STEPS = 64, 700, 24
+TARGET = 7  # columns of a transcoder's target
+
+
+def settings(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
+    preset = PRESETS[name]
+    sae = dict(preset.sae)
+    if "groups" in sae:
+        sae["groups"] = nested_groups(F)
+    if preset.data == "target":
+        sae["d_out"] = TARGET
+    if preset.data == "layers":
+        sae["n_layers"] = 2
+    if "k" in {f.name for f in dataclasses.fields(preset.config)}:
+        sae["k"] = 5
+    train = {"steps": STEPS, "batch_size": 48, "lr": 2e-3, "compute": "float32", "log_every": 1}
+    train |= {"dead_after_tokens": 300, **preset.train, **changes}
+    return preset.config(d_in=D, n_latents=F, **sae), TrainConfig(**train)
+
+
+def data(name: str) -> dict[str, torch.Tensor]:
+    kind = PRESETS[name].data
+    x = tokens(N)
+    if kind == "layers":
+        return {"source": torch.cat([x, tokens(N, seed=3)], dim=1)}
+    if kind == "target":
+        return {"source": x, "target": tokens(N, seed=3)[:, :TARGET]}
+    return {"source": x}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "composable": {"route": "composable"},
+    "bfloat16": {"compute": "bfloat16"},
+    "split": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
+    "lazy": {"adam": "lazy", "clip_norm": 1.0},
+    "annealed": {"k_start": 20, "k_anneal_steps": 20},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, route) for name in PRESETS for route in ("fused", "composable")]
+    + [("topk", option) for option in OPTIONS if option not in ("fused", "composable")],
+)
+def test_stopped_and_resumed_is_the_same_run(name: str, option: str, tmp_path: Path) -> None:
+    sae, config = settings(name, **OPTIONS[option])
+    saving = OutputConfig(checkpoint_every=5)
+    straight = train(**data(name), sae_config=sae, config=config, folder=tmp_path / "straight")
+
+    for step in (4, 13, 21):  # before the first checkpoint, between two, and again
+        with pytest.raises(Stop):
+            train(
+                **data(name),
+                sae_config=sae,
+                config=config,
+                folder=tmp_path / "stopped",
+                output=saving,
+                resume=True,
+                on_step=stop_at(step),
+            )
+    resumed = train(
+        **data(name),
+        sae_config=sae,
+        config=config,
+        folder=tmp_path / "stopped",
+        output=saving,
+        resume=True,
+    )
+    assert_same(resumed, straight)
+    assert resumed.skipped == 0
+    for folder in ("straight", "stopped"):
+        lines = read_metrics(tmp_path / folder / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert untimed(lines) == untimed(straight.metrics)
+    files = [tmp_path / folder / "sae" / "sae.safetensors" for folder in ("straight", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
