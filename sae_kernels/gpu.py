@@ -1,4 +1,4 @@
-"""What the GPU backends ask about the hardware and about Triton."""
+"""Which GPU is there, and whether the kernels and Triton can use it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,33 @@ def too_old(device: torch.device) -> str | None:
         f"{name} has compute capability {came}; the kernels need 8.0 (A100) or newer, use the "
         "reference backend or the CPU"
     )
+
+
+def training_device(name: str) -> torch.device:
+    """The device that a ``device`` setting stands for.
+
+    Raises:
+        ValueError: it names no device, or a GPU that is not there or that the kernels cannot use.
+    """
+    if name == "auto":
+        first = torch.device("cuda:0")
+        return torch.device("cpu") if too_old(first) else first
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu or cuda:0, got {name!r}") from error
+    if device.type == "cuda":
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: expected a GPU that is there, got {name!r}, and torch "
+                f"{torch.__version__} finds {torch.cuda.device_count()} of them; use device 'cpu', "
+                "or install a CUDA build of torch and a driver for it"
+            )
+        reason = too_old(torch.device("cuda", index))
+        if reason is not None:
+            raise ValueError(f"device: {reason}")
+    return device
 
 
 @functools.cache

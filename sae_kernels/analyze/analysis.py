@@ -10,7 +10,6 @@ import torch
 from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
 from sae_kernels.data.batches import TensorRows
-from sae_kernels.nn import SwitchSAE
 from sae_kernels.training import evaluate
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Analysis:
             "architecture": self.config.architecture,
             "n_latents": self.config.n_latents,
             "n_experts": self.n_experts if self.n_experts > 1 else None,
-            "latents_met": self.config.latents_met,
+            "n_encoded": self.config.n_encoded,
             "rows": self.side,
             **self.geometry.values(experts=self.n_experts > 1),
         }
@@ -114,8 +113,8 @@ def analyze(
             :func:`~sae_kernels.analyze.geometry.geometry` refuse, or no such side.
 
     Example:
-        >>> from sae_kernels.nn import SwitchConfig, SwitchSAE
-        >>> sae = SwitchSAE(SwitchConfig(d_in=8, n_latents=32, k=4, n_experts=4))
+        >>> from sae_kernels.nn import SwitchSAE
+        >>> sae = SwitchSAE(8, 32, k=4, n_experts=4)
         >>> found = analyze(sae, torch.randn(100, 8))
         >>> found.geometry.within.shape, found.use.load.shape, found.dead().shape
         (torch.Size([32]), torch.Size([4]), torch.Size([4]))
@@ -126,10 +125,10 @@ def analyze(
     if source is not None:
         rows, goal = _rows(source), None if target is None else _rows(target)
         measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
-        if isinstance(sae, SwitchSAE):
+        if sae.latent_experts() is not None:
             use = _expert_use(sae, rows, goal)
     W = sae.W_dec if side == "decoder" else sae.W_enc
-    shape = geometry(W, _experts(sae), threshold=threshold, progress=progress)
+    shape = geometry(W, sae.latent_experts(), threshold=threshold, progress=progress)
     return Analysis(name, sae.config, side, shape, measured, use)
 
 
@@ -137,17 +136,10 @@ def _rows(source: RowSource | torch.Tensor) -> RowSource:
     return TensorRows(source) if isinstance(source, torch.Tensor) else source
 
 
-def _expert_use(sae: SwitchSAE, source: RowSource, target: RowSource | None) -> ExpertUse:
+def _expert_use(sae: SparseAutoencoder, source: RowSource, target: RowSource | None) -> ExpertUse:
     training = sae.training
     sae.eval()
     try:
         return expert_use(sae, source, target=target)
     finally:
         sae.train(training)
-
-
-def _experts(sae: SparseAutoencoder) -> torch.Tensor | None:
-    if not isinstance(sae, SwitchSAE):
-        return None
-    latents = torch.arange(sae.config.n_latents, device=sae.W_dec.device)
-    return latents // sae.config.expert_width

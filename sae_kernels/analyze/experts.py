@@ -12,7 +12,7 @@ from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
     from sae_kernels.data.batches import RowSource
-    from sae_kernels.nn import SwitchSAE
+    from sae_kernels.nn import SparseAutoencoder
 
 _ROWS, _NUMBERS = 4096, 1 << 22  # of a batch; its rows are in fp64 for a moment
 
@@ -134,7 +134,7 @@ class Moments:
 
 @torch.inference_mode()
 def expert_use(
-    sae: SwitchSAE,
+    sae: SparseAutoencoder,
     source: RowSource,
     *,
     target: RowSource | None = None,

@@ -32,7 +32,7 @@ def frontiers(analyses: Sequence[Analysis]) -> list[Frontier]:
     measured = [each for each in analyses if each.evaluation is not None]
     found = _groups(measured, "equal width", "in all", lambda config: config.n_latents)
     same = [list(each.kinds.values()) for each in found]
-    by_flops = _groups(measured, "equal FLOPs", "met by a token", lambda config: config.latents_met)
+    by_flops = _groups(measured, "equal FLOPs", "met by a token", lambda config: config.n_encoded)
     return found + [each for each in by_flops if list(each.kinds.values()) not in same]
 
 

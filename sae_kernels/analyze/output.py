@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.analyze.plots import draw
-from sae_kernels.files import json_writer, publish_all
+from sae_kernels.io.files import json_writer, publish_all
 from sae_kernels.runs.metrics import jsonable
 
 if TYPE_CHECKING:

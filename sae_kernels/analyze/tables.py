@@ -58,7 +58,7 @@ def _column(analysis: Analysis) -> dict[str, str]:
     found = {
         "": analysis.name,
         "latents": f"{n:,}",
-        "latents a token meets": f"{config.latents_met:,}",
+        "latents a token meets": f"{config.n_encoded:,}",
         "rows compared": analysis.side,
         "rows of zeros": f"{int(shape.zero.sum()):,}",
         "nearest neighbour, median cosine": number(median(shape.nearest)),

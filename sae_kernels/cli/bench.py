@@ -145,7 +145,7 @@ def _measure(
 
     from sae_kernels.bench import session
     from sae_kernels.bench.output import compare, page, table
-    from sae_kernels.step.compute import training_device
+    from sae_kernels.gpu import training_device
 
     training_device(settings.device)  # says what is missing
     with output.progress() as show:

@@ -45,7 +45,7 @@ def convert(
             "or the two would be mixed"
         )
     kind = formats.detect(source) if from_ is None and Path(source).exists() else from_ or "native"
-    weights = _native(source) if kind == "native" else formats.read(source, kind)
+    weights = formats.read(source, kind)
     _write(weights, out, to)
     config, tensors, _ = weights
     values = {
@@ -65,13 +65,6 @@ def convert(
     )
 
 
-def _native(source: str) -> "Weights":
-    from sae_kernels.formats import Weights, native
-
-    sae = native.load(source).folded()
-    return Weights(sae.config, sae.state_dict(), {})
-
-
 def _write(weights: "Weights", out: Path, to: str) -> None:
     from sae_kernels import formats, nn
 
@@ -83,7 +76,9 @@ def _write(weights: "Weights", out: Path, to: str) -> None:
     elif to == "dictionary_learning":
         formats.write_dictionary_learning(out, config, tensors, metadata)
     else:
-        nn.from_weights(config, tensors).save_pretrained(out)
+        sae = nn.from_weights(config, tensors)
+        sae.metadata = metadata
+        sae.save_pretrained(out)
 
 
 def _check(option: str, given: str, known: tuple[str, ...]) -> None:

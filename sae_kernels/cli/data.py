@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.data import ShardDataset
     from sae_kernels.data.batches import RowSource
-    from sae_kernels.training.sources import Stream
+    from sae_kernels.data.sources import Stream
 
 
 class RunData(NamedTuple):
@@ -80,7 +80,7 @@ def open_stored(config: DataConfig, verify: bool = False) -> RunData:
 def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData:
     """Loads a language model that makes activations while the SAE trains on them."""
     from sae_kernels import harvest
-    from sae_kernels.step.compute import training_device
+    from sae_kernels.gpu import training_device
 
     assert config.model is not None
     documents = _documents(config)

@@ -65,8 +65,8 @@ def look(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _run(path: Path, verify: bool) -> dict[str, Any]:
-    from sae_kernels.config.tables import read_tables
-    from sae_kernels.files import read_json
+    from sae_kernels.config.toml import read_tables
+    from sae_kernels.io.files import read_json
     from sae_kernels.runs import checkpoint
     from sae_kernels.runs.folder import METRICS_FILE, RESULT_FILE, RUN_FILE, SAE_FOLDER
     from sae_kernels.runs.metrics import read_metrics
@@ -92,7 +92,7 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
-    from sae_kernels.files import read_json
+    from sae_kernels.io.files import read_json
     from sae_kernels.runs import checkpoint
 
     if verify:
@@ -137,7 +137,7 @@ def _sae(path: Path, kind: str, verify: bool) -> dict[str, Any]:
     from sae_kernels.formats import native
 
     if kind == "native":
-        from sae_kernels.files import read_json
+        from sae_kernels.io.files import read_json
 
         header = _header(path / native.WEIGHTS_FILE)
         own = read_json(path / native.CONFIG_FILE)
@@ -160,7 +160,7 @@ def _header(path: Path) -> dict[str, Any]:
     """Names, shapes and dtypes of a safetensors file; no payload is read."""
     from safetensors import SafetensorError, safe_open
 
-    from sae_kernels.formats.files import STORED_DTYPES
+    from sae_kernels.io.tensor_files import STORED_DTYPES
 
     names = {stored: str(dtype).removeprefix("torch.") for dtype, stored in STORED_DTYPES.items()}
     try:
@@ -180,7 +180,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _named(path: Path, files: "Mapping[str, Any]", suffix: str) -> list[str]:
     """Files of a manifest; names that leave the folder are nobody's."""
-    from sae_kernels.files import is_plain_name
+    from sae_kernels.io.files import is_plain_name
 
     known = [name for name in files if is_plain_name(name) and name.endswith(suffix)]
     return [name for name in known if not (path / name).is_symlink()]
@@ -192,7 +192,7 @@ def _no(verify: bool) -> dict[str, str]:
 
 def _rows(values: "Mapping[str, Any]") -> "Iterator[tuple[str, Any]]":
     """What is worth a line of the table."""
-    from sae_kernels.config.tables import flat
+    from sae_kernels.config.toml import flat
 
     for key, value in flat(values):
         if value is not None and value != []:

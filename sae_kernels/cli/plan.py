@@ -10,7 +10,7 @@ from sae_kernels.bench import plan as planning
 from sae_kernels.bench.plan import numbers
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig
 from sae_kernels.report.units import number
 
 ONE_DEVICE_ONLY = (
@@ -45,16 +45,16 @@ def plan(
             help="Of the products.",
         ),
     ] = "auto",
-    master: Annotated[
+    master_weights: Annotated[
         str, typer.Option(metavar="float32|split", help="How W_enc and W_dec are held.")
     ] = "float32",
-    states: Annotated[
+    moment_dtype: Annotated[
         str,
         typer.Option(
             "--states", "--optimizer-states", metavar="float32|bfloat16", help="Adam's moments."
         ),
     ] = "float32",
-    copies: Annotated[
+    compute_copies: Annotated[
         str, typer.Option(metavar="both|encoder", help="Which have a compute copy.")
     ] = "both",
     adam: Annotated[
@@ -74,9 +74,9 @@ def plan(
     where = planning.device(device)
     config: dict[str, Any] = {
         "compute": compute,
-        "master": master,
-        "states": states,
-        "copies": copies,
+        "master_weights": master_weights,
+        "moment_dtype": moment_dtype,
+        "compute_copies": compute_copies,
         "adam": adam,
     }
     n_gpus = numbers.size(gpus, "--gpus")
@@ -85,7 +85,7 @@ def plan(
         n_latents=numbers.size(n_latents, "--n-latents"),
         k=numbers.size(k, "--k"),
         batch=planning.default_batch(n_gpus) if batch is None else numbers.size(batch, "--batch"),
-        config=TrainConfig(**config),
+        config=OptimizerConfig(**config),
         dtype=where.dtype(compute),
     )
     total = numbers.tokens(tokens, "--tokens")

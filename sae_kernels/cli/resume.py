@@ -18,7 +18,7 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Go on with a run from its newest checkpoint, with the settings and data it began with."""
-    from sae_kernels.config.tables import read_tables
+    from sae_kernels.config.toml import read_tables
     from sae_kernels.runs.folder import RUN_FILE, holds_run
     from sae_kernels.training.run_config import check_tables
 

@@ -1,32 +1,33 @@
-"""Flags and TOML files out of the settings' dataclasses, which stay the one place to edit."""
+"""Flags and TOML files out of the settings' classes, which stay the one place to edit."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import re
-import types
 import typing
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_kernels.config.tables import read_tables
-from sae_kernels.nn import CONFIGS
-from sae_kernels.training import PRESETS
+from sae_kernels.config.base import declared
+from sae_kernels.config.toml import read_tables
+from sae_kernels.nn import presets
 from sae_kernels.training.run_config import (
     DEFAULT_ARCHITECTURE,
-    FIELDS,
     LATENTS_PER_INPUT,
     check_tables,
     merged,
+    setting_classes,
+    setting_names,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.base import Declared
+    from sae_kernels.config.toml import Tables
 
 _OWN = ("folders",)  # arguments, not flags
 _DEFAULTS = {
@@ -39,7 +40,8 @@ _DEFAULTS = {
 
 def arch_help(*data: str) -> str:
     """What --arch says: the architectures that are trained on such data."""
-    fit = [f"{name}, {each.about}" for name, each in PRESETS.items() if each.data in data]
+    kinds = {name: kind.preset for name, kind in presets().items()}
+    fit = [f"{name}, {preset.about}" for name, preset in kinds.items() if preset.data in data]
     return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"
 
 
@@ -57,7 +59,10 @@ def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., No
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         flags = [
-            _flag(table, name) for table in tables for name in FIELDS[table] if name not in _OWN
+            _flag(table, name)
+            for table in tables
+            for name in setting_names(table)
+            if name not in _OWN
         ]
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [p.replace(kind=keyword) for p in own] + flags
@@ -86,55 +91,45 @@ def given(
         raise ValueError(f"{path}: {error}") from error
     above: Tables = {} if arch is None else {"arch": arch}
     for table in tables:
-        names = [name for name in FIELDS[table] if flags.get(_flag_name(table, name)) is not None]
-        above[table] = {name: flags[_flag_name(table, name)] for name in names}
+        names = [name for name in setting_names(table) if flags.get(name) is not None]
+        above[table] = {name: flags[name] for name in names}
     return merged(below, above)
 
 
-def _flag_name(table: str, field: str) -> str:
-    """The field's name; the SAE's own gets a prefix where training has one of that name too."""
-    return f"sae_{field}" if table == "sae" and field in FIELDS["train"] else field
-
-
 def _flag(table: str, setting: str) -> inspect.Parameter:
-    cls, field = FIELDS[table][setting]
-    kind = _kind(table, setting)
-    if isinstance(kind, types.UnionType):
-        kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
-    metavar = None
-    if typing.get_origin(kind) is Literal:
-        # A plain string: the settings check themselves, and their message is better.
-        metavar, kind = "|".join(typing.get_args(kind)), str
-    elif kind == tuple[str, ...]:
-        kind = list[str]
-    elif typing.get_origin(kind) is tuple:
-        metavar, kind = "N,N,...", str
-    name = _flag_name(table, setting)
-    default = _DEFAULTS.get(setting, field.default)
-    words = _descriptions(cls).get(setting, setting)
+    found = [cls for cls in setting_classes()[table] if setting in declared(cls)]
+    said = declared(found[0])[setting]
+    kind, metavar = _kind([declared(cls)[setting] for cls in found])
+    default = _DEFAULTS.get(setting, _default(found, setting))
+    words = said.words or setting
     words += "" if default in (None, ()) else f" [default: {default}]"
     # In the text, since the flag's own default is None: not given.
     option = typer.Option(help=words[0].upper() + words[1:], metavar=metavar)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        setting, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
 
 
-def _kind(table: str, setting: str) -> Any:
-    """A setting's type: the wider one where architectures differ, as in k of TopK and BatchTopK."""
-    classes = CONFIGS.values() if table == "sae" else [FIELDS[table][setting][0]]
-    kinds = [hints[setting] for hints in map(typing.get_type_hints, classes) if setting in hints]
-    return float if float in kinds else kinds[0]
+def _kind(said: list[Declared]) -> tuple[Any, str | None]:
+    """The flag's type and how its value is shown, of all classes that have the setting."""
+    names = list(dict.fromkeys(name for each in said for name in each.choices))
+    kinds = [each.kind for each in said]
+    if names:  # a plain string: the settings check themselves, and their message is better
+        return str, "|".join(names)
+    if kinds[0] == tuple[str, ...]:
+        return list[str], None
+    if typing.get_origin(kinds[0]) is tuple:
+        return str, "N,N,..."
+    return (float if float in kinds else kinds[0]), None  # the wider one: k of BatchTopK
 
 
-@functools.cache
-def _descriptions(cls: type) -> dict[str, str]:
-    """What the docstrings of the class and its bases say about each attribute."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        text = inspect.cleandoc(base.__doc__ or "").replace("``", "").partition("Attributes:\n")[2]
-        entries = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
-        for names, words in entries:
-            found |= {name: " ".join(words.split()) for name in names.split(", ")}
-    return found
+def _default(classes: list[type[Any]], setting: str) -> Any:
+    """The default in words; where architectures differ, the one of each."""
+    defaults = {
+        f.default: None for cls in classes for f in dataclasses.fields(cls) if f.name == setting
+    }
+    defaults.pop(dataclasses.MISSING, None)
+    if len(defaults) < 2:
+        return next(iter(defaults), None)
+    return " or ".join(map(str, defaults)) + ", by architecture"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sae_kernels.cli.output import Progress
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.toml import Tables
     from sae_kernels.training import RunConfig, TrainingResult
     from sae_kernels.training.run import OnStep
 
@@ -50,8 +50,8 @@ def sweep(
             check_data(config.data, kind_of_data(tables))
         configs = {n: RunConfig.from_tables(tables, data.widths) for n, tables in runs.items()}
         results = training.train_many(
-            data.source,
             {name: (each.sae, each.train) for name, each in configs.items()},
+            data.source,
             target=data.target,
             folder=out,
             output=config.output,
@@ -64,7 +64,7 @@ def sweep(
 
 
 def _runs_of(file: Path) -> "dict[str, Tables]":
-    from sae_kernels.config.tables import read_tables
+    from sae_kernels.config.toml import read_tables
     from sae_kernels.training.sweep import expand
 
     tables = read_tables(file)

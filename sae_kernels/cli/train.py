@@ -12,7 +12,7 @@ from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import arch_help, given, with_flags
 from sae_kernels.cli.training import start
 
-_TABLES = ("data", "sae", "train", "output")
+_TABLES = ("data", "sae", "objective", "optimizer", "train", "output")
 
 
 @with_flags(*_TABLES)
@@ -25,7 +25,9 @@ def train(
     arch: Annotated[str | None, typer.Option(help=arch_help("layer", "target", "layers"))] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML with arch and tables [data], [sae], [train], [output]."),
+        typer.Option(
+            help="TOML: arch, and tables " + ", ".join(f"[{name}]" for name in _TABLES) + "."
+        ),
     ] = None,
     resume: Resume = False,
     verify: Verify = False,

@@ -18,12 +18,12 @@ from sae_kernels.training.run_config import RunConfig, Widths, kind_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.toml import Tables
     from sae_kernels.harvest import TokenBatch
     from sae_kernels.nn import SAEConfig
 
 
-_TABLES = ("sae", "train", "output")
+_TABLES = ("sae", "objective", "optimizer", "train", "output")
 
 
 @with_flags(*_TABLES)
@@ -37,7 +37,11 @@ def train_e2e(
     arch: Annotated[str | None, typer.Option(help=arch_help("layer"))] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML with arch and tables [sae], [train], [output]; flags come first."),
+        typer.Option(
+            help="TOML: arch, and tables "
+            + ", ".join(f"[{name}]" for name in _TABLES)
+            + "; flags come first."
+        ),
     ] = None,
     kl_coefficient: Annotated[
         float, typer.Option(help="Weight of KL(clean || spliced) of the predictions.")
@@ -70,7 +74,7 @@ def train_e2e(
 ) -> None:
     """Train an SAE through a language model, on what it does to the model's predictions."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels.step.compute import training_device
+    from sae_kernels.gpu import training_device
     from sae_kernels.training import end_to_end
     from sae_kernels.training.end_to_end.layer import layer_width
 
@@ -157,7 +161,7 @@ def _tokens(batch_size: int | None, sequences: int | None, context_length: int) 
 
 
 def _check_data(tables: "Tables") -> None:
-    if kind_of(tables).data != "layer":
+    if kind_of(tables).preset.data != "layer":
         raise ValueError(
             "--arch: expected one that reconstructs a single layer, got "
             f"{tables['arch']!r}; train it on "

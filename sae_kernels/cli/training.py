@@ -11,7 +11,7 @@ import typer
 
 from sae_kernels.cli.data import check_data, open_live, open_stored
 from sae_kernels.cli.runs import follow, summarise
-from sae_kernels.training.run_config import RunConfig, kind_of
+from sae_kernels.training.run_config import RunConfig, kind_of, train_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.cli.data import RunData
     from sae_kernels.cli.output import Output, Progress
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.toml import Tables
 
 METRICS = ("loss", "fvu", "l0")
 
@@ -27,14 +27,11 @@ METRICS = ("loss", "fvu", "l0")
 def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[RunConfig, RunData]:
     """The whole of a run's settings, and the data that complete them."""
     from sae_kernels.config.data import DataConfig
-    from sae_kernels.config.train import TrainConfig
 
     config = DataConfig(**tables.get("data", {}))
-    chosen = kind_of(tables)
     check_data(config, kind_of_data(tables))
     if config.model:
-        given = {**chosen.train, **tables.get("train", {})}
-        data = open_live(config, TrainConfig(**given), show)
+        data = open_live(config, train_config(tables), show)
     else:
         data = open_stored(config, verify)
     whole = RunConfig.from_tables(tables, data.widths)
@@ -59,8 +56,8 @@ def start(
     with interruptible(again, out), output.progress() as show:
         config, data = opened(tables, show, verify=verify)
         result = training.train(
-            data.source,
             config.sae,
+            data.source,
             config.train,
             target=data.target,
             folder=out,
@@ -94,7 +91,7 @@ def interruptible(again: str, *runs: Path) -> Iterator[None]:
 def kind_of_data(tables: Tables) -> str:
     """What an architecture is trained on; of a bare kind of SAE its own settings say it."""
     if "architecture" not in tables:
-        return kind_of(tables).data
+        return kind_of(tables).preset.data
     sae = tables.get("sae", {})
     if sae.get("d_out") is not None or sae.get("skip"):
         return "target"

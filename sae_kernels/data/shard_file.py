@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from sae_kernels.data.rows import Rows
 from sae_kernels.data.shard_index import INDEX, own_size
 from sae_kernels.errors import DataError
-from sae_kernels.files import digest
-from sae_kernels.formats.files import STORED_DTYPES
+from sae_kernels.io.files import digest
+from sae_kernels.io.tensor_files import STORED_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import is_plain_name, json_writer, publish, read_json
+from sae_kernels.io.files import is_plain_name, json_writer, publish, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_kernels.data.shard_index import DTYPES, INDEX, Index, Shard
 from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.files import digest, publish, sweep
+from sae_kernels.io.files import digest, publish, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

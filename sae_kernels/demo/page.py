@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels import machine
-from sae_kernels.nn import TopKConfig
 from sae_kernels.report import RunReport
 from sae_kernels.report.examples import decoder_cosine, latent_examples
 from sae_kernels.report.run import curve
@@ -33,8 +32,7 @@ def describe(
     """The report of a run of the demo."""
     sae = trained.sae
     shape = sae.config
-    assert isinstance(shape, TopKConfig)
-
+    assert config.objective is not None
     seen = config.steps * config.batch_size
     return RunReport(
         title="A sparse autoencoder of MiniLM",
@@ -51,7 +49,7 @@ def describe(
             "k": f"{shape.k}",
             "steps": f"{config.steps:,} of {config.batch_size:,} tokens",
             "learning rate": f"{config.learning_rate(config.steps // 2, shape.n_latents):g}",
-            "compute": str(compute_dtype(config.compute)).removeprefix("torch."),
+            "compute": str(compute_dtype(config.optimizer.compute)).removeprefix("torch."),
             "seed": f"{config.seed}",
             "processor": f"{machine.cpu_model()}, {torch.get_num_threads()} threads",
             "versions": ", ".join(f"{n} {v}" for n, v in machine.versions().items() if v),
@@ -68,5 +66,5 @@ def describe(
         decoder_cosine=decoder_cosine(sae.W_dec),
         examples=latent_examples(sae, sides["held_out"], to_text(tokenizer)),
         command=f"sae-kernels demo --steps {config.steps} --seed {config.seed}",
-        dead_rule=dead_rule(seen, config.dead_after_tokens),
+        dead_rule=dead_rule(seen, config.objective.dead_after_tokens),
     )

@@ -14,7 +14,7 @@ from sae_kernels.demo.page import describe
 from sae_kernels.demo.stages import Clock
 from sae_kernels.errors import DataError
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
-from sae_kernels.nn import TopKConfig
+from sae_kernels.nn import TopKConfig, TopKObjective
 from sae_kernels.report import write_report
 from sae_kernels.runs.folder import SAE_FOLDER
 from sae_kernels.step.compute import compute_dtype
@@ -58,9 +58,8 @@ class DemoResult:
 
 def train_config(steps: int, seed: int) -> TrainConfig:
     """The demo's settings: a short run, so a high learning rate, small batches and early death."""
-    return TrainConfig(
-        steps=steps, batch_size=1024, lr=2e-3, seed=seed, dead_after_tokens=DEAD_AFTER_TOKENS
-    )
+    objective = TopKObjective(dead_after_tokens=DEAD_AFTER_TOKENS)
+    return TrainConfig(steps=steps, batch_size=1024, lr=2e-3, seed=seed, objective=objective)
 
 
 def sae_config(d_in: int) -> TopKConfig:
@@ -111,8 +110,8 @@ def run_demo(
     config = train_config(steps, seed)
     shape = sae_config(sides["train"].d_in)
     trained = train(
-        sides["train"],
         shape,
+        sides["train"],
         config,
         folder=out,
         output=OutputConfig(checkpoint_every=0),  # half a minute can be had again

@@ -10,7 +10,7 @@ from sae_kernels.formats import dictionary_learning, gemma_scope, native, saelen
 from sae_kernels.formats.dictionary_learning import read_dictionary_learning
 from sae_kernels.formats.dictionary_learning_writer import write_dictionary_learning
 from sae_kernels.formats.gemma_scope import read_gemma_scope
-from sae_kernels.formats.layout import Weights, shapes
+from sae_kernels.formats.layout import Weights
 from sae_kernels.formats.saelens import read_saelens
 from sae_kernels.formats.saelens_writer import write_saelens
 from sae_kernels.formats.sparsify import read_sparsify, write_sparsify
@@ -42,6 +42,7 @@ _SIGNS: dict[str, list[tuple[str, ...]]] = {
     "gemma_scope": [(name,) for name in gemma_scope.FILES],
 }
 _READERS: dict[str, Callable[[str | Path], Weights]] = {
+    "native": native.read_native,
     "saelens": read_saelens,
     "sparsify": read_sparsify,
     "dictionary_learning": read_dictionary_learning,
@@ -96,26 +97,21 @@ def detect(path: str | Path) -> str:
 
 
 def read(path: str | Path, format: str | None = None) -> Weights:
-    """An SAE in another tool's files, in the format that `detect` finds or that is named.
+    """An SAE in anybody's files, in the format that `detect` finds or that is named.
 
     Raises:
         DataError: no such format, or what its reader refuses.
 
     Example:
         >>> import tempfile, torch
-        >>> from sae_kernels.nn.config import GatedConfig
-        >>> tensors = {name: torch.zeros(size) for name, size in shapes(GatedConfig(2, 3)).items()}
+        >>> from sae_kernels.nn import GatedConfig
+        >>> tensors = {name: torch.zeros(size) for name, size in GatedConfig(2, 3).shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_saelens(folder, GatedConfig(2, 3), tensors)
         ...     read(folder).config.architecture
         'gated'
     """
     format = detect(path) if format is None else format
-    if format == "native":
-        raise DataError(
-            f"{path}: expected another tool's files, got this package's own; load them with "
-            "from_pretrained"
-        )
     if format not in _READERS:
         raise DataError(f"format: got {format!r}; {name_hint(format, _READERS)}")
     return _READERS[format](path)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import Tensors, flag, read_settings, whole
-from sae_kernels.formats.layout import Weights, at_least_zero, configure, load, take
-from sae_kernels.formats.state_dicts import stored_state_dict
-from sae_kernels.nn.config import (
+from sae_kernels.formats.layout import Weights, at_least_zero, configure, from_foreign, load
+from sae_kernels.io.state_dicts import stored_state_dict
+from sae_kernels.io.tensor_files import Tensors, flag, read_settings, whole
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
@@ -116,7 +116,7 @@ def read_dictionary_learning(folder_or_file: str | Path) -> Weights:
     if "threshold" in kind.buffers:
         found.pop("threshold", None)
     config = configure(path, dataclasses.replace, claimed, **_options(file, trainer, buffers))
-    tensors = take(file, config, kind.names, found)
+    tensors = from_foreign(file, config, kind.names, found)
     if kind.make is JumpReLUConfig:
         tensors["threshold"] = at_least_zero(tensors["threshold"])
     if kind.make is SwitchConfig:  # whose trainer gives both biases one memory

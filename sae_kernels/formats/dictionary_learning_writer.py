@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.files import json_writer, publish_all
 from sae_kernels.formats.dictionary_learning import CONFIG_FILE, METADATA, SWITCH, WEIGHTS_FILE
-from sae_kernels.formats.layout import give, only_raw_activations
-from sae_kernels.nn.config import SwitchConfig
+from sae_kernels.formats.layout import only_raw_activations, to_foreign
+from sae_kernels.io.files import json_writer, publish_all
+from sae_kernels.nn import SwitchConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from sae_kernels.formats.files import Tensors
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.io.tensor_files import Tensors
+    from sae_kernels.nn import SAEConfig
 
 
 def write_dictionary_learning(
@@ -42,9 +42,9 @@ def write_dictionary_learning(
 
     Example:
         >>> import tempfile
-        >>> from sae_kernels.formats import read, shapes
+        >>> from sae_kernels.formats import read
         >>> config = SwitchConfig(2, 8, k=1, n_experts=4, encoder_bias=False)
-        >>> tensors = {name: torch.zeros(size) for name, size in shapes(config).items()}
+        >>> tensors = {name: torch.zeros(size) for name, size in config.shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_dictionary_learning(folder, config, tensors)
         ...     read(folder).config == config
@@ -52,7 +52,7 @@ def write_dictionary_learning(
     """
     only_raw_activations("dictionary_learning", config)
     values = _values(config, metadata or {})
-    theirs = give("tensors", config, SWITCH, tensors)
+    theirs = to_foreign("tensors", config, SWITCH, tensors)
     if (largest := float(tensors["b_enc"].abs().max())) > 0:
         raise ValueError(
             f"dictionary_learning: expected b_enc of zeros, got numbers up to {largest:.3g}: "

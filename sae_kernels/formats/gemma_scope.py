@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.arrays import stored_npz
-from sae_kernels.formats.files import Sizes, Tensors, read_settings, stored_safetensors
 from sae_kernels.formats.layout import (
     Weights,
     at_least_zero,
     configure,
+    from_foreign,
     listed,
     load,
-    shapes,
-    take,
 )
-from sae_kernels.nn.config import JumpReLUConfig
+from sae_kernels.io.arrays import stored_npz
+from sae_kernels.io.tensor_files import Sizes, Tensors, read_settings, stored_safetensors
+from sae_kernels.nn import JumpReLUConfig
 
 if TYPE_CHECKING:
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.nn import SAEConfig
 
 FILES = ("params.npz", "params.safetensors")
 CONFIG_FILE = "config.json"
@@ -63,10 +62,10 @@ def read_gemma_scope(folder_or_file: str | Path) -> Weights:
     w = "w" if "w_enc" in stored.sizes else "W"
     theirs = {"W_enc": f"{w}_enc.T", "W_dec": f"{w}_dec", "W_skip": "affine_skip_connection.T"}
     config = _config(file, values, stored.sizes, w)
-    names = {name: theirs.get(name, name) for name in shapes(config)}
+    names = {name: theirs.get(name, name) for name in config.shapes()}
     found = load(stored, config, names, {"scaling_factor": config.n_latents})
     _drop_ones(file, found)
-    tensors = take(file, config, names, found)
+    tensors = from_foreign(file, config, names, found)
     tensors["threshold"] = at_least_zero(tensors["threshold"])
     metadata = {ours: values[key] for key, ours in _METADATA.items() if key in values}
     return Weights(config, tensors, metadata)

@@ -1,4 +1,4 @@
-"""The tensors of an SAE: what they are called here, how large they are, and as whose they go."""
+"""Another tool's tensors as ours, and ours as another tool's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig, SwitchConfig
+from sae_kernels.io.tensor_files import check_integers
 from sae_kernels.primitives.checks import OPERAND_DTYPES
 from sae_kernels.tensors import rounded_down
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from sae_kernels.formats.files import Sizes, Stored, Tensors
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.io.tensor_files import Sizes, Stored, Tensors
 
 _THRESHOLDS = ("threshold", "log_threshold")
-_BITS = 63  # of a number in a configuration: what multiplies and prints without end is no width
 
 
 class Weights(NamedTuple):
@@ -38,34 +37,6 @@ class Weights(NamedTuple):
     config: SAEConfig
     tensors: Tensors
     metadata: dict[str, Any]
-
-
-def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of an SAE, by our names.
-
-    Example:
-        >>> from sae_kernels.nn.config import JumpReLUConfig
-        >>> shapes(JumpReLUConfig(8, 32))["log_threshold"]
-        (32,)
-    """
-    n, d_in, d_out = config.n_latents, config.input_width, config.output_width
-    sizes: dict[str, tuple[int, ...]] = {
-        "W_enc": (n, d_in),
-        "b_enc": (n,),
-        "W_dec": (n, d_out),
-        "b_dec": (d_out,),
-    }
-    if config.skip:
-        sizes["W_skip"] = (d_out, d_in)
-    if isinstance(config, JumpReLUConfig):
-        sizes["log_threshold" if config.log_threshold else "threshold"] = (n,)
-    if isinstance(config, GatedConfig):
-        sizes |= {"r_mag": (n,), "b_mag": (n,)}
-    if isinstance(config, BatchTopKConfig):
-        sizes["threshold"] = ()
-    if isinstance(config, SwitchConfig):
-        sizes |= {"W_router": (config.n_routed, d_in), "b_router": (d_in,)}
-    return sizes
 
 
 def weight_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -85,7 +56,7 @@ def load(
     Args:
         stored: the file.
         config: what it claims to be.
-        names: theirs by ours, as in `take`.
+        names: theirs by ours, as in `from_foreign`.
         others: what may lie beside them, and how many numbers it may have.
 
     Raises:
@@ -102,7 +73,9 @@ def load(
     return stored.load()
 
 
-def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors) -> Tensors:
+def from_foreign(
+    path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
+) -> Tensors:
     """Our tensors out of another tool's.
 
     Weights get one dtype, the widest among them; thresholds of latents are fp32 and the single
@@ -120,7 +93,7 @@ def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
             not finite.
     """
     check(path, _theirs(config, names), found)
-    ours = {our: _taken(names[our], size, found) for our, size in shapes(config).items()}
+    ours = {our: _taken(names[our], size, found) for our, size in config.shapes().items()}
     dtype = weight_dtype(ours)
     for name, tensor in ours.items():
         if name not in _THRESHOLDS:
@@ -132,15 +105,17 @@ def take(path: Path, config: SAEConfig, names: Mapping[str, str], found: Tensors
     return ours
 
 
-def give(where: str, config: SAEConfig, names: Mapping[str, str], tensors: Tensors) -> Tensors:
-    """The inverse of `take`: another tool's tensors out of ours, on the CPU.
+def to_foreign(
+    where: str, config: SAEConfig, names: Mapping[str, str], tensors: Tensors
+) -> Tensors:
+    """The inverse of `from_foreign`: another tool's tensors out of ours, on the CPU.
 
     What has no place there is left out: the caller looks whether it is zeros.
 
     Raises:
-        DataError: as `take`.
+        DataError: as `from_foreign`.
     """
-    check(where, shapes(config), tensors)
+    check(where, config.shapes(), tensors)
     dtype = weight_dtype(tensors)
     theirs = {}
     for our, name in names.items():
@@ -197,12 +172,7 @@ def configure(
     Raises:
         DataError: what the configuration refuses, with the file's name.
     """
-    for name, value in values.items():
-        if isinstance(value, int) and value.bit_length() > _BITS:
-            raise DataError(
-                f"{path}: {listed([name])}: expected a number of at most {_BITS} bits, got one of "
-                f"{value.bit_length()}"
-            )
+    check_integers(path, values)
     try:
         return make(*arguments, **values)
     except (TypeError, ValueError) as error:
@@ -237,7 +207,7 @@ def only_raw_activations(tool: str, config: SAEConfig) -> None:
 
 def _theirs(config: SAEConfig, names: Mapping[str, str]) -> Sizes:
     """What the file must hold, in its own words."""
-    sizes = ((names[our], size) for our, size in shapes(config).items())
+    sizes = ((names[our], size) for our, size in config.shapes().items())
     return {_plain(name): _turned(name, size) for name, size in sizes if name}
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import Tensors, stored_safetensors
-from sae_kernels.formats.layout import Weights, at_least_zero, check, load, shapes, take
+from sae_kernels.formats.layout import Weights, at_least_zero, check, from_foreign, load
 from sae_kernels.formats.saelens_config import read_config, to_config
-from sae_kernels.nn.config import BatchTopKConfig, GatedConfig, JumpReLUConfig
+from sae_kernels.io.tensor_files import Tensors, stored_safetensors
+from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig
 
 if TYPE_CHECKING:
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.nn import SAEConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
@@ -38,8 +38,8 @@ def read_saelens(folder: str | Path) -> Weights:
     Example:
         >>> import tempfile, torch
         >>> from sae_kernels.formats import read_saelens, write_saelens
-        >>> from sae_kernels.nn.config import ReLUConfig
-        >>> tensors = {name: torch.zeros(size) for name, size in shapes(ReLUConfig(2, 3)).items()}
+        >>> from sae_kernels.nn import ReLUConfig
+        >>> tensors = {name: torch.zeros(size) for name, size in ReLUConfig(2, 3).shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_saelens(folder, ReLUConfig(2, 3), tensors, {"model_name": "gpt2"})
         ...     read_saelens(folder).metadata["model_name"]
@@ -52,7 +52,7 @@ def read_saelens(folder: str | Path) -> Weights:
     config = to_config(path, values, "log_threshold" in stored.sizes)
     found = load(stored, config, names(config), {"scaling_factor": config.n_latents})
     factor = found.pop("scaling_factor", None)
-    tensors = take(weights, config, names(config), found)
+    tensors = from_foreign(weights, config, names(config), found)
     _fold_scaling_factor(weights, values, tensors, factor)
     if isinstance(config, JumpReLUConfig) and not config.log_threshold:
         tensors["threshold"] = at_least_zero(tensors["threshold"])
@@ -66,7 +66,7 @@ def names(config: SAEConfig) -> dict[str, str]:
         theirs["b_enc"] = "b_gate"
     if isinstance(config, BatchTopKConfig):
         theirs["threshold"] = "topk_threshold"
-    return {name: theirs.get(name, name) for name in shapes(config)}
+    return {name: theirs.get(name, name) for name in config.shapes()}
 
 
 def _fold_scaling_factor(

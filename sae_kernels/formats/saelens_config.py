@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.files import flag, read_settings, whole
 from sae_kernels.formats.layout import configure
-from sae_kernels.nn.config import (
+from sae_kernels.io.tensor_files import flag, read_settings, whole
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,

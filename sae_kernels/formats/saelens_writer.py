@@ -9,16 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
-from sae_kernels.files import json_writer, publish_all
 from sae_kernels.formats.layout import (
     check,
-    give,
     only_raw_activations,
-    shapes,
+    to_foreign,
     weight_dtype,
 )
 from sae_kernels.formats.saelens import CONFIG_FILE, WEIGHTS_FILE, names
-from sae_kernels.nn.config import (
+from sae_kernels.io.files import json_writer, publish_all
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from sae_kernels.formats.files import Tensors
+    from sae_kernels.io.tensor_files import Tensors
 
 # Of the layout, not of a package: an older number makes SAELens read the file as an old one.
 _LAYOUT = "6.0.0"
@@ -76,17 +75,17 @@ def write_saelens(
     Example:
         >>> import json, pathlib, tempfile
         >>> config = TopKConfig(2, 3, k=1)
-        >>> tensors = {name: torch.zeros(size) for name, size in shapes(config).items()}
+        >>> tensors = {name: torch.zeros(size) for name, size in config.shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_saelens(folder, config, tensors, {"hook_name": "blocks.5.hook_resid_post"})
         ...     json.loads(pathlib.Path(folder, "cfg.json").read_text())["architecture"]
         'topk'
     """
     only_raw_activations("SAELens", config)
-    check("tensors", shapes(config), tensors)
+    check("tensors", config.shapes(), tensors)
     config, tensors = _inference(config, tensors)
     values = _values(config, weight_dtype(tensors), dict(metadata or {}))
-    theirs = give("tensors", config, names(config), tensors)
+    theirs = to_foreign("tensors", config, names(config), tensors)
     publish_all(
         folder,
         {

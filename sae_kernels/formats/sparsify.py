@@ -8,27 +8,26 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import json_writer, publish_all
-from sae_kernels.formats.files import (
+from sae_kernels.formats.layout import (
+    Weights,
+    configure,
+    from_foreign,
+    load,
+    only_raw_activations,
+    to_foreign,
+)
+from sae_kernels.io.files import json_writer, publish_all
+from sae_kernels.io.tensor_files import (
     Tensors,
     flag,
     read_settings,
     stored_safetensors,
     whole,
 )
-from sae_kernels.formats.layout import (
-    Weights,
-    configure,
-    give,
-    load,
-    only_raw_activations,
-    shapes,
-    take,
-)
-from sae_kernels.nn.config import TopKConfig
+from sae_kernels.nn import TopKConfig
 
 if TYPE_CHECKING:
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.nn import SAEConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
 _NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
@@ -48,7 +47,7 @@ def read_sparsify(folder: str | Path) -> Weights:
     Example:
         >>> import tempfile, torch
         >>> config = TopKConfig(2, 4, k=1, relu="before")
-        >>> tensors = {name: torch.zeros(size) for name, size in shapes(config).items()}
+        >>> tensors = {name: torch.zeros(size) for name, size in config.shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_sparsify(folder, config, tensors)
         ...     read_sparsify(folder).config == config
@@ -59,7 +58,7 @@ def read_sparsify(folder: str | Path) -> Weights:
     config = _config(path, read_settings(path))
     names = _names(config)
     found = load(stored_safetensors(weights), config, names)
-    return Weights(config, take(weights, config, names, found), {})
+    return Weights(config, from_foreign(weights, config, names, found), {})
 
 
 def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> None:
@@ -76,14 +75,14 @@ def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> N
         DataError: tensors that are not what the configuration says.
 
     Example:
-        >>> from sae_kernels.nn.config import ReLUConfig
+        >>> from sae_kernels.nn import ReLUConfig
         >>> write_sparsify("nowhere", ReLUConfig(2, 4), {})
         Traceback (most recent call last):
         ValueError: sparsify: expected a TopK SAE, got ReLUConfig
     """
     only_raw_activations("sparsify", config)
     values = _values(config)
-    theirs = give("tensors", config, _names(config), tensors)
+    theirs = to_foreign("tensors", config, _names(config), tensors)
     publish_all(
         folder,
         {
@@ -94,7 +93,7 @@ def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> N
 
 
 def _names(config: SAEConfig) -> dict[str, str]:
-    return {name: _NAMES.get(name, name) for name in shapes(config)}
+    return {name: _NAMES.get(name, name) for name in config.shapes()}
 
 
 def _config(path: Path, values: dict[str, Any]) -> SAEConfig:

@@ -11,7 +11,7 @@ from sae_kernels.functional.encode import (
     encode_threshold,
     encode_topk,
 )
-from sae_kernels.functional.entries import jumprelu, of_latents, step
+from sae_kernels.functional.entries import gather_by_latent, heaviside_ste, jumprelu
 from sae_kernels.functional.route import RoutedCodes, Routing, load_balance, route_top1
 
 __all__ = [
@@ -22,9 +22,9 @@ __all__ = [
     "encode_jumprelu",
     "encode_threshold",
     "encode_topk",
+    "gather_by_latent",
+    "heaviside_ste",
     "jumprelu",
     "load_balance",
-    "of_latents",
     "route_top1",
-    "step",
 ]

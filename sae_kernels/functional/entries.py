@@ -14,7 +14,7 @@ from sae_kernels.functional.recording import refuse_double_backward
 from sae_kernels.primitives.row_grad import row_grad
 
 
-def of_latents(
+def gather_by_latent(
     vector: torch.Tensor, codes: SparseCodes, *, backend: str | None = None
 ) -> torch.Tensor:
     """The number of each entry's latent, like ``codes.values``; differentiable in ``vector``.
@@ -28,7 +28,7 @@ def of_latents(
 
     Example:
         >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 1.0]]), k=2)
-        >>> of_latents(torch.tensor([5.0, 6.0, 7.0]), codes).tolist()
+        >>> gather_by_latent(torch.tensor([5.0, 6.0, 7.0]), codes).tolist()
         [[6.0, 7.0]]
     """
     rows = codes.offsets is None and codes.indices.dim() == 2 and len(codes.indices) > 0
@@ -38,7 +38,7 @@ def of_latents(
     if not vector.requires_grad:
         return vector[codes.indices.long()]
     flat = codes.flat()
-    entries = _OfLatents.apply(vector, flat.indices, flat.offsets, backend)
+    entries = _GatherByLatent.apply(vector, flat.indices, flat.offsets, backend)
     result: torch.Tensor = entries.reshape(codes.values.shape)
     return result
 
@@ -57,11 +57,11 @@ def jumprelu(
         bandwidth: width of the rectangle.
         backend: see :mod:`sae_kernels.backends`.
     """
-    thresholds = of_latents(threshold, pre, backend=backend)
+    thresholds = gather_by_latent(threshold, pre, backend=backend)
     return pre.with_values(_JumpReLU.apply(pre.values, thresholds, bandwidth))
 
 
-def step(
+def heaviside_ste(
     pre: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
 ) -> torch.Tensor:
     """``1[h > threshold]`` of kept pre-activations, by entry; their sum is what L0 counts.
@@ -69,8 +69,8 @@ def step(
     ``d/dthreshold = -(1 / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]`` and
     ``d/dh = 0``. It acts on pre-activations, so both halves of the window count.
     """
-    thresholds = of_latents(threshold, pre, backend=backend)
-    entries: torch.Tensor = _Step.apply(pre.values, thresholds, bandwidth)
+    thresholds = gather_by_latent(threshold, pre, backend=backend)
+    entries: torch.Tensor = _Heaviside.apply(pre.values, thresholds, bandwidth)
     return entries
 
 
@@ -79,7 +79,7 @@ def _in_window(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> to
     return (h > threshold - bandwidth / 2) & (h < threshold + bandwidth / 2)
 
 
-class _OfLatents(torch.autograd.Function):
+class _GatherByLatent(torch.autograd.Function):
     @staticmethod
     def forward(
         vector: torch.Tensor,
@@ -129,7 +129,7 @@ class _JumpReLU(torch.autograd.Function):
         return dh, torch.where(window, slope * grad, 0), None
 
 
-class _Step(torch.autograd.Function):
+class _Heaviside(torch.autograd.Function):
     @staticmethod
     def forward(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
         return (~(h <= threshold)).to(h.dtype)

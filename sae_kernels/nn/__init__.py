@@ -1,42 +1,54 @@
-"""Modules on top of :mod:`sae_kernels.functional`: one an architecture."""
+"""Modules on top of :mod:`sae_kernels.functional`: a file an architecture."""
 
-from sae_kernels.nn.architectures import CONFIGS, build, from_weights
-from sae_kernels.nn.batch_topk import BatchTopKSAE
-from sae_kernels.nn.config import (
-    BatchTopKConfig,
-    GatedConfig,
-    JumpReLUConfig,
-    ReLUConfig,
-    SAEConfig,
-    SwitchConfig,
-    TopKConfig,
-)
-from sae_kernels.nn.gated import GatedSAE
+from sae_kernels.config.sae import SAEConfig
+from sae_kernels.nn.base import SAEOutput, SparseAutoencoder
+from sae_kernels.nn.batch_topk import BatchTopKConfig, BatchTopKSAE
+from sae_kernels.nn.gated import GatedConfig, GatedSAE
 from sae_kernels.nn.initialise import geometric_median
-from sae_kernels.nn.jumprelu import JumpReLUSAE
-from sae_kernels.nn.relu import ReLUSAE
-from sae_kernels.nn.sae import SAEOutput, SparseAutoencoder
-from sae_kernels.nn.switch import SwitchSAE
-from sae_kernels.nn.topk import TopKSAE
+from sae_kernels.nn.jumprelu import JumpReLUConfig, JumpReLUObjective, JumpReLUSAE
+from sae_kernels.nn.prefixes import nested_groups
+from sae_kernels.nn.presets import Preset
+from sae_kernels.nn.registry import (
+    architecture,
+    architectures,
+    build,
+    from_weights,
+    preset,
+    presets,
+    register,
+)
+from sae_kernels.nn.relu import ReLUConfig, ReLUObjective, ReLUSAE
+from sae_kernels.nn.switch import SwitchConfig, SwitchObjective, SwitchSAE
+from sae_kernels.nn.topk import TopKConfig, TopKObjective, TopKSAE
 
 __all__ = [
-    "CONFIGS",
     "BatchTopKConfig",
     "BatchTopKSAE",
     "GatedConfig",
     "GatedSAE",
     "JumpReLUConfig",
+    "JumpReLUObjective",
     "JumpReLUSAE",
+    "Preset",
     "ReLUConfig",
+    "ReLUObjective",
     "ReLUSAE",
     "SAEConfig",
     "SAEOutput",
     "SparseAutoencoder",
     "SwitchConfig",
+    "SwitchObjective",
     "SwitchSAE",
     "TopKConfig",
+    "TopKObjective",
     "TopKSAE",
+    "architecture",
+    "architectures",
     "build",
     "from_weights",
     "geometric_median",
+    "nested_groups",
+    "preset",
+    "presets",
+    "register",
 ]

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from sae_kernels import functional
-from sae_kernels.nn.sae import SparseAutoencoder
+from sae_kernels.config.base import POSITIVE, about
+from sae_kernels.config.objective import PrefixObjective
+from sae_kernels.config.sae import SAEConfig, Size
+from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.prefixes import NESTED, check_groups, prefixes_of
+from sae_kernels.nn.presets import FREE_NORMS, Preset
+from sae_kernels.nn.registry import register
 from sae_kernels.tensors import rounded_down
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.config import BatchTopKConfig
+    from sae_kernels.nn.objective import Prefixes
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchTopKConfig(SAEConfig):
+    """The k B largest latents of a batch of B tokens (Bussmann et al., arXiv 2412.06410)."""
+
+    architecture: ClassVar[str] = "batchtopk"
+
+    k: float = field(
+        default=32,
+        metadata=about(
+            "latents kept per token on average; may be a fraction (int(k B) are kept in a batch)",
+            POSITIVE,
+        ),
+    )
+    rank_by_decoder_norm: bool = field(
+        default=False, metadata=about("rank latents by h |W_dec| (BatchTopK crosscoders)")
+    )
+    groups: tuple[int, ...] | None = field(
+        default=None,
+        metadata=about(
+            "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none"
+        ),
+    )
+    threshold_rule: Literal["dictionary_learning", "sae_lens"] = field(
+        default="sae_lens",
+        metadata=about(
+            "how the threshold of inference follows the smallest kept key of the batches: "
+            "sae_lens, from 0 on, 0.99 of it and 0.01 of the new; or dictionary_learning, "
+            "the first batch's, then 0.999 and 0.001, which needs some thousands of steps "
+            "to forget where it began"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect_at_most_n_latents("k")
+        check_groups(self.groups, self.n_latents)
+
+    def shapes(self) -> dict[str, Size]:
+        """The threshold of inference besides the weights."""
+        return {**super().shapes(), "threshold": ()}
+
+
+@register
 class BatchTopKSAE(SparseAutoencoder):
     """``x_hat = b_dec + W_dec^T batchtopk(W_enc (x - b_dec) + b_enc)`` (arXiv 2412.06410).
 
@@ -27,18 +78,31 @@ class BatchTopKSAE(SparseAutoencoder):
             (see ``config.threshold_rule``); not positive while unset.
 
     Example:
-        >>> from sae_kernels.nn import BatchTopKConfig, BatchTopKSAE
-        >>> sae = BatchTopKSAE(BatchTopKConfig(d_in=8, n_latents=32, k=2.5))
+        >>> from sae_kernels.nn import BatchTopKSAE
+        >>> sae = BatchTopKSAE(8, 32, k=2.5)
         >>> sae.encode(torch.randn(100, 8)).values.shape
         torch.Size([250])
     """
 
     config: BatchTopKConfig
+    config_class = BatchTopKConfig
+    objective_class = PrefixObjective
+    presets: ClassVar[dict[str, Preset]] = {
+        "batchtopk": Preset("the k B largest latents of a batch of B tokens"),
+        "matryoshka": Preset(
+            "BatchTopK whose first latents reconstruct alone", sae={"groups": NESTED}
+        ),
+        "crosscoder": Preset(
+            "BatchTopK over several layers or models together",
+            sae={**FREE_NORMS, "rank_by_decoder_norm": True, "decoder_norm": "sum"},
+            data="layers",
+        ),
+    }
     keeps_dtype = ("threshold", "last_key")
 
-    def __init__(self, config: BatchTopKConfig, **options: Any) -> None:
-        super().__init__(config, **options)
-        unset = -1.0 if config.threshold_rule == "dictionary_learning" else 0.0
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        unset = -1.0 if self.config.threshold_rule == "dictionary_learning" else 0.0
         device = self.b_enc.device
         threshold = torch.full((), unset, dtype=torch.float64, device=device)
         self.register_buffer("threshold", threshold)
@@ -96,10 +160,10 @@ class BatchTopKSAE(SparseAutoencoder):
             self.last_key.fill_(torch.nan)
 
     @torch.no_grad()
-    def follow_threshold_(self, finite: torch.Tensor) -> None:
+    def after_step_(self, finite: torch.Tensor) -> None:
         """Moves :attr:`threshold` towards the last batch's smallest kept key.
 
-        Training steps call it; nothing moves where the step was not ``finite``, and was skipped.
+        Nothing moves where the step was not ``finite``, and was skipped.
         dictionary_learning starts from the first key, SAELens from 0.
         """
         key, threshold = self.last_key, self.threshold
@@ -115,3 +179,8 @@ class BatchTopKSAE(SparseAutoencoder):
         self.threshold.copy_(
             torch.where(self.threshold > 0, self.threshold / divisor, self.threshold)
         )
+
+    def prefixes(self, objective: PrefixObjective, step: int, seed: int) -> Prefixes | None:
+        """The groups of the configuration, or prefixes drawn for the step."""
+        config, device = self.config, self.W_enc.device
+        return prefixes_of(config.groups, config.n_latents, objective, step, seed, device)

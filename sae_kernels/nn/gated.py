@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
-from sae_kernels.nn.sae import SparseAutoencoder
+from sae_kernels.config.base import about
+from sae_kernels.config.objective import PenalisedObjective
+from sae_kernels.config.sae import SAEConfig, Size
+from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.objective import Reconstruction
+from sae_kernels.nn.presets import Preset
+from sae_kernels.nn.registry import register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.config import GatedConfig
+    from sae_kernels.nn.objective import Context
 
 
+@dataclasses.dataclass(frozen=True)
+class GatedConfig(SAEConfig):
+    """Latents gated by one reading of the encoder and sized by another (arXiv 2404.16014)."""
+
+    architecture: ClassVar[str] = "gated"
+
+    frozen_decoder: bool = field(
+        default=True,
+        metadata=about(
+            "in the auxiliary loss that trains the gate the decoder gets no gradient (the "
+            "paper, dictionary_learning), or, if false, it does (SAELens)"
+        ),
+    )
+
+    def shapes(self) -> dict[str, Size]:
+        """The magnitudes' vectors besides the weights."""
+        vector = (self.n_latents,)
+        return {**super().shapes(), "r_mag": vector, "b_mag": vector}
+
+
+@register
 class GatedSAE(SparseAutoencoder):
     """Gated SAE (Rajamanoharan et al., arXiv 2404.16014) on one encoder product.
 
@@ -22,16 +51,21 @@ class GatedSAE(SparseAutoencoder):
     ``relu(exp(r_mag) a + b_mag)``; b_enc is the paper's b_gate.
 
     Example:
-        >>> from sae_kernels.nn import GatedConfig, GatedSAE
-        >>> sae = GatedSAE(GatedConfig(d_in=8, n_latents=32))
+        >>> from sae_kernels.nn import GatedSAE
+        >>> sae = GatedSAE(8, 32)
         >>> sae(torch.randn(5, 8)).x_hat.shape
         torch.Size([5, 8])
     """
 
     config: GatedConfig
+    config_class = GatedConfig
+    objective_class = PenalisedObjective
+    presets: ClassVar[dict[str, Preset]] = {
+        "gated": Preset("a gate decides which latents fire, L1 on the gate"),
+    }
 
-    def __init__(self, config: GatedConfig, **options: Any) -> None:
-        super().__init__(config, **options)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.r_mag = nn.Parameter(torch.zeros_like(self.b_enc))
         self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
 
@@ -49,20 +83,31 @@ class GatedSAE(SparseAutoencoder):
         """The magnitudes of the latents whose gate is open."""
 
         def of(vector: torch.Tensor) -> torch.Tensor:
-            return functional.of_latents(vector, pre, backend=self.backend)
+            return functional.gather_by_latent(vector, pre, backend=self.backend)
 
         a = pre.values - of(self.b_enc)  # the product brought the gate's bias with it
         size = (of(self.r_mag.exp()) * a + of(self.b_mag)).relu()
         return pre.with_values(torch.where(pre.values <= 0, 0, size))
 
-    def auxiliary(self, pre: SparseCodes) -> SparseCodes:
-        """The gate itself as codes: what teaches it, since no gradient passes the step."""
-        return pre.with_values(pre.values.relu())
+    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+        """The codes', and that of the gate itself, which teaches it: no gradient passes its step.
 
-    @property
-    def auxiliary_stops_decoder(self) -> bool:
-        """The paper's frozen decoder, unless the configuration frees it (SAELens)."""
-        return self.config.frozen_decoder
+        The decoder is frozen in the second (the paper), unless the configuration frees it.
+        """
+        (main,) = super().reconstructions(pre, context)
+        trains = not self.config.frozen_decoder
+        gate = Reconstruction(pre.values.relu(), trains_decoder=trains, always=True)
+        return [main, gate]
+
+    def sparsity(
+        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+    ) -> torch.Tensor:
+        """The gate is penalised, not the codes."""
+        return super().sparsity(pre, parts[1:], context)
+
+    def sums_over_entries(self, objective: PenalisedObjective) -> bool:
+        """Always: a latent's code depends on its pre-activation alone."""
+        return True
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Both biases are measured in pre-activations."""

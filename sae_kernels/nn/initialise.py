@@ -1,4 +1,4 @@
-"""Where training starts."""
+"""Weights before the first step, and the geometric median."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.config.sae import SAEConfig
 
 _DRAWN_AT_ONCE = 1 << 24
 

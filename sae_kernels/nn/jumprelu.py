@@ -2,20 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
-from sae_kernels.nn.sae import SparseAutoencoder
+from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, about
+from sae_kernels.config.objective import ObjectiveConfig
+from sae_kernels.config.sae import SAEConfig, Size
+from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.penalties import total
+from sae_kernels.nn.presets import Preset
+from sae_kernels.nn.registry import register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.config import JumpReLUConfig
+    from sae_kernels.nn.objective import Context, Reconstruction
 
 
+@dataclasses.dataclass(frozen=True)
+class JumpReLUConfig(SAEConfig):
+    """Every latent above a threshold of its own (Rajamanoharan et al., arXiv 2407.14435)."""
+
+    architecture: ClassVar[str] = "jumprelu"
+
+    threshold_init: float = field(
+        default=0.01, metadata=about("where the thresholds start (in the scale of training)")
+    )
+    bandwidth: float = field(
+        default=0.05,
+        metadata=about("width of the rectangle that stands for the step's derivative", POSITIVE),
+    )
+    log_threshold: bool = field(
+        default=True,
+        metadata=about(
+            "train the thresholds' logarithms (the paper, Gemma Scope) or the thresholds "
+            "themselves (dictionary_learning, SAELens). Either way they are fp32"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log_threshold:
+            what = "a positive number (log_threshold needs its logarithm)"
+            self.expect("threshold_init", self.threshold_init > 0, what)
+        self.expect("threshold_init", self.threshold_init >= 0, "a number of at least 0")
+
+    @property
+    def threshold_name(self) -> str:
+        """Name of the parameter that holds the thresholds."""
+        return "log_threshold" if self.log_threshold else "threshold"
+
+    def shapes(self) -> dict[str, Size]:
+        """The thresholds besides the weights."""
+        return {**super().shapes(), self.threshold_name: (self.n_latents,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class JumpReLUObjective(ObjectiveConfig):
+    """What a JumpReLU SAE is trained to minimise; by default L0 is held at a target."""
+
+    sparsity: str = field(
+        default="target_l0",
+        metadata=about(
+            "the penalty added to the loss: none; l1, the sum of the codes; lp, the sum of their "
+            "p-th powers, p falling from 1 (p-annealing, arXiv 2408.00113); l0, how many fire, "
+            "and target_l0, (L0 / target_l0 - 1)^2, through JumpReLU's estimator; tanh, the sum "
+            "of tanh(tanh_scale * code)",
+            choices=("none", "l1", "lp", "l0", "target_l0", "tanh"),
+        ),
+    )
+    sparsity_coefficient: float = 0.3
+    target_l0: float | None = 32.0
+    auxk_alpha: float = 0.0
+    preact_coefficient: float = field(
+        default=0.0,
+        metadata=about(
+            "weight of the loss that raises dead latents, relu(threshold - h) weighed by "
+            "the decoder norm (SAELens: 3e-6); 0 is off",
+            NOT_NEGATIVE,
+        ),
+    )
+
+
+@register
 class JumpReLUSAE(SparseAutoencoder):
     """``x_hat = b_dec + W_dec^T (h * 1[h > threshold])`` (arXiv 2407.14435).
 
@@ -24,31 +98,36 @@ class JumpReLUSAE(SparseAutoencoder):
     threshold are among the codes too, with the value 0: the threshold learns from them.
 
     Example:
-        >>> from sae_kernels.nn import JumpReLUConfig, JumpReLUSAE
-        >>> sae = JumpReLUSAE(JumpReLUConfig(d_in=8, n_latents=32, threshold_init=0.5)).eval()
+        >>> from sae_kernels.nn import JumpReLUSAE
+        >>> sae = JumpReLUSAE(8, 32, threshold_init=0.5).eval()
         >>> bool((sae.encode(torch.randn(5, 8)).values > 0.5).all())
         True
     """
 
     config: JumpReLUConfig
+    config_class = JumpReLUConfig
+    objective_class = JumpReLUObjective
+    presets: ClassVar[dict[str, Preset]] = {
+        "jumprelu": Preset(
+            "a learned threshold per latent, L0 held at a target",
+            # Where pre-activations have unit variance.
+            sae={"threshold_init": 1.0, "bandwidth": 0.1},
+        ),
+    }
 
-    def __init__(self, config: JumpReLUConfig, **options: Any) -> None:
-        super().__init__(config, **options)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        config = self.config
         start = math.log(config.threshold_init) if config.log_threshold else config.threshold_init
         self.register_parameter(
-            self.threshold_name,
+            self.config.threshold_name,
             nn.Parameter(torch.full_like(self.b_enc, start, dtype=torch.float32)),
         )
-        self.keeps_dtype = (self.threshold_name,)  # type: ignore[misc]
-
-    @property
-    def threshold_name(self) -> str:
-        """Of the parameter."""
-        return "log_threshold" if self.config.log_threshold else "threshold"
+        self.keeps_dtype = (self.config.threshold_name,)  # type: ignore[misc]
 
     def thresholds(self) -> torch.Tensor:
         """fp32 [F], differentiable."""
-        parameter = self.get_parameter(self.threshold_name)
+        parameter = self.get_parameter(self.config.threshold_name)
         return parameter.exp() if self.config.log_threshold else parameter
 
     def select(
@@ -71,8 +150,52 @@ class JumpReLUSAE(SparseAutoencoder):
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Thresholds are measured in pre-activations too."""
         super().fold_vectors_(scale, target_scale)
-        threshold = self.get_parameter(self.threshold_name)
+        threshold = self.get_parameter(self.config.threshold_name)
         if self.config.log_threshold:
             threshold.sub_(math.log(scale))
         else:
             threshold.div_(scale)
+
+    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+        """The thresholds learn from entries of value 0 too: those just below."""
+        (main,) = super().reconstructions(pre, context)
+        return [main._replace(drops_zeros=False)]
+
+    def sums_over_entries(self, objective: JumpReLUObjective) -> bool:
+        """The squared distance from a target and the sums over the batch are of the whole batch."""
+        return objective.sparsity != "target_l0" and not objective.preact_coefficient
+
+    def penalties(
+        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+    ) -> list[torch.Tensor]:
+        """The loss that raises dead latents, beside the sparsity penalty."""
+        terms = super().penalties(pre, parts, context)
+        coefficient = context.objective.preact_coefficient
+        return [*terms, coefficient * self._preact(pre, context)] if coefficient else terms
+
+    def sparsity(
+        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+    ) -> torch.Tensor:
+        """L0 or its squared distance from a target, or what other architectures have."""
+        objective = context.objective
+        if objective.sparsity not in ("l0", "target_l0"):
+            return super().sparsity(pre, parts, context)
+        fires = functional.heaviside_ste(
+            pre, self.thresholds(), self.config.bandwidth, backend=self.backend
+        )
+        l0 = total(fires) / context.n_tokens
+        return l0 if objective.sparsity == "l0" else (l0 / objective.target_l0 - 1).square()
+
+    def _preact(self, pre: SparseCodes, context: Context) -> torch.Tensor:
+        """``sum_f n_f mean_b relu(threshold_f - h_bf)`` over dead latents, in closed form.
+
+        ``sum_b relu(t - h) = B t - sum_b h + sum_b relu(h - t)``; the last sum is over kept
+        entries.
+        """
+        thresholds = self.thresholds()
+        weights = torch.where(context.dead_mask(), context.norms.detach().norm(dim=1), 0)
+        below = (weights * (context.n_tokens * thresholds - context.preact_sums)).sum()
+        entry = functional.gather_by_latent(thresholds, pre, backend=self.backend)
+        over = (pre.values - entry).relu()
+        above = (over * functional.gather_by_latent(weights, pre, backend=self.backend)).sum()
+        return (below + above) / context.n_tokens

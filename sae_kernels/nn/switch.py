@@ -3,24 +3,128 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
+from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE_INTEGER, about
+from sae_kernels.config.objective import ObjectiveConfig
+from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.functional import RoutedCodes
 from sae_kernels.functional.recording import autocast_dtype
+from sae_kernels.nn.base import SparseAutoencoder
 from sae_kernels.nn.initialise import geometric_median
-from sae_kernels.nn.sae import SparseAutoencoder
+from sae_kernels.nn.presets import Preset
+from sae_kernels.nn.registry import register
+from sae_kernels.nn.router import router_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.config import SwitchConfig
+    from sae_kernels.nn.objective import Context, Reconstruction
+    from sae_kernels.primitives.terms import Gradient
 
 
+@dataclasses.dataclass(frozen=True)
+class SwitchConfig(SAEConfig):
+    """One of several small TopK SAEs for every token (Mudide et al., arXiv 2410.08201)."""
+
+    architecture: ClassVar[str] = "switch"
+
+    k: int = field(default=32, metadata=about("latents kept per token, K", POSITIVE_INTEGER))
+    n_experts: int = field(
+        default=8,
+        metadata=about(
+            "E; each has n_latents / n_experts latents, one expert's after the other's",
+            POSITIVE_INTEGER,
+        ),
+    )
+    gate: Literal["softmax", "heaviside"] = field(
+        default="softmax",
+        metadata=about(
+            "what codes are multiplied with: the softmax probability of the token's "
+            "expert, which is how reconstruction teaches the router, or heaviside: 1, and "
+            "the router learns from the load-balance loss alone"
+        ),
+    )
+    shared_expert: bool = field(
+        default=False,
+        metadata=about(
+            "the first expert is for every token, without gate, and the router chooses "
+            "among the others; the k are the largest of both experts' gated codes"
+        ),
+    )
+    encoder_bias: bool = field(
+        default=True,
+        metadata=about(
+            "train b_enc; false keeps it at 0 (the paper, amudide/switch_sae, whose files "
+            "have no place for it)"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_latents % self.n_experts:
+            raise ValueError(
+                f"n_experts: expected a divisor of n_latents = {self.n_latents}, got "
+                f"{self.n_experts}"
+            )
+        if self.k > self.expert_width:
+            raise ValueError(
+                f"k: expected at most {self.expert_width}, the latents of one of {self.n_experts} "
+                f"experts, got {self.k}"
+            )
+        if self.shared_expert and self.n_experts < 2:
+            raise ValueError(
+                "shared_expert: expected false with n_experts = 1, there is none to choose from"
+            )
+
+    @property
+    def expert_width(self) -> int:
+        """Latents of an expert, F/E."""
+        return self.n_latents // self.n_experts
+
+    @property
+    def largest_k(self) -> int:
+        """Latents of an expert: the others are not looked at."""
+        return self.expert_width
+
+    @property
+    def n_encoded(self) -> int:
+        """Latents of the token's expert, and of the shared one."""
+        return self.expert_width * (1 + self.shared_expert)
+
+    @property
+    def n_routed(self) -> int:
+        """Experts that the router chooses among."""
+        return self.n_experts - self.shared_expert
+
+    def shapes(self) -> dict[str, Size]:
+        """The router besides the weights."""
+        width = self.input_width
+        return {**super().shapes(), "W_router": (self.n_routed, width), "b_router": (width,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchObjective(ObjectiveConfig):
+    """What a Switch SAE is trained to minimise."""
+
+    auxk_alpha: float = 0.0
+    balance_coefficient: float = field(
+        default=0.3,
+        metadata=about(
+            "weight of the load-balance loss, E sum_i F_i P_i (times d_in with loss mse: "
+            "amudide/switch_sae's lb_alpha)",
+            NOT_NEGATIVE,
+        ),
+    )
+
+
+@register
 class SwitchSAE(SparseAutoencoder):
     """``x_hat = b_dec + p W_dec^T topk(W_enc (x - b_dec) + b_enc)`` over one expert's latents.
 
@@ -34,18 +138,24 @@ class SwitchSAE(SparseAutoencoder):
         b_router: [input width].
 
     Example:
-        >>> from sae_kernels.nn import SwitchConfig, SwitchSAE
-        >>> sae = SwitchSAE(SwitchConfig(d_in=8, n_latents=32, k=4, n_experts=4))
+        >>> from sae_kernels.nn import SwitchSAE
+        >>> sae = SwitchSAE(8, 32, k=4, n_experts=4)
         >>> codes = sae.encode(torch.randn(5, 8))
         >>> (codes.indices // 8 == codes.routing.experts[:, None]).all()
         tensor(True)
     """
 
     config: SwitchConfig
-    width_vectors = frozenset({"b_dec", "b_router"})
+    config_class = SwitchConfig
+    objective_class = SwitchObjective
+    presets: ClassVar[dict[str, Preset]] = {
+        "switch": Preset("one of several small TopK SAEs for every token"),
+    }
+    non_latent_vectors = frozenset({"b_dec", "b_router"})
 
-    def __init__(self, config: SwitchConfig, **options: Any) -> None:
-        super().__init__(config, **options)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        config = self.config
         self.b_enc.requires_grad_(config.encoder_bias)
         router = torch.empty(config.n_routed, config.input_width, device=self.W_enc.device)
         # torch.nn.Linear's range, drawn on the CPU like all else.
@@ -99,6 +209,50 @@ class SwitchSAE(SparseAutoencoder):
         self.W_router.mul_(scale)
         self.b_router.div_(scale)
 
+    def penalties(
+        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+    ) -> list[torch.Tensor]:
+        """The load-balance loss, beside the sparsity penalty."""
+        terms = super().penalties(pre, parts, context)
+        objective = context.objective
+        if not objective.balance_coefficient:
+            return terms
+        # In units of the squared error: over as many outputs as "mse" adds up.
+        unit = self.config.output_width if objective.loss == "mse" else 1
+        balance = functional.load_balance(self._routed(pre).routing)
+        return [*terms, objective.balance_coefficient * unit * balance]
+
+    def entry_leaves(self, pre: SparseCodes) -> dict[str, torch.Tensor]:
+        """The router's probabilities, [B, E]."""
+        return {"probabilities": self._routed(pre).routing.probabilities}
+
+    def with_leaves(self, pre: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
+        """The entries with other probabilities of the router."""
+        routed = self._routed(pre)
+        routing = routed.routing._replace(probabilities=leaves["probabilities"])
+        return dataclasses.replace(routed, routing=routing)
+
+    def leaf_gradients(
+        self, pre: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
+    ) -> dict[str, Gradient]:
+        """Gradients of W_router and b_router."""
+        if "probabilities" not in grads:
+            return {}
+        routing = self._routed(pre).routing
+        return router_gradients(
+            self.W_router, self.router_shift(), routing, grads["probabilities"], x_centred
+        )
+
+    def step_figures(self, fired: torch.Tensor) -> dict[str, float]:
+        """The part of the codes that the busiest routed expert has, ``largest_load``."""
+        by_expert = fired.view(self.config.n_experts, -1).sum(1)[-self.config.n_routed :]
+        return {"largest_load": float(by_expert.max() / by_expert.sum().clamp(min=1))}
+
+    def latent_experts(self) -> torch.Tensor:
+        """The expert of each latent, int64 [F]."""
+        latents = torch.arange(self.config.n_latents, device=self.W_dec.device)
+        return latents // self.config.expert_width
+
     def router_shift(self) -> torch.Tensor:
         """What the router subtracts from centred tokens, to see x - b_router."""
         return self.b_router - self.b_dec if self.config.subtract_b_dec else self.b_router
@@ -112,11 +266,15 @@ class SwitchSAE(SparseAutoencoder):
         if not self.config.transcodes:
             self.b_router.copy_(self.b_dec)
 
-    def _gates(self, pre: SparseCodes) -> torch.Tensor:
-        """What each entry is multiplied with, like the values or [..., 1]."""
+    @staticmethod
+    def _routed(pre: SparseCodes) -> RoutedCodes:
         if not isinstance(pre, RoutedCodes):
             raise TypeError(f"pre: expected RoutedCodes of select(), got {type(pre).__name__}")
-        gates = pre.routing.gates().reshape(*pre.batch_shape, 1)
+        return pre
+
+    def _gates(self, pre: SparseCodes) -> torch.Tensor:
+        """What each entry is multiplied with, like the values or [..., 1]."""
+        gates = self._routed(pre).routing.gates().reshape(*pre.batch_shape, 1)
         if self.config.gate == "heaviside":  # a router's NaN must show all the same
             gates = torch.where(gates.detach().isnan(), torch.nan, 1.0)
         if not self.config.shared_expert:

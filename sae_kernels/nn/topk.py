@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from dataclasses import field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
 
 from sae_kernels import functional
-from sae_kernels.nn.sae import SparseAutoencoder
+from sae_kernels.config.base import POSITIVE_INTEGER, about
+from sae_kernels.config.objective import ObjectiveConfig, PrefixObjective
+from sae_kernels.config.sae import SAEConfig
+from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.prefixes import NESTED, check_groups, prefixes_of
+from sae_kernels.nn.presets import TRANSCODES, Preset
+from sae_kernels.nn.registry import register
 
 if TYPE_CHECKING:
-    import torch
-
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.config import TopKConfig
+    from sae_kernels.nn.objective import Context, Prefixes, Reconstruction
+
+_MULTI, _MULTI_WEIGHT = 4, 1 / 8  # multi-TopK reconstructs from 4k latents too
 
 
+@dataclasses.dataclass(frozen=True)
+class TopKConfig(SAEConfig):
+    """The k largest latents of every token (Gao et al., arXiv 2406.04093)."""
+
+    architecture: ClassVar[str] = "topk"
+
+    k: int = field(default=32, metadata=about("latents kept per token, K", POSITIVE_INTEGER))
+    relu: Literal["after", "before", "none"] = field(
+        default="after",
+        metadata=about(
+            "after the selection (OpenAI, SAELens), before it (sparsify, "
+            "dictionary_learning) or none (Qwen-Scope: values may be negative). The first "
+            "two are the same function here: a kept zero adds nothing, has no gradient and "
+            "does not count as fired"
+        ),
+    )
+    rank_by_decoder_norm: bool = field(
+        default=False,
+        metadata=about("rank latents by h |W_dec| (SAELens' rescale_acts_by_decoder_norm)"),
+    )
+    groups: tuple[int, ...] | None = field(
+        default=None,
+        metadata=about(
+            "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect_at_most_n_latents("k")
+        check_groups(self.groups, self.n_latents)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKObjective(PrefixObjective):
+    """What a TopK SAE is trained to minimise."""
+
+    multi_topk: bool = field(
+        default=False,
+        metadata=about("adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify)"),
+    )
+
+
+@register
 class TopKSAE(SparseAutoencoder):
     """``x_hat = b_dec + W_dec^T topk(W_enc (x - b_dec) + b_enc)`` (arXiv 2406.04093).
 
@@ -22,17 +76,31 @@ class TopKSAE(SparseAutoencoder):
 
     Example:
         >>> import torch
-        >>> from sae_kernels.nn import TopKConfig, TopKSAE
-        >>> sae = TopKSAE(TopKConfig(d_in=8, n_latents=32, k=4))
+        >>> from sae_kernels.nn import TopKSAE
+        >>> sae = TopKSAE(8, 32, k=4)
         >>> output = sae(torch.randn(5, 8))
         >>> output.x_hat.shape, output.codes.indices.shape
         (torch.Size([5, 8]), torch.Size([5, 4]))
     """
 
     config: TopKConfig
-
-    def __init__(self, config: TopKConfig, **options: Any) -> None:
-        super().__init__(config, **options)
+    config_class = TopKConfig
+    objective_class = TopKObjective
+    presets: ClassVar[dict[str, Preset]] = {
+        "topk": Preset("the k largest latents of every token"),
+        "multi_topk": Preset(
+            "TopK whose 4k reconstruction counts too", objective={"multi_topk": True}
+        ),
+        "matryoshka_topk": Preset(
+            "TopK whose first latents reconstruct alone", sae={"groups": NESTED}
+        ),
+        "transcoder": Preset("TopK from one activation to another", sae=TRANSCODES, data="target"),
+        "skip_transcoder": Preset(
+            "the same with a linear skip connection",
+            sae={**TRANSCODES, "skip": True},
+            data="target",
+        ),
+    }
 
     def select(
         self,
@@ -61,3 +129,37 @@ class TopKSAE(SparseAutoencoder):
     def drops_zeros(self) -> bool:
         """Whether there is a ReLU."""
         return self.config.relu != "none"
+
+    def check_objective(self, objective: ObjectiveConfig) -> None:
+        """Multi-TopK and prefixes are two ways to have several reconstructions."""
+        super().check_objective(objective)
+        assert isinstance(objective, TopKObjective)
+        if objective.multi_topk and (objective.random_prefixes or self.config.groups):
+            raise ValueError("multi_topk: expected false with prefixes of latents, got true")
+
+    def kept_per_token(self, k: float, objective: TopKObjective) -> float:
+        """k, or 4 k for multi-TopK."""
+        return min(_MULTI * k, self.config.n_latents) if objective.multi_topk else k
+
+    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+        """The k largest latents', and for multi-TopK that of the 4 k largest."""
+        (whole,) = super().reconstructions(pre, context)
+        if not context.objective.multi_topk:
+            return [whole]
+        first = torch.arange(pre.k, device=whole.values.device) < context.k
+        main = whole._replace(values=torch.where(first, whole.values, 0))
+        return [main, whole._replace(weight=_MULTI_WEIGHT)]
+
+    def main_codes(
+        self, pre: SparseCodes, values: torch.Tensor, k: float, objective: TopKObjective
+    ) -> SparseCodes:
+        """Of multi-TopK's entries the first k."""
+        if not objective.multi_topk:
+            return pre.with_values(values)
+        first = slice(None), slice(int(k))
+        return pre.with_values(values[first], pre.indices[first])
+
+    def prefixes(self, objective: TopKObjective, step: int, seed: int) -> Prefixes | None:
+        """The groups of the configuration, or prefixes drawn for the step."""
+        config, device = self.config, self.W_enc.device
+        return prefixes_of(config.groups, config.n_latents, objective, step, seed, device)

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_kernels.files import write_bytes
+from sae_kernels.io.files import write_bytes
 
 from .contexts import latents_section
 from .figures import RenderedFigure, draw_figures

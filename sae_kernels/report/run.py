@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.errors import DataError
-from sae_kernels.files import read_json
+from sae_kernels.io.files import read_json
 from sae_kernels.nn import SparseAutoencoder
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.folder import METRICS_FILE, RESULT_FILE, RUN_FILE, SAE_FOLDER

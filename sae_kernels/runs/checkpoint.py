@@ -13,8 +13,8 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import digest, is_plain_name, json_writer, read_json, replacing, sync
-from sae_kernels.formats.files import read_safetensors
+from sae_kernels.io.files import digest, is_plain_name, json_writer, read_json, replacing, sync
+from sae_kernels.io.tensor_files import read_safetensors
 from sae_kernels.runs.staging import Staging, Written
 
 if TYPE_CHECKING:

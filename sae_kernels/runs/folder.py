@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.config.tables import changes, plain, read_tables, write_tables
+from sae_kernels.config.toml import changes, plain, read_tables, write_tables
 from sae_kernels.errors import DataError
-from sae_kernels.files import json_writer, publish, sweep
+from sae_kernels.io.files import json_writer, publish, sweep
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.lock import locked
 from sae_kernels.runs.loggers import TENSORBOARD_FOLDER, WANDB_ID_FILE, open_loggers
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from sae_kernels.config.output import OutputConfig
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.toml import Tables
     from sae_kernels.runs.checkpoint import Contents
 
 RUN_FILE, METRICS_FILE, RESULT_FILE = "run.toml", "metrics.jsonl", "result.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sae_kernels.config.output import check_loggers
-from sae_kernels.files import write_bytes
+from sae_kernels.io.files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

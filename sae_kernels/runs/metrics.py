@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import publish
+from sae_kernels.io.files import publish
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sae_kernels.formats.files import STORED_DTYPES
+from sae_kernels.io.tensor_files import STORED_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from sae_kernels.primitives.row_sqnorm import row_sqnorm
 from sae_kernels.primitives.row_update import AdamRow, halves, row_update
 
 if TYPE_CHECKING:
-    from sae_kernels.config.train import TrainConfig
+    from sae_kernels.config.optimizer import OptimizerConfig
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.primitives.terms import Gradient
 
@@ -19,27 +19,27 @@ class FusedAdam:
     """The optimizer of :class:`~sae_kernels.step.FusedStep`.
 
     Args:
-        sae: whose parameters, fp32, are updated in place. With ``master="split"`` its matrices
-            become bf16 halves until :meth:`restore_`.
+        sae: whose parameters, fp32, are updated in place. With ``master_weights="split"`` its
+            matrices become bf16 halves until :meth:`restore_`.
         config: the settings.
         dtype: of the compute copies.
 
     Attributes:
-        rows: per parameter its matrix view, Adam moments and compute copy.
+        matrices: per parameter its matrix view, Adam moments and compute copy.
         n_updates: int64 scalar, updates made (skipped steps do not count).
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(self, sae: SparseAutoencoder, config: OptimizerConfig, dtype: torch.dtype) -> None:
         self.sae, self.config = sae, config
-        self.rows = {
-            name: _adam_row(name, parameter, dtype, config, name in sae.width_vectors)
+        self.matrices = {
+            name: _adam_matrix(name, parameter, dtype, config, name in sae.non_latent_vectors)
             for name, parameter in sae.named_parameters()
         }
         self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
 
     def operand(self, name: str) -> torch.Tensor:
         """What the kernels read: the compute copy, or the parameter itself."""
-        row = self.rows[name]
+        row = self.matrices[name]
         return row.param if row.copy is None else row.copy
 
     def update(
@@ -56,7 +56,7 @@ class FusedAdam:
         for name, gradient in gradients.items():
             norm, slices = self._norm(name)
             row_update(
-                self.rows[name],
+                self.matrices[name],
                 gradient,
                 hyper,
                 betas=(config.beta1, config.beta2),
@@ -71,17 +71,19 @@ class FusedAdam:
 
     def living(self) -> dict[str, torch.Tensor]:
         """The moments and the count, which every update changes in place."""
-        moments = {f"adam.{n}.{m}": getattr(row, m) for n, row in self.rows.items() for m in "mv"}
+        moments = {
+            f"adam.{n}.{m}": getattr(row, m) for n, row in self.matrices.items() for m in "mv"
+        }
         return {"n_updates": self.n_updates, **moments}
 
     def masters(self) -> dict[str, torch.Tensor]:
         """The fp32 matrices that the module holds in halves."""
-        return {n: _joined(row) for n, row in self.rows.items() if _is_split(row)}
+        return {n: _joined(row) for n, row in self.matrices.items() if _is_split(row)}
 
     def restore_(self) -> None:
         """Gives the module its fp32 matrices back; no update can follow."""
-        for name in [name for name, row in self.rows.items() if _is_split(row)]:
-            self.sae.get_parameter(name).data = _joined(self.rows.pop(name))
+        for name in [name for name, row in self.matrices.items() if _is_split(row)]:
+            self.sae.get_parameter(name).data = _joined(self.matrices.pop(name))
 
     def _norm(self, name: str) -> tuple[str, int]:
         """The norm policy of a matrix, and to how many parts of a row it applies."""
@@ -97,7 +99,7 @@ class FusedAdam:
             return torch.ones_like(loss), loss.isfinite()
         squares = []
         for name, gradient in gradients.items():
-            row, (norm, slices) = self.rows[name], self._norm(name)
+            row, (norm, slices) = self.matrices[name], self._norm(name)
             high = row.copy if _is_split(row) else None
             backend = self.sae.backend
             rows = row_sqnorm(
@@ -127,11 +129,11 @@ def _joined(row: AdamRow) -> torch.Tensor:
     return halves.joined(row.copy, row.param)
 
 
-def _adam_row(
+def _adam_matrix(
     name: str,
     parameter: torch.nn.Parameter,
     dtype: torch.dtype,
-    config: TrainConfig,
+    config: OptimizerConfig,
     one_row: bool,
 ) -> AdamRow:
     if parameter.dtype != torch.float32:
@@ -143,11 +145,11 @@ def _adam_row(
     copy = None
     if name not in ("W_enc", "W_dec"):  # a skip connection or a router: small, read in fp32
         return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
-    if config.master == "split":
+    if config.master_weights == "split":
         copy, matrix = halves.split(matrix)
         parameter.data = copy
-    elif dtype != torch.float32 and (name == "W_enc" or config.copies == "both"):
+    elif dtype != torch.float32 and (name == "W_enc" or config.compute_copies == "both"):
         copy = matrix.to(dtype)
-    states = torch.bfloat16 if config.states == "bfloat16" else torch.float32
-    m, v = (torch.zeros_like(matrix, dtype=states) for _ in range(2))
+    moments = torch.bfloat16 if config.moment_dtype == "bfloat16" else torch.float32
+    m, v = (torch.zeros_like(matrix, dtype=moments) for _ in range(2))
     return AdamRow(matrix, m, v, copy)

@@ -1,4 +1,4 @@
-"""The composable route: the public differentiable functions under torch.optim.Adam.
+"""AutogradStep: the public differentiable functions under torch's Adam.
 
 What a user writes by hand with any loss and any optimizer. It has the interface of FusedStep, which
 is held to it by a test; gradients are dense tensors here, so it is slower.
@@ -6,47 +6,44 @@ is held to it by a test; gradients are dense tensors here, so it is slower.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.step import autograd
-from sae_kernels.step.base import Progress
+from sae_kernels.step.autograd_loss import autograd_loss
+from sae_kernels.step.base import StepBase, StepResult
 from sae_kernels.step.batch import checked_batch, loss_scale
-from sae_kernels.step.compute import compute_dtype
-from sae_kernels.step.fused_step import StepResult
-from sae_kernels.step.objective import k_of, kept_per_token, objective
+from sae_kernels.step.state import State, matched
 
 if TYPE_CHECKING:
-    from sae_kernels.config.train import TrainConfig
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.step.state import State
 
 
-class ComposableStep(Progress):
+class AutogradStep(StepBase):
     """Trains a :class:`~sae_kernels.nn.SparseAutoencoder` in place through autograd.
 
-    Args and attributes as of :class:`~sae_kernels.step.FusedStep`, with ``optimizer`` in the place
-    of ``rows``.
+    Arguments and attributes as of :class:`~sae_kernels.step.FusedStep`, with ``torch_adam`` in the
+    place of ``matrices``. The decoder may be of any kind.
+
+    Raises:
+        TypeError, ValueError: as FusedStep; an optimizer setting that torch's Adam lacks.
+
+    Example:
+        >>> from sae_kernels.nn import JumpReLUSAE
+        >>> from sae_kernels.step import AutogradStep
+        >>> step = AutogradStep(JumpReLUSAE(8, 32), steps=100)
+        >>> bool(step(torch.randn(64, 8), lr=1e-3).skipped)
+        False
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
-        super().__init__(sae, config)
-        sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
-        self.optimizer = autograd.adam(sae, config)
+    def __init__(self, sae: SparseAutoencoder, *arguments: Any, **options: Any) -> None:
+        super().__init__(sae, *arguments, **options)
+        self.optimizer.expect_torch_adam()
+        betas = (self.optimizer.beta1, self.optimizer.beta2)
+        self.torch_adam = torch.optim.Adam(
+            sae.parameters(), lr=1.0, betas=betas, eps=self.optimizer.eps, fused=True
+        )
         self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
-
-    def _living(self) -> dict[str, torch.Tensor]:
-        return super()._living() | {"n_updates": self.n_updates}
-
-    def state(self) -> State:
-        """Everything but the weights that the next step depends on."""
-        return super().state() | autograd.adam_state(self.optimizer)
-
-    def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave."""
-        super().load_state(state)
-        autograd.load_adam_state(self.optimizer, state)
 
     def __call__(
         self,
@@ -57,29 +54,63 @@ class ComposableStep(Progress):
         target: torch.Tensor | None = None,
     ) -> StepResult:
         """One step on raw activations [B, input width] with this learning rate and k."""
-        sae, config = self.sae.train(), self.config
+        sae = self.sae.train()
         x, target = checked_batch(sae, x, target)
-        scale, variance = loss_scale(target, config.loss)
-        k = k_of(sae, k)
-        pre = sae.select(sae.centred(x), k=kept_per_token(sae, k, config))
-        facts = autograd.facts(sae, config, x, k, self.dead)
-        aim = objective(sae, pre, facts, self.schedule)
-        ends = self.prefixes()
-        loss, main = x.new_zeros(()), None
-        for part in aim.reconstructions:
-            e = autograd.reconstruct(sae, pre, part, x, ends) - target
-            loss = loss + part.weight * scale * autograd.squared_error(e, ends)
-            if main is None:
-                main = e.detach() if ends is None else e[-1].detach()
-        assert main is not None
-        if aim.penalty is not None:
-            loss = loss + aim.penalty
-        aux = autograd.aux_loss(sae, config, self.dead, x, -main)
-        loss = loss + aux
-        finite = autograd.update(sae, self.optimizer, loss, lr, config.clip_norm)
+        scale, variance = loss_scale(target, self.objective.loss)
+        result = autograd_loss(self.context(sae.centred(x), target, scale, k), x, self.dead)
+        assert result.error is not None
+        loss = result.error + result.penalty + result.aux_loss
+        finite = self.update(loss, lr, self.optimizer.clip_norm)
+        l0 = self.advance(result.fired, x.shape[0], finite)
+        fvu = result.squared_error / variance
+        return StepResult(loss.detach(), fvu, l0, result.aux_loss.detach(), ~finite, result.fired)
+
+    def update(self, loss: torch.Tensor, lr: float, clip_norm: float | None) -> torch.Tensor:
+        """The optimizer's step, unless something is not finite; whether it is.
+
+        The gradients' norm is looked at where ``clip_norm`` is given; infinity clips nothing.
+        """
+        sae, adam = self.sae, self.torch_adam
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        if sae.config.unit_norm_decoder:
+            sae.remove_parallel_gradient_()
+        finite = loss.detach().isfinite()
+        if clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), clip_norm)
+            finite = finite & norm.isfinite()
+        if finite:
+            adam.param_groups[0]["lr"] = lr
+            adam.step()
+            if sae.config.unit_norm_decoder:
+                sae.normalize_decoder_()
         self.n_updates += finite
-        fired = autograd.fired(sae, config, pre, aim, k)
-        l0 = fired.sum() / x.shape[0]
-        self.advance(fired, x.shape[0], l0, finite)
-        fvu = main.square().sum() / variance
-        return StepResult(loss.detach(), fvu, l0, aux.detach(), ~finite, fired)
+        return finite
+
+    def _living(self) -> dict[str, torch.Tensor]:
+        return super()._living() | {"n_updates": self.n_updates}
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+        saved = self.torch_adam.state_dict()["state"]
+        moments = {f"adam.{i}.{key}": t for i, each in saved.items() for key, t in each.items()}
+        return super().state() | State(moments, {})
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave.
+
+        Raises:
+            DataError: moments of other shapes than the parameters.
+        """
+        super().load_state(state)
+        saved: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in state.tensors.items():
+            if name.startswith("adam."):
+                _, number, key = name.split(".", 2)
+                saved.setdefault(int(number), {})[key] = tensor.clone()
+        parameters = [p for group in self.torch_adam.param_groups for p in group["params"]]
+        for i in saved:
+            for key in ("exp_avg", "exp_avg_sq"):
+                matched(f"adam.{i}.{key}", parameters[i], state)
+        groups = self.torch_adam.state_dict()["param_groups"]
+        self.torch_adam.load_state_dict({"state": saved, "param_groups": groups})

@@ -14,13 +14,13 @@ from sae_kernels.primitives.checks import gradient_operand
 if TYPE_CHECKING:
     import torch
 
-    from sae_kernels.config.train import TrainConfig
+    from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
 
 
-def latents_per_token(sae: SparseAutoencoder, config: TrainConfig) -> int:
-    """How many dead latents take part per token: half the width of a token unless config says."""
-    return config.k_aux or max(1, sae.config.input_width // 2)
+def latents_per_token(sae: SparseAutoencoder, objective: ObjectiveConfig) -> int:
+    """How many dead latents take part per token: unless set, half the width of a token."""
+    return objective.k_aux or max(1, sae.config.input_width // 2)
 
 
 class DeadRows(NamedTuple):

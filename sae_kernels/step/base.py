@@ -1,46 +1,158 @@
-"""What a training step leaves for the next one, whatever its route."""
+"""State that all training steps share: dead-latent counters, schedule, the settings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from sae_kernels.nn import BatchTopKSAE
+from sae_kernels.config.optimizer import OptimizerConfig
+from sae_kernels.nn.objective import Context
 from sae_kernels.step.auxk import latents_per_token
+from sae_kernels.step.compute import compute_dtype
 from sae_kernels.step.dead import DeadLatents
-from sae_kernels.step.objective import check_objective, fixed_prefixes, random_prefixes
-from sae_kernels.step.sparsity import SparsitySchedule
+from sae_kernels.step.schedule import SparsitySchedule
 from sae_kernels.step.state import State, restore_
 
 if TYPE_CHECKING:
     import torch
 
-    from sae_kernels.config.train import TrainConfig
+    from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.step.objective import Prefixes
 
 
-class Progress:
-    """The base of all steps: counters, schedule and what else outlives a batch.
+class StepResult(NamedTuple):
+    """What a step reports; on the device, read when somebody looks. All but the last are scalars.
 
     Attributes:
-        sae, config: what is trained, and the settings.
+        loss: the whole loss.
+        fvu: squared error over the batch's variance.
+        l0: latents per token that fired.
+        aux_loss: AuxK's part of the loss.
+        skipped: whether the loss or the gradient norm was not finite and nothing was changed.
+        fired: int32 [F], how often each latent fired.
+    """
+
+    loss: torch.Tensor
+    fvu: torch.Tensor
+    l0: torch.Tensor
+    aux_loss: torch.Tensor
+    skipped: torch.Tensor
+    fired: torch.Tensor
+
+
+class TrainingStep(Protocol):
+    """What a trainer asks of a step; whatever has this can be trained.
+
+    Attributes:
+        sae: what is trained, with a ``config``, ``W_enc`` (for its device) and ``save_pretrained``.
+        dead: the dead-latent counters, or whatever else has ``mask()``.
+    """
+
+    sae: SparseAutoencoder
+    dead: DeadLatents
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        lr: float,
+        k: float | None = None,
+        target: torch.Tensor | None = None,
+    ) -> StepResult:
+        """One step on raw activations [B, input width] with this learning rate and k."""
+
+    def state(self) -> State:
+        """Everything but the weights that the next step depends on."""
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave; the SAE has its weights already."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The SAE's state dict, its master weights in fp32 wherever they lie."""
+
+    def restore_(self) -> None:
+        """Leaves the SAE as anybody can use it; no step can follow."""
+
+
+class StepBase:
+    """The base of this package's steps.
+
+    Args:
+        sae: the module, trained in place.
+        objective: what is minimised, of the architecture's own class; None: that class's defaults.
+        optimizer: Adam's settings and precisions.
+        steps: of the whole run, over which the sparsity schedule unfolds.
+        seed: of prefixes that are drawn for each step.
+
+    Attributes:
+        sae, objective, optimizer: as given.
+        dtype: of the kernels' operands.
         dead: the dead-latent counters.
-        schedule: the penalty's coefficient.
+        schedule: the sparsity penalty's coefficient.
         k_aux: dead latents per token in AuxK.
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
-        check_objective(sae, config)
-        self.sae, self.config = sae, config
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        objective: ObjectiveConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        steps: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        objective = sae.objective_class() if objective is None else objective
+        sae.check_objective(objective)
+        self.sae, self.objective, self.seed = sae, objective, seed
+        self.optimizer = OptimizerConfig() if optimizer is None else optimizer
         device = sae.W_enc.device
-        self.dead = DeadLatents(sae.config.n_latents, config.dead_after_tokens, device)
-        self.schedule = SparsitySchedule(config)
-        self.k_aux = latents_per_token(sae, config)
-        self._prefixes = fixed_prefixes(sae, config)
+        self.dtype = compute_dtype(self.optimizer.compute, device)
+        self._dtype_before, sae.compute_dtype = sae.compute_dtype, self.dtype
+        self.dead = DeadLatents(sae.config.n_latents, objective.dead_after_tokens, device)
+        self.schedule = SparsitySchedule(objective, steps)
+        self.k_aux = latents_per_token(sae, objective)
 
-    def prefixes(self) -> Prefixes | None:
-        """A Matryoshka SAE's prefixes at this step."""
-        return self._prefixes or random_prefixes(self.sae, self.config, self.schedule.step)
+    def context(
+        self,
+        x_centred: torch.Tensor,
+        target: torch.Tensor,
+        scale: torch.Tensor,
+        k: float | None = None,
+        *,
+        skip_input: torch.Tensor | None = None,
+        leaves: dict[str, torch.Tensor] | None = None,
+    ) -> Context:
+        """A batch as the objective sees it at this step; see :class:`Context` for the arguments."""
+        sae, schedule = self.sae, self.schedule
+        return Context(
+            sae=sae,
+            objective=self.objective,
+            x=x_centred,
+            target=target,
+            scale=scale,
+            k=getattr(sae.config, "k", 0) if k is None else k,
+            coefficient=schedule.coefficient(),
+            p=schedule.p,
+            observe=schedule.observe,
+            dead_mask=self.dead.mask,
+            prefixes=sae.prefixes(self.objective, schedule.step, self.seed),
+            skip_input=skip_input,
+            leaves=leaves,
+        )
+
+    def advance(
+        self,
+        fired: torch.Tensor,
+        n_tokens: int,
+        finite: torch.Tensor,
+        l0: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Takes in a step, and gives its L0; one that was not finite only moves the schedule on."""
+        self.sae.is_fresh = False
+        l0 = fired.sum() / n_tokens if l0 is None else l0
+        self.dead.update(fired, n_tokens, ~finite)
+        self.schedule.advance(l0)
+        self.sae.after_step_(finite)
+        return l0
 
     def _living(self) -> dict[str, torch.Tensor]:
         """Tensors that every step changes in place; the SAE's state dict apart."""
@@ -67,11 +179,6 @@ class Progress:
         """The SAE's state dict, its master weights in fp32 wherever they lie."""
         return dict(self.sae.state_dict())
 
-    def advance(
-        self, fired: torch.Tensor, n_tokens: int, l0: torch.Tensor, finite: torch.Tensor
-    ) -> None:
-        """Takes in a step; one that was not finite changed nothing but the schedule's place."""
-        self.dead.update(fired, n_tokens, ~finite)
-        self.schedule.advance(l0)
-        if isinstance(self.sae, BatchTopKSAE):
-            self.sae.follow_threshold_(finite)
+    def restore_(self) -> None:
+        """Gives the SAE its own compute dtype back; no step can follow."""
+        self.sae.compute_dtype = self._dtype_before

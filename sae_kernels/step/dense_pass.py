@@ -14,45 +14,35 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sae_kernels.codes import SparseCodes
-from sae_kernels.nn import GatedSAE, JumpReLUSAE, ReLUSAE
+from sae_kernels.nn.objective import objective_of
 from sae_kernels.primitives.checks import gradient_operand
 from sae_kernels.primitives.terms import Gradient
-from sae_kernels.step.entries import Batch, Leaves, Operands, Pass, gradients_of_vectors
-from sae_kernels.step.objective import Facts, objective
+from sae_kernels.step.entry_gradients import (
+    PassResult,
+    entry_gradients,
+    vector_gradients,
+    with_leaves,
+)
 
 if TYPE_CHECKING:
-    from sae_kernels.config.train import TrainConfig
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.step.objective import Objective
-    from sae_kernels.step.sparsity import SparsitySchedule
+    from sae_kernels.nn.objective import Context, Reconstruction
 
 _TILE_BYTES = 8 << 20  # of fp32 numbers [B, latents of a tile]
-# From this part of the latents on a token's codes are faster as a dense row: measured between 1/24
-# and 1/12 in bf16 (docs/benchmarks.md).
-DENSE_FROM = 1 / 20
-
-
-def can_be_dense(sae: SparseAutoencoder, config: TrainConfig) -> bool:
-    """Whether the objective is a sum over entries, so that tiles of them add up.
-
-    Lazy Adam leaves latents alone that did not fire, where a dense gradient has rows for all.
-    """
-    whole = config.sparsity == "target_l0" or bool(config.preact_coefficient)
-    fits = isinstance(sae, (ReLUSAE, JumpReLUSAE, GatedSAE)) and config.adam == "dense"
-    return fits and not whole
 
 
 class _Tile(NamedTuple):
-    """Some latents of all tokens."""
+    """The objective on some latents of all tokens, and what autograd differentiates by."""
 
-    leaves: Leaves
-    aim: Objective
+    parts: list[Reconstruction]
+    penalty: torch.Tensor | None
+    leaves: dict[str, torch.Tensor]
 
 
 class _Output(NamedTuple):
-    """A reconstruction of all tokens."""
+    """A reconstruction of all tokens; dL/dx_hat is ``factor * residual``."""
 
-    factor: torch.Tensor  # scalar: dL/dx_hat = factor * residual
+    factor: torch.Tensor
     trains_decoder: bool
     residual: torch.Tensor
 
@@ -60,114 +50,106 @@ class _Output(NamedTuple):
 class _Dense:
     """The two rounds over the tiles."""
 
-    def __init__(
-        self,
-        sae: SparseAutoencoder,
-        operands: Operands,
-        batch: Batch,
-        schedule: SparsitySchedule,
-    ) -> None:
-        self.sae, self.batch, self.schedule = sae, batch, schedule
-        self.product = gradient_operand(batch.x.dtype)
+    def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor, context: Context) -> None:
+        self.sae, self.context = context.sae, context
+        dtype = context.x.dtype
+        self.product = gradient_operand(dtype)
         # fp16 operands are rounded to fp16 and multiplied in fp32.
-        self.x = batch.x.to(self.product)
-        self.operands = Operands(*(W.to(batch.x.dtype).to(self.product) for W in operands))
-        F = sae.config.n_latents
-        width = max(1, min(F, _TILE_BYTES // (4 * batch.x.shape[0])))
+        self.x = context.x.to(self.product)
+        self.W_enc, self.W_dec = (W.to(dtype).to(self.product) for W in (W_enc, W_dec))
+        F = self.sae.config.n_latents
+        width = max(1, min(F, _TILE_BYTES // (4 * context.n_tokens)))
         self.tiles = [slice(first, min(first + width, F)) for first in range(0, F, width)]
-        self.every = torch.arange(F, dtype=torch.int32, device=batch.x.device)
+        self.every = torch.arange(F, dtype=torch.int32, device=context.x.device)
 
     def tile(self, latents: slice) -> _Tile:
         """The objective on a tile's entries, differentiable."""
-        sae, batch = self.sae, self.batch
+        sae = self.sae
         bias = sae.b_enc.detach()[latents].to(self.product)
-        h = torch.nn.functional.linear(self.x, self.operands.W_enc[latents], bias)
+        h = torch.nn.functional.linear(self.x, self.W_enc[latents], bias)
         pre = SparseCodes(h, self.every[latents].expand(h.shape), sae.config.n_latents)
-        leaves = Leaves.of(sae, pre, batch)
         with torch.enable_grad():
-            facts = Facts(h.shape[0], batch.k, leaves.norms, None, batch.dead)
-            aim = objective(sae, leaves.entries(pre), facts, self.schedule)
-        return _Tile(leaves, aim)
+            entries, leaves = with_leaves(sae, pre)
+            parts, penalty = objective_of(entries, self.context)
+        return _Tile(parts, penalty, {**leaves, **(self.context.leaves or {})})
 
     def reconstruct(self) -> tuple[list[_Output], torch.Tensor, torch.Tensor]:
         """The reconstructions, the penalty, and how often each latent fired."""
-        sae, target = self.sae, self.batch.target
+        context, sae = self.context, self.sae
         fired = torch.zeros_like(self.every)
-        penalty = target.new_zeros(())
+        penalty = context.target.new_zeros(())
         outputs: list[_Output] = []
         for latents in self.tiles:
-            aim = self.tile(latents).aim
-            for i, part in enumerate(aim.reconstructions):
+            tile = self.tile(latents)
+            for i, part in enumerate(tile.parts):
                 if i == len(outputs):
-                    factor = 2 * part.weight * self.batch.scale
-                    e = sae.b_dec.detach() - target
+                    factor = 2 * part.weight * context.scale
+                    e = sae.b_dec.detach() - context.target
                     outputs.append(_Output(factor, part.trains_decoder, e))
                 values = part.values.detach()
-                W_dec = self.operands.W_dec[latents]
-                outputs[i].residual.add_(values.to(self.product) @ W_dec)
+                outputs[i].residual.add_(values.to(self.product) @ self.W_dec[latents])
                 if i == 0:
                     fired[latents] = (values != 0).sum(0, dtype=torch.int32)
-            if aim.penalty is not None:
-                penalty += aim.penalty.detach()
+            if tile.penalty is not None:
+                penalty += tile.penalty.detach()
         return outputs, penalty, fired
 
     def differentiate(
         self, reconstructed: list[_Output]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The gradients of W_enc and W_dec, and those of vectors by name ("h": summed over B)."""
-        F, target = self.sae.config.n_latents, self.batch.target
+        """The gradients of W_enc and W_dec, and those of leaves by name ("h": summed over B)."""
+        F, target = self.sae.config.n_latents, self.context.target
         dW_enc = target.new_empty(F, self.x.shape[1])
         dW_dec = target.new_empty(F, target.shape[1])
-        grads = [(out.factor * out.residual).to(self.product) for out in reconstructed]
-        total = {"h": target.new_zeros(F)}
+        dx_hats = [(out.factor * out.residual).to(self.product) for out in reconstructed]
+        sums = {"h": target.new_zeros(F)}
         for latents in self.tiles:
-            tile = self.tile(latents)
-            W_dec = self.operands.W_dec[latents]
-            parts = list(zip(tile.aim.reconstructions, grads, strict=True))
+            tile, W_dec = self.tile(latents), self.W_dec[latents]
+            pairs = list(zip(tile.parts, dx_hats, strict=True))
             outputs = [
-                (part.values, (grad @ W_dec.T).to(part.values.dtype)) for part, grad in parts
+                (part.values, (dx_hat @ W_dec.T).to(part.values.dtype)) for part, dx_hat in pairs
             ]
-            slopes = tile.leaves.gradients(outputs, tile.aim.penalty)
-            dh = slopes.pop("h")
-            total["h"][latents] = dh.sum(0, dtype=target.dtype)
+            grads = entry_gradients(tile.leaves, outputs, tile.penalty)
+            dh = grads.pop("h")
+            sums["h"][latents] = dh.sum(0, dtype=target.dtype)
             dW_enc[latents] = dh.to(self.product).T @ self.x
             shares = [
-                part.values.detach().to(self.product).T @ grad
-                for part, grad in parts
+                part.values.detach().to(self.product).T @ dx_hat
+                for part, dx_hat in pairs
                 if part.trains_decoder
             ]
             dW_dec[latents] = sum(shares[1:], shares[0])
-            for name, slope in slopes.items():
-                total[name] = total[name] + slope if name in total else slope
-        return dW_enc, dW_dec, total
+            for name, grad in grads.items():
+                sums[name] = sums[name] + grad if name in sums else grad
+        return dW_enc, dW_dec, sums
 
 
 def dense_pass(
-    sae: SparseAutoencoder, operands: Operands, batch: Batch, schedule: SparsitySchedule
-) -> Pass:
+    sae: SparseAutoencoder, W_enc: torch.Tensor, W_dec: torch.Tensor, context: Context
+) -> PassResult:
     """The same as :func:`~sae_kernels.step.sparse_pass.sparse_pass`, by tiles of latents."""
-    dense = _Dense(sae, operands, batch, schedule)
+    dense = _Dense(W_enc, W_dec, context)
     outputs, loss, fired = dense.reconstruct()
     squares = [out.residual.square().sum(1).sum() for out in outputs]
     for out, square in zip(outputs, squares, strict=True):
         loss = loss + out.factor / 2 * square
-    dW_enc, dW_dec, slopes = dense.differentiate(outputs)
-    db = slopes.pop("h")
-    slopes["b_enc"] = slopes["b_enc"] + db if "b_enc" in slopes else db
-    gradients = gradients_of_vectors(sae, slopes, Gradient())
+    dW_enc, dW_dec, grads = dense.differentiate(outputs)
+    dh_sum = grads.pop("h")
+    grads["b_enc"] = grads["b_enc"] + dh_sum if "b_enc" in grads else dh_sum
+    gradients = vector_gradients(sae, grads, Gradient())
     gradients["W_enc"] = Gradient.whole(dW_enc)
-    gradients["W_dec"] = Gradient.whole(dW_dec, slopes.get("norms"))
-    grads = [out.factor * out.residual for out in outputs if out.trains_decoder]
-    dx_hat = sum(grads[1:], grads[0])
-    if batch.skip_input is not None:
-        gradients["W_skip"] = Gradient.whole(dx_hat.T @ batch.skip_input)
-    return Pass(
+    gradients["W_dec"] = Gradient.whole(dW_dec, grads.get("norms"))
+    dx_hats = [out.factor * out.residual for out in outputs if out.trains_decoder]
+    dx_hat = sum(dx_hats[1:], dx_hats[0])
+    if context.skip_input is not None:
+        gradients["W_skip"] = Gradient.whole(dx_hat.T @ context.skip_input)
+    gradients["b_dec"] = Gradient.whole(dx_hat.sum(0)[None])
+    return PassResult(
         loss=loss,
         error=squares[0],
         residual=outputs[0].residual,
         gradients=gradients,
-        dx_sum=db,
-        db_dec=dx_hat.sum(0),
+        dh_sum=dh_sum,
         fired=fired,
         n_kept=int(fired.sum()),
     )

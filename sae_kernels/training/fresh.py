@@ -1,71 +1,145 @@
-"""A fresh SAE that fits the activations it will be trained on."""
+"""An SAE before its first step: scales and b_dec that fit the activations."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.data.batches import estimate_scale
+from sae_kernels.data.batches import ShuffledBatches, estimate_scale
+from sae_kernels.data.sources import is_rows, opened
 from sae_kernels.errors import NonFiniteError
-from sae_kernels.nn import build
+from sae_kernels.gpu import training_device
+from sae_kernels.nn import SparseAutoencoder, build
 
 if TYPE_CHECKING:
     import torch
 
+    from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
-    from sae_kernels.nn import SAEConfig, SparseAutoencoder
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.sources import Stream
+
+_SAMPLE = 16384  # rows from which scale and b_dec are estimated
 
 
-def fresh_sae(
-    sample: torch.Tensor, sae_config: SAEConfig, config: TrainConfig, device: torch.device
+def prepare(
+    source: Any, sae: SAEConfig | SparseAutoencoder, config: TrainConfig
+) -> SparseAutoencoder:
+    """An SAE whose scales and b_dec are estimated on a random sample of the source.
+
+    Args:
+        source: whatever :func:`~sae_kernels.training.train` takes; a transcoder's holds its
+            targets too, to the right of its inputs.
+        sae: a configuration, or a module that is changed in place.
+        config: the settings.
+    """
+    return Samples(opened(source)).prepared(sae, config)
+
+
+class Samples:
+    """The rows on which SAEs are estimated, read once."""
+
+    def __init__(self, source: RowSource | Stream) -> None:
+        self.source = source
+        self._sample: torch.Tensor | None = None
+
+    def prepared(
+        self, sae: SAEConfig | SparseAutoencoder, config: TrainConfig
+    ) -> SparseAutoencoder:
+        """An SAE ready to train; all that come here have one order of the data."""
+        device = training_device(config.device)
+        check_width(self.source.d_in, sae.config if isinstance(sae, SparseAutoencoder) else sae)
+        self._check_batch(config)
+        if self._sample is None:
+            self._sample = self._read(config)
+        return fitted(self._sample, sae, config, device)
+
+    def _check_batch(self, config: TrainConfig) -> None:
+        source = self.source
+        if not is_rows(source):
+            if source.batch_size != config.batch_size:
+                raise ValueError(
+                    f"batch_size: expected {source.batch_size}, as the stream's batches, got "
+                    f"{config.batch_size}"
+                )
+        elif source.n_tokens < config.batch_size:
+            raise ValueError(
+                f"batch_size: expected at most the {source.n_tokens} rows of activations, "
+                f"got {config.batch_size}"
+            )
+
+    def _read(self, config: TrainConfig) -> torch.Tensor:
+        if not is_rows(self.source):
+            return self.source.sample(_SAMPLE)
+        rows = min(_SAMPLE, self.source.n_tokens)
+        return next(ShuffledBatches(self.source, rows, seed=config.order_seed))
+
+
+def fitted(
+    sample: torch.Tensor,
+    sae: SAEConfig | SparseAutoencoder,
+    config: TrainConfig,
+    device: torch.device,
 ) -> SparseAutoencoder:
     """An SAE whose scales and b_dec are estimated on a sample of raw rows, as config asks.
 
+    A module that was loaded or trained before stays the same function: it gets the scales, in
+    which learning rates are meant, and keeps its b_dec.
+
     Args:
         sample: [n, input width]; a transcoder's targets stand to the right of its inputs.
-        sae_config: the SAE; its scales are replaced by the estimates.
+        sae: a configuration, of which a module is made, or a module, changed in place.
         config: the settings.
-        device: where the SAE is made.
+        device: where the SAE is put.
 
     Raises:
         ValueError: rows of another width than the SAE's, a k_start that does not fit.
         NonFiniteError: NaN or infinity in the sample where config says "stop", or nothing else.
 
     Example:
-        >>> import torch
         >>> from sae_kernels.nn import TopKConfig
         >>> from sae_kernels.config import TrainConfig
         >>> sample = torch.full((10, 4), 3.0)
-        >>> sae = fresh_sae(sample, TopKConfig(4, 8, 2), TrainConfig(), torch.device("cpu"))
+        >>> sae = fitted(sample, TopKConfig(4, 8, 2), TrainConfig(), torch.device("cpu"))
         >>> round(sae.config.activation_scale, 4), [round(b, 4) for b in sae.b_dec.tolist()]
         (0.3333, [1.0, 1.0, 1.0, 1.0])
     """
+    sae_config = sae.config if isinstance(sae, SparseAutoencoder) else sae
     check_width(sample.shape[1], sae_config)
     if config.k_start is not None and config.k_start > sae_config.largest_k:
         raise ValueError(
             f"k_start: expected at most {sae_config.largest_k}, as many as a token can keep, got "
             f"{config.k_start}"
         )
+    sample = _finite(sample, config).float().to(device)
+    x, target = split(sample, sae_config)
+    scales: dict[str, float] = {}
+    if config.normalize_activations == "sqrt_d":
+        scales["activation_scale"] = estimate_scale(x, x.shape[0])
+        if target is not None:
+            scales["target_scale"] = estimate_scale(target, target.shape[0])
+    if not isinstance(sae, SparseAutoencoder):
+        sae = build(dataclasses.replace(sae_config, **scales), seed=config.seed, device=device)
+    elif sae.is_fresh:
+        sae.to(device).config = dataclasses.replace(sae_config, **scales)
+    else:
+        if scales:
+            sae.rescale_(**scales)
+        return sae.to(device)
+    centres = {"geometric_median": (), "mean": (lambda rows: rows.mean(0),)}
+    if config.init_b_dec in centres:
+        sae.initialise_b_dec_(x if target is None else target, *centres[config.init_b_dec])
+    return sae
+
+
+def _finite(sample: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     finite = sample.isfinite().all(1)
     if not (finite.any() if config.on_nonfinite == "skip" else finite.all()):
         raise NonFiniteError(
             "activations: expected finite numbers, got NaN or infinity among the first rows; "
             "find what wrote them"
         )
-    sample = sample[finite].float().to(device)
-    x, target = split(sample, sae_config)
-    if config.activation_scale == "sqrt_d":
-        scales: dict[str, Any] = {"activation_scale": estimate_scale(x, x.shape[0])}
-        if target is not None:
-            scales["target_scale"] = estimate_scale(target, target.shape[0])
-        sae_config = dataclasses.replace(sae_config, **scales)
-    sae = build(sae_config, seed=config.seed, device=device)
-    target = x if target is None else target
-    if config.init_b_dec == "geometric_median":
-        sae.initialise_b_dec_(target)
-    elif config.init_b_dec == "mean":
-        sae.initialise_b_dec_(target, lambda rows: rows.mean(0))
-    return sae
+    return sample[finite]
 
 
 def check_width(width: int, sae_config: SAEConfig) -> None:

@@ -1,4 +1,4 @@
-"""A training and its folder: batch after batch, and what is written meanwhile."""
+"""A run: batch after batch, and what is written meanwhile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.runs.folder import SAE_FOLDER
 from sae_kernels.runs.interrupts import Interrupts
-from sae_kernels.training.training import Batch
+from sae_kernels.training.trainable import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.runs.folder import RunFolder
-    from sae_kernels.training.training import Training
+    from sae_kernels.training.trainable import Trainable
 
     OnStep = Callable[[int, dict[str, Any] | None], None]
 
@@ -54,8 +54,8 @@ class TrainingResult:
     error: NonFiniteError | None = None
 
 
-class Run(Generic[Batch]):
-    """One training, its folder and whoever watches it.
+class TrainingRun(Generic[Batch]):
+    """One SAE in training, its folder and whoever watches it.
 
     As a context manager: whatever happens in it, the SAE is left usable, and saved.
 
@@ -72,7 +72,7 @@ class Run(Generic[Batch]):
 
     def __init__(
         self,
-        training: Training[Batch],
+        training: Trainable[Batch],
         folder: RunFolder | None = None,
         on_step: OnStep | None = None,
     ) -> None:
@@ -97,16 +97,16 @@ class Run(Generic[Batch]):
         self.seconds, self.cursor = float(values["seconds"]), values["batches"]
 
     @property
-    def waits(self) -> bool:
+    def active(self) -> bool:
         """Whether it wants another batch."""
         return self.error is None and not self.training.finished
 
-    def take(self, batch: Batch, batches: Resumable[Batch], waited: float) -> None:
+    def step(self, batch: Batch, batches: Resumable[Batch], waited: float) -> None:
         """A step on the batch that was waited for so long, and what is written after it."""
         start = time.perf_counter()
         training = self.training
         try:
-            training.take(batch)
+            training.step(batch)
         except NonFiniteError as error:
             self.error = error
             return
@@ -130,10 +130,10 @@ class Run(Generic[Batch]):
         if self._result is None:
             start = time.perf_counter()
             if self.error is None:
-                self.training.settle()
+                self.training.finalize()
             self.seconds += time.perf_counter() - start
             self._leave()
-            dead = self.training.progress.dead.mask().cpu()
+            dead = self.training.training_step.dead.mask().cpu()
             self._result = TrainingResult(
                 self.training.sae,
                 self.lines,
@@ -172,7 +172,7 @@ class Run(Generic[Batch]):
             self.folder.log(line)
 
 
-def drive(runs: Sequence[Run[Batch]], batches: Resumable[Batch]) -> None:
+def drive(runs: Sequence[TrainingRun[Batch]], batches: Resumable[Batch]) -> None:
     """Hands every batch to all runs that have not had it, until each has made its steps.
 
     Where there are folders, SIGINT and SIGTERM are taken up after the step: checkpoints are saved,
@@ -183,8 +183,8 @@ def drive(runs: Sequence[Run[Batch]], batches: Resumable[Batch]) -> None:
     """
     saving = [run for run in runs if run.folder is not None]
     with Interrupts(enabled=bool(saving)) as interrupts:
-        position = min((run.training.made for run in runs if run.waits), default=0)
-        while waiting := [run for run in runs if run.waits]:
+        position = min((run.training.made for run in runs if run.active), default=0)
+        while waiting := [run for run in runs if run.active]:
             start = time.perf_counter()
             try:
                 batch = next(batches)
@@ -197,11 +197,11 @@ def drive(runs: Sequence[Run[Batch]], batches: Resumable[Batch]) -> None:
             waited = time.perf_counter() - start
             for run in waiting:
                 if run.training.made == position:  # another may be ahead, after a resume
-                    run.take(batch, batches, waited)
-                if not run.waits:  # it need not wait for the others
+                    run.step(batch, batches, waited)
+                if not run.active:  # it need not wait for the others
                     run.result()
             position += 1
-            unfinished = [run for run in saving if run.waits]
+            unfinished = [run for run in saving if run.active]
             if interrupts.received and unfinished:
                 for run in unfinished:
                     run.save(batches, wait=True)

@@ -8,29 +8,49 @@ import typing
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.data import DataConfig
+from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.config.output import OutputConfig
-from sae_kernels.config.tables import read_tables, write_tables
+from sae_kernels.config.toml import read_tables, write_tables
 from sae_kernels.config.train import TrainConfig
 from sae_kernels.errors import name_hint
-from sae_kernels.nn import CONFIGS, SAEConfig
-from sae_kernels.training.presets import PRESETS, Preset, nested_groups, preset
+from sae_kernels.nn import Preset, architecture, architectures, nested_groups, preset, presets
+from sae_kernels.nn.registry import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.base import Settings
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.config.toml import Tables
 
-# Every setting there is, by table: the class that describes it and its field. Architectures share
-# most of theirs; a name means the same in all.
-FIELDS: dict[str, dict[str, tuple[type, dataclasses.Field[Any]]]] = {
-    "data": {f.name: (DataConfig, f) for f in dataclasses.fields(DataConfig)},
-    "sae": {f.name: (c, f) for c in CONFIGS.values() for f in dataclasses.fields(c)},
-    "train": {f.name: (TrainConfig, f) for f in dataclasses.fields(TrainConfig)},
-    "output": {f.name: (OutputConfig, f) for f in dataclasses.fields(OutputConfig)},
-}
 DEFAULT_ARCHITECTURE = "topk"
 LATENTS_PER_INPUT = 8
+NESTED_TABLES = ("objective", "optimizer")  # of a TrainConfig
+
+
+def setting_classes() -> dict[str, list[type[Settings]]]:
+    """The classes that describe each table of a run's TOML file.
+
+    Architectures share most of their settings; a name means the same in all.
+    """
+    known = architectures().values()
+    return {
+        "data": [DataConfig],
+        "sae": [sae.config_class for sae in known],
+        "objective": [sae.objective_class for sae in known],
+        "optimizer": [OptimizerConfig],
+        "train": [TrainConfig],
+        "output": [OutputConfig],
+    }
+
+
+def setting_names(table: str) -> list[str]:
+    """Every setting that a table may have."""
+    names = dict.fromkeys(
+        field.name for cls in setting_classes()[table] for field in dataclasses.fields(cls)
+    )
+    return [name for name in names if table != "train" or name not in NESTED_TABLES]
 
 
 class Widths(typing.NamedTuple):
@@ -50,7 +70,7 @@ class RunConfig:
 
     Attributes:
         sae: the SAE.
-        train: the training.
+        train: the training, with its objective and optimizer.
         data: the activations.
         output: checkpoints and loggers.
 
@@ -96,34 +116,58 @@ class RunConfig:
                 setting that the architecture does not have; a value that does not fit.
         """
         check_tables(tables)
-        chosen = kind_of(tables)
         sae, train = dict(tables.get("sae", {})), dict(tables.get("train", {}))
         _one_scale(sae, train)
-        sae_config = _sae(chosen, sae, widths, tables.get("arch", tables.get("architecture")))
         return cls(
-            sae_config,
-            TrainConfig(**{**chosen.train, **train}),
+            _sae(tables, sae, widths),
+            train_config(tables, train),
             DataConfig(**tables.get("data", {})),
             OutputConfig(**tables.get("output", {})),
         )
+
+
+def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The settings of training alone, the preset's where the tables have none.
+
+    Args:
+        tables: as of :meth:`RunConfig.from_tables`.
+        train: in the place of the table [train].
+    """
+    kind = kind_of(tables)
+    objective = {**kind.preset.objective, **tables.get("objective", {})}
+    _check_known("objective", kind.sae.objective_class, objective, _name(tables))
+    optimizer = {**kind.preset.optimizer, **tables.get("optimizer", {})}
+    return TrainConfig(
+        **(tables.get("train", {}) if train is None else train),
+        objective=kind.sae.objective_class(**objective),
+        optimizer=OptimizerConfig(**optimizer),
+    )
 
 
 def run_tables(
     sae: SAEConfig, train: TrainConfig, data: Mapping[str, Any], output: OutputConfig
 ) -> Tables:
     """Everything that repeats a run."""
+    objective = train.objective or architecture(sae.architecture).objective_class()
     return {
         "architecture": sae.architecture,
         "data": dict(data),
         "sae": sae.to_dict(),
+        "objective": objective.to_dict(),
+        "optimizer": train.optimizer.to_dict(),
         "train": train.to_dict(),
-        "output": dataclasses.asdict(output),
+        "output": output.to_dict(),
     }
 
 
 def run_defaults(sae: SAEConfig) -> dict[str, Any]:
     """The default of every setting, by the name that a comparison gives it."""
-    tables = {"sae": type(sae), "train": TrainConfig}
+    tables = {
+        "sae": type(sae),
+        "objective": architecture(sae.architecture).objective_class,
+        "optimizer": OptimizerConfig,
+        "train": TrainConfig,
+    }
     return {
         f"{table}.{field.name}": field.default
         for table, cls in tables.items()
@@ -149,29 +193,33 @@ def merged(below: Tables, above: Tables) -> Tables:
     return result
 
 
-def kind_of(tables: Tables) -> Preset:
-    """The preset that tables name; of ``architecture`` one without settings of its own."""
+def kind_of(tables: Tables) -> Kind:
+    """What tables name; of ``architecture`` the class with a preset without settings of its own."""
     if "architecture" not in tables:
         return preset(tables.get("arch", DEFAULT_ARCHITECTURE))
     if "arch" in tables:
         raise ValueError("arch: expected arch (a preset) or architecture (a kind), got both")
     name = tables["architecture"]
-    if name not in CONFIGS:
-        raise ValueError(f"architecture: got {name!r}; {name_hint(str(name), CONFIGS)}")
-    return Preset(CONFIGS[name], name)
+    return Kind(architecture(name), Preset(str(name)))
+
+
+def _name(tables: Tables) -> str:
+    """How the tables call the architecture."""
+    return str(tables.get("arch", tables.get("architecture", DEFAULT_ARCHITECTURE)))
 
 
 def check_tables(tables: Tables, also: Iterable[str] = ()) -> None:
     """Raises ValueError for unknown tables and keys, and for what is no table."""
-    _refuse_unknown("unknown table", tables, ("arch", "architecture", *FIELDS, *also))
-    for name, known in (("arch", list(PRESETS)), ("architecture", list(CONFIGS))):
+    classes = setting_classes()
+    _refuse_unknown("unknown table", tables, ("arch", "architecture", *classes, *also))
+    for name, known in (("arch", presets()), ("architecture", architectures())):
         if name in tables and not isinstance(tables[name], str):
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {tables[name]!r}")
-    for table in FIELDS:
+    for table in classes:
         values = tables.get(table, {})
         if not isinstance(values, dict):
             raise ValueError(f"expected a table [{table}], got {values!r}")
-        _refuse_unknown(f"[{table}]: unknown key", values, FIELDS[table])
+        _refuse_unknown(f"[{table}]: unknown key", values, setting_names(table))
 
 
 def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -185,31 +233,35 @@ def _one_scale(sae: dict[str, Any], train: dict[str, Any]) -> None:
     """An SAE's own scale rules its estimate out."""
     if "activation_scale" not in sae:
         return
-    if train.setdefault("activation_scale", "none") != "none" and sae["activation_scale"] != 1:
+    estimated = train.setdefault("normalize_activations", "none") != "none"
+    if estimated and sae["activation_scale"] != 1:
         raise ValueError(
             f"activation_scale: expected the SAE's own {sae['activation_scale']} or an estimate, "
-            "got both; leave out one of them, or set the one of [train] to none"
+            "got both; leave it out, or set normalize_activations to none"
         )
 
 
-def _sae(
-    chosen: Preset, given: dict[str, Any], widths: Widths | None, name: str | None
-) -> SAEConfig:
-    known = [field.name for field in dataclasses.fields(chosen.config)]
-    for key in given:
-        if key not in known:
-            raise ValueError(
-                f"{key}: no setting of architecture {name or DEFAULT_ARCHITECTURE!r}, which has "
-                f"{', '.join(known)}"
-            )
-    values = {**(_of_data(widths) if widths else {}), **chosen.sae, **given}
+def _sae(tables: Tables, given: dict[str, Any], widths: Widths | None) -> SAEConfig:
+    kind = kind_of(tables)
+    config_class, own = kind.sae.config_class, kind.preset.sae
+    _check_known("sae", config_class, given, _name(tables))
+    values = {**(_of_data(widths) if widths else {}), **own, **given}
     for key in ("d_in", "n_latents"):
         if key not in values:
             raise ValueError(f"[sae]: {key}: expected a number, as no data say it; set it")
-    values = {key: _typed(chosen.config, key, value) for key, value in values.items()}
-    if "groups" in chosen.sae and values["groups"] == chosen.sae["groups"]:
+    values = {key: _typed(config_class, key, value) for key, value in values.items()}
+    if "groups" in own and values["groups"] == own["groups"]:
         values["groups"] = nested_groups(values["n_latents"])
-    return chosen.config(**values)
+    return config_class(**values)
+
+
+def _check_known(table: str, cls: type[Settings], given: Iterable[str], name: str) -> None:
+    """Raises ValueError for a setting that another architecture has and this one has not."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in given:
+        if key not in known:
+            what = f"architecture {name!r}" if table == "sae" else f"the objective of {name!r}"
+            raise ValueError(f"{key}: no setting of {what}, which has {', '.join(known)}")
 
 
 def _of_data(widths: Widths) -> dict[str, Any]:

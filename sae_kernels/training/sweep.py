@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.training.run_config import FIELDS, check_tables, merged
+from sae_kernels.training.run_config import check_tables, merged, setting_classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sae_kernels.config.tables import Tables
+    from sae_kernels.config.toml import Tables
 
 _GRID, _RUNS = "sweep", "run"
 _KINDS = ("arch", "architecture")
@@ -94,7 +94,7 @@ def _check_own(where: str, own: Tables) -> None:
 def _flat(grid: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys as "table.key", whether written so or as tables."""
     for key, value in grid.items():
-        if key in FIELDS and isinstance(value, dict):
+        if key in setting_classes() and isinstance(value, dict):
             yield from ((f"{key}.{name}", each) for name, each in value.items())
         else:
             yield key, value

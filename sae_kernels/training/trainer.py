@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sae_kernels.config.output import OutputConfig
-from sae_kernels.data.batches import RowSource, TensorRows
+from sae_kernels.config.train import TrainConfig
+from sae_kernels.data.batches import TensorRows
 from sae_kernels.data.joint import JointRows
 from sae_kernels.data.prefetch import Prefetched
-from sae_kernels.files import is_plain_name
+from sae_kernels.data.sources import IterableStream, batches_of, is_rows, opened
+from sae_kernels.io.files import is_plain_name
+from sae_kernels.nn import SparseAutoencoder, architecture
 from sae_kernels.runs.folder import is_finished
-from sae_kernels.training.begin import Make, Place, begun
 from sae_kernels.training.run import TrainingResult, drive
-from sae_kernels.training.sources import Source, batches_of, is_rows, prepare
+from sae_kernels.training.start import (
+    Planned,
+    RunLocation,
+    TrainerFactory,
+    make_step,
+    start_run,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from sae_kernels.config.train import TrainConfig
-    from sae_kernels.nn import SAEConfig
+    import torch
+
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.sources import Source, Stream
     from sae_kernels.training.run import OnStep
+    from sae_kernels.training.start import MakeStep
 
-__all__ = ["TrainingResult", "prepare", "train", "train_many"]
+__all__ = ["TrainingResult", "train", "train_many"]
 
 
 def train(
-    source: Source,
-    sae_config: SAEConfig,
-    config: TrainConfig,
+    sae: SAEConfig | SparseAutoencoder,
+    source: Source | str | Path | Iterable[torch.Tensor],
+    config: TrainConfig | None = None,
     *,
     target: RowSource | torch.Tensor | None = None,
     folder: str | Path | None = None,
@@ -40,15 +51,19 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     on_step: OnStep | None = None,
+    step: MakeStep = make_step,
+    **settings: Any,
 ) -> TrainingResult:
     """Trains an SAE of any architecture.
 
     Args:
-        source: raw activations, a tensor [N, D] or a :class:`~sae_kernels.data.ShardDataset`; for
-            a crosscoder its layers side by side (:class:`~sae_kernels.data.JointRows`); or a
-            stream of batches that a model makes (:class:`~sae_kernels.harvest.LiveBatches`).
-        sae_config: the SAE; its scales are replaced by estimates if config asks.
-        config: the settings.
+        sae: a module, trained in place: a fresh one, or one that was loaded or trained before and
+            goes on from there. Or a configuration, of which a module is made.
+        source: raw activations: a tensor [N, D], a folder of stored ones, any row source such as
+            :class:`~sae_kernels.data.ShardDataset`, or batches [B, D] to iterate over; for a
+            crosscoder its layers side by side (:class:`~sae_kernels.data.JointRows`); or a stream
+            of batches that a model makes (:class:`~sae_kernels.harvest.LiveBatches`).
+        config: the settings; or give them by name, as ``steps=10_000, lr=2e-4``.
         target: what a transcoder is to reconstruct, of the same tokens.
         folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
             keeps everything in memory.
@@ -58,6 +73,9 @@ def train(
             CPU it is the same run bit for bit. A folder without a run begins one.
         overwrite: delete the run that the folder holds.
         on_step: called after every step with the step and, when one was made, its metric line.
+        step: makes the training step of an SAE and its settings, where it is your own.
+        settings: of :class:`~sae_kernels.config.TrainConfig`, its optimizer and the architecture's
+            objective, by name.
 
     With a folder SIGINT and SIGTERM save a checkpoint before they end the run; a second one ends
     the process at once.
@@ -69,24 +87,32 @@ def train(
         OSError: something could not be written; older checkpoints are intact.
 
     Example:
-        >>> from sae_kernels.nn import TopKConfig
-        >>> from sae_kernels.config import TrainConfig
-        >>> x = torch.randn(512, 8)
-        >>> result = train(x, TopKConfig(8, 32, 4), TrainConfig(steps=20, batch_size=64))
+        >>> import torch
+        >>> from sae_kernels.nn import TopKSAE
+        >>> result = train(TopKSAE(8, 32, k=4), torch.randn(512, 8), steps=20, batch_size=64)
         >>> len(result.metrics), result.skipped
         (2, 0)
     """
-    place = Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
-    watch = None if on_step is None else {"": on_step}
-    result = _train(source, {"": (sae_config, config)}, target, place, watch or {})[""]
+    opened_source = opened(source)
+    objective = _architecture(sae).objective_class
+    if config is None:
+        config = TrainConfig.of(objective, **settings)
+    elif settings:
+        raise ValueError(f"expected config or settings by name, got both ({', '.join(settings)})")
+    if isinstance(opened_source, IterableStream):  # the batches are as large as they come
+        config = dataclasses.replace(config, batch_size=opened_source.batch_size)
+    location = RunLocation(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    watch = {} if on_step is None else {"": on_step}
+    runs = {"": Planned(sae, config)}
+    result = _train(opened_source, runs, target, location, watch, step)[""]
     if result.error is not None:
         raise result.error
     return result
 
 
 def train_many(
-    source: Source,
-    runs: Mapping[str, tuple[SAEConfig, TrainConfig]],
+    runs: Mapping[str, tuple[SAEConfig | SparseAutoencoder, TrainConfig]],
+    source: Source | str | Path | Iterable[torch.Tensor],
     *,
     target: RowSource | torch.Tensor | None = None,
     folder: str | Path | None = None,
@@ -115,59 +141,78 @@ def train_many(
         on.
 
     Example:
+        >>> import torch
         >>> from sae_kernels.nn import TopKConfig
-        >>> from sae_kernels.config import TrainConfig
         >>> config = TrainConfig(steps=20, batch_size=64)
         >>> runs = {f"k{k}": (TopKConfig(8, 32, k), config) for k in (2, 4)}
-        >>> {name: r.metrics[-1]["l0"] for name, r in train_many(torch.randn(512, 8), runs).items()}
+        >>> {name: r.metrics[-1]["l0"] for name, r in train_many(runs, torch.randn(512, 8)).items()}
         {'k2': 2.0, 'k4': 4.0}
     """
     _check_together(runs)
     if resume and folder is not None:
         runs = {name: run for name, run in runs.items() if not is_finished(Path(folder, name))}
-    place = Place(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
-    return _train(source, runs, target, place, on_step or {})
+    location = RunLocation(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    planned = {name: Planned(*run) for name, run in runs.items()}
+    return _train(opened(source), planned, target, location, on_step or {}, make_step)
+
+
+def _architecture(sae: SAEConfig | SparseAutoencoder) -> type[SparseAutoencoder]:
+    if isinstance(sae, SparseAutoencoder):
+        return type(sae)
+    name = getattr(sae, "architecture", None)
+    if name is None:
+        raise TypeError(f"sae: expected a module or its configuration, got a {type(sae).__name__}")
+    return architecture(name)
+
+
+def _with_objective(plan: Planned) -> Planned:
+    """The plan with its architecture's own objective where none is given."""
+    if plan.config.objective is not None:
+        return plan
+    objective = _architecture(plan.sae).objective_class()
+    return plan._replace(config=dataclasses.replace(plan.config, objective=objective))
 
 
 def _train(
-    source: Source,
-    runs: Mapping[str, tuple[SAEConfig, TrainConfig]],
+    source: RowSource | Stream,
+    runs: Mapping[str, Planned],
     target: RowSource | torch.Tensor | None,
-    place: Place,
+    location: RunLocation,
     on_step: Mapping[str, OnStep],
+    step: MakeStep,
 ) -> dict[str, TrainingResult]:
     if target is not None:
-        if not isinstance(source, torch.Tensor) and not is_rows(source):
+        if not is_rows(source):
             raise ValueError("target: expected none with a stream, which holds the targets itself")
         source = JointRows([source, target])
-    source = TensorRows(source) if isinstance(source, torch.Tensor) else source
-    make = Make(source, runs)
+    runs = {name: _with_objective(plan) for name, plan in runs.items()}
+    make = TrainerFactory(source, runs, step)
     # Made first where they can be: what is wrong with the settings then leaves no folder behind.
-    fresh = {name: make(name) for name in runs if not (place.resume and place.holds(name))}
+    fresh = {name: make(name) for name in runs if not (location.resume and location.holds(name))}
     with ExitStack() as stack:
-        opened = {}
-        for name in runs:
-            folder = place.open(stack, name, *runs[name])
-            opened[name] = stack.enter_context(
-                begun(make, name, fresh.pop(name, None), folder, on_step.get(name))
+        started = {}
+        for name, plan in runs.items():
+            folder = location.open(stack, name, plan)
+            started[name] = stack.enter_context(
+                start_run(make, name, fresh.pop(name, None), folder, on_step.get(name))
             )
-        waiting = [run for run in opened.values() if run.waits]
+        waiting = [run for run in started.values() if run.active]
         if waiting:
             behind = min(waiting, key=lambda run: run.training.made)
-            device = behind.training.sae.W_enc.device
+            device, config = behind.training.sae.W_enc.device, behind.training.config
             # On a CPU a model's batches would take their cores from the step, ahead or not.
             stored = is_rows(source) and not isinstance(source, TensorRows)
             ahead = stored or device.type != "cpu"
-            batches = batches_of(source, behind.training.config, reuse=not ahead)
+            batches = batches_of(source, config.batch_size, config.order_seed, reuse=not ahead)
             if behind.cursor:
                 batches.load_state_dict(behind.cursor)
             if ahead:
                 batches = stack.enter_context(Prefetched(batches, device))
-            drive(list(opened.values()), batches)
-        return {name: run.result() for name, run in opened.items()}
+            drive(list(started.values()), batches)
+        return {name: run.result() for name, run in started.items()}
 
 
-def _check_together(runs: Mapping[str, tuple[SAEConfig, TrainConfig]]) -> None:
+def _check_together(runs: Mapping[str, tuple[Any, TrainConfig]]) -> None:
     """Raises ValueError for runs that cannot share their batches, or their names."""
     if not runs:
         raise ValueError("runs: expected at least one, got none")

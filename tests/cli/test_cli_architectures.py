@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardWriter
 from sae_kernels.nn import CONFIGS, SparseAutoencoder
 from sae_kernels.training import PRESETS, nested_groups

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardDataset, ShardWriter
 from sae_kernels.nn import TopKConfig
 from sae_kernels.runs import checkpoint

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardWriter
 from sae_kernels.nn import SparseAutoencoder
 from sae_kernels.runs.metrics import read_metrics

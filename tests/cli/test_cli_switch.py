@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_kernels import formats
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.nn import SparseAutoencoder, SwitchConfig, SwitchSAE
 
 D_IN = 8  # of the data fixture

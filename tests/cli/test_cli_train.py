@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_kernels.cli import settings
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.training import evaluate

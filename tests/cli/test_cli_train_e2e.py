@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.harvest import token_batches
 from sae_kernels.nn import JumpReLUSAE, SparseAutoencoder
 from sae_kernels.training.end_to_end import EndToEnd

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats import Weights, shapes
-from sae_kernels.nn.config import (
+from sae_kernels.formats import Weights
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
@@ -36,12 +36,12 @@ def exact_tensors(config: SAEConfig, seed: int = 0, dtype: torch.dtype = torch.f
     def whole(size: tuple[int, ...], most: int) -> Tensor:
         return torch.randint(-most, most + 1, size, generator=g).to(dtype)
 
-    tensors = {name: whole(size, 127) for name, size in shapes(config).items()}
+    tensors = {name: whole(size, 127) for name, size in config.shapes().items()}
     tensors["b_dec"] = whole((config.output_width,), 15)
     tensors["W_dec"] = _rows(config, g).to(dtype)
     if "W_skip" in tensors:
         tensors["W_skip"] = whole(tuple(tensors["W_skip"].shape), 7)
-    for name, size in shapes(config).items():
+    for name, size in config.shapes().items():
         if name == "threshold":
             wide = torch.float32 if size else F64
             tensors[name] = torch.randint(0, 999, size, generator=g).to(wide)

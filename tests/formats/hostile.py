@@ -22,7 +22,7 @@ from makers import (
 )
 from safetensors.torch import save_file
 
-from sae_kernels.nn.config import JumpReLUConfig
+from sae_kernels.nn import JumpReLUConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ from foreign import D, F, exact_tensors
 
 from sae_kernels import nn
 from sae_kernels.formats import write_dictionary_learning, write_saelens, write_sparsify
-from sae_kernels.nn.config import JumpReLUConfig, ReLUConfig, SwitchConfig, TopKConfig
+from sae_kernels.nn import JumpReLUConfig, ReLUConfig, SwitchConfig, TopKConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

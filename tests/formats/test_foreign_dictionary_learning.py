@@ -25,7 +25,7 @@ from foreign import (
 
 from sae_kernels import nn
 from sae_kernels.formats import read_dictionary_learning
-from sae_kernels.nn.config import (
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,

@@ -12,8 +12,8 @@ from makers import MAKE, TOPK, dictionary_learning, gemma_scope, saelens, sparsi
 from safetensors.torch import save_file
 
 from sae_kernels import formats, nn
-from sae_kernels.formats import detect, files, read, shapes, write_saelens
-from sae_kernels.nn.config import (
+from sae_kernels.formats import detect, files, read, write_saelens
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
@@ -130,7 +130,7 @@ ARCHITECTURES: list[SAEConfig] = [
 @pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.architecture)
 def test_shapes_are_the_modules(config: SAEConfig) -> None:
     state = nn.build(config).state_dict()
-    assert shapes(config) == {name: tuple(t.shape) for name, t in state.items()}
+    assert config.shapes() == {name: tuple(t.shape) for name, t in state.items()}
 
 
 @pytest.mark.parametrize("name", ["saelens", "sparsify"])

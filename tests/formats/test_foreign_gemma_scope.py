@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sae_kernels import nn
 from sae_kernels.formats import read_gemma_scope
-from sae_kernels.nn.config import JumpReLUConfig
+from sae_kernels.nn import JumpReLUConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

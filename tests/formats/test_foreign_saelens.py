@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_kernels import nn
 from sae_kernels.formats import read_saelens, write_saelens
-from sae_kernels.nn.config import (
+from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_kernels import nn
 from sae_kernels.formats import read_sparsify, write_sparsify
-from sae_kernels.nn.config import BatchTopKConfig, SAEConfig, TopKConfig
+from sae_kernels.nn import BatchTopKConfig, SAEConfig, TopKConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

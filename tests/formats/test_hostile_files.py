@@ -21,7 +21,7 @@ from hostile_pickles import pickled
 
 from sae_kernels.errors import DataError
 from sae_kernels.formats import read_gemma_scope
-from sae_kernels.formats.state_dicts import stored_state_dict
+from sae_kernels.io.state_dicts import stored_state_dict
 
 SECONDS, GROWTH = 1.0, 48  # of processor time, and MiB: some of the files claim gigabytes
 

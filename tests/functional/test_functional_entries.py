@@ -14,7 +14,7 @@ from sae_kernels.functional import (
     encode_threshold,
     encode_topk,
     jumprelu,
-    of_latents,
+    gather_by_latent,
     step,
 )
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
@@ -228,10 +228,10 @@ forms = pytest.mark.parametrize("form", FORMS)
 def test_of_latents_is_indexing(form: str, dtype: torch.dtype, either_backend: str) -> None:
     codes = codes_of_every_form(either_backend)[form]
     vector = torch.randn(F, dtype=dtype)
-    came = of_latents(vector, codes, backend=either_backend)
+    came = gather_by_latent(vector, codes, backend=either_backend)
     assert_bitwise("constant", came, vector[codes.indices.long()])
     vector.requires_grad_()
-    entries = of_latents(vector, codes, backend=either_backend)
+    entries = gather_by_latent(vector, codes, backend=either_backend)
     assert_bitwise("entries", entries, came)
     upstream = torch.randn(entries.shape, dtype=dtype)
     upstream.flatten()[::3] = 0
@@ -267,7 +267,7 @@ def test_a_gradient_of_nan_is_not_lost(either_backend: str) -> None:
     vector = torch.zeros(F, dtype=torch.float64, requires_grad=True)
     upstream = torch.zeros(codes.values.shape, dtype=torch.float64)
     upstream[3] = nan
-    (grad,) = torch.autograd.grad(of_latents(vector, codes), vector, upstream)
+    (grad,) = torch.autograd.grad(gather_by_latent(vector, codes), vector, upstream)
     assert grad.isnan().nonzero().flatten().tolist() == [int(codes.indices[3])]
 
 

@@ -17,7 +17,7 @@ from sae_kernels.functional import (
     encode_threshold,
     encode_topk,
     jumprelu,
-    of_latents,
+    gather_by_latent,
     step,
 )
 from sae_kernels.testing import assert_bitwise, assert_within, oracles, rounding
@@ -283,7 +283,7 @@ LINEAR: dict[str, Callable[[Leaves], tuple[torch.Tensor, torch.Tensor]]] = {
     ),
     "jumprelu": lambda t: (jumprelu(t.pre, t.threshold, 0.4).values, t.threshold),
     "step": lambda t: (step(t.pre, t.threshold, 0.4), t.threshold),
-    "of_latents": lambda t: (of_latents(t.threshold, t.pre), t.threshold),
+    "gather_by_latent": lambda t: (gather_by_latent(t.threshold, t.pre), t.threshold),
     "decode": lambda t: (decode(t.pre, t.W_dec), t.W_dec),
     "decode in groups": lambda t: (decode(t.pre, t.W_dec, group_ends=ENDS), t.W_dec),
 }

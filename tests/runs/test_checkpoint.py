@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import digest, publish
+from sae_kernels.io.files import digest, publish
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.checkpoint import Contents
 from sae_kernels.runs.saver import Saver

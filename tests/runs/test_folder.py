@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sae_kernels.config.output import OutputConfig
-from sae_kernels.config.tables import read_tables, write_tables
+from sae_kernels.config.toml import read_tables, write_tables
 from sae_kernels.errors import DataError
 from sae_kernels.runs.checkpoint import CHECKPOINTS, Contents, steps
 from sae_kernels.runs.folder import RunFolder, holds_run, is_finished

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import JointRows
 from sae_kernels.nn import SAEConfig, SparseAutoencoder
 from sae_kernels.runs.metrics import read_metrics

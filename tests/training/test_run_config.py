@@ -11,7 +11,7 @@ import pytest
 from sae_kernels.cli import main
 from sae_kernels.cli.settings import _descriptions
 from sae_kernels.config import DataConfig, OutputConfig, TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardWriter
 from sae_kernels.errors import DataError
 from sae_kernels.nn import CONFIGS, BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sae_kernels.config.tables import read_tables
-from sae_kernels.files import is_plain_name
+from sae_kernels.config.toml import read_tables
+from sae_kernels.io.files import is_plain_name
 from sae_kernels.training import RunConfig
 from sae_kernels.training.sweep import expand
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardDataset, ShardWriter, ShuffledBatches, estimate_scale
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.nn import TopKConfig, TopKSAE, geometric_median

@@ -9,12 +9,13 @@ import torch
 
 from sae_kernels import functional
 from sae_kernels.codes import SparseCodes
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import ObjectiveConfig, OptimizerConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     JumpReLUConfig,
     ReLUConfig,
     SAEConfig,
+    SparseAutoencoder,
     TopKConfig,
     build,
 )
@@ -71,7 +72,8 @@ class Ours(Contestant):
     @functools.cached_property
     def fused(self) -> FusedStep:
         """The step, with its states."""
-        return FusedStep(self.sae, _training(self.task))
+        objective = _objective(self.task, self.sae)
+        return FusedStep(self.sae, objective, OptimizerConfig(compute=self.task.dtype))  # type: ignore[arg-type]
 
     def dense(self, codes: SparseCodes) -> torch.Tensor:
         """Codes as a matrix."""
@@ -103,13 +105,14 @@ def _config(task: Task, tensors: Tensors) -> SAEConfig:
     return JumpReLUConfig(D, F, threshold_init=threshold, bandwidth=bandwidth)
 
 
-def _training(task: Task) -> TrainConfig:
-    settings: dict[str, Any] = {
+def _objective(task: Task, sae: SparseAutoencoder) -> ObjectiveConfig:
+    penalty: dict[str, Any] = {
         "relu": {"sparsity": "l1", "sparsity_coefficient": task.options.get("coefficient", 0.0)},
         "jumprelu": {"sparsity": "l0", "sparsity_coefficient": task.options.get("coefficient", 0)},
     }.get(task.architecture, {})
-    settings["compute"] = task.dtype
-    return TrainConfig(loss="fvu", auxk_alpha=0.0, **settings)
+    plain = {"loss": "fvu", "sparsity": "none", "target_l0": None, "auxk_alpha": 0.0}
+    objective: ObjectiveConfig = sae.objective_class(**{**plain, **penalty})
+    return objective
 
 
 contestant = Ours

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sae_kernels.bench.output import cells
 from sae_kernels.bench.output.plots import draw
 from sae_kernels.bench.output.table import machine
-from sae_kernels.files import write_bytes
+from sae_kernels.io.files import write_bytes
 from sae_kernels.report.style import CSS, PAGE
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Problem:
     k: int
     batch: int
     dtype: str = "bfloat16"
-    config: TrainConfig = field(default_factory=TrainConfig)
+    config: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.n_latents:
             raise ValueError(f"k: expected 1 <= k <= n_latents = {self.n_latents}, got {self.k}")
-        if self.config.master == "split" and self.dtype != "bfloat16":
+        if self.config.master_weights == "split" and self.dtype != "bfloat16":
             raise ValueError(
                 f"compute: expected 'bfloat16' with master 'split', got {self.dtype!r}"
             )
@@ -44,15 +44,17 @@ class Problem:
     @property
     def decoder_bytes(self) -> int:
         """Of an element of W_dec as the kernels read it."""
-        reads_master = self.config.master == "float32" and self.config.copies == "encoder"
+        reads_master = (
+            self.config.master_weights == "float32" and self.config.compute_copies == "encoder"
+        )
         return 4 if reads_master else self.element_bytes
 
     @property
     def copy_bytes(self) -> int:
         """Of the compute copies of a latent's two weights; a split master is its own copy."""
-        if self.dtype == "float32" or self.config.master == "split":
+        if self.dtype == "float32" or self.config.master_weights == "split":
             return 0
-        return 4 if self.config.copies == "both" else 2
+        return 4 if self.config.compute_copies == "both" else 2
 
     @property
     def state_bytes(self) -> int:
@@ -66,4 +68,4 @@ class Problem:
 
     @property
     def _moment_bytes(self) -> int:
-        return 4 if self.config.states == "float32" else 2
+        return 4 if self.config.moment_dtype == "float32" else 2

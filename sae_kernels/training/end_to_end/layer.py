@@ -11,7 +11,7 @@ from sae_kernels.harvest.model import layer_output, resolve_layer
 from sae_kernels.harvest.splice import clean_logits, frozen, record
 from sae_kernels.harvest.tokens import TokenBatch
 from sae_kernels.training.end_to_end.loss import EndToEnd, downstream_outputs, require_model
-from sae_kernels.training.fresh import fresh_sae
+from sae_kernels.training.fresh import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -62,7 +62,7 @@ def prepare_end_to_end(
         batches: token ids or :class:`~sae_kernels.harvest.TokenBatch`.
         layer: the dotted path of the layer that the SAE will reconstruct.
         sae_config: the SAE; its scale is replaced by the estimate if config asks.
-        config: of it count activation_scale, init_b_dec, k_start, seed and on_nonfinite.
+        config: of it count normalize_activations, init_b_dec, k_start, seed and on_nonfinite.
         keep_first: leave the first token of each sequence out, as the splice will.
 
     Raises:
@@ -78,7 +78,7 @@ def prepare_end_to_end(
     if not sum(map(len, rows)):
         raise ValueError("expected text with at least one token to replace, got none")
     device = next(model.parameters()).device
-    return fresh_sae(torch.cat(rows)[:_SAMPLE], sae_config, config, device)
+    return fitted(torch.cat(rows)[:_SAMPLE], sae_config, config, device)
 
 
 def _layer_rows(

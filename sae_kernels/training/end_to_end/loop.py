@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.errors import NonFiniteError
-from sae_kernels.formats import native
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.harvest.tokens import TokenBatch
-from sae_kernels.step import autograd
-from sae_kernels.step.base import Progress
-from sae_kernels.step.compute import compute_dtype
-from sae_kernels.step.objective import k_at
-from sae_kernels.training.begin import Place
+from sae_kernels.nn import pretrained
 from sae_kernels.training.end_to_end.layer import layer_width
 from sae_kernels.training.end_to_end.loss import EndToEnd, check_end_to_end, measured_loss
 from sae_kernels.training.end_to_end.spliced import SplicedSAE
-from sae_kernels.training.run import Run, drive
-from sae_kernels.training.training import Training
+from sae_kernels.training.run import TrainingRun, drive
+from sae_kernels.training.start import Planned, RunLocation, make_step
+from sae_kernels.training.trainable import Trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.step.state import State
+    from sae_kernels.step import AutogradStep
     from sae_kernels.training.end_to_end.loss import EndToEndLoss
     from sae_kernels.training.run import OnStep, TrainingResult
 
@@ -65,7 +61,7 @@ def train_end_to_end(
         layer: the dotted path of the layer that the SAE reconstructs.
         sae: fresh (:func:`~sae_kernels.training.end_to_end.prepare_end_to_end`), or trained on the
             layer's activations before; on the model's device.
-        config: the settings, as of the composable route; batch_size says nothing here.
+        config: the settings, as of the autograd route; batch_size says nothing here.
         weights: see :func:`~sae_kernels.training.end_to_end.end_to_end_loss`.
         folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
             keeps everything in memory.
@@ -79,26 +75,23 @@ def train_end_to_end(
         ValueError: fewer batches than steps; otherwise as ``end_to_end_loss``. The SAE keeps what
             it learnt before either, and is saved.
     """
-    config = dataclasses.replace(config, route="composable")
+    objective = config.objective or sae.objective_class()
+    config = dataclasses.replace(config, route="autograd", objective=objective)
     weights = weights or EndToEnd()
     check_fits(sae, layer_width(model, layer, weights), layer)
-    check_end_to_end(sae, config, weights)
-    if config.fix_shrinkage:
-        raise ValueError(
-            "fix_shrinkage: expected false end to end (it fits stored activations), got true"
-        )
+    check_end_to_end(sae, objective, weights)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
-    place = Place(folder, output or OutputConfig(), {}, resume, overwrite)
+    location = RunLocation(folder, output or OutputConfig(), {}, resume, overwrite)
     training = sae.training
     stream = TokenStream(batches, weights.keep_first)
     try:
         with ExitStack() as stack:
-            kept = place.open(stack, "", sae.config, config, end_to_end=about)
+            kept = location.open(stack, "", Planned(sae, config), end_to_end=about)
             checkpoint = None if kept is None else kept.checkpoint
             if checkpoint is not None:
-                sae.load_state_dict(native.load(checkpoint).state_dict())
-            run = Run(_ThroughModel(model, layer, sae, config, weights), kept, on_step)
+                sae.load_state_dict(pretrained.load(checkpoint).state_dict())
+            run = TrainingRun(_ThroughModel(model, layer, sae, config, weights), kept, on_step)
             if checkpoint is not None:
                 run.load()
                 stream.load_state_dict(run.cursor or {})
@@ -160,28 +153,10 @@ class TokenStream:
                     yield batch
 
 
-class _Step(Progress):
-    """torch's Adam beside what every step leaves for the next one."""
-
-    def __init__(self, sae: SparseAutoencoder, config: TrainConfig) -> None:
-        super().__init__(sae, config)
-        sae.compute_dtype = compute_dtype(config.compute, sae.W_enc.device)
-        self.optimizer = autograd.adam(sae, config)
-
-    def state(self) -> State:
-        """Everything but the weights that the next step depends on."""
-        return super().state() | autograd.adam_state(self.optimizer)
-
-    def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave."""
-        super().load_state(state)
-        autograd.load_adam_state(self.optimizer, state)
-
-
-class _ThroughModel(Training[TokenBatch]):
+class _ThroughModel(Trainable[TokenBatch]):
     """Trains an SAE in place on what its reconstruction does to a model's predictions."""
 
-    progress: _Step
+    training_step: AutogradStep
 
     def __init__(
         self,
@@ -191,7 +166,7 @@ class _ThroughModel(Training[TokenBatch]):
         config: TrainConfig,
         weights: EndToEnd,
     ) -> None:
-        super().__init__(_Step(sae, config))
+        super().__init__(make_step(sae, config), config)
         self.model, self.layer, self.weights = model, layer, weights
         self._skipped = 0
         self._last: EndToEndLoss | None = None
@@ -205,20 +180,20 @@ class _ThroughModel(Training[TokenBatch]):
         """Goes on counting from here."""
         self._skipped = count
 
-    def take(self, batch: TokenBatch) -> None:
+    def step(self, batch: TokenBatch) -> None:
         """One step on a batch of tokens."""
-        sae, config, progress = self.sae.train(), self.config, self.progress
-        k, lr = k_at(sae, config, self.made), self.learning_rate(self.made)
-        spliced = SplicedSAE(sae, self.layer, self.weights, progress.schedule, progress.dead, k)
+        self.sae.train()
+        step, config, lr = self.training_step, self.config, self.learning_rate(self.made)
+        spliced = SplicedSAE(step, self.layer, self.weights, self.k(self.made))
         result = measured_loss(self.model, batch, spliced)
         assert spliced.measured is not None
         # The gradients come from all over the model, so their norm is looked at in any case.
-        limit = math.inf if config.clip_norm is None else config.clip_norm
-        finite = autograd.update(sae, progress.optimizer, result.loss, lr, limit)
+        clip_norm = config.optimizer.clip_norm
+        finite = step.update(result.loss, lr, math.inf if clip_norm is None else clip_norm)
         if not finite and config.on_nonfinite == "stop":
             raise NonFiniteError.in_step(self.made)
         n_tokens = int(batch.attention_mask.sum())
-        progress.advance(spliced.measured.fired, n_tokens, result.l0, finite)
+        step.advance(spliced.measured.fired, n_tokens, finite, l0=result.l0)
         self.made += 1
         self.tokens += n_tokens
         self._skipped += not finite

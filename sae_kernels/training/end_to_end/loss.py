@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sae_kernels.config.train import TrainConfig
 from sae_kernels.harvest.language_model import divergence, log_probabilities
 from sae_kernels.harvest.splice import clean_logits, frozen, record, spliced_logits
 from sae_kernels.harvest.tokens import TokenBatch
-from sae_kernels.step.objective import check_objective
-from sae_kernels.step.sparsity import SparsitySchedule
+from sae_kernels.step import StepBase
 from sae_kernels.training.end_to_end.spliced import SplicedSAE
 
 if TYPE_CHECKING:
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.step.dead import DeadLatents
 
 _COEFFICIENTS = ("kl_coefficient", "downstream_coefficient", "reconstruction_coefficient")
 
@@ -97,8 +95,7 @@ def end_to_end_loss(
     sae: SparseAutoencoder,
     weights: EndToEnd | None = None,
     *,
-    schedule: SparsitySchedule | None = None,
-    dead: DeadLatents | None = None,
+    step: StepBase | None = None,
     k: float | None = None,
 ) -> EndToEndLoss:
     """The loss of an SAE in the place of a layer's output; the model itself gets no gradient.
@@ -124,9 +121,8 @@ def end_to_end_loss(
         layer: the dotted path of the layer that the SAE reconstructs.
         sae: on the model's device.
         weights: coefficients and downstream layers; default: KL alone.
-        schedule: the settings of the objective and how strong the penalty is; default: those of
-            ``TrainConfig()``, which has none.
-        dead: what AuxK and the pre-activation loss look at; None: no latent is dead.
+        step: the SAE's training step, with the objective, the strength of its penalty and the dead
+            latents; default: a fresh one without penalty.
         k: in the place of the configuration's.
 
     Raises:
@@ -135,9 +131,12 @@ def end_to_end_loss(
             not come after the spliced one; settings that do not go together.
     """
     require_model(model)
-    schedule = schedule or SparsitySchedule(TrainConfig())
-    spliced = SplicedSAE(sae, layer, weights or EndToEnd(), schedule, dead, k)
-    check_end_to_end(sae, schedule.config, spliced.weights)
+    if step is None:
+        step = StepBase(sae, sae.objective_class(sparsity="none", loss="fvu"))
+        step.restore_()  # nothing is trained: the SAE multiplies in the dtype that it has
+    weights = weights or EndToEnd()
+    check_end_to_end(sae, step.objective, weights)
+    spliced = SplicedSAE(step, layer, weights, k)
     return measured_loss(model, TokenBatch.of(inputs), spliced)
 
 
@@ -170,15 +169,20 @@ def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> E
     )
 
 
-def check_end_to_end(sae: SparseAutoencoder, config: TrainConfig, weights: EndToEnd) -> None:
+def check_end_to_end(sae: SparseAutoencoder, objective: ObjectiveConfig, weights: EndToEnd) -> None:
     """Raises ValueError for settings that mean nothing together."""
-    check_objective(sae, config)
-    others = getattr(sae.config, "groups", None) or config.random_prefixes or config.multi_topk
-    if others and not weights.reconstruction_coefficient:
+    sae.check_objective(objective)
+    others = ("random_prefixes", "multi_topk")
+    further = getattr(sae.config, "groups", None) or any(getattr(objective, n, 0) for n in others)
+    if further and not weights.reconstruction_coefficient:
         raise ValueError(
             "reconstruction_coefficient: expected a number above 0 with groups, random_prefixes or "
             "multi_topk, whose further reconstructions are of the layer alone (the model sees the "
             "main one), got 0"
+        )
+    if sae.rows_to_finish(objective):
+        raise ValueError(
+            "fix_shrinkage: expected false end to end (it fits stored activations), got true"
         )
 
 

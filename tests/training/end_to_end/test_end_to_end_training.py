@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.tables import read_tables
+from sae_kernels.config.toml import read_tables
 from sae_kernels.errors import ModelError, NonFiniteError
 from sae_kernels.harvest import TokenBatch
 from sae_kernels.nn import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import JSON_LIMIT, publish
+from sae_kernels.io.files import JSON_LIMIT, publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

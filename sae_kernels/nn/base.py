@@ -1,8 +1,9 @@
-"""What all sparse autoencoders share: the weights, the scale, reading and writing.
+"""What all sparse autoencoders share: the weights, the scale, encoding, decoding, and files.
 
-An architecture is a class of its own, with two methods: :meth:`SparseAutoencoder.select`, which
-latents a token keeps, and :meth:`SparseAutoencoder.activate`, what becomes of their
-pre-activations.
+An architecture is a class of its own in a file of its own. It says which latents a token keeps
+(:meth:`SparseAutoencoder.select`) and what becomes of their pre-activations
+(:meth:`SparseAutoencoder.activate`); what training asks of it besides is in
+:mod:`sae_kernels.nn.hooks`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from sae_kernels import functional
+from sae_kernels.config.sae import SAEConfig
+from sae_kernels.nn.hooks import TrainingHooks
 from sae_kernels.nn.initialise import geometric_median, initial_weights
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.config import SAEConfig
+    from sae_kernels.nn.objective import Prefixes
+    from sae_kernels.nn.presets import Preset
 
 _SAE = TypeVar("_SAE", bound="SparseAutoencoder")
 
@@ -38,39 +42,59 @@ class SAEOutput(NamedTuple):
     codes: SparseCodes
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(TrainingHooks, nn.Module):
     """The base of all architectures.
 
     Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
     [output width] and, with a skip connection, W_skip [output width, input width].
 
     Args:
-        config: shape and variant.
+        config: shape and variant; or d_in, with n_latents next and other settings by name.
+        n_latents: F, where ``config`` is d_in.
         seed: of the initial weights.
         compute_dtype: of the operands of the kernels (bf16 is fastest where the CPU has AMX);
             default: the autocast dtype inside autocast, else the dtype of the weights.
         backend: see :mod:`sae_kernels.backends`.
         device: where the weights are made.
+        settings: of the configuration's class, where ``config`` is d_in.
+
+    Attributes:
+        config: the settings.
+        metadata: what is known of where the SAE comes from, as plain JSON values: model, layer,
+            tokens, figures, the tool that wrote it. Saved and loaded with it.
+        is_fresh: whether the weights are those it was made with: not loaded, not trained.
     """
 
+    config_class: ClassVar[type[SAEConfig]] = SAEConfig
+    # Names for --arch; see sae_kernels.nn.presets.
+    presets: ClassVar[dict[str, Preset]] = {}
     # What stays in its own precision when the module is cast: a bf16 threshold stops learning.
     keeps_dtype: ClassVar[tuple[str, ...]] = ()
     # Vectors as wide as an activation; all others have a number for each latent.
-    width_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
+    non_latent_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
+    # Whether x_hat is b_dec plus rows of W_dec by the codes, which FusedStep differentiates.
+    decodes_by_rows: ClassVar[bool] = True
+
+    config: Any
 
     def __init__(
         self,
-        config: SAEConfig,
+        config: SAEConfig | int,
+        n_latents: int | None = None,
         *,
         seed: int = 0,
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        config = self._configured(config, n_latents, settings)
         self.config = config
         self.compute_dtype = compute_dtype
         self.backend = backend
+        self.metadata: dict[str, Any] = {}
+        self.is_fresh = True
         W_enc, W_dec = initial_weights(config, seed, device)
         self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device))
@@ -80,12 +104,33 @@ class SparseAutoencoder(nn.Module):
             skip = torch.zeros(config.output_width, config.input_width, device=device)
             self.W_skip = nn.Parameter(skip)
 
+    @classmethod
+    def _configured(
+        cls, config: SAEConfig | int, n_latents: int | None, settings: dict[str, Any]
+    ) -> SAEConfig:
+        """The configuration, given as one or as plain arguments."""
+        if not isinstance(config, SAEConfig):
+            given = {} if n_latents is None else {"n_latents": n_latents}
+            return cls.config_class.from_dict({"d_in": config, **given, **settings})
+        extra = [*settings, *([] if n_latents is None else ["n_latents"])]
+        if extra or not isinstance(config, cls.config_class):
+            what = f"{', '.join(extra)} beside it" if extra else f"a {type(config).__name__}"
+            raise TypeError(
+                f"{cls.__name__}: expected a {cls.config_class.__name__}, or d_in, n_latents and "
+                f"settings by name, got {what}"
+            )
+        return config
+
     def extra_repr(self) -> str:
         """The configuration where it is not the default, as ``print(sae)`` shows it."""
         fields = dataclasses.fields(self.config)
         values = {field.name: getattr(self.config, field.name) for field in fields}
         shown = [f.name for f in fields if values[f.name] != f.default]
         return ", ".join(f"{name}={values[name]}" for name in shown)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.is_fresh = False
 
     # -- what an architecture says ------------------------------------------------------------
 
@@ -122,20 +167,6 @@ class SparseAutoencoder(nn.Module):
         """The codes from kept pre-activations; differentiable in values and thresholds."""
         return pre.with_values(pre.values.relu())
 
-    def auxiliary(self, pre: SparseCodes) -> SparseCodes | None:
-        """Other codes from the same entries that training reconstructs too, or None."""
-        return None
-
-    @property
-    def auxiliary_stops_decoder(self) -> bool:
-        """Whether the decoder gets no gradient from the auxiliary reconstruction."""
-        return True
-
-    @property
-    def drops_zeros(self) -> bool:
-        """Whether a code of 0 is a dropped entry: no gradient, not fired."""
-        return True
-
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides by its scale what is measured in pre-activations, or in targets."""
         self.b_enc.div_(scale)
@@ -171,12 +202,28 @@ class SparseAutoencoder(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.activation_scale
         return self.decode_scaled(codes, x) / self.target_scale
 
-    def decode_scaled(self, codes: SparseCodes, x: torch.Tensor | None = None) -> torch.Tensor:
-        """:meth:`decode` in the scale in which the SAE is trained."""
+    def decode_scaled(
+        self,
+        codes: SparseCodes,
+        x: torch.Tensor | None = None,
+        *,
+        prefixes: Prefixes | None = None,
+        frozen: bool = False,
+    ) -> torch.Tensor:
+        """:meth:`decode` in the scale in which the SAE is trained.
+
+        Args:
+            codes: the kept latents.
+            x: the input, for a skip connection.
+            prefixes: give each prefix's reconstruction, [G, ..., output width].
+            frozen: let no gradient reach the decoder.
+        """
+        stop = torch.Tensor.detach if frozen else _itself
         x_hat = functional.decode(
             codes,
-            self.W_dec,
-            self.b_dec,
+            stop(self.W_dec),
+            stop(self.b_dec),
+            group_ends=None if prefixes is None else prefixes.ends,
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )
@@ -186,7 +233,7 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 "x: expected the input of the SAE (it has a skip connection), got None"
             )
-        return x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
+        return x_hat + x.to(self.W_skip.dtype) @ stop(self.W_skip).T
 
     def forward(self, x: torch.Tensor) -> SAEOutput:
         """Encodes and decodes [..., input width]."""
@@ -197,15 +244,18 @@ class SparseAutoencoder(nn.Module):
     def target_scale(self) -> float:
         """What targets are multiplied by: the activations' scale, or a transcoder's own."""
         config = self.config
-        return config.target_scale if config.transcodes else config.activation_scale
+        return float(config.target_scale if config.transcodes else config.activation_scale)
+
+    def latent_experts(self) -> torch.Tensor | None:
+        """The expert of each latent, int64 [F]; None where the architecture has no experts."""
+        return None
 
     # -- the decoder's norms ------------------------------------------------------------------
 
     def decoder_norms(self) -> torch.Tensor:
-        """The norm of each layer's part of the decoder rows, [F, n_layers] in fp32."""
-        W_dec = self.W_dec.detach()
-        dtype = torch.promote_types(W_dec.dtype, torch.float32)
-        parts = W_dec.unflatten(1, (self.config.n_layers, -1))
+        """The norm of each layer's part of the decoder rows, fp32 [F, n_layers], differentiable."""
+        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
+        parts = self.W_dec.unflatten(1, (self.config.n_layers, -1))
         norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=2, dtype=dtype)
         return norms
 
@@ -222,7 +272,7 @@ class SparseAutoencoder(nn.Module):
         """What ranks the latents besides their value: the decoder norms, or nothing."""
         if not getattr(self.config, "rank_by_decoder_norm", False):
             return None
-        return self.latent_norms(self.decoder_norms())
+        return self.latent_norms(self.decoder_norms().detach())
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -253,33 +303,53 @@ class SparseAutoencoder(nn.Module):
         """Sets b_dec to the centre of a sample of raw targets [N, output width]."""
         self.b_dec.copy_(centre(x) * self.target_scale)
 
-    @torch.no_grad()
     def folded(self: _SAE) -> _SAE:
-        """The same function of raw activations, with scales of 1.
+        """The same function of raw activations, with scales of 1; see :meth:`rescaled`."""
+        return self.rescaled(1.0, 1.0)
+
+    def rescaled(self: _SAE, activation_scale: float, target_scale: float = 1.0) -> _SAE:
+        """A copy with other scales in front of the weights; see :meth:`rescale_`."""
+        copy = self._copied()
+        copy.rescale_(activation_scale, target_scale)
+        return copy.train(self.training)
+
+    @torch.no_grad()
+    def rescale_(self, activation_scale: float, target_scale: float = 1.0) -> None:
+        """Puts other scales in front of the weights; the function of raw activations stays.
 
         All architectures commute with a positive scale once what is measured in pre-activations is
-        divided by it. Codes come out in units of the raw activations, and decoder rows keep their
-        norm unless the target has a scale of its own.
+        divided by it. With scales of 1 codes come out in units of the raw activations. Decoder rows
+        keep their norm unless the target has a scale of its own.
         """
-        scale, target_scale = self.config.activation_scale, self.target_scale
-        config = dataclasses.replace(self.config, activation_scale=1.0, target_scale=1.0)
+        config = self.config
+        after = target_scale if config.transcodes else activation_scale
+        scale, change = config.activation_scale / activation_scale, self.target_scale / after
+        self.config = dataclasses.replace(
+            config, activation_scale=activation_scale, target_scale=target_scale
+        )
+        self.fold_vectors_(scale, change)
+        self.b_dec.div_(change)
+        if scale != change:
+            self.W_dec.mul_(scale / change)
+            if config.skip:
+                self.W_skip.mul_(scale / change)
+
+    def _copied(self: _SAE) -> _SAE:
+        """The same module in memory of its own."""
         with torch.device("meta"):
-            copy = type(self)(config, compute_dtype=self.compute_dtype, backend=self.backend)
+            copy = type(self)(self.config, compute_dtype=self.compute_dtype, backend=self.backend)
         weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
-        copy.fold_vectors_(scale, target_scale)
-        copy.b_dec.div_(target_scale)
-        if scale != target_scale:
-            for name in ("W_dec", "W_skip"):
-                if name in weights:
-                    copy.get_parameter(name).mul_(scale / target_scale)
-        return copy.train(self.training)
+        copy.metadata, copy.is_fresh = dict(self.metadata), self.is_fresh
+        return copy
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``sae.safetensors``, the scale folded into the weights."""
-        from sae_kernels.formats import native
+        from sae_kernels.nn import (
+            pretrained,  # and safetensors with it: not for whoever only trains
+        )
 
-        native.save(self.folded(), folder)
+        pretrained.save(self.folded(), folder)
 
     @classmethod
     def from_pretrained(
@@ -294,9 +364,9 @@ class SparseAutoencoder(nn.Module):
         On the base class it gives whatever architecture was saved; on an architecture's own class
         another one is an error. The module is in evaluation mode.
         """
-        from sae_kernels.formats import native
+        from sae_kernels.nn import pretrained
 
-        sae = native.load(name_or_path, revision=revision, local_files_only=local_files_only)
+        sae = pretrained.load(name_or_path, revision=revision, local_files_only=local_files_only)
         if not isinstance(sae, cls):
             raise TypeError(
                 f"{name_or_path}: expected a {cls.__name__}, got a {type(sae).__name__}; load it "
@@ -312,3 +382,7 @@ class SparseAutoencoder(nn.Module):
             if now.dtype != before.dtype:
                 now.data = before.to(now.device)
         return result
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels import functional
-from sae_kernels.data.batches import ShuffledBatches, TensorRows
-from sae_kernels.nn import ReLUSAE
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.row_grad import row_grad
 
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
-    from sae_kernels.data.batches import RowSource
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.base import SparseAutoencoder
 
 _LEAST = 0.1  # of a scale: one that is not positive would turn a latent off
 
@@ -51,39 +48,22 @@ class _Codes:
 
 
 @torch.no_grad()
-def fit_scales(
-    sae: ReLUSAE,
-    source: RowSource | torch.Tensor,
-    *,
-    n_tokens: int = 32768,
-    iterations: int = 30,
-    seed: int = 0,
-) -> torch.Tensor:
+def fit_scales(sae: SparseAutoencoder, x: torch.Tensor, *, iterations: int = 30) -> torch.Tensor:
     """Scales s of the latents that minimise ``sum |x - b_dec - sum_f s_f code_f W_dec[f]|^2``.
 
     Args:
-        sae: a trained ReLU SAE, in the scale of training.
-        source: raw activations.
-        n_tokens: at most so many, drawn at random, are looked at.
+        sae: trained, with ReLU codes.
+        x: fp32 [n, input width], activations in the scale of training.
         iterations: of conjugate gradients on the normal equations, scaled by their diagonal.
-        seed: of the draw.
 
     Returns:
         fp32 [F]; 1 for a latent that fired on none of them, and never below a tenth.
 
     Example:
-        >>> from sae_kernels.nn import ReLUConfig, ReLUSAE
-        >>> fit_scales(ReLUSAE(ReLUConfig(8, 32)), torch.randn(512, 8)).shape
+        >>> from sae_kernels.nn import ReLUSAE
+        >>> fit_scales(ReLUSAE(8, 32), torch.randn(512, 8)).shape
         torch.Size([32])
     """
-    if not isinstance(sae, ReLUSAE):
-        raise TypeError(
-            f"sae: expected a ReLUSAE, whose L1 penalty shrinks codes, got a {type(sae).__name__}"
-        )
-    source = TensorRows(source) if isinstance(source, torch.Tensor) else source
-    rows = min(n_tokens, source.n_tokens)
-    x = next(ShuffledBatches(source, rows, seed=seed)).to(sae.W_enc.device).float()
-    x = x * sae.config.activation_scale
     codes = sae.encode_scaled(x)
     problem = _Codes(sae, codes)
     residual = x - sae.decode_scaled(codes)
@@ -110,7 +90,7 @@ def fit_scales(
 
 
 @torch.no_grad()
-def scale_latents_(sae: ReLUSAE, scales: torch.Tensor) -> None:
+def scale_latents_(sae: SparseAutoencoder, scales: torch.Tensor) -> None:
     """Multiplies codes by positive scales, folded into the encoder: ``s relu(h) = relu(s h)``."""
     sae.W_enc.mul_(scales[:, None])
     sae.b_enc.mul_(scales)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.formats.archives import checked
-from sae_kernels.formats.files import Sizes, Stored, Tensors, reading
+from sae_kernels.io.archives import checked
+from sae_kernels.io.tensor_files import Sizes, Stored, Tensors, reading
 
 if TYPE_CHECKING:
     import zipfile

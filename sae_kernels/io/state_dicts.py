@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats.archives import checked
-from sae_kernels.formats.files import HEADER_LIMIT, Stored, Tensors, reading
-from sae_kernels.formats.pickles import Player, Storage, View
+from sae_kernels.io.archives import checked
+from sae_kernels.io.pickles import Player, Storage, View
+from sae_kernels.io.tensor_files import HEADER_LIMIT, Stored, Tensors, reading
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sae_kernels.errors import DataError
-from sae_kernels.files import read_json
+from sae_kernels.io.files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
@@ -33,6 +33,7 @@ Sizes = dict[str, tuple[int, ...]]
 
 SETTINGS_LIMIT = 1 << 20  # bytes of a JSON file beside the weights; real ones have a few thousand
 SETTINGS_DEPTH = 32
+INTEGER_BITS = 63  # what multiplies and prints without end is no width
 HEADER_LIMIT = 1 << 20  # bytes of what a file says of its tensors
 
 
@@ -67,6 +68,17 @@ def _deeper(value: object, levels: int) -> bool:
         return False
     inside = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(_deeper(part, levels - 1) for part in inside)
+
+
+def check_integers(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises DataError for integers that no setting has, before anything multiplies them."""
+    for name, value in values.items():
+        if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
+            shown = name if name.isprintable() else repr(name)
+            raise DataError(
+                f"{path}: {shown:.300}: expected a number of at most {INTEGER_BITS} bits, got one "
+                f"of {value.bit_length()}"
+            )
 
 
 def whole(path: Path, values: dict[str, Any], key: str, default: int | None = None) -> int:

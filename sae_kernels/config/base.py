@@ -1,0 +1,192 @@
+"""The base of all settings: frozen dataclasses whose fields carry their limits and their words.
+
+A field is declared as ``k: int = field(default=32, metadata=about("latents kept", POSITIVE))``. Its
+type and limits are checked when the settings are made; the words are its documentation, in
+``help()`` and on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from sae_kernels.errors import name_hint
+
+_Settings = TypeVar("_Settings", bound="Settings")
+
+
+class Limit(NamedTuple):
+    """A range of numbers: from ``least`` to ``most``, each end in it or not.
+
+    Attributes:
+        words: how an error says it, as "a positive number".
+        least, most: the ends.
+        open_below, open_above: whether the end itself is out.
+    """
+
+    words: str
+    least: float = -math.inf
+    most: float = math.inf
+    open_below: bool = False
+    open_above: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a finite number lies in the range."""
+        above = value > self.least if self.open_below else value >= self.least
+        return above and (value < self.most if self.open_above else value <= self.most)
+
+
+POSITIVE_INTEGER = Limit("a positive integer", least=1)
+NATURAL = Limit("an integer of at least 0", least=0)
+POSITIVE = Limit("a positive number", least=0, open_below=True)
+SCALE = Limit("a positive finite number", least=0, open_below=True)
+NOT_NEGATIVE = Limit("a number of at least 0", least=0)
+FRACTION = Limit("a number in [0, 1]", least=0, most=1)
+BELOW_ONE = Limit("a number in [0, 1)", least=0, most=1, open_above=True)
+
+
+def about(words: str, *limits: Limit, choices: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The metadata of a field: what it is in words, the range of its numbers, the names it has."""
+    return {"words": " ".join(words.split()), "limits": limits, "choices": choices}
+
+
+class Declared(NamedTuple):
+    """What the declaration of a field says.
+
+    Attributes:
+        kind: the type, without None.
+        optional: whether None is a value.
+        choices: the names that may stand there; none: it is no choice of names.
+        limits: of a number.
+        words: the documentation.
+    """
+
+    kind: Any
+    optional: bool
+    choices: tuple[str, ...]
+    limits: tuple[Limit, ...]
+    words: str
+
+    def expects(self) -> str:
+        """The values that fit, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.kind in _WORDS:
+            return _WORDS[self.kind]
+        if self.limits:
+            return self.limits[0].words
+        return _NUMBERS.get(self.kind) or f"a {self.kind.__name__}"
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value may stand there; a bool is no number, infinity is none."""
+        if value is None:
+            return self.optional
+        if self.choices:
+            return isinstance(value, str) and value in self.choices
+        if self.kind is bool:
+            return isinstance(value, bool)
+        if self.kind is str:
+            return isinstance(value, str) and value != ""
+        if isinstance(self.kind, type) and issubclass(self.kind, Settings):
+            return isinstance(value, self.kind)
+        if typing.get_origin(self.kind) is tuple:
+            inside = typing.get_args(self.kind)[0]
+            return isinstance(value, tuple) and all(type(each) is inside for each in value)
+        numbers = (int,) if self.kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, numbers) or not math.isfinite(value):
+            return False
+        return all(limit.holds(value) for limit in self.limits)
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    str: "a name",
+    tuple[str, ...]: "a list of names",
+    tuple[int, ...]: "a list of integers",
+}
+_DECLARED: dict[Any, dict[str, Declared]] = {}  # reading annotations takes as long as some checks
+_NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of settings: every field is checked, and documented, by its declaration."""
+
+    # How a class calls its own settings in an error about a key: the table of a TOML file.
+    table: ClassVar[str] = "config"
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        own = {n: f.metadata for n, f in vars(cls).items() if isinstance(f, dataclasses.Field)}
+        entries = "".join(f"\n    {n}: {m['words']}." for n, m in own.items() if m.get("words"))
+        if entries and cls.__doc__:
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\nAttributes:{entries}\n"
+
+    def __post_init__(self) -> None:
+        for name, declaration in declared(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, list):  # of JSON and TOML; frozen settings are hashable
+                value = tuple(value)
+            elif isinstance(value, str) and declaration.kind == tuple[str, ...]:
+                value = (value,)
+            object.__setattr__(self, name, value)
+            self.expect(name, declaration.fits(value), declaration.expects())
+
+    def expect(self, name: str, fits: bool, expected: str) -> None:
+        """Raises ValueError with the field's name and value unless it fits."""
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, as JSON and TOML hold them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls: type[_Settings], values: dict[str, Any]) -> _Settings:
+        """The inverse of :meth:`to_dict`; what is left out has its default.
+
+        Raises:
+            ValueError: an unknown key, with the nearest known one; a key that is needed and is not
+                there; a value that does not fit.
+        """
+        fields = dataclasses.fields(cls)
+        known = [field.name for field in fields]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{cls.table}: unknown key {key!r}; {name_hint(key, known)}")
+        for field in fields:
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ValueError(f"{cls.table}: expected the key {field.name!r}, it is not there")
+        return cls(**values)
+
+
+def declared(cls: type[Settings]) -> dict[str, Declared]:
+    """What the declarations of a class and its bases say of each field, in their order.
+
+    A field declared anew for another default alone keeps the words and limits of the base.
+    """
+    hints = typing.get_type_hints(cls)
+    above = [declared(base) for base in cls.__bases__ if issubclass(base, Settings)]
+    found = {}
+    for f in dataclasses.fields(cls):
+        kind, optional = _without_none(hints[f.name])
+        names = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        said = f.metadata or about("")
+        own = Declared(kind, optional, said["choices"] or names, said["limits"], said["words"])
+        inherited = next((base[f.name] for base in above if f.name in base), None)
+        if inherited is not None and not f.metadata:
+            own = inherited._replace(kind=kind, optional=optional)
+        found[f.name] = own
+    return found
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """The type, and whether None was allowed beside it."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    (kind,) = (each for each in typing.get_args(hint) if each is not types.NoneType)
+    return kind, True

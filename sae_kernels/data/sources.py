@@ -1,0 +1,155 @@
+"""What activations come from, as a trainer sees it: stored rows, a stream, or any batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from sae_kernels.data.batches import Batches, RowSource, ShuffledBatches, TensorRows
+from sae_kernels.data.shards import ShardDataset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from typing_extensions import TypeIs
+
+
+class Stream(Batches, Protocol):
+    """Batches that come from no set of rows, such as a model's while it reads text."""
+
+    d_in: int
+    batch_size: int
+
+    def sample(self, n: int) -> torch.Tensor:
+        """The first n rows, without moving on."""
+
+
+Source = RowSource | torch.Tensor | Stream
+
+
+def is_rows(source: RowSource | Stream) -> TypeIs[RowSource]:
+    """Whether any row can be asked for, and not only the next batch."""
+    return hasattr(source, "rows")
+
+
+def opened(source: Any) -> RowSource | Stream:
+    """A source of activations from whatever a user has.
+
+    Args:
+        source: a tensor [N, D], a folder of stored activations, a row source, a stream, or batches
+            [B, D] that can be iterated over.
+
+    Raises:
+        TypeError: none of these.
+        DataError: a folder without activations.
+
+    Example:
+        >>> opened(torch.zeros(6, 2)).n_tokens
+        6
+        >>> opened([torch.zeros(3, 2), torch.zeros(3, 2)]).batch_size
+        3
+    """
+    if isinstance(source, torch.Tensor):
+        return TensorRows(source)
+    if isinstance(source, str | Path):
+        return ShardDataset(source)
+    if hasattr(source, "d_in") and (hasattr(source, "rows") or hasattr(source, "sample")):
+        stored: RowSource | Stream = source
+        return stored
+    if hasattr(source, "__iter__"):
+        return IterableStream(source)
+    raise TypeError(
+        "activations: expected a tensor [N, D], a folder of activations or batches [B, D] to "
+        f"iterate over, got a {type(source).__name__}"
+    )
+
+
+def batches_of(
+    source: RowSource | Stream, batch_size: int, seed: int, *, reuse: bool = False
+) -> Batches:
+    """The batches of a source in a reproducible order; ``reuse`` as of ShuffledBatches."""
+    if is_rows(source):
+        return ShuffledBatches(source, batch_size, seed=seed, reuse=reuse)
+    return source
+
+
+class IterableStream:
+    """Batches [B, D] of anybody's iterable; gone through again where it ends and can be.
+
+    Args:
+        batches: a list, a ``torch.utils.data.DataLoader``, a generator. A generator is read once:
+            the batches of :meth:`sample` are kept until they are handed out.
+
+    Attributes:
+        d_in: the width of the first batch.
+        batch_size: its rows.
+        position: batches handed out so far.
+
+    Raises:
+        ValueError: no batch; one of another width.
+        TypeError: a batch that is no tensor [B, D].
+    """
+
+    def __init__(self, batches: Iterable[torch.Tensor]) -> None:
+        self._batches = batches
+        self._once = iter(batches) is batches
+        self._ahead: list[torch.Tensor] = []
+        self._source = iter(batches)
+        self.position = 0
+        first = next(self._source, None)
+        if first is None:
+            raise ValueError("activations: expected at least one batch [B, D], got none")
+        self.d_in = 0
+        first = self._checked(first)
+        self.batch_size, self.d_in = first.shape
+        self._ahead.append(first)
+
+    def sample(self, n: int) -> torch.Tensor:
+        """The first n rows or, where there are fewer, all, without moving on."""
+        while sum(map(len, self._ahead)) < n:
+            following = next(self._source, None)
+            if following is None:
+                break
+            self._ahead.append(self._checked(following))
+        return torch.cat(self._ahead)[:n]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self._ahead:
+            batch = self._ahead.pop(0)
+        else:
+            found = next(self._source, None)
+            if found is None and not self._once:
+                self._source = iter(self._batches)
+                found = next(self._source, None)
+            if found is None:
+                raise StopIteration
+            batch = self._checked(found)
+        self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as JSON can hold it."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Passes over as many batches as the state says; they must come in the same order."""
+        while self.position < int(state["position"]):
+            next(self)
+
+    def _checked(self, batch: Any) -> torch.Tensor:
+        if isinstance(batch, list | tuple) and len(batch) == 1:  # a DataLoader of a TensorDataset
+            batch = batch[0]
+        if not isinstance(batch, torch.Tensor) or batch.dim() != 2 or not len(batch):
+            shape = list(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+            raise TypeError(f"activations: expected batches that are tensors [B, D], got {shape}")
+        if self.d_in and batch.shape[1] != self.d_in:
+            raise ValueError(
+                f"activations: expected batches of width {self.d_in}, as the first, got "
+                f"{batch.shape[1]}"
+            )
+        return batch

@@ -1,0 +1,124 @@
+"""What an objective is made of: reconstructions of the kept entries, penalties on them, a context.
+
+An architecture says which (:meth:`~sae_kernels.nn.SparseAutoencoder.reconstructions` and
+``penalties``). The autograd step lets autograd do all the rest; FusedStep knows the gradients of
+the reconstructions in closed form and lets autograd see entries and vectors of latents alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sae_kernels.codes import SparseCodes
+    from sae_kernels.nn.base import SparseAutoencoder
+
+
+class Reconstruction(NamedTuple):
+    """One reconstruction from the kept entries; its loss is ``weight * scale * squared error``.
+
+    Attributes:
+        values: like the pre-activations, differentiable in them; 0 where an entry takes no part.
+        weight: in the loss.
+        drops_zeros: whether an entry of value 0 has no gradient. A JumpReLU threshold learns from
+            entries that are 0.
+        trains_decoder: whether W_dec and b_dec get a gradient from it.
+        always: whether it counts in full also where a language model judges the main
+            reconstruction (end to end): a gate learns from nothing else.
+    """
+
+    values: torch.Tensor
+    weight: float = 1.0
+    drops_zeros: bool = True
+    trains_decoder: bool = True
+    always: bool = False
+
+
+class Prefixes(NamedTuple):
+    """A Matryoshka SAE's prefixes of latents and their weights in the loss.
+
+    Attributes:
+        ends: int32 [G], ascending; prefix g is the latents before ``ends[g]``.
+        weights: fp32 [G].
+    """
+
+    ends: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class Context:
+    """A batch and what an objective may ask about it, in the scale of training.
+
+    Attributes:
+        sae: what is trained.
+        objective: the settings, of the architecture's own class.
+        x: [B, input width], in the compute dtype, b_dec subtracted where that is the variant.
+        target: fp32 [B, output width].
+        scale: scalar, multiplies squared errors.
+        k: latents per token, where the architecture has a k.
+        coefficient: multiplies the sparsity penalty at this step.
+        p: the exponent of the penalty "lp" at this step.
+        observe: takes in the codes that "lp" sums the powers of.
+        dead_mask: gives bool [F], which latents are dead.
+        prefixes: of a Matryoshka SAE, else None.
+        skip_input: fp32 [B, input width], what a skip connection reads, else None.
+        leaves: None where autograd reaches the weights. In FusedStep it reaches entries and
+            vectors of latents only, and what was asked for here is kept, by name, as a leaf.
+    """
+
+    sae: SparseAutoencoder
+    objective: Any
+    x: torch.Tensor
+    target: torch.Tensor
+    scale: torch.Tensor
+    k: float
+    coefficient: float | torch.Tensor
+    p: float
+    observe: Callable[[torch.Tensor], None]
+    dead_mask: Callable[[], torch.Tensor]
+    prefixes: Prefixes | None = None
+    skip_input: torch.Tensor | None = None
+    leaves: dict[str, torch.Tensor] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the batch, B."""
+        return self.x.shape[0]
+
+    @functools.cached_property
+    def norms(self) -> torch.Tensor:
+        """The norm of each layer's part of the decoder rows, [F, n_layers], differentiable."""
+        return self._fact("norms", self.sae.decoder_norms)
+
+    @functools.cached_property
+    def preact_sums(self) -> torch.Tensor:
+        """The sum of each latent's pre-activations over the batch, [F], differentiable."""
+        sae = self.sae
+        return self._fact(
+            "preact_sums",
+            lambda: sae.W_enc.float() @ self.x.float().sum(0) + self.n_tokens * sae.b_enc,
+        )
+
+    def _fact(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self.leaves is None:
+            return compute()
+        with torch.no_grad():
+            value = compute()
+        self.leaves[name] = value.requires_grad_()
+        return value
+
+
+def objective_of(
+    pre: SparseCodes, context: Context
+) -> tuple[list[Reconstruction], torch.Tensor | None]:
+    """The reconstructions of kept pre-activations, the main one first, and the penalty or None."""
+    parts = context.sae.reconstructions(pre, context)
+    terms = context.sae.penalties(pre, parts, context)
+    return parts, sum(terms[1:], terms[0]) if terms else None

@@ -1,0 +1,148 @@
+"""This package's own folder: ``config.json`` and ``sae.safetensors``; no pickle anywhere."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from sae_kernels._version import __version__
+from sae_kernels.errors import DataError
+from sae_kernels.io.files import json_writer, publish_all
+from sae_kernels.io.tensor_files import check_integers, read_settings, stored_safetensors
+from sae_kernels.nn.registry import architecture, build
+from sae_kernels.primitives.checks import OPERAND_DTYPES
+
+if TYPE_CHECKING:
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.nn.base import SparseAutoencoder
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "sae.safetensors"
+
+
+class Described(NamedTuple):
+    """What ``config.json`` says.
+
+    Attributes:
+        config: what the SAE is.
+        metadata: where it comes from, as plain JSON values.
+    """
+
+    config: SAEConfig
+    metadata: dict[str, Any]
+
+
+def save(sae: SparseAutoencoder, folder: str | Path) -> None:
+    """Writes both files, each complete or not at all: a failed save leaves what was there."""
+    weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+    save_weights = functools.partial(save_file, weights)
+    config = json_writer(config_values(sae.config, sae.metadata))
+    publish_all(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: config})
+
+
+def config_values(config: SAEConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` says of an SAE."""
+    return {
+        "architecture": config.architecture,
+        "sae_kernels_version": __version__,
+        **config.to_dict(),
+        **({"metadata": metadata} if metadata else {}),
+    }
+
+
+def load(
+    name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> SparseAutoencoder:
+    """Reads both files from a folder, or from the hub for a name that is no folder.
+
+    Raises:
+        DataError: files missing or damaged, unknown configuration, weights of other shapes than
+            the configuration says, or weights that are not finite.
+    """
+    config_path, weights_path = _files(str(name_or_path), revision, local_files_only)
+    config, metadata = describe(config_path)
+    weights = _weights(config, weights_path)
+    with torch.device("meta"):
+        sae = build(config)
+    _check_dtypes(sae, weights, weights_path)
+    sae.load_state_dict(weights, assign=True)
+    sae.metadata = metadata
+    return sae
+
+
+def describe(path: Path) -> Described:
+    """Reads a ``config.json``; nothing is allocated.
+
+    Raises:
+        DataError: no such file, an unknown architecture, with the known ones, or settings that it
+            refuses.
+    """
+    values = read_settings(path)
+    values.pop("sae_kernels_version", None)
+    metadata = values.pop("metadata", {})
+    if not isinstance(metadata, dict):
+        raise DataError(f"{path}: metadata: expected a JSON object, got {metadata!r:.80}")
+    check_integers(path, values)
+    try:
+        kind = architecture(values.pop("architecture", None))
+        return Described(kind.config_class.from_dict(values), metadata)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error!s:.500}") from error
+
+
+def _weights(config: SAEConfig, path: Path) -> dict[str, torch.Tensor]:
+    stored = stored_safetensors(path)
+    came = {name: list(size) for name, size in stored.sizes.items()}
+    expected = {name: list(size) for name, size in config.shapes().items()}
+    if expected != came:
+        raise DataError(f"{path}: expected tensors {expected}, got {came!s:.500}")
+    weights = stored.load()
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise DataError(
+                f"{path}: expected finite weights, {name} holds NaN or infinity; "
+                "use an earlier checkpoint"
+            )
+    return weights
+
+
+def _check_dtypes(sae: SparseAutoencoder, weights: dict[str, torch.Tensor], path: Path) -> None:
+    own = {name: t.dtype for name, t in sae.state_dict().items() if name in sae.keeps_dtype}
+    for name, dtype in own.items():
+        if weights[name].dtype != dtype:
+            raise DataError(f"{path}: expected {name} in {dtype}, got {weights[name].dtype}")
+    dtypes = {str(tensor.dtype) for name, tensor in weights.items() if name not in own}
+    if len(dtypes) > 1 or not dtypes <= {str(dtype) for dtype in OPERAND_DTYPES}:
+        raise DataError(
+            f"{path}: expected weights of one floating point dtype, got {', '.join(sorted(dtypes))}"
+        )
+
+
+def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Path, Path]:
+    folder = Path(name)
+    if folder.is_dir():
+        paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+        for path in paths:
+            if not path.is_file():
+                raise DataError(f"{path}: expected the file of a saved SAE, it is not there")
+        return paths
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise DataError(f"{name}: expected a folder with a saved SAE or a hub name owner/repo")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        config, weights = (
+            Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
+            for file in (CONFIG_FILE, WEIGHTS_FILE)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{name}: no such folder, and the Hugging Face hub did not give it ({reason})"
+        ) from error
+    return config, weights

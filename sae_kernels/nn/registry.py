@@ -1,0 +1,148 @@
+"""The architectures by name: this package's, and those that others register.
+
+A class registered by :func:`register`, or named in the entry point group
+``sae_kernels.architectures`` of an installed package, is trained, saved, loaded and evaluated like
+one of this package's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from sae_kernels.errors import name_hint
+
+if TYPE_CHECKING:
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.nn.base import SparseAutoencoder
+    from sae_kernels.nn.presets import Preset
+
+    _Class = TypeVar("_Class", bound=type[SparseAutoencoder])
+
+ENTRY_POINTS = "sae_kernels.architectures"
+_CLASSES: dict[str, type[SparseAutoencoder]] = {}
+
+
+class Kind(NamedTuple):
+    """What a name for ``--arch`` stands for: a class and one of its presets."""
+
+    sae: type[SparseAutoencoder]
+    preset: Preset
+
+
+def register(sae_class: _Class) -> _Class:
+    """Makes an architecture known by its configuration's name; usable as a decorator.
+
+    Args:
+        sae_class: a :class:`~sae_kernels.nn.SparseAutoencoder` with a ``config_class`` whose
+            ``architecture`` nobody else has.
+
+    Raises:
+        ValueError: no name, or another class's.
+    """
+    name = sae_class.config_class.architecture
+    if not name:
+        raise ValueError(
+            f"{sae_class.config_class.__name__}.architecture: expected a name for files and "
+            "commands, got an empty one; set it in the class"
+        )
+    known = _CLASSES.setdefault(name, sae_class)
+    # A class of the same place is the same one, defined anew (a notebook's cell, a reload).
+    if (known.__module__, known.__qualname__) != (sae_class.__module__, sae_class.__qualname__):
+        raise ValueError(
+            f"architecture {name!r}: expected a name of its own for {sae_class.__qualname__}, it "
+            f"is that of {known.__module__}.{known.__qualname__}"
+        )
+    _CLASSES[name] = sae_class
+    return sae_class
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    """Imports what installed packages name, which registers it."""
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        register(entry.load())
+
+
+def architectures() -> dict[str, type[SparseAutoencoder]]:
+    """Every known architecture by name, TopK first: it is what a run trains unless told."""
+    _load_entry_points()
+    return dict(sorted(_CLASSES.items(), key=lambda item: item[0] != "topk"))
+
+
+def architecture(name: object) -> type[SparseAutoencoder]:
+    """The class of an architecture's name.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones and says how to add one.
+
+    Example:
+        >>> from sae_kernels.nn import architecture
+        >>> architecture("topk").__name__
+        'TopKSAE'
+    """
+    known = architectures()
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(
+            f"architecture: expected one of {', '.join(known)}, got {name!r:.80}; a class of your "
+            "own becomes known with sae_kernels.nn.register"
+        )
+    return known[name]
+
+
+def presets() -> dict[str, Kind]:
+    """Every name for ``--arch``."""
+    return {
+        name: Kind(sae, preset)
+        for sae in architectures().values()
+        for name, preset in sae.presets.items()
+    }
+
+
+def preset(name: str) -> Kind:
+    """What a name for ``--arch`` stands for.
+
+    Raises:
+        ValueError: no such name; the message has the nearest.
+
+    Example:
+        >>> from sae_kernels.nn import preset
+        >>> preset("transcoder").sae.__name__
+        'TopKSAE'
+    """
+    known = presets()
+    if name not in known:
+        raise ValueError(
+            f"arch: expected one of {', '.join(known)}, got {name!r}; {name_hint(name, known)}"
+        )
+    return known[name]
+
+
+def build(config: SAEConfig, **options: Any) -> SparseAutoencoder:
+    """A fresh module of the configuration's architecture.
+
+    Args:
+        config: of a known architecture.
+        options: as of :class:`~sae_kernels.nn.SparseAutoencoder`.
+
+    Example:
+        >>> from sae_kernels.nn import JumpReLUConfig, build
+        >>> type(build(JumpReLUConfig(d_in=8, n_latents=32))).__name__
+        'JumpReLUSAE'
+    """
+    return architecture(config.architecture)(config, **options)
+
+
+def from_weights(config: SAEConfig, weights: dict[str, torch.Tensor]) -> SparseAutoencoder:
+    """A module in evaluation mode that holds these tensors.
+
+    Raises:
+        RuntimeError: tensors are missing, too many or of another shape; torch names them.
+    """
+    with torch.device("meta"):
+        sae = build(config)
+    sae.load_state_dict(weights, assign=True)
+    return sae.eval()

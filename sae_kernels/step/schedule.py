@@ -1,0 +1,108 @@
+"""How strong the sparsity penalty is at each step of a run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_kernels.nn.penalties import powers
+from sae_kernels.step.state import State
+
+if TYPE_CHECKING:
+    from sae_kernels.config.objective import ObjectiveConfig
+
+_WATCHED = 10  # steps before a change of p over which the penalty is averaged
+
+
+class SparsitySchedule:
+    """The coefficient and p of a training run, step by step.
+
+    The coefficient rises linearly. With "lp" p falls from 1 to ``p_end``; each time the coefficient
+    is multiplied by what keeps the penalty at its mean over the last ten steps, for else a smaller
+    p would be a much larger penalty (p-annealing of dictionary_learning; arXiv 2408.00113). With a
+    ``target_l0`` (and a penalty that is not its own aim) the coefficient follows it once it has
+    risen: each step it grows or shrinks by a factor of ``1 + 10 / steps`` (noanabeshima's 3e-4 in a
+    run of 33 000 steps).
+
+    Args:
+        config: the objective's settings.
+        steps: of the whole run.
+
+    Attributes:
+        step: steps made.
+        p: the exponent now.
+        factor: of the coefficient, from the changes of p so far.
+        control: scalar on the device, the same from following ``target_l0``.
+    """
+
+    def __init__(self, config: ObjectiveConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        n = config.p_steps
+        start = config.p_start * steps
+        fractions = [i / (n - 1) if n > 1 else 1.0 for i in range(n)]
+        times = [round(start + f * (steps - start)) for f in fractions]
+        powers = [1 + (config.p_end - 1) * f for f in fractions]
+        changes = dict(zip(times, powers, strict=True))  # of several at once the last
+        if config.sparsity != "lp":
+            changes.clear()
+        self.step, self.p, self.factor = 0, changes.pop(0, 1.0), 1.0
+        self._changes = list(changes.items())
+        self._seen: list[torch.Tensor] = []
+        self.control: torch.Tensor | None = None
+
+    def state(self) -> State:
+        """What :meth:`load_state` goes on from."""
+        tensors = {} if self.control is None else {"schedule.control": self.control}
+        if self._seen:
+            tensors["schedule.seen"] = torch.stack(self._seen)
+        values = {"step": self.step, "p": self.p, "factor": self.factor}
+        return State(tensors, {"schedule": values})
+
+    def load_state(self, state: State) -> None:
+        """Takes up what :meth:`state` gave."""
+        values = state.values["schedule"]
+        self.step, self.p, self.factor = int(values["step"]), values["p"], values["factor"]
+        self._changes = [change for change in self._changes if change[0] > self.step]
+        self.control = state.tensors.get("schedule.control")
+        self._seen = list(state.tensors.get("schedule.seen", ()))
+
+    def coefficient(self) -> float | torch.Tensor:
+        """What multiplies the penalty now."""
+        value = self.config.sparsity_coefficient * self._risen() * self.factor
+        return value if self.control is None else value * self.control
+
+    def _risen(self) -> float:
+        warmup = self.config.sparsity_warmup_steps
+        warmup = min(2000, self.steps // 5) if warmup is None else warmup
+        return min(1.0, (self.step + 1) / warmup) if warmup else 1.0
+
+    def observe(self, codes: torch.Tensor) -> None:
+        """Takes in what this step's penalty sums the powers of, in one or several calls."""
+        if not self._changes:
+            return
+        time, power = self._changes[0]
+        if time - _WATCHED <= self.step < time:
+            codes = codes.detach()
+            self._seen.append(
+                torch.stack([powers(codes, p).float().sum() for p in (self.p, power)])
+            )
+
+    def advance(self, l0: torch.Tensor) -> None:
+        """Goes on to the next step; ``l0`` is this one's."""
+        target = self.config.target_l0
+        if target is not None and self.config.sparsity != "target_l0" and self._risen() == 1:
+            self.control = torch.ones_like(l0) if self.control is None else self.control
+            step = 1 + 10 / self.steps
+            self.control = self.control * torch.where(l0 > target, step, 1 / step)
+        self.step += 1
+        if not self._changes or self.step < self._changes[0][0]:
+            return
+        if self._seen:
+            seen = torch.stack(self._seen)
+            now, then = seen[seen.isfinite().all(1)].sum(0).tolist()  # not of a skipped step
+            ratio = now / then if then else 1.0
+            self.factor *= ratio if 0 < ratio < math.inf else 1.0
+        self.p = self._changes.pop(0)[1]
+        self._seen.clear()

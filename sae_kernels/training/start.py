@@ -1,0 +1,138 @@
+"""How a run starts: from nothing, or as its folder's newest checkpoint left it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sae_kernels.data.sources import is_rows
+from sae_kernels.errors import DataError
+from sae_kernels.gpu import training_device
+from sae_kernels.nn import SparseAutoencoder, build, pretrained
+from sae_kernels.runs.folder import RunFolder, holds_run
+from sae_kernels.step import AutogradStep, FusedStep
+from sae_kernels.training.fresh import Samples
+from sae_kernels.training.run import TrainingRun
+from sae_kernels.training.run_config import run_defaults, run_tables
+from sae_kernels.training.trainable import ActivationTraining
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import ExitStack
+
+    import torch
+
+    from sae_kernels.config.output import OutputConfig
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.config.train import TrainConfig
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.sources import Stream
+    from sae_kernels.step import TrainingStep
+    from sae_kernels.training.run import OnStep
+
+    MakeStep = Callable[[SparseAutoencoder, TrainConfig], TrainingStep]
+
+
+class Planned(NamedTuple):
+    """A run that is to be: its SAE, given as a configuration or as a module, and its settings."""
+
+    sae: SAEConfig | SparseAutoencoder
+    config: TrainConfig
+
+    @property
+    def sae_config(self) -> SAEConfig:
+        """What the SAE is."""
+        sae = self.sae
+        found: SAEConfig = sae.config if isinstance(sae, SparseAutoencoder) else sae
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLocation:
+    """Where runs are kept, and what to do with those that are there."""
+
+    folder: str | Path | None
+    output: OutputConfig
+    data: dict[str, Any]
+    resume: bool
+    overwrite: bool
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a run of that name."""
+        return self.folder is not None and holds_run(Path(self.folder, name))
+
+    def open(self, stack: ExitStack, name: str, plan: Planned, **more: Any) -> RunFolder | None:
+        """The folder of a run, until the stack is left; ``more`` are tables of its run.toml."""
+        if self.folder is None:
+            return None
+        folder = RunFolder(
+            Path(self.folder, name),
+            run_tables(plan.sae_config, plan.config, self.data, self.output) | more,
+            self.output,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            defaults=run_defaults(plan.sae_config),
+        )
+        return stack.enter_context(folder)
+
+
+def make_step(sae: SparseAutoencoder, config: TrainConfig) -> TrainingStep:
+    """The step of the route that the settings name."""
+    route = FusedStep if config.route == "fused" else AutogradStep
+    return route(sae, config.objective, config.optimizer, steps=config.steps, seed=config.seed)
+
+
+class TrainerFactory:
+    """Makes what some runs on one source train."""
+
+    def __init__(
+        self,
+        source: RowSource | Stream,
+        runs: Mapping[str, Planned],
+        step: MakeStep = make_step,
+    ) -> None:
+        self.runs, self._samples, self._make_step = runs, Samples(source), step
+        self._rows = source if is_rows(source) else None
+
+    def __call__(self, name: str, sae: SparseAutoencoder | None = None) -> ActivationTraining:
+        """What a run trains, with an SAE fitted to the source unless there is one."""
+        plan = self.runs[name]
+        if sae is None:
+            sae = self._samples.prepared(plan.sae, plan.config)
+        return ActivationTraining(self._make_step(sae, plan.config), plan.config, self._rows)
+
+
+def start_run(
+    make: TrainerFactory,
+    name: str,
+    fresh: ActivationTraining | None,
+    folder: RunFolder | None,
+    on_step: OnStep | None,
+) -> TrainingRun[torch.Tensor]:
+    """A run as it stands: fresh, or with the state of its folder's checkpoint."""
+    if folder is None or folder.checkpoint is None:
+        return TrainingRun(fresh or make(name), folder, on_step)
+    sae = restored(folder.checkpoint, make.runs[name])
+    run = TrainingRun(make(name, sae), folder, on_step)
+    run.load()
+    return run
+
+
+def restored(path: Path, plan: Planned) -> SparseAutoencoder:
+    """The SAE of a checkpoint, in memory of its own or in the module that was given."""
+    loaded, wanted = pretrained.load(path), plan.sae_config.architecture
+    if loaded.config.architecture != wanted:
+        raise DataError(
+            f"{path}: expected an SAE of architecture {wanted!r}, got "
+            f"{loaded.config.architecture!r}"
+        )
+    device = training_device(plan.config.device)
+    if isinstance(plan.sae, SparseAutoencoder):
+        sae = plan.sae.to(device)
+        sae.config = loaded.config
+    else:
+        sae = build(loaded.config, device=device)
+    sae.load_state_dict(loaded.state_dict())
+    sae.metadata = loaded.metadata
+    return sae

@@ -1,0 +1,232 @@
+"""An SAE in training: what a batch does to it, what it reports, what outlives the batch."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from sae_kernels import machine
+from sae_kernels.data.batches import ShuffledBatches
+from sae_kernels.errors import DataError, NonFiniteError
+from sae_kernels.nn import pretrained
+from sae_kernels.runs.checkpoint import Contents
+from sae_kernels.step.state import State
+from sae_kernels.training.fresh import split
+
+if TYPE_CHECKING:
+    from sae_kernels.config.train import TrainConfig
+    from sae_kernels.data.batches import RowSource
+    from sae_kernels.step import StepResult, TrainingStep
+
+Batch = TypeVar("Batch")
+STATE_FILE, VALUES_FILE = "state.safetensors", "trainer.json"
+
+
+class Trainable(ABC, Generic[Batch]):
+    """The base of what a run trains, whatever it learns from.
+
+    Args:
+        step: one training step and its state.
+        config: the settings.
+
+    Attributes:
+        training_step, sae, config: as given, and what the step trains.
+        made: steps made.
+        tokens: tokens seen.
+    """
+
+    def __init__(self, step: TrainingStep, config: TrainConfig) -> None:
+        self.training_step, self.sae, self.config = step, step.sae, config
+        self.made = self.tokens = 0
+        if config.k_start is not None and self.k(0) is None:
+            name = self.sae.config.architecture
+            raise ValueError(f"k_start: expected none with architecture {name!r}, which has no k")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made."""
+        return self.made >= self.config.steps
+
+    @property
+    def due(self) -> bool:
+        """Whether the step just made has a metric line."""
+        return self.made % self.config.log_every == 0 or self.finished
+
+    @property
+    @abstractmethod
+    def skipped(self) -> int:
+        """Steps skipped because something was not finite; may wait for the device."""
+
+    @abstractmethod
+    def set_skipped(self, count: int) -> None:
+        """Goes on counting skipped steps from here."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> None:
+        """One step.
+
+        Raises:
+            NonFiniteError: something was NaN or infinite, and config says "stop".
+        """
+
+    @abstractmethod
+    def measured(self) -> dict[str, float]:
+        """Figures of the last step, for the metric line."""
+
+    def finalize(self) -> None:
+        """What is left to do once all steps are made."""
+
+    def close(self) -> None:
+        """Leaves the SAE as anybody can use it; no step can follow."""
+        self.training_step.restore_()
+
+    def line(self, seconds: float) -> dict[str, Any]:
+        """The metric line of the last step, after so many seconds of training."""
+        k = self.k(self.made - 1)
+        return {
+            "step": self.made,
+            "tokens": self.tokens,
+            **self.measured(),
+            "dead_fraction": float(self.training_step.dead.mask().float().mean()),
+            "lr": self.learning_rate(self.made - 1),
+            **({} if k is None else {"k": k}),
+            "skipped": self.skipped,
+            "tokens_per_second": self.tokens / seconds,
+        }
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate at a 0-based step."""
+        return self.config.learning_rate(step, self.sae.config.n_latents)
+
+    def k(self, step: int) -> float | None:
+        """The k of a 0-based step; None where the architecture has none."""
+        own: float | None = getattr(self.sae.config, "k", None)
+        return None if own is None else self.config.k_at(step, own)
+
+    def contents(self, **more: Any) -> Contents:
+        """Everything that the next step depends on, as a checkpoint holds it.
+
+        The tensors are the living ones: they are to be copied before the next step.
+        """
+        state = self.training_step.state()
+        values = {
+            "step": self.made,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            **state.values,
+            **more,
+            "versions": _versions(),
+        }
+        tensors = state.tensors | _random_states(self.sae.W_enc.device)
+        described = pretrained.config_values(self.sae.config, self.sae.metadata)
+        return Contents(
+            {pretrained.WEIGHTS_FILE: self.training_step.weights(), STATE_FILE: tensors},
+            {pretrained.CONFIG_FILE: described, VALUES_FILE: values},
+        )
+
+    def load(self, contents: Contents) -> dict[str, Any]:
+        """Takes up a checkpoint of an SAE that has its weights already; what else it says.
+
+        Raises:
+            DataError: it is of another run.
+        """
+        values = dict(contents.values[VALUES_FILE])
+        try:
+            state = State(dict(contents.tensors[STATE_FILE]), values)
+            with torch.no_grad():
+                self.training_step.load_state(state)
+            self.made, self.tokens = int(values["step"]), int(values["tokens"])
+            self.set_skipped(int(values["skipped"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{VALUES_FILE}: expected the state of a training, {error!r} is wrong with it; "
+                "it is of another version"
+            ) from error
+        _set_random_states(state.tensors, self.sae.W_enc.device)
+        return values
+
+
+class ActivationTraining(Trainable[torch.Tensor]):
+    """Trains an SAE in place on rows of activations.
+
+    Args:
+        step: of either route, or of your own.
+        config: the settings.
+        source: all rows, for what is fitted at the end; None where there is only a stream.
+    """
+
+    def __init__(self, step: TrainingStep, config: TrainConfig, source: RowSource | None) -> None:
+        super().__init__(step, config)
+        self._to_finish = self.sae.rows_to_finish(config.objective)
+        if self._to_finish and source is None:
+            raise ValueError(
+                "fix_shrinkage: expected false on a stream (it fits stored activations), got true"
+            )
+        self.source = source
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.sae.W_enc.device)
+        self._last: StepResult | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because something was not finite; waits for the device."""
+        return int(self._skipped)
+
+    def set_skipped(self, count: int) -> None:
+        """Goes on counting skipped steps from here."""
+        self._skipped.fill_(count)
+
+    def step(self, batch: torch.Tensor) -> None:
+        """One step on raw rows; a transcoder's targets stand to the right of its inputs."""
+        device = self.sae.W_enc.device
+        x, target = split(batch.to(device), self.sae.config)
+        lr, k = self.learning_rate(self.made), self.k(self.made)
+        self._last = self.training_step(x, lr=lr, k=k, target=target)
+        self._skipped += self._last.skipped
+        self.made += 1
+        self.tokens += len(batch)
+        # On the CPU looking costs nothing; elsewhere it would stall the step.
+        looks = self.config.on_nonfinite == "stop" and (self.due or device.type == "cpu")
+        if looks and self._skipped:
+            raise NonFiniteError.in_step(self.made - 1)
+
+    def measured(self) -> dict[str, float]:
+        """Loss, FVU, L0 and AuxK's loss of the last step, and what the architecture adds."""
+        assert self._last is not None
+        values = self._last._asdict()
+        found = {name: float(values[name]) for name in ("loss", "fvu", "l0", "aux_loss")}
+        return {**found, **self.sae.step_figures(self._last.fired)}
+
+    def finalize(self) -> None:
+        """What the architecture fits on a random sample of rows."""
+        if not self._to_finish:
+            return
+        assert self.source is not None
+        self.close()
+        rows = min(self._to_finish, self.source.n_tokens)
+        x = next(ShuffledBatches(self.source, rows, seed=self.config.order_seed))
+        x = x.to(self.sae.W_enc.device).float() * self.sae.config.activation_scale
+        with torch.no_grad():
+            self.sae.finish_training_(x, self.config.objective)
+
+
+@functools.cache
+def _versions() -> dict[str, Any]:
+    """Versions of what the run is made with; asking takes as long as some steps."""
+    return dict(machine.versions())
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's generators: no step of ours draws from them, what users add may."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_states(tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
