@@ -94,8 +94,10 @@ class Declared(NamedTuple):
         if isinstance(self.kind, type) and issubclass(self.kind, Settings):
             return isinstance(value, self.kind)
         if typing.get_origin(self.kind) is tuple:
-            inside = typing.get_args(self.kind)[0]
-            return isinstance(value, tuple) and all(type(each) is inside for each in value)
+            names = typing.get_args(self.kind)[0] is str
+            return isinstance(value, tuple) and (
+                not names or all(isinstance(each, str) for each in value)
+            )
         numbers = (int,) if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, numbers) or not math.isfinite(value):
             return False
@@ -129,8 +131,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, declaration in declared(type(self)).items():
             value = getattr(self, name)
-            if isinstance(value, list):  # of JSON and TOML; frozen settings are hashable
-                value = tuple(value)
+            if isinstance(value, list) and typing.get_origin(declaration.kind) is tuple:
+                value = tuple(value)  # JSON and TOML have lists; frozen settings are hashable
             elif isinstance(value, str) and declaration.kind == tuple[str, ...]:
                 value = (value,)
             object.__setattr__(self, name, value)

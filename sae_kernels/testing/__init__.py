@@ -13,6 +13,7 @@ Example:
 """
 
 from sae_kernels.testing import oracles
+from sae_kernels.testing.architecture import assert_steps_agree
 from sae_kernels.testing.budgets import (
     adam_budgets,
     assert_bitwise,
@@ -47,6 +48,7 @@ __all__ = [
     "assert_selects_above",
     "assert_selects_batch",
     "assert_selects_routed",
+    "assert_steps_agree",
     "assert_within",
     "dense_loss",
     "gamma",

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from sae_kernels.config.base import declared
+from sae_kernels.nn import ReLUObjective, TopKObjective, TopKSAE, architectures
+from sae_kernels.step import AutogradStep
 
 
 def test_defaults() -> None:
+    """Where a default comes from is said at its declaration."""
     assert TrainConfig().to_dict() == {
         "steps": 1000,
         "batch_size": 2048,
         "lr": None,
+        "warmup_steps": None,
+        "decay_fraction": 0.2,
+        "k_start": None,
+        "k_anneal_steps": 0,
+        "route": "fused",
+        "device": "auto",
+        "normalize_activations": "sqrt_d",
+        "init_b_dec": "geometric_median",
+        "seed": 0,
+        "data_seed": None,
+        "on_nonfinite": "stop",
+        "log_every": 10,
+    }
+    assert OptimizerConfig().to_dict() == {
         "beta1": 0.9,
         "beta2": 0.999,
         "eps": 1e-8,
-        "adam": "dense",
-        "warmup_steps": None,
-        "decay_fraction": 0.2,
         "clip_norm": None,
+        "compute": "auto",
+        "adam": "dense",
+        "master_weights": "float32",
+        "moment_dtype": "float32",
+        "compute_copies": "both",
+    }
+    assert ObjectiveConfig().to_dict() == {
         "loss": "fvu",
         "sparsity": "none",
         "sparsity_coefficient": 0.0,
@@ -29,33 +52,13 @@ def test_defaults() -> None:
         "sparsity_norm_weighted": False,
         "target_l0": None,
         "tanh_scale": 4.0,
-        "preact_coefficient": 0.0,
         "p_end": 0.2,
         "p_steps": 10,
         "p_start": 0.25,
-        "fix_shrinkage": False,
-        "matryoshka": "mean",
-        "random_prefixes": 0,
-        "balance_coefficient": 0.0,
-        "multi_topk": False,
         "auxk_alpha": 1 / 32,
         "k_aux": None,
         "auxk_latents": 4096,
         "dead_after_tokens": 10_000_000,
-        "k_start": None,
-        "k_anneal_steps": 0,
-        "device": "auto",
-        "compute": "auto",
-        "master": "float32",
-        "states": "float32",
-        "copies": "both",
-        "route": "fused",
-        "activation_scale": "sqrt_d",
-        "init_b_dec": "geometric_median",
-        "seed": 0,
-        "data_seed": None,
-        "on_nonfinite": "stop",
-        "log_every": 10,
     }
 
 
@@ -118,9 +121,10 @@ def test_k_falls_linearly_and_stays() -> None:
 
 
 NAN, INF = math.nan, math.inf
+WHOLE = {1: "a positive integer", 0: "an integer of at least 0"}
 BAD: list[tuple[str, Any, str]] = [
     *(
-        (name, value, f"an integer of at least {least}")
+        (name, value, WHOLE[least])
         for name, least in (
             ("steps", 1),
             ("batch_size", 1),
@@ -143,20 +147,21 @@ BAD: list[tuple[str, Any, str]] = [
     *((name, v, "a number in [0, 1)") for name in ("beta1", "beta2") for v in (-0.1, 1, NAN, "0")),
     *(("decay_fraction", value, "a number in [0, 1]") for value in (-0.1, 1.1, NAN, None)),
     *(("auxk_alpha", value, "a number of at least 0") for value in (-1e-9, INF, NAN, None)),
-    ("steps", None, "an integer of at least 1"),
+    ("steps", None, "a positive integer"),
     ("eps", None, "a positive number"),
     ("multi_topk", 1, "true or false"),
     ("loss", "l2", "one of fvu, mse"),
+    ("sparsity", "l0", "one of none, l1, lp, tanh"),
     ("compute", "float64", "one of auto, float32, bfloat16, float16"),
-    ("route", "fast", "one of fused, composable"),
+    ("route", "fast", "one of fused, autograd"),
     ("adam", ["dense"], "one of dense, lazy"),
-    ("activation_scale", 2.0, "one of none, sqrt_d"),
+    ("normalize_activations", 2.0, "one of none, sqrt_d"),
     ("init_b_dec", None, "one of geometric_median, mean, zeros"),
     ("on_nonfinite", "ignore", "one of stop, skip"),
-    ("device", 0, "auto or a device such as cuda:0"),
-    ("master", "bfloat16", "one of float32, split"),
-    ("states", "float16", "one of float32, bfloat16"),
-    ("copies", "decoder", "one of both, encoder"),
+    ("device", 0, "a name"),
+    ("master_weights", "bfloat16", "one of float32, split"),
+    ("moment_dtype", "float16", "one of float32, bfloat16"),
+    ("compute_copies", "decoder", "one of both, encoder"),
 ]
 
 
@@ -165,7 +170,7 @@ BAD: list[tuple[str, Any, str]] = [
 )
 def test_bad_values_are_named(name: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError) as error:
-        TrainConfig(**{name: value})
+        TrainConfig.of(TopKObjective, **{name: value})
     assert str(error.value) == f"{name}: expected {expected}, got {value!r}"
 
 
@@ -173,22 +178,51 @@ def test_bad_values_are_named(name: str, value: Any, expected: str) -> None:
     ("name", "value", "needed"),
     [
         ("adam", "lazy", "dense"),
-        ("master", "split", "float32"),
-        ("states", "bfloat16", "float32"),
+        ("master_weights", "split", "float32"),
+        ("moment_dtype", "bfloat16", "float32"),
+        ("compute_copies", "encoder", "both"),
     ],
 )
 def test_what_torchs_adam_cannot_do_is_refused_on_its_route(
     name: str, value: str, needed: str
 ) -> None:
-    TrainConfig(**{name: value})
-    with pytest.raises(ValueError, match=f"{name}: expected '{needed}' with route 'composable'"):
-        TrainConfig(**{name: value, "route": "composable"})
+    optimizer = OptimizerConfig(**{name: value})
+    with pytest.raises(ValueError, match=f"{name}: expected '{needed}' with route 'autograd'"):
+        TrainConfig(optimizer=optimizer, route="autograd")
+    with pytest.raises(ValueError, match=f"{name}: expected '{needed}' with route 'autograd'"):
+        AutogradStep(TopKSAE(4, 8, k=2), optimizer=optimizer)
 
 
 def test_whole_numbers_are_numbers() -> None:
-    assert TrainConfig(lr=1, clip_norm=2, auxk_alpha=0, decay_fraction=1).lr == 1
+    config = TrainConfig.of(TopKObjective, lr=1, clip_norm=2, auxk_alpha=0, decay_fraction=1)
+    assert (config.lr, config.optimizer.clip_norm) == (1, 2)
 
 
 def test_a_config_can_be_rebuilt_from_its_dict() -> None:
-    config = TrainConfig(steps=3, lr=1e-3, loss="mse", k_start=4, k_anneal_steps=2)
+    config = TrainConfig(steps=3, lr=1e-3, k_start=4, k_anneal_steps=2)
     assert TrainConfig(**config.to_dict()) == config
+
+
+def test_a_setting_that_nobody_has_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown setting 'clip_nrm'; did you mean 'clip_norm'\?"):
+        TrainConfig.of(TopKObjective, clip_nrm=1.0)
+
+
+def test_no_name_stands_in_two_of_the_parts() -> None:
+    """Flags and keyword arguments are one list of names."""
+    for sae in architectures().values():
+        parts = (sae.config_class, sae.objective_class, OptimizerConfig, TrainConfig, DataConfig)
+        names = [field.name for part in parts for field in dataclasses.fields(part)]
+        assert len(names) == len(set(names)), sae
+
+
+def test_every_setting_has_words_and_help_shows_them() -> None:
+    for sae in architectures().values():
+        for part in (sae.config_class, sae.objective_class, OptimizerConfig, DataConfig):
+            said = declared(part)
+            assert all(each.words for each in said.values()), part
+    assert "multi_topk: adds FVU of the 4k reconstruction" in (TopKObjective.__doc__ or "")
+    # An override of a default keeps words and limits.
+    assert declared(ReLUObjective)["loss"].words == declared(ObjectiveConfig)["loss"].words
+    with pytest.raises(ValueError, match="sparsity_coefficient: expected a number of at least 0"):
+        ReLUObjective(sparsity_coefficient=-1.0)

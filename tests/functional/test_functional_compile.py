@@ -15,8 +15,8 @@ from sae_kernels.functional import (
     encode_batch_topk,
     encode_jumprelu,
     encode_threshold,
+    heaviside_ste,
     jumprelu,
-    step,
 )
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within, oracles
@@ -111,7 +111,9 @@ class Ragged(Sae):
 def _jumprelu_and_step(sae: Ragged, x: torch.Tensor) -> tuple[SparseCodes, Any]:
     lower = sae.threshold.detach() - 0.25
     pre = encode_threshold(x, sae.W_enc, sae.b_enc, lower, b_dec=sae.b_dec)
-    return jumprelu(pre, sae.threshold, 0.5), step(pre, sae.threshold, 0.5).sum() / x.shape[0]
+    return jumprelu(pre, sae.threshold, 0.5), heaviside_ste(
+        pre, sae.threshold, 0.5
+    ).sum() / x.shape[0]
 
 
 ENCODERS: dict[str, Callable[[Ragged, torch.Tensor], tuple[SparseCodes, Any]]] = {

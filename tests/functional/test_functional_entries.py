@@ -13,9 +13,9 @@ from sae_kernels.functional import (
     encode_jumprelu,
     encode_threshold,
     encode_topk,
-    jumprelu,
     gather_by_latent,
-    step,
+    heaviside_ste,
+    jumprelu,
 )
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
 from tests.functional.functional_examples import (
@@ -97,7 +97,7 @@ def test_step_against_dense_autograd(either_backend: str) -> None:
     threshold = thresholds()
     lower = threshold.detach() - WIDTH / 2
     pre = encode_threshold(x, W_enc, b_enc, lower, b_dec=b_dec, backend=either_backend)
-    counted = step(pre, threshold, WIDTH, backend=either_backend)
+    counted = heaviside_ste(pre, threshold, WIDTH, backend=either_backend)
     h = (x - b_dec) @ W_enc.T + b_enc
     assert counted.shape == pre.values.shape
     assert float(counted.sum().detach()) == int((h > threshold).sum())
@@ -117,7 +117,7 @@ def test_codes_and_steps_of_one_encoding_add_up(either_backend: str) -> None:
     pre = encode_threshold(x, W_enc, b_enc, lower, b_dec=b_dec, backend=either_backend)
     codes = jumprelu(pre, threshold, WIDTH, backend=either_backend)
     out = decode(codes, W_dec, b_dec, backend=either_backend)
-    ours = (out - x).square().sum() + 0.3 * step(pre, threshold, WIDTH).sum()
+    ours = (out - x).square().sum() + 0.3 * heaviside_ste(pre, threshold, WIDTH).sum()
     h = (x - b_dec) @ W_enc.T + b_enc
     x_hat = dense_jumprelu(h, threshold) @ W_dec + b_dec
     theirs = (x_hat - x).square().sum() + 0.3 * dense_step(h, threshold).sum()
@@ -161,7 +161,7 @@ def test_the_edges_of_the_window(either_backend: str) -> None:
     pre = encode_threshold(x, W, b, -inf, backend=either_backend)
     assert pre.indices.tolist() == list(range(n - 1))  # all but -inf
     jumped = jumprelu(pre, threshold, WIDTH, backend=either_backend).values
-    counted = step(pre, threshold, WIDTH, backend=either_backend)
+    counted = heaviside_ste(pre, threshold, WIDTH, backend=either_backend)
     assert counted.tolist() == [float(bool(edge[2])) for edge in EDGES[:-1]]
     assert_bitwise("values", jumped[codes.indices.long()], codes.values)
     for entries, column in ((jumped, 4), (counted, 5)):
@@ -249,7 +249,7 @@ def test_jumprelu_and_step_of_every_form(form: str, either_backend: str) -> None
     codes = codes_of_every_form(either_backend)[form]
     threshold = torch.full((F,), 0.9, dtype=torch.float64, requires_grad=True)
     jumped = jumprelu(codes, threshold, WIDTH, backend=either_backend)
-    counted = step(codes, threshold, WIDTH, backend=either_backend)
+    counted = heaviside_ste(codes, threshold, WIDTH, backend=either_backend)
     assert jumped.batch_shape == codes.batch_shape
     assert jumped.indices is codes.indices
     assert_bitwise("values", jumped.values, torch.where(codes.values > 0.9, codes.values, 0.0))

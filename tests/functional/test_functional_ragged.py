@@ -16,9 +16,9 @@ from sae_kernels.functional import (
     encode_jumprelu,
     encode_threshold,
     encode_topk,
-    jumprelu,
     gather_by_latent,
-    step,
+    heaviside_ste,
+    jumprelu,
 )
 from sae_kernels.testing import assert_bitwise, assert_within, oracles, rounding
 from tests.functional.functional_examples import (
@@ -282,7 +282,7 @@ LINEAR: dict[str, Callable[[Leaves], tuple[torch.Tensor, torch.Tensor]]] = {
         t.b_enc,
     ),
     "jumprelu": lambda t: (jumprelu(t.pre, t.threshold, 0.4).values, t.threshold),
-    "step": lambda t: (step(t.pre, t.threshold, 0.4), t.threshold),
+    "step": lambda t: (heaviside_ste(t.pre, t.threshold, 0.4), t.threshold),
     "gather_by_latent": lambda t: (gather_by_latent(t.threshold, t.pre), t.threshold),
     "decode": lambda t: (decode(t.pre, t.W_dec), t.W_dec),
     "decode in groups": lambda t: (decode(t.pre, t.W_dec, group_ends=ENDS), t.W_dec),

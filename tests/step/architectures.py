@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
@@ -19,11 +18,13 @@ from sae_kernels.nn import (
 )
 from sae_kernels.nn import build as build_sae
 from sae_kernels.step import FusedStep
-from sae_kernels.step.dense_pass import can_be_dense
+from tests.settings import settings
+from tests.step.harness import stepping
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sae_kernels.config import TrainConfig
     from tests.step.harness import Route
 
 D, D_OUT, D_LAYER, F, B = 11, 7, 5, 37, 13
@@ -41,11 +42,12 @@ class Architecture:
     def settings(self) -> TrainConfig:
         """In fp32 and without AuxK, unless the case says otherwise."""
         plain = {"compute": "float32", "auxk_alpha": 0.0, "dead_after_tokens": DEAD_AFTER}
-        return TrainConfig(**{**plain, "sparsity_warmup_steps": 0, **self.train})
+        return settings(self.sae, **{**plain, "sparsity_warmup_steps": 0, **self.train})
 
     def can_be_dense(self) -> bool:
         """Whether FusedStep has two ways to do it."""
-        return can_be_dense(build_sae(self.sae), self.settings())
+        config = self.settings()
+        return build_sae(self.sae).sums_over_entries(config.objective)
 
 
 def _topk(**options: Any) -> TopKConfig:
@@ -214,7 +216,7 @@ def build(case: Architecture, route: type[Route], backend: str | None = None) ->
         sae.W_dec.mul_(0.6 + torch.rand(len(sae.W_dec), 1, generator=g))
         if case.sae.unit_norm_decoder:
             sae.normalize_decoder_()
-    step = route(sae, case.settings())
+    step = stepping(route, sae, case.settings())
     step.dead.since_fired[DEAD] = DEAD_AFTER
     return step
 

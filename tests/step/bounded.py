@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_kernels.testing import gamma
 
 if TYPE_CHECKING:
-    from sae_kernels.config import TrainConfig
+    from sae_kernels.config import ObjectiveConfig, TrainConfig
     from sae_kernels.nn import TopKConfig
 
 _U = 2.0**-24
@@ -146,21 +146,23 @@ def expected_step(
         aux_kept: AuxK's selection, in positions of ``dead``.
     """
     F, B = sae.n_latents, x.shape[0]
-    dtype: torch.dtype = getattr(torch, train.compute)
+    dtype: torch.dtype = getattr(torch, train.optimizer.compute)
     scaled = x.float() * sae.activation_scale  # both of one rounding, the same everywhere
     centred = scaled - weights["b_dec"] if sae.subtract_b_dec else scaled
     X, x_c = Bounded.exact(scaled), Bounded.exact(centred.to(dtype))
     W_enc, W_dec = (Bounded.exact(weights[n].to(dtype)) for n in ("W_enc", "W_dec"))
     b_enc, b_dec = (Bounded.exact(weights[n]) for n in ("b_enc", "b_dec"))
     variance = _variance(X)
-    scale = variance.inverse() if train.loss == "fvu" else Bounded.exact(torch.tensor(1 / B))
+    scale = (
+        variance.inverse() if train.objective.loss == "fvu" else Bounded.exact(torch.tensor(1 / B))
+    )
 
     h = x_c @ W_enc.T + b_enc
     key = h
     if sae.rank_by_decoder_norm:
         squares = Bounded.exact(weights["W_dec"]) * Bounded.exact(weights["W_dec"])
         key = h * _sqrt(squares.sum(1))
-    parts = [(k, 1.0)] + ([(min(4 * k, F), 1 / 8)] if train.multi_topk else [])
+    parts = [(k, 1.0)] + ([(min(4 * k, F), 1 / 8)] if train.objective.multi_topk else [])
     loss, dh, dW_dec, db_dec, first = None, None, None, None, None
     for count, weight in parts:
         mask = kept.mask(count, F)
@@ -190,13 +192,13 @@ def expected_step(
     if aux_kept is not None:
         target = first[0].times(-1)
         rows = W_enc.take(dead), b_enc.take(dead), W_dec.take(dead)
-        aux_loss, aux_h, blocks = auxk_step(x_c, target, rows, aux_kept, train, dtype)
+        aux_loss, aux_h, blocks = auxk_step(x_c, target, rows, aux_kept, train.objective, dtype)
         for name, block in blocks.items():
             gradients[name] = add_rows(gradients[name], dead, block)
     if sae.unit_norm_decoder:
         gradients["W_dec"] = projected(gradients["W_dec"], Bounded.exact(weights["W_dec"]))
-    if train.clip_norm is not None:
-        gradients = clipped(gradients, train.clip_norm)
+    if train.optimizer.clip_norm is not None:
+        gradients = clipped(gradients, train.optimizer.clip_norm)
     total = loss + aux_loss
     return Expected(h, key, aux_h, total, first[1], aux_loss, gradients, sae.unit_norm_decoder)
 
@@ -206,19 +208,19 @@ def auxk_step(
     target: Bounded,
     rows: tuple[Bounded, Bounded, Bounded],
     kept: Kept,
-    train: TrainConfig,
+    objective: ObjectiveConfig,
     dtype: torch.dtype,
 ) -> AuxExpected:
     """Loss, pre-activations and gradients; products round in and out in the compute dtype."""
     W_enc, b_enc, W_dec = rows
     n_dead = b_enc.value.shape[0]
-    k_aux = train.k_aux or x_c.value.shape[1] // 2
+    k_aux = objective.k_aux or x_c.value.shape[1] // 2
     u = torch.finfo(dtype).eps / 2
     h = x_c @ W_enc.T + b_enc
     mask = kept.mask(kept.indices.shape[1], n_dead)
     codes = h.times(mask).rounded(u)
     error = (codes @ W_dec).rounded(u) - target
-    weight = _variance(target).inverse().times(train.auxk_alpha * min(n_dead / k_aux, 1))
+    weight = _variance(target).inverse().times(objective.auxk_alpha * min(n_dead / k_aux, 1))
     grad = (weight.times(2) * error).rounded(u)
     dh = (grad @ W_dec.T).rounded(u).times(mask)
     blocks = {

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sae_kernels.nn import GatedSAE
-from sae_kernels.step.objective import fixed_prefixes, random_prefixes
 from sae_kernels.testing import DenseSpec, dense_loss, rounding
 from sae_kernels.testing.dense_switch import routed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_kernels.step import ComposableStep, FusedStep
+    from sae_kernels.step import AutogradStep, FusedStep
     from sae_kernels.testing import DenseResult
     from sae_kernels.testing.dense_switch import Routed
 
     Parameters = dict[str, Tensor]
-    Route = FusedStep | ComposableStep
+    Route = FusedStep | AutogradStep
+
+
+# Settings that not every architecture has, where they do nothing.
+ABSENT: dict[str, Any] = {
+    "multi_topk": False,
+    "matryoshka": "mean",
+    "preact_coefficient": 0.0,
+    "balance_coefficient": 0.0,
+}
 
 
 class Problem(NamedTuple):
@@ -75,9 +84,10 @@ class Problem(NamedTuple):
 
 def spec_of(route: Route) -> DenseSpec:
     """The specification of the route's next step."""
-    sae, train, schedule = route.sae, route.config, route.schedule
+    sae, schedule = route.sae, route.schedule
+    train = SimpleNamespace(**{**ABSENT, **route.objective.to_dict()})
     config, name = sae.config, sae.config.architecture
-    ends = fixed_prefixes(sae, train) or random_prefixes(sae, train, schedule.step)
+    ends = sae.prefixes(route.objective, schedule.step, route.seed)
     return DenseSpec(
         name,  # type: ignore[arg-type]
         k=getattr(config, "k", 0),

@@ -41,7 +41,7 @@ def expected(route: Route, x: Tensor, target: Tensor | None) -> Expected:
     gradients = {n: Bounded(g, errors[n]) for n, g in zip(given.p, grads, strict=True)}
     residual = Bounded((result.y_hat - given.y).detach(), errors["residual"])
     loss, aux_loss = Bounded(result.loss.detach(), errors["loss"]), Bounded.exact(torch.zeros(()))
-    if route.config.auxk_alpha and given.dead.any():
+    if route.objective.auxk_alpha and given.dead.any():
         aux_loss, blocks = _auxk(route, x * route.sae.config.activation_scale, given, residual)
         loss = loss + aux_loss
         for name, block in blocks.items():
@@ -50,8 +50,8 @@ def expected(route: Route, x: Tensor, target: Tensor | None) -> Expected:
     if config.unit_norm_decoder:
         rows = Bounded.exact(given.p["W_dec"].detach())
         gradients["W_dec"] = projected(gradients["W_dec"], rows, config.n_layers)
-    if route.config.clip_norm is not None:
-        gradients = clipped(gradients, route.config.clip_norm)
+    if route.optimizer.clip_norm is not None:
+        gradients = clipped(gradients, route.optimizer.clip_norm)
     fvu = residual.value.square().sum() / variance(given.y)
     fired = (result.codes != 0).sum(0)
     return Expected(loss, Bounded(fvu, errors["fvu"]), aux_loss, gradients, fired)
@@ -70,6 +70,6 @@ def _auxk(
     )
     h = centred.double() @ rows[0].value.T + rows[1].value
     kept = Kept(torch.arange(len(dead)).expand(len(x), -1), h > 0)
-    train = dataclasses.replace(route.config, k_aux=route.k_aux)
+    train = dataclasses.replace(route.objective, k_aux=route.k_aux)
     out = auxk_step(Bounded.exact(centred), residual.times(-1), rows, kept, train, torch.float32)
     return out.loss, out.gradients

@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.primitives.select_topk import cpu, reference
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.step import AutogradStep, FusedStep
+from tests.settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pytest
 
+    from sae_kernels.config import TrainConfig
+    from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.step import StepResult
 
 D, F, K, B = 32, 256, 8, 64
-Route = TypeVar("Route", FusedStep, ComposableStep)
-ROUTES = {"fused": FusedStep, "composable": ComposableStep}
+Route = TypeVar("Route", FusedStep, AutogradStep)
+ROUTES = {"fused": FusedStep, "autograd": AutogradStep}
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -53,7 +55,8 @@ class Variant:
     def settings(self) -> tuple[TopKConfig, TrainConfig]:
         """The configurations."""
         sae = TopKConfig(**{"d_in": D, "n_latents": F, "k": K} | self.sae)
-        train = TrainConfig(**{"compute": "float32", "dead_after_tokens": 10**6} | self.train)
+        plain = {"compute": "float32", "dead_after_tokens": 10**6}
+        train = settings(sae, **(plain | self.train))
         return sae, train
 
 
@@ -78,6 +81,11 @@ VARIANTS = {
 }
 
 
+def stepping(route: type[Route], sae: SparseAutoencoder, config: TrainConfig) -> Route:
+    """A route's step with these settings."""
+    return route(sae, config.objective, config.optimizer, steps=config.steps, seed=config.seed)
+
+
 def build(variant: Variant, route: type[Route] = FusedStep) -> Route:
     """A route somewhere in the middle of things; every call gives the same start."""
     sae_config, train_config = variant.settings()
@@ -92,9 +100,9 @@ def build(variant: Variant, route: type[Route] = FusedStep) -> Route:
         # Positive now and then but never among the largest: dead to the main selection only.
         sae.W_enc[dead] *= 0.02
         sae.b_enc[dead] = 0.0
-    if route is ComposableStep:
+    if route is AutogradStep:
         sae.backend = variant.other_backend
-    step = route(sae, train_config)
+    step = stepping(route, sae, train_config)
     step.dead.since_fired[dead] = 10**6 + torch.arange(dead.numel()) % 50 * B
     return step
 
@@ -108,26 +116,26 @@ class State(NamedTuple):
     n_updates: Tensor
 
 
-def state(route: FusedStep | ComposableStep) -> State:
+def state(route: FusedStep | AutogradStep) -> State:
     """The state of either route, in the shapes of the parameters."""
     weights = {name: p.detach().clone() for name, p in route.sae.named_parameters()}
     moments = {}
     for name, p in route.sae.named_parameters():
         if isinstance(route, FusedStep):
-            pair = route.rows[name].m, route.rows[name].v
+            pair = route.matrices[name].m, route.matrices[name].v
         else:
-            adam = route.optimizer.state[p]
+            adam = route.torch_adam.state[p]
             pair = adam["exp_avg"], adam["exp_avg_sq"]
         moments[name] = pair[0].reshape(p.shape).clone(), pair[1].reshape(p.shape).clone()
     return State(weights, moments, route.dead.since_fired.clone(), route.n_updates.clone())
 
 
-def load(route: ComposableStep, source: State) -> None:
+def load(route: AutogradStep, source: State) -> None:
     """Puts the composable route into this state."""
     for name, p in route.sae.named_parameters():
         p.data.copy_(source.weights[name])
         m, v = source.moments[name]
-        route.optimizer.state[p] = {
+        route.torch_adam.state[p] = {
             "step": source.n_updates.float(),
             "exp_avg": m.clone(),
             "exp_avg_sq": v.clone(),
@@ -146,7 +154,7 @@ class Seen(NamedTuple):
 
 def watched(
     monkeypatch: pytest.MonkeyPatch,
-    route: FusedStep | ComposableStep,
+    route: FusedStep | AutogradStep,
     x: Tensor,
     **arguments: Any,
 ) -> Seen:

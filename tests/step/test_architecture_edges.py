@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import BatchTopKConfig, GatedSAE, JumpReLUSAE, TopKConfig
 from sae_kernels.nn import build as build_sae
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import assert_bitwise
+from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, REPRESENTATIVE, B, F, batch, build
-from tests.step.harness import ROUTES, state
+from tests.step.harness import ROUTES, state, stepping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.step.architectures import Architecture
 
 LR = 1e-3
-Step = FusedStep | ComposableStep
+Step = FusedStep | AutogradStep
 
 
 def _each(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -122,8 +122,9 @@ def test_one_token_has_no_fvu_and_is_skipped(name: str, route: type[Step]) -> No
 @pytest.mark.parametrize("auxk_alpha", [0.0, 0.5])
 def test_a_share_of_k_too_small_for_one_entry(route: type[Step], auxk_alpha: float) -> None:
     """int(k B) = 0: the batch keeps nothing."""
-    train = TrainConfig(compute="float32", auxk_alpha=auxk_alpha, dead_after_tokens=2)
-    step = route(build_sae(BatchTopKConfig(5, 12, k=0.4)), train)
+    given = {"compute": "float32", "auxk_alpha": auxk_alpha, "dead_after_tokens": 2}
+    config = BatchTopKConfig(5, 12, k=0.4)
+    step = stepping(route, build_sae(config), settings(config, **given))
     unset = float(step.sae.get_buffer("threshold"))
     for i in range(4):
         result = step(torch.randn(2, 5), lr=LR)
@@ -136,7 +137,7 @@ def test_a_share_of_k_too_small_for_one_entry(route: type[Step], auxk_alpha: flo
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 def test_as_many_latents_as_there_are(route: type[Step]) -> None:
     for config in (TopKConfig(5, 7, 7), BatchTopKConfig(5, 7, k=7), TopKConfig(5, 1, 1)):
-        step = route(build_sae(config), TrainConfig(compute="float32"))
+        step = stepping(route, build_sae(config), settings(config, compute="float32"))
         for i in range(3):
             result = step(torch.randn(6, 5), lr=LR)
             assert result.loss.isfinite(), i
@@ -152,7 +153,7 @@ def _everything(step: Step) -> dict[str, Tensor]:
     held |= {"since fired": now.since_fired, "updates": now.n_updates}
     held |= {f"buffer {n}": t.clone() for n, t in step.sae.state_dict().items()}
     if isinstance(step, FusedStep):
-        copies = {f"copy of {n}": row.copy for n, row in step.rows.items()}
+        copies = {f"copy of {n}": row.copy for n, row in step.matrices.items()}
         held |= {n: t.clone() for n, t in copies.items() if t is not None}
     return {name: t.reshape(-1) for name, t in held.items()}
 

@@ -17,10 +17,10 @@ from tests.step.dense_steps import Expected, expected
 from tests.step.harness import ROUTES, state
 
 if TYPE_CHECKING:
-    from sae_kernels.step import ComposableStep, FusedStep, StepResult
+    from sae_kernels.step import AutogradStep, FusedStep, StepResult
     from tests.step.architectures import Architecture
 
-WAYS = ("sparse", "dense", "dense-tiles", "composable")
+WAYS = ("sparse", "dense", "dense-tiles", "autograd")
 CASES = [
     (name, way)
     for name, case in ARCHITECTURES.items()
@@ -31,17 +31,17 @@ CASES = [
 
 def route_of(
     case: Architecture, way: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> FusedStep | ComposableStep:
+) -> FusedStep | AutogradStep:
     """FusedStep made to take one of its passes, or the composable route."""
-    step: Any = build(case, ROUTES["composable" if way == "composable" else "fused"], backend)
-    if way != "composable":
+    step: Any = build(case, ROUTES["autograd" if way == "autograd" else "fused"], backend)
+    if way != "autograd":
         set_dense(step, way != "sparse")
     if way == "dense-tiles":  # five latents each, and two
         monkeypatch.setattr(dense_pass, "_TILE_BYTES", 4 * B * 5)
     return step
 
 
-def counted(step: FusedStep | ComposableStep, **arguments: Any) -> tuple[StepResult, Tensor]:
+def counted(step: FusedStep | AutogradStep, **arguments: Any) -> tuple[StepResult, Tensor]:
     """A step, and how often each latent fired by its own count."""
     counts: list[Tensor] = []
     update = step.dead.update
@@ -68,10 +68,10 @@ def assert_result(result: StepResult, want: Expected) -> None:
 def _assert_something_is_tested(case: Architecture, want: Expected) -> None:
     for name, gradient in want.gradients.items():
         assert gradient.value.abs().max() > 20 * gradient.error.max(), name
-    if case.settings().clip_norm is not None:
+    if case.settings().optimizer.clip_norm is not None:
         squares = sum(gradient.value.square().sum() for gradient in want.gradients.values())
-        assert float(squares) ** 0.5 == pytest.approx(case.settings().clip_norm, rel=1e-5)
-    assert (float(want.aux_loss.value) > 0) == (case.settings().auxk_alpha > 0)
+        assert float(squares) ** 0.5 == pytest.approx(case.settings().optimizer.clip_norm, rel=1e-5)
+    assert (float(want.aux_loss.value) > 0) == (case.settings().objective.auxk_alpha > 0)
 
 
 @pytest.mark.parametrize(("name", "way"), CASES, ids=lambda part: part)

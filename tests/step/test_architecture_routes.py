@@ -10,7 +10,7 @@ import torch
 from test_architecture_gradients import assert_result, counted
 
 from sae_kernels.nn import BatchTopKSAE
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import adam_budgets, assert_bitwise, assert_within, norm_budget, oracles
 from tests.step.architectures import (
     ARCHITECTURES,
@@ -38,7 +38,7 @@ LR = 2e-3
 def _assert_step(case: Architecture, before: State, after: State, want: Expected) -> None:
     """Moments and parameters are those of Adam on the oracle's gradients."""
     train, t = case.settings(), int(before.n_updates) + 1
-    corrections = [1 - beta**t for beta in (train.beta1, train.beta2)]
+    corrections = [1 - beta**t for beta in (train.optimizer.beta1, train.optimizer.beta2)]
     # The clip is in the expected gradients already.
     hyper = torch.tensor([LR, 1, *corrections, 0, t], dtype=torch.float64)
     for name, bound in want.gradients.items():
@@ -59,7 +59,7 @@ def _assert_step(case: Architecture, before: State, after: State, want: Expected
 
 def _follow(case: Architecture, steps: int) -> list[bool]:
     """Both routes from the same state at each step; which pass FusedStep took."""
-    fused, composable = build(case, FusedStep), build(case, ComposableStep)
+    fused, composable = build(case, FusedStep), build(case, AutogradStep)
     dense = []
     for i in range(steps):
         # Two latents stay dead: AuxK and the penalty on pre-activations have something to do.
@@ -78,7 +78,7 @@ def _follow(case: Architecture, steps: int) -> list[bool]:
     return dense
 
 
-def _assert_same_rest(fused: FusedStep, composable: ComposableStep) -> None:
+def _assert_same_rest(fused: FusedStep, composable: AutogradStep) -> None:
     """Counters, schedules and the inference threshold."""
     assert_bitwise("since fired", fused.dead.since_fired, composable.dead.since_fired)
     assert (fused.schedule.step, fused.schedule.p) == (
@@ -115,7 +115,7 @@ def _fixed() -> torch.Generator:
     return torch.Generator().manual_seed(77)
 
 
-def _trained(case: Architecture, route: type[FusedStep | ComposableStep], steps: int) -> Tensor:
+def _trained(case: Architecture, route: type[FusedStep | AutogradStep], steps: int) -> Tensor:
     """The FVU of each batch just before it was learnt from.
 
     The slope of f^p grows without bound near 0 and rounding differences with it: at p = 0.2 two

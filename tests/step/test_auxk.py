@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_kernels import backends
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import ObjectiveConfig
 from sae_kernels.functional import encode_topk
 from sae_kernels.primitives.auxk import auxk as closed_form
 from sae_kernels.primitives.auxk import cpu
@@ -81,7 +81,7 @@ def test_closed_form_and_autograd_are_the_formula(
     by_autograd.backward()
 
     codes = encode_topk(x, dead.W_enc, dead.b_enc, min(16, n_dead))
-    config = TrainConfig(auxk_alpha=ALPHA, k_aux=16)
+    config = ObjectiveConfig(auxk_alpha=ALPHA, k_aux=16)
     rows = tuple(Bounded.exact(t) for t in dead)
     bounds = auxk_step(
         Bounded.exact(x),

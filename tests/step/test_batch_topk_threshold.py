@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     BatchTopKSAE,
@@ -15,10 +15,11 @@ from sae_kernels.nn import (
     JumpReLUSAE,
     SparseAutoencoder,
 )
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import assert_bitwise
+from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, batch, build
-from tests.step.harness import ROUTES, state, tokens
+from tests.step.harness import ROUTES, state, stepping, tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ FIRST = torch.tensor([[9.0, 4.0, 0.0], [1.0, 8.0, -2.0]])  # keeps 9, 8, 4
 SECOND = torch.tensor([[2.0, 7.0, 6.0], [1.0, -1.0, 0.0]])  # keeps 7, 6, 2
 THIRD = torch.tensor([[5.0, -7.0, -6.0], [-1.0, -1.0, 3.0]])  # keeps 5 and 3: no more is positive
 NOTHING = -torch.ones(2, 3)
-Step = FusedStep | ComposableStep
+Step = FusedStep | AutogradStep
 routes = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 
 
@@ -43,7 +44,8 @@ def _step(route: type[Step], rule: str, **options: Any) -> Step:
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(3))
         sae.W_dec.copy_(torch.eye(3) * torch.tensor([[1.0], [2.0], [0.5]]))
-    return route(sae, TrainConfig(compute="float32", auxk_alpha=0, loss="mse"))
+    config = settings(sae.config, compute="float32", auxk_alpha=0, loss="mse")
+    return stepping(route, sae, config)
 
 
 def _thresholds(step: Step, batches: list[Tensor]) -> list[float]:
@@ -111,7 +113,7 @@ def test_a_finite_batch_whose_loss_is_not_does_not_move_it(route: type[Step]) ->
 
 def _trained(**options: Any) -> BatchTopKSAE:
     sae = BatchTopKSAE(BatchTopKConfig(32, 128, k=5.5, **options))
-    step = FusedStep(sae, TrainConfig(compute="float32"))
+    step = FusedStep(sae, optimizer=OptimizerConfig(compute="float32"))
     for i in range(40):
         step(tokens(64, seed=i), lr=5e-3)
     sae.threshold.copy_(sae.last_key)  # the average takes a thousand steps to get there
@@ -175,7 +177,7 @@ def test_a_copy_can_be_trained_on(copy_of: str, tmp_path: Path) -> None:
     else:
         sae.save_pretrained(tmp_path)
         again = BatchTopKSAE.from_pretrained(tmp_path).to("cpu")
-    steps = [FusedStep(each, TrainConfig(compute="float32")) for each in (sae, again)]
+    steps = [FusedStep(each, optimizer=OptimizerConfig(compute="float32")) for each in (sae, again)]
     for i in range(3):
         results = [step(tokens(64, seed=i), lr=1e-3) for step in steps]
         assert float(results[0].loss) == float(results[1].loss)

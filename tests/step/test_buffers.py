@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
@@ -20,6 +19,8 @@ from sae_kernels.nn import (
     build,
 )
 from sae_kernels.step import FusedStep, dense_pass
+from tests.settings import settings
+from tests.step.harness import stepping
 
 B, D, F, TILE = 256, 24, 4096, 1 << 18
 GRADIENT, ROWS = F * D * 4, B * D * 4  # of a matrix, of a batch; h would be 4 MiB
@@ -50,7 +51,7 @@ def _sizes(config: SAEConfig, dense: bool, shift: float, **train: Any) -> list[t
     with torch.no_grad():
         sae.W_enc.div_(sae.W_enc.norm(dim=1, keepdim=True))
         sae.b_enc.fill_(shift)
-    step = FusedStep(sae, TrainConfig(compute="float32", auxk_alpha=0, **train))
+    step = stepping(FusedStep, sae, settings(config, compute="float32", auxk_alpha=0, **train))
     for _ in range(2):  # the second makes no scratch any more
         step.dense_next = dense
         with _Sizes() as sizes:

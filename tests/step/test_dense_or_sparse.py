@@ -9,16 +9,16 @@ import pytest
 import torch
 from test_architecture_gradients import assert_result
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import ReLUConfig, ReLUSAE
 from sae_kernels.step import FusedStep
 from sae_kernels.step import fused_step as step_module
-from sae_kernels.step.dense_pass import DENSE_FROM
+from sae_kernels.step.fused_step import DENSE_FROM
 from sae_kernels.testing import assert_bitwise, assert_within
+from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, B, F, batch, build
 from tests.step.clear_batches import clear_batch
 from tests.step.dense_steps import expected
-from tests.step.harness import state
+from tests.step.harness import state, stepping
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,8 @@ def _with_entries(n: int) -> tuple[FusedStep, Tensor]:
         sae.W_enc.copy_(torch.eye(64))
     x = -torch.ones(8 * 64)
     x[torch.randperm(8 * 64)[:n]] = 1.0
-    return FusedStep(sae, TrainConfig(compute="float32", loss="mse")), x.view(8, 64)
+    config = settings(sae.config, compute="float32", loss="mse")
+    return stepping(FusedStep, sae, config), x.view(8, 64)
 
 
 @pytest.mark.parametrize("first", ["dense", "sparse"])

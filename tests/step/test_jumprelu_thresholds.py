@@ -5,16 +5,19 @@ A bf16 number near 0.7 has neighbours 0.004 away; an update of Adam is about the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import JumpReLUConfig, JumpReLUSAE
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import assert_bitwise
-from tests.step.harness import ROUTES, D, tokens
+from tests.settings import settings
+from tests.step.harness import ROUTES, D, stepping, tokens
+
+if TYPE_CHECKING:
+    from sae_kernels.config import TrainConfig
 
 F, LR, STEPS = 96, 1e-4, 30
 PARAMETERS = {True: "log_threshold", False: "threshold"}
@@ -29,8 +32,8 @@ def _sae(log: bool) -> JumpReLUSAE:
 
 
 def _config(**changes: Any) -> TrainConfig:
-    settings = {"sparsity": "l0", "sparsity_coefficient": 0.2, "sparsity_warmup_steps": 0}
-    return TrainConfig(**{"compute": "bfloat16", "loss": "mse", **settings, **changes})
+    l0 = {"sparsity": "l0", "sparsity_coefficient": 0.2, "sparsity_warmup_steps": 0}
+    return settings(JumpReLUConfig, **{"compute": "bfloat16", "loss": "mse", **l0, **changes})
 
 
 def _assert_learnt(before: torch.Tensor, after: torch.Tensor, moves: list[torch.Tensor]) -> None:
@@ -45,7 +48,7 @@ def _assert_learnt(before: torch.Tensor, after: torch.Tensor, moves: list[torch.
     torch.testing.assert_close(before + torch.stack(moves).sum(0), after, rtol=1e-5, atol=1e-6)
 
 
-def _train(step: FusedStep | ComposableStep, name: str) -> list[torch.Tensor]:
+def _train(step: FusedStep | AutogradStep, name: str) -> list[torch.Tensor]:
     """How the thresholds moved in each step."""
     threshold, moves = step.sae.get_parameter(name), []
     for i in range(STEPS):
@@ -60,7 +63,7 @@ def _train(step: FusedStep | ComposableStep, name: str) -> list[torch.Tensor]:
 def test_in_bf16_compute_they_learn(route: str, log: bool) -> None:
     sae, name = _sae(log), PARAMETERS[log]
     before = sae.get_parameter(name).detach().clone()
-    moves = _train(ROUTES[route](sae, _config()), name)
+    moves = _train(stepping(ROUTES[route], sae, _config()), name)
     _assert_learnt(before, sae.get_parameter(name).detach(), moves)
 
 
@@ -69,7 +72,7 @@ def test_in_a_bf16_module_they_learn(log: bool) -> None:
     """Everything else of it is too coarse for this learning rate."""
     sae, name = _sae(log).to(torch.bfloat16), PARAMETERS[log]
     before, weights = sae.get_parameter(name).detach().clone(), sae.W_dec.detach().clone()
-    moves = _train(ComposableStep(sae, _config()), name)
+    moves = _train(stepping(AutogradStep, sae, _config()), name)
     _assert_learnt(before, sae.get_parameter(name).detach(), moves)
     large = weights.abs() > 0.1
     assert_bitwise("large weights", sae.W_dec.detach()[large], weights[large])

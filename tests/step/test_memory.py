@@ -23,8 +23,8 @@ pytestmark = [
 _PRELUDE = """
 import torch
 from sae_kernels.functional import encode_topk
-from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.config import TrainConfig
+from sae_kernels.nn import TopKSAE
+from sae_kernels.config import OptimizerConfig
 from sae_kernels.step import FusedStep
 
 torch.set_num_threads(2)
@@ -38,14 +38,15 @@ def start():
         control.write("5")
     return memory("VmRSS")
 
-tiny = FusedStep(TopKSAE(TopKConfig(64, 256, 8)), TrainConfig(compute="bfloat16"))
+BF16 = OptimizerConfig(compute="bfloat16")
+tiny = FusedStep(TopKSAE(64, 256, k=8), optimizer=BF16)
 for _ in range(2):
     tiny(torch.randn(256, 64), lr=1e-3)
 """
 
 _STEP = """
-step = FusedStep(TopKSAE(TopKConfig(768, 24576, 32)), TrainConfig(compute="bfloat16"))
-for row in step.rows.values():
+step = FusedStep(TopKSAE(768, 24576, k=32), optimizer=BF16)
+for row in step.matrices.values():
     row.m.zero_(), row.v.zero_()
 step.dead.since_fired[:DEAD] = 10**8
 x = torch.randn(2048, 768)

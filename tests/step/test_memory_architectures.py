@@ -21,7 +21,9 @@ def step_of(D, F):
     with torch.no_grad():
         sae.W_enc.div_(sae.W_enc.norm(dim=1, keepdim=True))
         sae.b_enc.fill_(SHIFT)
-    return FusedStep(sae, TrainConfig(compute="COMPUTE", auxk_alpha=0, TRAIN))
+    plain = {"loss": "fvu", "sparsity": "none", "target_l0": None, "auxk_alpha": 0}
+    objective = sae.objective_class(**plain | dict(TRAIN))
+    return FusedStep(sae, objective, OptimizerConfig(compute="COMPUTE"))
 
 def run(step, B):
     config = step.sae.config
@@ -31,7 +33,7 @@ def run(step, B):
 
 run(step_of(64, 256), 256)
 step = step_of(768, 24576)
-for row in step.rows.values():
+for row in step.matrices.values():
     row.m.zero_(), row.v.zero_()
 before = start()
 for _ in range(2):

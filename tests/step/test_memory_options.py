@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
+from sae_kernels.gpu import training_device
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.primitives.row_update import halves
-from sae_kernels.step.compute import training_device
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.training import evaluate, train
 from tests.step.harness import VARIANTS, B, Variant, build, tokens
@@ -42,7 +41,7 @@ def trained(steps: int = 5, **settings: Any) -> FusedStep:
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["free", "clipped"])
 def test_a_split_master_trains_bit_for_bit_like_an_fp32_one(clip: float | None) -> None:
-    split, whole = (build(variant(master=m, clip_norm=clip)) for m in ("split", "float32"))
+    split, whole = (build(variant(master_weights=m, clip_norm=clip)) for m in ("split", "float32"))
     for i in range(5):
         for step in (split, whole):
             step.sae.backend = "reference"
@@ -50,9 +49,9 @@ def test_a_split_master_trains_bit_for_bit_like_an_fp32_one(clip: float | None) 
         for name in ("W_enc", "W_dec"):
             # Halfway between two bf16 numbers torch rounds to the even one, halves away from zero:
             # one weight in 65536.
-            copy = whole.rows[name].copy
+            copy = whole.matrices[name].copy
             assert copy is not None
-            copy.copy_(halves.split(whole.rows[name].param)[0])
+            copy.copy_(halves.split(whole.matrices[name].param)[0])
             assert_bitwise(name, split.sae.get_parameter(name).data, copy)
     split.restore_()
     for name, parameter in whole.sae.named_parameters():
@@ -60,19 +59,21 @@ def test_a_split_master_trains_bit_for_bit_like_an_fp32_one(clip: float | None) 
 
 
 def test_in_between_the_module_holds_the_upper_halves() -> None:
-    step = build(variant(master="split"))
+    step = build(variant(master_weights="split"))
     assert step.sae.W_dec.dtype == torch.bfloat16
     output = step.sae(tokens(3))
     assert output.x_hat.isfinite().all()
-    with pytest.raises(ValueError, match="compute: expected 'bfloat16' with master 'split'"):
-        build(Variant(train={"compute": "float32", "master": "split"}))
+    with pytest.raises(
+        ValueError, match="compute: expected 'bfloat16' with master_weights 'split'"
+    ):
+        build(Variant(train={"compute": "float32", "master_weights": "split"}))
 
 
 def test_bf16_moments_learn_as_fp32_ones_do() -> None:
     fvu = []
     for states in ("float32", "bfloat16"):
-        step = trained(100, states=states)
-        row = step.rows["W_dec"]
+        step = trained(100, moment_dtype=states)
+        row = step.matrices["W_dec"]
         assert row.m is not None
         assert row.m.dtype == getattr(torch, states)
         step.sae.backend = None
@@ -82,18 +83,17 @@ def test_bf16_moments_learn_as_fp32_ones_do() -> None:
 
 
 def test_without_a_decoder_copy_the_decoder_is_read_in_fp32() -> None:
-    step = trained(copies="encoder")
-    assert step.rows["W_dec"].copy is None
-    assert step.rows["W_enc"].copy is not None
-    both = trained(copies="both")
+    step = trained(compute_copies="encoder")
+    assert step.matrices["W_dec"].copy is None
+    assert step.matrices["W_enc"].copy is not None
+    both = trained(compute_copies="both")
     assert not torch.equal(both.sae.W_dec, step.sae.W_dec)
 
 
 def test_a_trained_sae_is_fp32_again_and_saved_so(tmp_path: Any) -> None:
-    config = TrainConfig(
-        steps=12, batch_size=64, compute="bfloat16", master="split", states="bfloat16"
-    )
-    result = train(tokens(400), TopKConfig(32, 128, 4), config, folder=tmp_path)
+    small = {"compute": "bfloat16", "master_weights": "split", "moment_dtype": "bfloat16"}
+    config = TopKConfig(32, 128, 4)
+    result = train(config, tokens(400), steps=12, batch_size=64, folder=tmp_path, **small)
     assert result.sae.W_enc.dtype == torch.float32
     loaded = TopKSAE.from_pretrained(tmp_path / "sae")
     assert loaded.W_dec.dtype == torch.float32

@@ -7,74 +7,33 @@ from typing import Any
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
+    JumpReLUObjective,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
+    TopKObjective,
     build,
 )
-from sae_kernels.step.objective import random_prefixes
-from tests.step.harness import ROUTES
+from tests.settings import settings
+from tests.step.harness import ROUTES, stepping
 
 TOPK, BATCHTOPK = TopKConfig(4, 16, 2), BatchTopKConfig(4, 16, 2)
 JUMPRELU, RELU, GATED = JumpReLUConfig(4, 16), ReLUConfig(4, 16), GatedConfig(4, 16)
 GROUPED = TopKConfig(4, 16, 2, groups=(4, 12))
-_JUMP = "it counts through JumpReLU's thresholds; choose architecture 'jumprelu'"
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     ("config", "train", "message"),
     [
-        *(
-            (
-                config,
-                {"sparsity": "l0"},
-                f"sparsity: expected l1, lp or tanh with architecture '{config.architecture}', "
-                f"got 'l0'; {_JUMP}",
-            )
-            for config in (TOPK, BATCHTOPK, RELU, GATED)
-        ),
-        (
-            RELU,
-            {"sparsity": "target_l0", "target_l0": 3},
-            f"sparsity: expected l1, lp or tanh with architecture 'relu', got 'target_l0'; {_JUMP}",
-        ),
-        (
-            GATED,
-            {"preact_coefficient": 0.5},
-            f"preact_coefficient: expected 0 with architecture 'gated', got 0.5; {_JUMP}",
-        ),
-        (
-            JUMPRELU,
-            {"sparsity": "target_l0"},
-            "target_l0: expected a number with sparsity 'target_l0', got None",
-        ),
         (
             TopKConfig(4, 16, 2, relu="none"),
             {"sparsity": "l1"},
-            "sparsity: expected none with relu 'none' (codes may be negative), got 'l1'",
-        ),
-        *(
-            (
-                config,
-                {"multi_topk": True},
-                f"multi_topk: expected false with architecture '{config.architecture}', got true",
-            )
-            for config in (BATCHTOPK, JUMPRELU, RELU, GATED)
-        ),
-        *(
-            (
-                config,
-                {"random_prefixes": 4},
-                f"random_prefixes: expected 0 with architecture '{config.architecture}' (prefixes "
-                "are for topk and batchtopk), got 4",
-            )
-            for config in (JUMPRELU, RELU, GATED)
+            "sparsity: expected none where codes may be negative, got 'l1'",
         ),
         (
             TOPK,
@@ -86,22 +45,57 @@ _JUMP = "it counts through JumpReLU's thresholds; choose architecture 'jumprelu'
             {"multi_topk": True},
             "multi_topk: expected false with prefixes of latents, got true",
         ),
-        *(
-            (
-                config,
-                {"k_start": 4},
-                f"k_start: expected none with architecture '{config.architecture}', which has no k",
-            )
-            for config in (JUMPRELU, RELU, GATED)
-        ),
     ],
 )
-def test_what_an_architecture_does_not_have_is_named(
+def test_settings_that_do_not_go_together_are_named(
     config: SAEConfig, train: dict[str, Any], message: str, route: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        ROUTES[route](build(config), TrainConfig(**train))
+        stepping(ROUTES[route], build(config), settings(config, **train))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_objective_of_another_architecture_is_refused(route: str) -> None:
+    with pytest.raises(TypeError) as error:
+        ROUTES[route](build(TOPK), JumpReLUObjective())
+    assert str(error.value) == (
+        "objective: expected a TopKObjective for a TopKSAE, got a JumpReLUObjective"
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "train", "message"),
+    [
+        (
+            TopKObjective,
+            {"sparsity": "l0"},
+            "sparsity: expected one of none, l1, lp, tanh, got 'l0'",
+        ),
+        (
+            JumpReLUObjective,
+            {"sparsity": "target_l0", "target_l0": None},
+            "target_l0: expected a number with sparsity 'target_l0', got None",
+        ),
+    ],
+)
+def test_what_an_objective_cannot_be_is_named(
+    objective: Any, train: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        objective(**train)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(c, "preact_coefficient") for c in (TOPK, BATCHTOPK, RELU, GATED)]
+    + [(c, "multi_topk") for c in (BATCHTOPK, JUMPRELU, RELU, GATED)]
+    + [(c, "random_prefixes") for c in (JUMPRELU, RELU, GATED)],
+)
+def test_no_objective_has_what_its_architecture_has_not(config: SAEConfig, name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown setting '{name}'"):
+        settings(config, **{name: 1})
 
 
 @pytest.mark.parametrize(
@@ -117,13 +111,15 @@ def test_what_an_architecture_does_not_have_is_named(
 )
 @pytest.mark.parametrize("route", ROUTES)
 def test_what_it_has_is_taken(config: SAEConfig, train: dict[str, Any], route: str) -> None:
-    step = ROUTES[route](build(config), TrainConfig(sparsity_coefficient=0.1, **train))
+    step = stepping(
+        ROUTES[route], build(config), settings(config, sparsity_coefficient=0.1, **train)
+    )
     assert step(torch.randn(9, 4), lr=1e-3).loss.isfinite()
 
 
 def _ends(n_latents: int, n: int, step: int, seed: int = 0) -> list[int]:
-    config = TrainConfig(random_prefixes=n, seed=seed)
-    drawn = random_prefixes(build(TopKConfig(2, n_latents, 1)), config, step)
+    sae = build(TopKConfig(2, n_latents, 1))
+    drawn = sae.prefixes(TopKObjective(random_prefixes=n), step, seed)
     assert drawn is not None
     assert drawn.ends.dtype == torch.int32
     return drawn.ends.tolist()
@@ -154,7 +150,7 @@ def test_sizes_follow_the_pareto_law() -> None:
 
 @pytest.mark.parametrize("matryoshka", ["mean", "sum"])
 def test_weights_add_up_to_one_or_count_in_full(matryoshka: Any) -> None:
-    config = TrainConfig(random_prefixes=3, matryoshka=matryoshka)
-    drawn = random_prefixes(build(TOPK), config, 0)
+    objective = TopKObjective(random_prefixes=3, matryoshka=matryoshka)
+    drawn = build(TOPK).prefixes(objective, 0, 0)
     assert drawn is not None
     assert drawn.weights.tolist() == [0.25 if matryoshka == "mean" else 1.0] * 4

@@ -61,7 +61,7 @@ def _check_step(
         assert_within(f"{name} {field}", getattr(seen.result, field), bound.value, bound.error)
     t = int(before.n_updates) + 1
     # Not skipped; the clip is in the expected gradients already.
-    corrections = [1 - beta**t for beta in (train.beta1, train.beta2)]
+    corrections = [1 - beta**t for beta in (train.optimizer.beta1, train.optimizer.beta2)]
     hyper = torch.tensor([LR, 1, *corrections, 0, t], dtype=torch.float64)
     for parameter, bound in expected.gradients.items():
         old = (before.weights[parameter], *before.moments[parameter])
@@ -95,14 +95,14 @@ def test_each_step_from_the_same_state_is_the_same(
     flips = aux_steps = 0
     for i in range(variant.steps):
         before = state(routes["fused"])
-        load(routes["composable"], before)
+        load(routes["autograd"], before)
         x, k = tokens(B, seed=i), train.k_at(i, sae.k)
-        dead = routes["fused"].dead.longest(train.auxk_latents)
+        dead = routes["fused"].dead.longest(train.objective.auxk_latents)
         seen = {n: watched(monkeypatch, r, x, lr=LR, k=k) for n, r in routes.items()}
         main = {n: _kept(s.main, sae.relu != "none") for n, s in seen.items()}
         aux = {n: None if s.aux is None else _kept(s.aux) for n, s in seen.items()}
         aux_steps += aux["fused"] is not None
-        flipped = not all(_same(kept["fused"], kept["composable"]) for kept in (main, aux))
+        flipped = not all(_same(kept["fused"], kept["autograd"]) for kept in (main, aux))
         flips += flipped
         for name, route in routes.items():
             if name == "fused" or flipped:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from test_architecture_gradients import route_of
 from torch import Tensor
 
-from sae_kernels.config import TrainConfig
-from sae_kernels.nn import ReLUConfig, ReLUSAE
-from sae_kernels.step import ComposableStep, FusedStep
-from sae_kernels.step.sparsity import SparsitySchedule
+from sae_kernels.nn import JumpReLUConfig, ReLUConfig, ReLUSAE
+from sae_kernels.step import AutogradStep, FusedStep
+from sae_kernels.step.schedule import SparsitySchedule
 from sae_kernels.testing.dense import decoder_norm
+from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, B, batch
-from tests.step.harness import ROUTES
+from tests.step.harness import ROUTES, stepping
+
+if TYPE_CHECKING:
+    from sae_kernels.config import TrainConfig
 
 L0 = torch.tensor(5.0)
 
 
-def _coefficients(n: int, **settings: Any) -> list[float]:
-    schedule = SparsitySchedule(TrainConfig(sparsity="l1", sparsity_coefficient=3.0, **settings))
+def _schedule(**given: Any) -> SparsitySchedule:
+    return _scheduled(settings(JumpReLUConfig, **given))
+
+
+def _scheduled(config: TrainConfig) -> SparsitySchedule:
+    assert config.objective is not None
+    return SparsitySchedule(config.objective, config.steps)
+
+
+def _coefficients(n: int, **given: Any) -> list[float]:
+    schedule = _schedule(sparsity="l1", sparsity_coefficient=3.0, **given)
     found = []
     for _ in range(n):
         found.append(schedule.coefficient())
@@ -50,16 +62,16 @@ def test_the_default_warmup_is_two_thousand_steps_at_most() -> None:
     assert found[1998] < 3 == found[1999] == found[2000]
 
 
-def _lp(**settings: Any) -> TrainConfig:
+def _lp(**given: Any) -> TrainConfig:
     plain = {"sparsity": "lp", "sparsity_coefficient": 2.0, "sparsity_warmup_steps": 0}
-    return TrainConfig(
-        **{**plain, "loss": "mse", "auxk_alpha": 0.0, "compute": "float32"} | settings
+    return settings(
+        ReLUConfig, **{**plain, "loss": "mse", "auxk_alpha": 0.0, "compute": "float32"} | given
     )
 
 
 def _powers(config: TrainConfig, n: int) -> list[float]:
     """p at each step."""
-    schedule, found = SparsitySchedule(config), []
+    schedule, found = _scheduled(config), []
     for _ in range(n):
         found.append(schedule.p)
         schedule.advance(L0)
@@ -93,7 +105,7 @@ def _sums(codes: list[Tensor], p: float) -> float:
 def test_the_factor_keeps_the_penalty_at_its_mean_over_ten_steps() -> None:
     """Only the last ten steps before a change count, and factors of several changes multiply."""
     config = _lp(steps=60, p_start=0.0, p_steps=4, p_end=0.1)  # at 20, 40 and 60
-    schedule = SparsitySchedule(config)
+    schedule = _scheduled(config)
     codes = [torch.rand(7, 5) * (i + 1) * (torch.rand(7, 5) > 0.4) for i in range(61)]
     factor = 1.0
     for i in range(61):
@@ -109,7 +121,7 @@ def test_the_factor_keeps_the_penalty_at_its_mean_over_ten_steps() -> None:
 
 def test_steps_that_are_skipped_do_not_count() -> None:
     config = _lp(steps=8, p_start=0.0, p_steps=3, p_end=0.0)  # 0.5 at 4
-    schedule, codes = SparsitySchedule(config), torch.rand(4, 6, 5)
+    schedule, codes = _scheduled(config), torch.rand(4, 6, 5)
     for i in range(4):
         schedule.observe(torch.full((2,), torch.nan) if i == 2 else codes[i])
         schedule.advance(L0)
@@ -120,7 +132,7 @@ def test_steps_that_are_skipped_do_not_count() -> None:
 
 @pytest.mark.parametrize("codes", [torch.zeros(3), torch.zeros(0)])
 def test_without_any_code_the_factor_stays(codes: Tensor) -> None:
-    schedule = SparsitySchedule(_lp(steps=4, p_start=0.0, p_steps=2))
+    schedule = _scheduled(_lp(steps=4, p_start=0.0, p_steps=2))
     for _ in range(5):
         schedule.observe(codes)
         schedule.advance(L0)
@@ -129,10 +141,8 @@ def test_without_any_code_the_factor_stays(codes: Tensor) -> None:
 
 def test_the_coefficient_follows_a_target_once_it_has_risen() -> None:
     """By a factor of 1 + 10 / steps: up while too many latents fire, else down."""
-    schedule = SparsitySchedule(
-        TrainConfig(
-            steps=50, sparsity="l1", sparsity_coefficient=2.0, sparsity_warmup_steps=3, target_l0=4
-        )
+    schedule = _schedule(
+        steps=50, sparsity="l1", sparsity_coefficient=2.0, sparsity_warmup_steps=3, target_l0=4
     )
     found = []
     for l0 in (9.0, 9.0, 9.0, 5.0, 4.0, 3.0, 9.0):
@@ -145,14 +155,14 @@ def test_the_coefficient_follows_a_target_once_it_has_risen() -> None:
     ("sparsity", "target"), [("target_l0", 4.0), ("l1", None)], ids=["its-own-aim", "no-aim"]
 )
 def test_else_the_coefficient_stays(sparsity: str, target: float | None) -> None:
-    settings: Any = {"sparsity": sparsity, "target_l0": target, "sparsity_warmup_steps": 0}
-    schedule = SparsitySchedule(TrainConfig(sparsity_coefficient=2.0, **settings))
+    given: Any = {"sparsity": sparsity, "target_l0": target, "sparsity_warmup_steps": 0}
+    schedule = _schedule(sparsity_coefficient=2.0, **given)
     for _ in range(5):
         schedule.advance(torch.tensor(9.0))
         assert schedule.coefficient() == 2
 
 
-@pytest.mark.parametrize("way", ["sparse", "dense", "composable"])
+@pytest.mark.parametrize("way", ["sparse", "dense", "autograd"])
 def test_the_steps_hand_over_their_l0(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ARCHITECTURES["relu-l1"]
     case = dataclasses.replace(case, train={**case.train, "steps": 20, "target_l0": 10.0})
@@ -166,7 +176,7 @@ def test_the_steps_hand_over_their_l0(way: str, monkeypatch: pytest.MonkeyPatch)
         assert float(step.schedule.coefficient()) == pytest.approx(want, rel=1e-6)
 
 
-WAYS = ("sparse", "dense", "dense-tiles", "composable")
+WAYS = ("sparse", "dense", "dense-tiles", "autograd")
 
 
 @pytest.mark.parametrize("name", ["relu-lp", "relu-weighted-lp", "gated-weighted-lp"])
@@ -191,17 +201,17 @@ def test_every_pass_sees_the_same(name: str, way: str, monkeypatch: pytest.Monke
     assert step.schedule.coefficient() == pytest.approx(0.4 * sums[1.0] / sums[0.6], rel=1e-5)
 
 
-def _penalised(step: FusedStep | ComposableStep, x: Tensor) -> Tensor:
+def _penalised(step: FusedStep | AutogradStep, x: Tensor) -> Tensor:
     """The codes (of a gated SAE the gate's) times the norms, if those weigh."""
     sae = step.sae
     with torch.no_grad():
         f = (sae.centred(x).double() @ sae.W_enc.double().T + sae.b_enc).relu()
-        if step.config.sparsity_norm_weighted:
+        if step.objective.sparsity_norm_weighted:
             f = f * decoder_norm(sae.W_dec.double(), "joint", 1)
     return f
 
 
-@pytest.mark.parametrize("way", ["sparse", "dense", "composable"])
+@pytest.mark.parametrize("way", ["sparse", "dense", "autograd"])
 def test_the_penalty_is_steady_where_p_changes(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one and the same batch it is the same before and after, whatever p was and is."""
     case = ARCHITECTURES["relu-weighted-lp"]
@@ -220,16 +230,15 @@ def test_the_penalty_is_steady_where_p_changes(way: str, monkeypatch: pytest.Mon
 
 def test_the_warmup_reaches_both_routes_and_both_passes() -> None:
     """With codes that are known the penalty is the loss less the squared error."""
-    train = TrainConfig(
-        sparsity="l1", sparsity_coefficient=8.0, sparsity_warmup_steps=4, loss="mse", auxk_alpha=0
-    )
+    given = {"sparsity": "l1", "sparsity_coefficient": 8.0, "sparsity_warmup_steps": 4}
+    train = settings(ReLUConfig, loss="mse", auxk_alpha=0, compute="float32", **given)
     sae = ReLUSAE(ReLUConfig(2, 2, subtract_b_dec=False, unit_norm_decoder=False))
     for route in ROUTES.values():
         for dense in (False, True):
             with torch.no_grad():
                 for name in ("W_enc", "W_dec"):
                     sae.get_parameter(name).copy_(torch.eye(2))
-            step = route(sae, dataclasses.replace(train, compute="float32"))
+            step = stepping(route, sae, train)
             found = []
             for _ in range(5):
                 if isinstance(step, FusedStep):

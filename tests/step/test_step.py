@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_kernels.config import TrainConfig
-from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.config import OptimizerConfig
+from sae_kernels.nn import TopKConfig, TopKObjective, TopKSAE
+from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import adam_budgets, assert_bitwise, assert_within, gamma, norm_budget
 from tests.step.bounded import Kept, expected_step
 from tests.step.harness import (
@@ -151,7 +151,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(
         _assert_same_state(*steps)
 
 
-def _assert_same_state(*steps: FusedStep | ComposableStep) -> None:
+def _assert_same_state(*steps: FusedStep | AutogradStep) -> None:
     a, b = (state(step) for step in steps)
     for name in a.weights:
         assert_bitwise(name, a.weights[name], b.weights[name])
@@ -160,9 +160,9 @@ def _assert_same_state(*steps: FusedStep | ComposableStep) -> None:
     assert_bitwise("since fired", a.since_fired, b.since_fired)
     assert int(a.n_updates) == int(b.n_updates)
     if isinstance(steps[0], FusedStep):
-        for name, row in steps[0].rows.items():
+        for name, row in steps[0].matrices.items():
             if row.copy is not None:
-                assert_bitwise(f"copy of {name}", row.copy, steps[1].rows[name].copy)
+                assert_bitwise(f"copy of {name}", row.copy, steps[1].matrices[name].copy)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -185,7 +185,7 @@ def test_the_compute_copy_is_the_rounded_master(compute: str, adam: str) -> None
     fused = build(variant)
     for i in range(5):
         for name in ("W_enc", "W_dec"):
-            row = fused.rows[name]
+            row = fused.matrices[name]
             rounded = row.param.to(getattr(torch, compute))
             assert_bitwise(f"{name} before step {i}", row.copy, rounded)
             assert row.param.data_ptr() == getattr(fused.sae, name).data_ptr()
@@ -221,7 +221,7 @@ def _mostly_negative(relu: str) -> FusedStep:
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
         sae.b_enc[:3] = 100.0
-    return FusedStep(sae, TrainConfig(compute="float32", auxk_alpha=0))
+    return FusedStep(sae, TopKObjective(auxk_alpha=0), OptimizerConfig(compute="float32"))
 
 
 @pytest.mark.parametrize("relu", ["after", "before"])
@@ -231,7 +231,7 @@ def test_kept_zeros_neither_fire_nor_learn(relu: str) -> None:
     assert float(result.l0) == 3.0
     assert fused.dead.since_fired.tolist() == [0] * 3 + [B] * (F - 3)
     for name in ("W_enc", "b_enc", "W_dec"):
-        moved = fused.rows[name].m.abs().amax(1) > 0
+        moved = fused.matrices[name].m.abs().amax(1) > 0
         assert moved.nonzero().flatten().tolist() == [0, 1, 2]
 
 
@@ -251,7 +251,7 @@ def test_multi_topk_teaches_the_encoder_of_latents_beyond_k(
     beyond = torch.tensor(sorted(set(kept.unique().tolist()) - set(kept[:, :K].unique().tolist())))
     assert beyond.numel() > 0
     for name in ("W_enc", "b_enc", "W_dec"):
-        assert (fused.rows[name].m[beyond].abs().amax(1) > 0).all(), name
+        assert (fused.matrices[name].m[beyond].abs().amax(1) > 0).all(), name
     # They are not what the SAE will keep: they count neither as fired nor in the L0.
     assert (fused.dead.since_fired[beyond] == B).all()
     assert float(seen.result.l0) == K
@@ -267,7 +267,7 @@ def test_bad_calls_say_what_was_expected(route: str) -> None:
         with pytest.raises(ValueError, match=f"k: .*{F}.*got {k}"):
             step(tokens(B), lr=LR, k=k)
     with pytest.raises(TypeError, match="W_enc: expected float32 master weights"):
-        FusedStep(TopKSAE(TopKConfig(D, F, K)).double(), TrainConfig())
+        FusedStep(TopKSAE(D, F, k=K).double())
 
 
 def test_the_batch_is_only_read() -> None:

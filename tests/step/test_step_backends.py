@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import SwitchConfig, TopKConfig, build
 from sae_kernels.step import FusedStep
+from tests.settings import settings
+from tests.step.harness import stepping
 
 PRIMITIVES = (
     "auxk",
@@ -29,21 +30,22 @@ B, D, F, K = 24, 40, 160, 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"compute": "float32"},
     "bf16": {"compute": "bfloat16"},
-    "small-states": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
-    "encoder-copy": {"compute": "bfloat16", "copies": "encoder", "multi_topk": True},
+    "small-states": {"compute": "bfloat16", "master_weights": "split", "moment_dtype": "bfloat16"},
+    "encoder-copy": {"compute": "bfloat16", "compute_copies": "encoder", "multi_topk": True},
     "lazy-ranked": {"compute": "bfloat16", "adam": "lazy", "loss": "mse"},
     "switch": {"compute": "bfloat16", "balance_coefficient": 0.3},
 }
 
 
-def step_on(backend: str, settings: dict[str, Any]) -> FusedStep:
+def step_on(backend: str, chosen: dict[str, Any]) -> FusedStep:
     """Some latents are dead, and the longest dead of them are more than take part."""
-    ranked = settings.get("adam") == "lazy"
-    routed = "balance_coefficient" in settings
+    ranked = chosen.get("adam") == "lazy"
+    routed = "balance_coefficient" in chosen
     topk = TopKConfig(D, F, K, rank_by_decoder_norm=ranked)
     sae = build(SwitchConfig(D, F, k=K, n_experts=5) if routed else topk, backend=backend)
-    config = TrainConfig(clip_norm=0.1, auxk_latents=30, dead_after_tokens=1000, **settings)
-    step = FusedStep(sae.to(torch.get_default_device()), config)
+    given = {"clip_norm": 0.1, "auxk_latents": 30, "dead_after_tokens": 1000, **chosen}
+    config = settings(sae.config, **given)
+    step = stepping(FusedStep, sae.to(torch.get_default_device()), config)
     step.dead.padded = True
     step.dead.since_fired[::4] = 1000 + torch.arange(F // 4) // 10
     return step

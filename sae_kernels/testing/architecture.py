@@ -1,0 +1,104 @@
+"""Checks of an architecture, this package's or your own."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_kernels.config.optimizer import OptimizerConfig
+from sae_kernels.nn import build
+from sae_kernels.step import AutogradStep, FusedStep
+from sae_kernels.testing.budgets import unit_roundoff
+
+if TYPE_CHECKING:
+    from sae_kernels.config.objective import ObjectiveConfig
+    from sae_kernels.nn import SAEConfig, SparseAutoencoder
+
+# The two steps add up the same terms in other orders, so one may be off by some times what the
+# other is; sums of some hundred terms differ by less than this.
+_ORDERS = 8
+
+
+def assert_steps_agree(
+    config: SAEConfig, objective: ObjectiveConfig | None = None, *, n_tokens: int = 24
+) -> None:
+    """Asserts that FusedStep's loss and gradients are as close to fp64 as autograd's are.
+
+    The exact values are those of the architecture's own formulas under autograd in fp64. FusedStep
+    in fp32 may be off from them by eight times what autograd in fp32 is off, or by eight roundings
+    of the largest gradient, whichever is more: it adds up the same terms in another order.
+
+    Args:
+        config: small, with latents and tokens enough that every parameter has a gradient.
+        objective: what is minimised; None: the architecture's own default.
+        n_tokens: B.
+
+    Raises:
+        AssertionError: names the parameter.
+
+    Example:
+        >>> from sae_kernels.nn import TopKConfig
+        >>> from sae_kernels.testing import assert_steps_agree
+        >>> assert_steps_agree(TopKConfig(d_in=8, n_latents=32, k=4))
+    """
+    sae = build(config)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            scale = 0.1 if parameter.dim() == 1 else 1 / parameter.shape[1] ** 0.5
+            parameter.add_(scale * torch.randn(parameter.shape, generator=g))
+        if config.unit_norm_decoder:
+            sae.normalize_decoder_()
+    x = torch.randn(n_tokens, config.input_width, generator=g)
+    target = torch.randn(n_tokens, config.output_width, generator=g) if config.transcodes else None
+    exact_loss, exact = _by_autograd(copy.deepcopy(sae).double(), objective, x, target)
+    loss, rounded = _by_autograd(copy.deepcopy(sae), objective, x, target)
+    fused_loss, fused = _by_kernels(copy.deepcopy(sae), objective, x, target)
+    _assert_as_close("loss", fused_loss, loss, exact_loss)
+    for name, gradient in exact.items():
+        _assert_as_close(name, fused[name], rounded[name], gradient)
+
+
+def _by_autograd(
+    sae: SparseAutoencoder,
+    objective: ObjectiveConfig | None,
+    x: torch.Tensor,
+    target: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and every gradient, the decoder's projected as a step does."""
+    step = AutogradStep(sae, objective, OptimizerConfig(compute="float32"))
+    if sae.W_enc.dtype == torch.float64:
+        sae.compute_dtype = torch.float64
+    result = step(x, lr=0.0, target=target)
+    named = sae.named_parameters()
+    return result.loss, {name: p.grad for name, p in named if p.grad is not None}
+
+
+def _by_kernels(
+    sae: SparseAutoencoder,
+    objective: ObjectiveConfig | None,
+    x: torch.Tensor,
+    target: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The same of FusedStep: with beta1 = 0 Adam's first moment is the gradient itself."""
+    step = FusedStep(sae, objective, OptimizerConfig(compute="float32", beta1=0.0))
+    step.dense_next = False
+    result = step(x, lr=0.0, target=target)
+    parameters = dict(sae.named_parameters())
+    return result.loss, {
+        name: matrix.m.reshape(parameters[name].shape) for name, matrix in step.matrices.items()
+    }
+
+
+def _assert_as_close(
+    name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
+) -> None:
+    error = (ours.double() - exact).abs().max()
+    allowed = (theirs.double() - exact).abs().max()
+    allowed = torch.maximum(allowed, unit_roundoff(torch.float32) * exact.abs().max())
+    assert float(error) <= _ORDERS * float(allowed), (
+        f"{name}: expected FusedStep within {_ORDERS} times {float(allowed):.3g} of fp64, as "
+        f"autograd is, got {float(error):.3g}"
+    )
