@@ -1,12 +1,15 @@
 """Settings: of SAEs, of training steps, of runs, and TOML."""
 
-from sae_kernels.config.base import Settings
-from sae_kernels.config.data import DataConfig
-from sae_kernels.config.objective import ObjectiveConfig
-from sae_kernels.config.optimizer import OptimizerConfig
-from sae_kernels.config.output import OutputConfig
-from sae_kernels.config.sae import SAEConfig
-from sae_kernels.config.train import TrainConfig
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_kernels.config.base import Settings
+    from sae_kernels.config.data import DataConfig
+    from sae_kernels.config.objective import ObjectiveConfig
+    from sae_kernels.config.optimizer import OptimizerConfig
+    from sae_kernels.config.output import OutputConfig
+    from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.config.train import TrainConfig
 
 __all__ = [
     "DataConfig",
@@ -17,3 +20,13 @@ __all__ = [
     "Settings",
     "TrainConfig",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a class from its module when it is first asked for: a step needs few of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = {"Settings": "base"}.get(name, name.removesuffix("Config").lower())
+    return getattr(import_module(f"{__name__}.{module}"), name)

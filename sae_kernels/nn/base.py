@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Prefixes
-    from sae_kernels.nn.presets import Preset
+    from sae_kernels.nn.registry import Preset
 
 _SAE = TypeVar("_SAE", bound="SparseAutoencoder")
 
@@ -66,7 +66,7 @@ class SparseAutoencoder(TrainingHooks, nn.Module):
     """
 
     config_class: ClassVar[type[SAEConfig]] = SAEConfig
-    # Names for --arch; see sae_kernels.nn.presets.
+    # Names for --arch; see sae_kernels.nn.registry.
     presets: ClassVar[dict[str, Preset]] = {}
     # What stays in its own precision when the module is cast: a bf16 threshold stops learning.
     keeps_dtype: ClassVar[tuple[str, ...]] = ()

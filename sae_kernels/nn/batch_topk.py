@@ -14,8 +14,7 @@ from sae_kernels.config.objective import PrefixObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
 from sae_kernels.nn.prefixes import NESTED, check_groups, prefixes_of
-from sae_kernels.nn.presets import FREE_NORMS, Preset
-from sae_kernels.nn.registry import register
+from sae_kernels.nn.registry import FREE_NORMS, Preset, register
 from sae_kernels.tensors import rounded_down
 
 if TYPE_CHECKING:
@@ -183,4 +182,6 @@ class BatchTopKSAE(SparseAutoencoder):
     def prefixes(self, objective: PrefixObjective, step: int, seed: int) -> Prefixes | None:
         """The groups of the configuration, or prefixes drawn for the step."""
         config, device = self.config, self.W_enc.device
+        if not (objective.random_prefixes or config.groups):
+            return None
         return prefixes_of(config.groups, config.n_latents, objective, step, seed, device)

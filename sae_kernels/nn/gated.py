@@ -15,8 +15,7 @@ from sae_kernels.config.objective import PenalisedObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
 from sae_kernels.nn.objective import Reconstruction
-from sae_kernels.nn.presets import Preset
-from sae_kernels.nn.registry import register
+from sae_kernels.nn.registry import Preset, register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes

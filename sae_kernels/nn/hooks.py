@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sae_kernels.config.objective import ObjectiveConfig
-from sae_kernels.nn.objective import Reconstruction
-from sae_kernels.nn.penalties import sparsity_penalty
+from sae_kernels.nn.objective import Reconstruction, sparsity_penalty
 
 if TYPE_CHECKING:
     import torch

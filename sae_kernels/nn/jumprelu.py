@@ -15,9 +15,8 @@ from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, about
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
-from sae_kernels.nn.penalties import total
-from sae_kernels.nn.presets import Preset
-from sae_kernels.nn.registry import register
+from sae_kernels.nn.objective import total
+from sae_kernels.nn.registry import Preset, register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes

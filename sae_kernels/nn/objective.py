@@ -1,4 +1,4 @@
-"""What an objective is made of: reconstructions of the kept entries, penalties on them, a context.
+"""What an objective is made of: reconstructions of the kept entries, penalties, a context.
 
 An architecture says which (:meth:`~sae_kernels.nn.SparseAutoencoder.reconstructions` and
 ``penalties``). The autograd step lets autograd do all the rest; FusedStep knows the gradients of
@@ -12,6 +12,8 @@ import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from sae_kernels import functional
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,3 +124,92 @@ def objective_of(
     parts = context.sae.reconstructions(pre, context)
     terms = context.sae.penalties(pre, parts, context)
     return parts, sum(terms[1:], terms[0]) if terms else None
+
+
+def sparsity_penalty(codes: SparseCodes, context: Context) -> torch.Tensor:
+    """Mean over the tokens of the penalty that the settings name, without its coefficient."""
+    sae, objective = context.sae, context.objective
+    values = codes.values
+    if objective.sparsity_norm_weighted:
+        weights = sae.latent_norms(context.norms)
+        values = values * functional.gather_by_latent(weights, codes, backend=sae.backend)
+    return total(PENALTIES[objective.sparsity](values, context)) / context.n_tokens
+
+
+def total(entries: torch.Tensor) -> torch.Tensor:
+    """The sum in fp32 at least: a dense tile's entries may be bf16."""
+    return entries.sum(dtype=torch.promote_types(entries.dtype, torch.float32))
+
+
+def l1(codes: torch.Tensor, context: Context) -> torch.Tensor:
+    """The codes themselves, which are not negative."""
+    return codes
+
+
+def lp(codes: torch.Tensor, context: Context) -> torch.Tensor:
+    """``codes^p``, p falling over the run (p-annealing, arXiv 2408.00113)."""
+    context.observe(codes)
+    return powers(codes, context.p)
+
+
+def tanh(codes: torch.Tensor, context: Context) -> torch.Tensor:
+    """``tanh(tanh_scale * codes)`` (Anthropic, January 2025)."""
+    return torch.tanh(context.objective.tanh_scale * codes)
+
+
+def powers(codes: torch.Tensor, p: float) -> torch.Tensor:
+    """``codes^p``; at 0 the derivative is 0, where that of a power below 1 is infinite."""
+    live = codes != 0
+    return torch.where(live, torch.where(live, codes, 1) ** p, 0)
+
+
+# A penalty is one function of the codes and the context of the batch; its name is a value of the
+# setting ``sparsity``. What it gives is added up and divided by the number of tokens.
+PENALTIES: dict[str, Callable[[torch.Tensor, Context], torch.Tensor]] = {
+    "l1": l1,
+    "lp": lp,
+    "tanh": tanh,
+}
+
+
+def with_leaves(
+    sae: SparseAutoencoder, pre: SparseCodes
+) -> tuple[SparseCodes, dict[str, torch.Tensor]]:
+    """Kept entries whose values are leaves, and by name all that autograd differentiates by.
+
+    The leaves are the pre-activations "h", the vectors of latents (parameters, which are leaves
+    already) and what the architecture adds.
+    """
+    added = {name: t.detach().requires_grad_() for name, t in sae.entry_leaves(pre).items()}
+    h = pre.values.detach().requires_grad_()
+    return sae.with_leaves(pre, added).with_values(h), {"h": h, **latent_vectors(sae), **added}
+
+
+def latent_vectors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """The trained parameters that have a number for each latent, by name."""
+    return {
+        name: parameter
+        for name, parameter in sae.named_parameters()
+        if parameter.dim() == 1 and name not in sae.non_latent_vectors and parameter.requires_grad
+    }
+
+
+def entry_gradients(
+    leaves: dict[str, torch.Tensor],
+    outputs: list[tuple[torch.Tensor, torch.Tensor]],
+    penalty: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The gradients by the name of their leaf, those that there are; "h" always.
+
+    Args:
+        leaves: of :func:`with_leaves`, and those of the context.
+        outputs: the values of each reconstruction and dL/dvalues.
+        penalty: added to the loss, or None.
+    """
+    if penalty is not None:
+        outputs = [*outputs, (penalty, torch.ones_like(penalty))]
+    values, grads = zip(*[pair for pair in outputs if pair[0].requires_grad], strict=True)
+    found = torch.autograd.grad(values, list(leaves.values()), grads, allow_unused=True)
+    result = {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
+    result.setdefault("h", torch.zeros_like(leaves["h"]))
+    return result

@@ -51,12 +51,12 @@ def prefixes_of(
     step: int,
     seed: int,
     device: torch.device,
-) -> Prefixes | None:
-    """The prefixes at a 0-based step: drawn, the SAE's own groups, or None where it has none."""
-    if objective.random_prefixes:
+) -> Prefixes:
+    """The prefixes at a 0-based step: drawn for it, or the SAE's own groups."""
+    if groups is None or objective.random_prefixes:
         ends = _random_ends(n_latents, objective.random_prefixes, seed, step)
         return _weighted(ends.tolist(), objective.matryoshka, device)
-    return None if groups is None else _fixed(groups, objective.matryoshka, device)
+    return _fixed(groups, objective.matryoshka, device)
 
 
 @functools.cache

@@ -7,9 +7,10 @@ one of this package's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -18,12 +19,33 @@ from sae_kernels.errors import name_hint
 if TYPE_CHECKING:
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.nn.base import SparseAutoencoder
-    from sae_kernels.nn.presets import Preset
 
     _Class = TypeVar("_Class", bound=type[SparseAutoencoder])
 
+# What several presets share.
+FREE_NORMS = {"unit_norm_decoder": False}
+TRANSCODES = {"subtract_b_dec": False, **FREE_NORMS}
+
 ENTRY_POINTS = "sae_kernels.architectures"
 _CLASSES: dict[str, type[SparseAutoencoder]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A name for ``--arch``.
+
+    Attributes:
+        about: one line for people.
+        sae: settings of the SAE that differ from its class's defaults.
+        objective, optimizer: the same for the training step.
+        data: what it is trained on: a "layer", a layer and another as its "target", or "layers".
+    """
+
+    about: str
+    sae: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: Literal["layer", "target", "layers"] = "layer"
 
 
 class Kind(NamedTuple):

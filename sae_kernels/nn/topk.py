@@ -14,8 +14,7 @@ from sae_kernels.config.objective import ObjectiveConfig, PrefixObjective
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SparseAutoencoder
 from sae_kernels.nn.prefixes import NESTED, check_groups, prefixes_of
-from sae_kernels.nn.presets import TRANSCODES, Preset
-from sae_kernels.nn.registry import register
+from sae_kernels.nn.registry import TRANSCODES, Preset, register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
@@ -162,4 +161,6 @@ class TopKSAE(SparseAutoencoder):
     def prefixes(self, objective: TopKObjective, step: int, seed: int) -> Prefixes | None:
         """The groups of the configuration, or prefixes drawn for the step."""
         config, device = self.config, self.W_enc.device
+        if not (objective.random_prefixes or config.groups):
+            return None
         return prefixes_of(config.groups, config.n_latents, objective, step, seed, device)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.step.autograd_loss import autograd_loss
-from sae_kernels.step.base import StepBase, StepResult
-from sae_kernels.step.batch import checked_batch, loss_scale
+from sae_kernels.step.base import StepBase, StepResult, loss_scale
 from sae_kernels.step.state import State, matched
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class AutogradStep(StepBase):
     ) -> StepResult:
         """One step on raw activations [B, input width] with this learning rate and k."""
         sae = self.sae.train()
-        x, target = checked_batch(sae, x, target)
+        x, target = self.checked(x, target)
         scale, variance = loss_scale(target, self.objective.loss)
         result = autograd_loss(self.context(sae.centred(x), target, scale, k), x, self.dead)
         assert result.error is not None

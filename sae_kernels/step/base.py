@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
+
 from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.nn.objective import Context
-from sae_kernels.step.auxk import latents_per_token
 from sae_kernels.step.compute import compute_dtype
-from sae_kernels.step.dead import DeadLatents
-from sae_kernels.step.schedule import SparsitySchedule
+from sae_kernels.step.counters import DeadLatents, SparsitySchedule
 from sae_kernels.step.state import State, restore_
 
 if TYPE_CHECKING:
-    import torch
-
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
 
@@ -103,13 +101,44 @@ class StepBase:
         objective = sae.objective_class() if objective is None else objective
         sae.check_objective(objective)
         self.sae, self.objective, self.seed = sae, objective, seed
+        self._reads, self._writes = sae.config.input_width, sae.config.output_width
+        self._transcodes = sae.config.transcodes
         self.optimizer = OptimizerConfig() if optimizer is None else optimizer
         device = sae.W_enc.device
         self.dtype = compute_dtype(self.optimizer.compute, device)
         self._dtype_before, sae.compute_dtype = sae.compute_dtype, self.dtype
         self.dead = DeadLatents(sae.config.n_latents, objective.dead_after_tokens, device)
         self.schedule = SparsitySchedule(objective, steps)
-        self.k_aux = latents_per_token(sae, objective)
+        self.k_aux = objective.k_aux or max(1, sae.config.input_width // 2)
+
+    def checked(
+        self, x: torch.Tensor, target: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens and their targets in fp32 and in the scale of training.
+
+        Raises:
+            ValueError: not [B, input width] and [B, output width] with at least one token; a target
+                where the input is its own, or none where it is not.
+        """
+        config = self.sae.config
+        if x.dim() != 2 or x.shape[1] != self._reads or x.shape[0] == 0:
+            raise ValueError(
+                f"x: expected shape [B, {self._reads}] with B > 0 (tokens by "
+                f"{_widths('d_in', config.d_in, config.n_layers)}), got {list(x.shape)}"
+            )
+        x = _scaled(x.float(), config.activation_scale)
+        if not self._transcodes:
+            if target is not None:
+                raise ValueError("target: expected none, the SAE reconstructs its input; got one")
+            return x, x
+        if target is None:
+            raise ValueError("target: expected what the transcoder is to reconstruct, got None")
+        if target.shape != (x.shape[0], self._writes):
+            raise ValueError(
+                f"target: expected shape [{x.shape[0]}, {self._writes}] (a row per token), got "
+                f"{list(target.shape)}"
+            )
+        return x, _scaled(target.float(), config.target_scale)
 
     def context(
         self,
@@ -182,3 +211,23 @@ class StepBase:
     def restore_(self) -> None:
         """Gives the SAE its own compute dtype back; no step can follow."""
         self.sae.compute_dtype = self._dtype_before
+
+
+def _widths(name: str, width: int, n_layers: int) -> str:
+    return name if n_layers == 1 else f"{n_layers} layers of {name} = {width}"
+
+
+def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x if scale == 1 else x * scale
+
+
+def loss_scale(
+    x: torch.Tensor, loss: str, scratch: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What multiplies the squared error, and the batch's total variance about its mean.
+
+    Sums go by token first, so that they do not depend on the number of threads.
+    """
+    deviation = torch.sub(x, x.mean(0), out=scratch)
+    variance = deviation.square_().sum(1).sum()
+    return (1 / variance if loss == "fvu" else torch.ones_like(variance) / x.shape[0]), variance

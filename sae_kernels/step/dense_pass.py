@@ -14,15 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sae_kernels.codes import SparseCodes
-from sae_kernels.nn.objective import objective_of
+from sae_kernels.nn.objective import entry_gradients, objective_of, with_leaves
 from sae_kernels.primitives.checks import gradient_operand
 from sae_kernels.primitives.terms import Gradient
-from sae_kernels.step.entry_gradients import (
-    PassResult,
-    entry_gradients,
-    vector_gradients,
-    with_leaves,
-)
+from sae_kernels.step.sparse_pass import PassResult, vector_gradients
 
 if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder

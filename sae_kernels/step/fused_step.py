@@ -10,8 +10,7 @@ from torch.nn.functional import pad
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.decode import decode
 from sae_kernels.step.adam import FusedAdam
-from sae_kernels.step.base import StepBase, StepResult
-from sae_kernels.step.batch import checked_batch, loss_scale
+from sae_kernels.step.base import StepBase, StepResult, loss_scale
 from sae_kernels.step.dense_pass import dense_pass
 from sae_kernels.step.sparse_pass import sparse_pass
 
@@ -96,7 +95,7 @@ class FusedStep(StepBase):
         A transcoder also takes the activations that it is to reconstruct, [B, output width].
         """
         sae = self.sae.train()
-        x, target = checked_batch(sae, x, target)
+        x, target = self.checked(x, target)
         scratch = self._scratch_like(target)
         scale, variance = loss_scale(target, self.objective.loss, scratch)
         x_centred = torch.sub(x, sae.b_dec, out=scratch) if sae.config.subtract_b_dec else x

@@ -10,21 +10,42 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from sae_kernels.nn.objective import objective_of
+from sae_kernels.nn.objective import (
+    entry_gradients,
+    latent_vectors,
+    objective_of,
+    with_leaves,
+)
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.terms import Gradient, Term
-from sae_kernels.step.entry_gradients import (
-    PassResult,
-    entry_gradients,
-    vector_gradients,
-    with_leaves,
-)
 
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.nn.objective import Context, Reconstruction
+
+
+class PassResult(NamedTuple):
+    """Loss and gradients of a batch.
+
+    Attributes:
+        loss: scalar, without AuxK.
+        error: scalar, the main reconstruction's squared error.
+        residual: fp32 [B, output width], the main reconstruction less the target.
+        gradients: of all parameters; b_dec's through the output alone.
+        dh_sum: [F], dL/dh summed over the tokens; ``W_enc^T dh_sum`` is the gradient of x, summed.
+        fired: int32 [F], how often each latent fired.
+        n_kept: how many entries the encoder kept.
+    """
+
+    loss: torch.Tensor
+    error: torch.Tensor
+    residual: torch.Tensor
+    gradients: dict[str, Gradient]
+    dh_sum: torch.Tensor
+    fired: torch.Tensor
+    n_kept: int
 
 
 def sparse_pass(
@@ -156,6 +177,24 @@ def _encoder_gradients(
     if sae.config.subtract_b_dec:
         dh_sum = row_grad(biases, F, 1, backend=sae.backend).flatten()
     return gradients, dh_sum
+
+
+def vector_gradients(
+    sae: SparseAutoencoder, grads: dict[str, torch.Tensor], db_enc: Gradient
+) -> dict[str, Gradient]:
+    """The gradients of all vectors of latents, each a matrix of width 1.
+
+    Args:
+        sae: whose parameters.
+        grads: of :func:`~sae_kernels.nn.objective.entry_gradients`.
+        db_enc: b_enc's share as the bias of the encoder product, of terms alone.
+    """
+    result = {"b_enc": db_enc}
+    for name in latent_vectors(sae):
+        if name in grads:
+            terms = result.get(name, Gradient()).terms
+            result[name] = Gradient.whole(grads[name][:, None])._replace(terms=terms)
+    return result
 
 
 def _one_row_each(coef: torch.Tensor, source: torch.Tensor | None) -> Term:

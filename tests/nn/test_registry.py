@@ -146,10 +146,12 @@ class SquashedSAE(TopKSAE):
 def test_a_decoder_of_another_kind_trains_through_autograd() -> None:
     x = activations(1024)
     sae = SquashedSAE(32, 64, k=4)
+    before = evaluate(sae, x).fvu
     with pytest.raises(ValueError, match=r"sum of rows of W_dec, got SquashedSAE; train it with A"):
         train(sae, x, steps=1, batch_size=64)
-    result = train(sae, x, steps=60, batch_size=256, lr=3e-3, route="autograd")
-    assert result.metrics[-1]["fvu"] < 0.7 * result.metrics[0]["fvu"]
-    assert evaluate(sae, x).fvu == pytest.approx(
+    train(sae, x, steps=60, batch_size=256, lr=3e-3, route="autograd")
+    after = evaluate(sae, x).fvu
+    assert after < 0.75 * before
+    assert after == pytest.approx(
         float((sae(x).x_hat - x).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-4
     )

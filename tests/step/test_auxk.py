@@ -13,7 +13,8 @@ from sae_kernels.config import ObjectiveConfig
 from sae_kernels.functional import encode_topk
 from sae_kernels.primitives.auxk import auxk as closed_form
 from sae_kernels.primitives.auxk import cpu
-from sae_kernels.step import auxk
+from sae_kernels.step import autograd_loss
+from sae_kernels.step.autograd_loss import DeadRows, auxk_loss
 from sae_kernels.testing import assert_bitwise, assert_within
 from tests.step.bounded import Bounded, Kept, auxk_step
 from tests.step.harness import ROUTES, B, D, F, Variant, build, state, tokens
@@ -22,16 +23,16 @@ PRIMITIVES = ("auxk",)
 ALPHA, LR = 1 / 32, 1e-3
 
 
-def _inputs(n_dead: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, auxk.DeadRows]:
+def _inputs(n_dead: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, DeadRows]:
     g = torch.Generator().manual_seed(n_dead)
     x = torch.randn(B, D, generator=g).to(dtype)
     residual = 0.3 * torch.randn(B, D, generator=g)
     W_enc, W_dec = (torch.randn(n_dead, D, generator=g).div(D**0.5).to(dtype) for _ in range(2))
-    return x, residual, auxk.DeadRows(W_enc, 0.1 * torch.randn(n_dead, generator=g), W_dec)
+    return x, residual, DeadRows(W_enc, 0.1 * torch.randn(n_dead, generator=g), W_dec)
 
 
 def _dense_fp64(
-    x: Tensor, residual: Tensor, dead: auxk.DeadRows, k_aux: int
+    x: Tensor, residual: Tensor, dead: DeadRows, k_aux: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The formula of the module's docstring and its gradients, by autograd in fp64."""
     leaves = [t.double().requires_grad_() for t in dead]
@@ -45,7 +46,7 @@ def _dense_fp64(
 
 
 def _closed(
-    x: Tensor, residual: Tensor, dead: auxk.DeadRows, k_aux: int, backend: str
+    x: Tensor, residual: Tensor, dead: DeadRows, k_aux: int, backend: str
 ) -> tuple[Tensor, ...]:
     """The primitive on matrices in which the dead latents are scattered; loss and gradients."""
     n_dead = dead.W_enc.shape[0]
@@ -77,7 +78,7 @@ def test_closed_form_and_autograd_are_the_formula(
     value, gradients = _dense_fp64(x, residual, dead, 16)
     closed = _closed(x, residual, dead, 16, backend)
     leaves = [t.float().requires_grad_() for t in dead]
-    by_autograd = auxk.loss(x, residual, auxk.DeadRows(*leaves), 16, ALPHA, dtype)
+    by_autograd = auxk_loss(x, residual, DeadRows(*leaves), 16, ALPHA, dtype)
     by_autograd.backward()
 
     codes = encode_topk(x, dead.W_enc, dead.b_enc, min(16, n_dead))
@@ -112,7 +113,7 @@ def test_no_dead_latent_is_no_loss(backend: str) -> None:
 def test_ties_go_to_the_lower_latent(backend: str) -> None:
     """All dead latents score the same: each token keeps the first k_aux."""
     x, residual, dead = _inputs(12, torch.float32)
-    dead = auxk.DeadRows(
+    dead = DeadRows(
         dead.W_enc[:1].expand(12, D).contiguous(), torch.ones(12), dead.W_dec.contiguous()
     )
     _, _, db_enc, dW_dec = _closed(x, residual, dead, 5, backend)
@@ -134,7 +135,7 @@ def test_half_precision_keeps_gradients_divided_by_a_large_variance(backend: str
     _, gradients = _dense_fp64(x, large, dead, 16)
     assert gradients[2].abs().max() < 6e-6
     leaves = [t.float().requires_grad_() for t in dead]
-    auxk.loss(x, large, auxk.DeadRows(*leaves), 16, ALPHA, torch.float16).backward()
+    auxk_loss(x, large, DeadRows(*leaves), 16, ALPHA, torch.float16).backward()
     closed = _closed(x, large, dead, 16, backend)
     for i, want in enumerate(gradients):
         # Codes are rounded to fp16, 2^-11 each and all of one sign: the rest is far smaller.
@@ -209,7 +210,7 @@ def test_zero_dead_costs_no_kernel_call(monkeypatch: pytest.MonkeyPatch) -> None
         raise AssertionError("AuxK ran without a dead latent")
 
     monkeypatch.setattr(cpu, "run", refuse)
-    monkeypatch.setattr(auxk, "loss", refuse)
+    monkeypatch.setattr(autograd_loss, "auxk_loss", refuse)
     for route in ROUTES.values():
         build(Variant(), route)(tokens(B), lr=LR)
 

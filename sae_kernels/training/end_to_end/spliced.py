@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.step.autograd_loss import autograd_loss
-from sae_kernels.step.batch import loss_scale
+from sae_kernels.step.base import loss_scale
 
 if TYPE_CHECKING:
     from sae_kernels.step import StepBase

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from sae_kernels.step.sparsity import SparsitySchedule
 from torch import Tensor
 
 from sae_kernels.config import TrainConfig
@@ -18,8 +19,7 @@ from sae_kernels.nn import (
     TopKConfig,
     build,
 )
-from sae_kernels.step.dead import DeadLatents
-from sae_kernels.step.sparsity import SparsitySchedule
+from sae_kernels.step.counters import DeadLatents
 from sae_kernels.testing import DenseSpec, dense_loss
 from sae_kernels.training.end_to_end import EndToEnd, EndToEndLoss, end_to_end_loss
 from tests.harvest.causal import D, Replaced, gpt2
