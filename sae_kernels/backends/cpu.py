@@ -75,21 +75,33 @@ def code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's data starts; 0 stands for an argument that is not there."""
-    return 0 if tensor is None else tensor.data_ptr()
+def run(kernel: str, *arguments: Any) -> Any:
+    """Runs a kernel on the variant and the threads in use.
+
+    Args:
+        kernel: its name in csrc/include/sae_kernels/kernels.h.
+        arguments: the fields of its struct in types.h, without the last (threads): packed tensors,
+            None where there is none, numbers, `code` of a dtype.
+    """
+    return getattr(module(), kernel)(isa(), *arguments, threads())
 
 
-def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
-    """Terms as the module takes them, and the tensors that must stay alive during the call."""
-    tuples, alive = [], []
+def run_with_workspace(kernel: str, *arguments: Any) -> Any:
+    """Runs a kernel whose struct ends with a workspace and threads, and makes the workspace."""
+    kernels, variant, n_threads = module(), isa(), threads()
+    needs = getattr(kernels, f"{kernel}_workspace")
+    workspace = torch.empty(needs(variant, *arguments, None, n_threads), dtype=torch.uint8)
+    return getattr(kernels, kernel)(variant, *arguments, workspace, n_threads)
+
+
+def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Terms as kernels take them, for sums in ``dtype``."""
+    tuples = []
     for term in terms:
         coef = term.coef.to(dtype).contiguous()
         source = packed(term.source)
         if source is not None and torch.float64 in (dtype, source.dtype):
             source = source.to(dtype)  # the kernels read fp64 rows for fp64 sums and only then
         order = [t.contiguous() for t in (term.offsets, term.entries, term.rows)]
-        source_code = code(dtype if source is None else source.dtype)
-        tuples.append((*map(address, (*order, coef, source)), source_code))
-        alive += [*order, coef, source]
-    return tuples, alive
+        tuples.append((*order, coef, source, code(dtype if source is None else source.dtype)))
+    return tuples

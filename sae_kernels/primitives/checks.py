@@ -139,6 +139,38 @@ def routes(tokens: torch.Tensor, starts: torch.Tensor) -> None:
         )
 
 
+def codes(
+    values: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, offsets: torch.Tensor | None
+) -> None:
+    """Raises for codes and a decoder that do not belong together."""
+    shape("W_dec", W, ["F", "D"], "latents first")
+    shape("indices", indices, list(values.shape), "one latent per value")
+    entries("values", values, offsets)
+    dtype("W_dec", W, OPERAND_DTYPES)
+    dtype("values", values, (accumulator(W.dtype),))
+    dtype("indices", indices, (torch.int32,))
+    same_device(values=values, indices=indices, W_dec=W, offsets=offsets)
+
+
+def entries(name: str, tensor: torch.Tensor, offsets: torch.Tensor | None) -> None:
+    """Raises for entries of codes that are neither [B, K] nor [N] with offsets."""
+    if offsets is None:
+        shape(name, tensor, ["B", "K"], "tokens by kept entries")
+        return
+    shape(name, tensor, ["N"], "the entries of all tokens, with offsets")
+    shape("offsets", offsets, ["B + 1"], "where each token's entries start")
+    indices("offsets", offsets)
+    if offsets.shape[0] == 0:
+        raise ValueError("offsets: expected shape [B + 1], got [0]; no token still has one offset")
+
+
+def group_ends(ends: torch.Tensor | None) -> None:
+    """Raises for group ends that are not a vector of int32."""
+    if ends is not None:
+        shape("group_ends", ends, ["G"], "the latent at which each group ends")
+        indices("group_ends", ends)
+
+
 def n_tokens(entries: torch.Tensor, offsets: torch.Tensor | None) -> int:
     """How many tokens codes are of: [B, K] entries, or ragged ones with offsets [B + 1]."""
     return entries.shape[0] if offsets is None else offsets.shape[0] - 1

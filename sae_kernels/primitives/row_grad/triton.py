@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.terms import Gradient
 from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
@@ -244,11 +243,10 @@ def _row_grad(
     tl.store(at, grad, mask=wanted[:, None] & inside[None, :])
 
 
-def run(coef: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
     """Gathers every row's block of columns."""
-    *columns, n_latents, width = arguments
-    terms, constants = packed_terms(Gradient.from_columns(*columns).terms, width)
-    out, tile = coef.new_empty((n_latents, width)), blocks(width)
+    parts, constants = packed_terms(terms, width)
+    out, tile = terms[0].coef.new_empty((n_latents, width)), blocks(width)
     grid = (triton.cdiv(n_latents, tile.latents), triton.cdiv(width, tile.columns))
-    _row_grad[grid](out, terms, n_latents, width, **constants, **tile.constants())
+    _row_grad[grid](out, parts, n_latents, width, **constants, **tile.constants())
     return out

@@ -7,7 +7,7 @@ is read and written once and its gradient stays in registers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -21,7 +21,12 @@ from sae_kernels.primitives.row_grad.triton import (
     pointers,
     whole,
 )
-from sae_kernels.primitives.terms import Gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae_kernels.primitives.row_update import AdamMatrix
+    from sae_kernels.primitives.terms import Gradient
 
 
 @triton.jit
@@ -270,16 +275,19 @@ def packed_parts(
 
 
 def run(
-    param: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    copy: torch.Tensor | None,
-    *arguments: Any,
+    matrix: AdamMatrix,
+    gradient: Gradient,
+    hyper: torch.Tensor,
+    betas: Sequence[float],
+    eps: float,
+    norm: str,
+    slices: int,
+    lazy: bool,
 ) -> None:
     """Updates every row's columns in place."""
-    *columns, hyper, beta1, beta2, eps, norm, slices, lazy = arguments
+    (param, m, v, copy), (beta1, beta2) = matrix, betas
     F, width = param.shape
-    parts, constants = packed_parts(Gradient.from_columns(*columns), param, copy)
+    parts, constants = packed_parts(gradient, param, copy)
     tile, part = tile_of(width, norm, slices)
     _row_update[(triton.cdiv(F, tile.latents), triton.cdiv(width, part))](
         param,
