@@ -25,7 +25,7 @@ _NARROWEST, _WIDEST = 64, 256  # columns; in bf16 the narrowest are the 128 byte
 _MOST_ROWS = 16  # gathered at a time, where entries come in a loop
 
 
-class Tile(NamedTuple):
+class GatherTile(NamedTuple):
     """Gathered rows by columns of a program, and its warps."""
 
     rows: int
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(rows: int, D: int) -> Tile:
+def tile(rows: int, D: int) -> GatherTile:
     """The tile of a program that gathers ``rows`` rows at a time.
 
     Columns come in blocks that divide D where a power of two of at least a cache line does: every
@@ -45,10 +45,10 @@ def tile(rows: int, D: int) -> Tile:
     exact = D & -D  # the largest power of two that divides D
     columns = min(widest, exact if exact >= _NARROWEST else max(16, gpu.next_power_of_two(D)))
     warps = min(_MOST_WARPS, max(1, rows * columns // (32 * _ELEMENTS)))
-    return Tile(rows, columns, warps)
+    return GatherTile(rows, columns, warps)
 
 
-def gather_tile(K: int, D: int) -> Tile:
+def gather_tile(K: int, D: int) -> GatherTile:
     """The tile of the kernels that go through the entries or the columns in a loop."""
     return tile(min(_MOST_ROWS, gpu.next_power_of_two(K)), D)
 

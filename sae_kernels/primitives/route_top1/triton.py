@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
+from sae_kernels.primitives.candidate_lists import key_of, ordered
 from sae_kernels.primitives.products import product
-from sae_kernels.primitives.select_topk.lists import key_of, ordered
 from sae_kernels.tensors import packed
 
 _MOST_EXPERTS = 512  # a token's logits stay in registers

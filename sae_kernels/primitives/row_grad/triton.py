@@ -31,7 +31,7 @@ _MOST_CHUNKS = 4096  # bounds the memory of their sums: longer lists have longer
 _REGISTERS = 128
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """What a program takes at a time: rows of the matrix, entries of each, columns; its warps.
 
     A thread holds 8 columns (a 16-byte load of a bf16 row) of 8 entries: these are the loads in
@@ -55,17 +55,17 @@ class Tile(NamedTuple):
         }
 
 
-def whole(width: int) -> Tile:
+def whole(width: int) -> RowTile:
     """A tile that holds all columns: what is needed where a row has to be normalised."""
     columns = gpu.next_power_of_two(width)
     warps = min(16, max(1, columns // 256))
     latents = min(32, max(1, 256 // columns))
     held = max(1, latents * columns // (32 * warps))  # columns of a thread
     values = 64 if warps <= 8 else 32  # with 16 warps a thread has 128 registers at most
-    return Tile(latents, min(8, max(1, values // held)), columns, warps)
+    return RowTile(latents, min(8, max(1, values // held)), columns, warps)
 
 
-def blocks(width: int) -> Tile:
+def blocks(width: int) -> RowTile:
     """A tile of some columns: of the sizes that pay, the one that pads a row least."""
     if width <= 256:
         return whole(width)

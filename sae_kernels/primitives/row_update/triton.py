@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sae_kernels.primitives.row_grad.triton import (
-    Tile,
+    RowTile,
     blocks,
     gather,
     packed_terms,
@@ -234,7 +234,7 @@ def _fill_slots(slots, latents, F, A, BLOCK: tl.constexpr):
     tl.store(slots + tl.where(latent == -1, F + 1, latent), row, mask=row < A)
 
 
-def tile_of(width: int, norm: str, slices: int) -> tuple[Tile, int]:
+def tile_of(width: int, norm: str, slices: int) -> tuple[RowTile, int]:
     """The tile and how many columns are a program's own."""
     if norm == "none":
         tile = blocks(width)

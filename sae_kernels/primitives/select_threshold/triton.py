@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.select_topk.lists import packed, unpacked
-from sae_kernels.primitives.select_topk.slabs import Operands, Tile
-from sae_kernels.primitives.select_topk.triton import scores, tile_for, tiled
+from sae_kernels.primitives.candidate_lists import packed, unpacked
+from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
 from sae_kernels.tensors import packed as in_order
 
 _ROOM = 512  # entries a token on average, for which the lists have room at first
@@ -130,8 +129,8 @@ def run(
     offsets = x.new_zeros(B + 1, dtype=torch.int32)
     if B == 0 or F == 0:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
-    operands = Operands(x.contiguous(), W.contiguous(), in_order(b), None)
-    tile = _tile(operands.x, operands.W)
+    operands = (x.contiguous(), W.contiguous(), in_order(b))
+    tile = _tile(*operands[:2])
     n_tiles = triton.cdiv(F, tile.columns)
     counts, starts = (x.new_empty(B * n_tiles, dtype=torch.int32) for _ in range(2))
     runs, room = (counts, starts), min(B, 1 << 21) * _ROOM
@@ -150,21 +149,21 @@ def run(
     return values, indices, offsets
 
 
-def _tile(x: torch.Tensor, W: torch.Tensor) -> Tile:
+def _tile(x: torch.Tensor, W: torch.Tensor) -> ProductTile:
     tile = tile_for(x, W)
     # Without matrix units the operands take registers that looking through a tile needs too.
     return tile._replace(depth=tile.depth // 2) if x.dtype == torch.float32 else tile
 
 
 def _find_all(
-    operands: Operands,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     bounds: torch.Tensor,
     runs: tuple[torch.Tensor, torch.Tensor],
-    tile: Tile,
+    tile: ProductTile,
     room: int,
 ) -> tuple[torch.Tensor, list[int]]:
     """The lists, in one tensor and as far as there is room, and how many entries belong in each."""
-    x, W, b, _ = operands
+    x, W, b = operands
     n_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(W.shape[0], tile.columns)
     blocks = min(n_tiles, gpu.multiprocessors(x.device))
     capacity = triton.cdiv(room, blocks)

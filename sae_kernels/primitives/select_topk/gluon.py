@@ -7,6 +7,8 @@ through.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -20,17 +22,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sae_kernels import gpu
-from sae_kernels.primitives.select_topk import slabs
-from sae_kernels.primitives.select_topk.emission import (
+from sae_kernels.primitives.products import ProductTile, describable
+from sae_kernels.primitives.select_topk import column_passes
+from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
     APPEND_OPERANDS,
     TAKE_A_SLOT,
     TAKE_A_SLOT_OPERANDS,
 )
-from sae_kernels.primitives.select_topk.slabs import Lists, Operands, Slab, Tile
+from sae_kernels.primitives.select_topk.column_passes import ColumnPass, EncoderOperands
+
+if TYPE_CHECKING:
+    from sae_kernels.primitives.candidate_lists import CandidateLists
 
 # 4 stages of 48 KiB; the accumulators take 128 of a thread's registers.
-_TILE = Tile(rows=128, columns=256, depth=128, warps=8, stages=4, chunks=4)
+_TILE = ProductTile(rows=128, columns=256, depth=128, warps=8, stages=4, chunks=4)
 _GROUP = 8  # tiles of rows that share the same latents while these are in cache
 _LOADER_REGISTERS = 40
 
@@ -43,12 +49,12 @@ def refuses(
     rank_scale: torch.Tensor | None,
 ) -> str | None:
     """Why this kernel cannot select, or None."""
-    if not slabs.describable(x, W):
+    if not describable(x, W):
         return (
             f"its loads take rows of whole 16 bytes at aligned addresses, got x "
             f"{list(x.shape)} and W {list(W.shape)} in {x.dtype}"
         )
-    return slabs.refuses(x, W, b, k, rank_scale)
+    return column_passes.refuses(x, W, b, k, rank_scale)
 
 
 def run(
@@ -58,21 +64,24 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with ``_encode_slab``, selects with what all GPU backends share."""
-    return slabs.select(Operands(x, W, b, rank_scale), k, tile_for(x, W), encode_slab)
+    """Scores with ``_encode_pass``, selects with what all GPU backends share."""
+    operands = EncoderOperands(x, W, b, rank_scale)
+    return column_passes.select(operands, k, tile_for(x, W), encode_pass)
 
 
-def tile_for(x: torch.Tensor, W: torch.Tensor) -> Tile:
+def tile_for(x: torch.Tensor, W: torch.Tensor) -> ProductTile:
     """The tile of these operands: the same for all."""
     return _TILE
 
 
-def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
-    """Scores a slab and lets through what is not below the thresholds."""
+def encode_pass(
+    operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
+) -> None:
+    """Scores some columns and lets through what is not below the thresholds."""
     x, W, b, rank_scale = operands
     (B, D), F = x.shape, W.shape[0]
-    n_tiles = triton.cdiv(B, tile.rows) * (slab.stop - slab.start)
-    _encode_slab[(min(n_tiles, gpu.multiprocessors(x.device)),)](
+    n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
+    _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         _described(x, tile.rows, tile),
         _described(W, tile.columns, tile),
         b,
@@ -81,7 +90,7 @@ def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> Non
         B,
         F,
         D,
-        *slab,
+        *columns,
         CAPACITY=lists.candidates.shape[1],
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -94,7 +103,7 @@ def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> Non
     )
 
 
-def _described(matrix: torch.Tensor, rows: int, tile: Tile) -> TensorDescriptor:
+def _described(matrix: torch.Tensor, rows: int, tile: ProductTile) -> TensorDescriptor:
     block = [rows, tile.depth // matrix.element_size()]
     dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
@@ -102,9 +111,9 @@ def _described(matrix: torch.Tensor, rows: int, tile: Tile) -> TensorDescriptor:
 
 
 @gluon.jit
-def _tile_at(tile, B, F, slab, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """The first row and column of a tile of the slab."""
-    start, stop, stride = slab
+def _tile_at(tile, B, F, visit, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """The first row and column of a tile of the pass."""
+    start, stop, stride = visit
     row_tiles = gl.cdiv(B, ROWS)
     in_group = GROUP * (stop - start)
     first = tile // in_group * GROUP
@@ -115,7 +124,7 @@ def _tile_at(tile, B, F, slab, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP:
 
 
 @gluon.jit
-def _load(x, W, ring, sizes, slab, GROUP: gl.constexpr):
+def _load(x, W, ring, sizes, visit, GROUP: gl.constexpr):
     """Fills stages as they become empty, for all tiles of the block."""
     tokens, latents, empty, full = ring
     B, F, D = sizes
@@ -123,10 +132,10 @@ def _load(x, W, ring, sizes, slab, GROUP: gl.constexpr):
     COLUMNS: gl.constexpr = latents.shape[1]
     DEPTH: gl.constexpr = tokens.shape[2]
     STAGES: gl.constexpr = tokens.shape[0]
-    n_tiles = gl.cdiv(B, ROWS) * (slab[1] - slab[0])
+    n_tiles = gl.cdiv(B, ROWS) * (visit[1] - visit[0])
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        row, column = _tile_at(tile, B, F, slab, ROWS, COLUMNS, GROUP)
+        row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
         for part in range(0, D, DEPTH):
             stage = step % STAGES
             # Barriers start with the phase before the first complete: all stages are empty.
@@ -145,7 +154,7 @@ def _multiply(
     by_latent,
     rows_held,
     sizes,
-    slab,
+    visit,
     CAPACITY: gl.constexpr,
     GROUP: gl.constexpr,
     CHUNKS: gl.constexpr,
@@ -160,10 +169,10 @@ def _multiply(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLUMNS, 16]
     )
-    n_tiles = gl.cdiv(B, ROWS) * (slab[1] - slab[0])
+    n_tiles = gl.cdiv(B, ROWS) * (visit[1] - visit[0])
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        row, column = _tile_at(tile, B, F, slab, ROWS, COLUMNS, GROUP)
+        row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
         h = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
         for part in range(0, D, DEPTH):
             stage = step % STAGES
@@ -240,7 +249,7 @@ def _append(h, key, columns, threshold, counts, lists, CAPACITY: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["start", "stop", "stride"])
-def _encode_slab(
+def _encode_pass(
     x,
     W,
     b,
@@ -271,14 +280,14 @@ def _encode_slab(
     for stage in gl.static_range(STAGES):
         mbarrier.init(empty.index(stage), count=1)
         mbarrier.init(full.index(stage), count=1)
-    slab, sizes = (start, stop, stride), (B, F, D)
+    visit, sizes = (start, stop, stride), (B, F, D)
     by_latent = (b, rank_scale)
     rows_held = (counts, thresholds, candidates)
     ring = (tokens, latents, empty, full)
     gl.warp_specialize(
         [
-            (_multiply, (ring, by_latent, rows_held, sizes, slab, CAPACITY, GROUP, CHUNKS)),
-            (_load, (x, W, ring, sizes, slab, GROUP)),
+            (_multiply, (ring, by_latent, rows_held, sizes, visit, CAPACITY, GROUP, CHUNKS)),
+            (_load, (x, W, ring, sizes, visit, GROUP)),
         ],
         [1],
         [LOADER_REGISTERS],

@@ -19,17 +19,18 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.products import product
-from sae_kernels.primitives.select_topk import lists, schedule
+from sae_kernels.primitives import candidate_lists as lists
+from sae_kernels.primitives import schedule
+from sae_kernels.primitives.candidate_lists import CandidateLists
+from sae_kernels.primitives.products import ProductTile, product
 from sae_kernels.primitives.select_topk import triton as whole
-from sae_kernels.primitives.select_topk.slabs import Lists, Tile
 from sae_kernels.tensors import packed
 
 _MOST_EXPERTS = 512  # as many as route_top1 takes; every block looks through all of them
 # Products by pointers, for rows are gathered. The small tile is for what takes more registers:
 # fp32, which no matrix unit multiplies unrounded, and widths that are no multiple of 16.
-_TILE, _SMALL_TILE = Tile(128, 128, 128, 8, 3, 1), Tile(64, 64, 128, 8, 3, 1)
-_INTERPRETED = Tile(128, 512, 1024, 4, 1, 1)  # few large operations
+_TILE, _SMALL_TILE = ProductTile(128, 128, 128, 8, 3, 1), ProductTile(64, 64, 128, 8, 3, 1)
+_INTERPRETED = ProductTile(128, 512, 1024, 4, 1, 1)  # few large operations
 # Entries of lists that a block of four warps holds without spilling registers, and lists of a block
 # at most.
 _ENTRIES = 1 << 16 if gpu.interpreted() else 1024
@@ -37,7 +38,7 @@ _MOST_LISTS = 128
 _SHORTEST = 16
 
 
-class Routed(NamedTuple):
+class RoutedOperands(NamedTuple):
     """The arguments of select_topk_routed, packed."""
 
     x: torch.Tensor
@@ -51,7 +52,7 @@ class Routed(NamedTuple):
         return self.starts.shape[0] - 1
 
 
-class Part(NamedTuple):
+class LatentPart(NamedTuple):
     """Some of each expert's latents: from its ``column``-th on, ``n`` behind ``held`` entries."""
 
     column: int
@@ -192,14 +193,14 @@ def run(
     """Selects for as many tokens at once as have lists that stay in cache."""
     if starts.shape[0] == 2:
         return whole.run(x, W, b, k, None)
-    routed = Routed(packed(x), packed(W), packed(b), packed(tokens), packed(starts))
+    routed = RoutedOperands(packed(x), packed(W), packed(b), packed(tokens), packed(starts))
     B = x.shape[0]
     values = x.new_empty((B, k), dtype=torch.float32)
     indices = x.new_empty((B, k), dtype=torch.int32)
     capacity = room(W.shape[0] // routed.n_experts)
     at_once = schedule.rows_at_once(capacity)
     padded = triton.cdiv(min(B, at_once), _MOST_LISTS) * _MOST_LISTS
-    own = Lists(
+    own = CandidateLists(
         x.new_empty(padded, dtype=torch.int32),
         x.new_empty(padded, dtype=torch.float32),
         x.new_empty((padded, capacity), dtype=torch.int64),
@@ -214,18 +215,18 @@ def room(width: int) -> int:
     return min(max(_SHORTEST, gpu.next_power_of_two(width)), schedule.MOST_CAPACITY)
 
 
-def parts(width: int, k: int, capacity: int) -> list[Part]:
+def parts(width: int, k: int, capacity: int) -> list[LatentPart]:
     """An expert's latents in parts that a list has room for behind the k best of those before."""
-    found = [Part(0, min(width, capacity), 0)]
+    found = [LatentPart(0, min(width, capacity), 0)]
     while (column := found[-1].column + found[-1].n) < width:
-        found.append(Part(column, min(width - column, capacity - k), k))
+        found.append(LatentPart(column, min(width - column, capacity - k), k))
     return found
 
 
 def _select(
-    routed: Routed,
+    routed: RoutedOperands,
     k: int,
-    own: Lists,
+    own: CandidateLists,
     positions: tuple[int, int],
     results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
@@ -256,7 +257,9 @@ def _select(
     )
 
 
-def _product(routed: Routed, own: Lists, positions: tuple[int, int], part: Part) -> None:
+def _product(
+    routed: RoutedOperands, own: CandidateLists, positions: tuple[int, int], part: LatentPart
+) -> None:
     x, W, b, tokens, starts = routed
     tile = _tile(x)
     n_tiles = triton.cdiv(positions[1] - positions[0], tile.rows) + routed.n_experts
@@ -284,7 +287,7 @@ def _product(routed: Routed, own: Lists, positions: tuple[int, int], part: Part)
     )
 
 
-def _tile(x: torch.Tensor) -> Tile:
+def _tile(x: torch.Tensor) -> ProductTile:
     if gpu.interpreted():
         return _INTERPRETED
     return _SMALL_TILE if x.dtype == torch.float32 or x.shape[1] % 16 else _TILE

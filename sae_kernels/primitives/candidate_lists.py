@@ -1,4 +1,4 @@
-"""What is done to rows' candidate lists: fill with a sample, cut back, sort, rescue.
+"""Candidate lists of rows in Triton: filled with a sample, cut back, sorted, scored again.
 
 An entry is 64 bits, the latent's number above the fp32 bits of h, and appended in any order. Its
 place in the selection is a 64-bit integer too, the ordered bits of its key above the latents
@@ -8,13 +8,32 @@ and NaN included.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import triton
 import triton.language as tl
 
 from sae_kernels.primitives.products import product
 
+if TYPE_CHECKING:
+    import torch
+
 _MOST = tl.constexpr(0x7FFFFFFF)
 _FIRST_PLACE, _NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
+
+
+class CandidateLists(NamedTuple):
+    """The lists of some rows, padded to whole tiles of rows so that no row needs a mask.
+
+    Attributes:
+        counts: int32 [rows], entries let through; more than the capacity: some are missing.
+        thresholds: fp32 [rows], the key of the k-th best; NaN: only NaN may win.
+        candidates: int64 [rows, capacity], the fp32 bits of h below the latent's number.
+    """
+
+    counts: torch.Tensor
+    thresholds: torch.Tensor
+    candidates: torch.Tensor
 
 
 @triton.jit
@@ -214,7 +233,7 @@ def emit_sorted(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes the results of complete lists and the numbers of the rows that `rescue` has to do."""
+    """Writes the results of complete lists, and the numbers of the rows whose lists are not."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < B
     count = tl.load(counts + rows, mask=live, other=0)
@@ -227,7 +246,7 @@ def emit_sorted(
 
 
 @triton.jit
-def rescue(
+def rescore_overflowed(
     x,
     W,
     b,
