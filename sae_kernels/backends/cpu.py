@@ -1,4 +1,4 @@
-"""The host kernels of ``sae_kernels._C`` and what a call of them needs."""
+"""Backend cpu: calls of the host kernels in ``sae_kernels._C``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def supported_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The variant in use: the fastest, or the lower one that ``SAE_KERNELS_CPU_ISA`` forces."""
+    """The ISA variant in use: the fastest, or the lower one that ``SAE_KERNELS_CPU_ISA`` forces."""
     forced = os.environ.get(ISA_VARIABLE)
     if not forced:
         return supported_isas()[0]
@@ -87,7 +87,7 @@ def run(kernel: str, *arguments: Any) -> Any:
 
 
 def run_with_workspace(kernel: str, *arguments: Any) -> Any:
-    """Runs a kernel whose struct ends with a workspace and threads, and makes the workspace."""
+    """Runs a kernel with a workspace, which it allocates; otherwise like :func:`run`."""
     kernels, variant, n_threads = module(), isa(), threads()
     needs = getattr(kernels, f"{kernel}_workspace")
     workspace = torch.empty(needs(variant, *arguments, None, n_threads), dtype=torch.uint8)

@@ -1,5 +1,4 @@
-"""The primitives: one folder each, registered as ``torch.ops.sae_kernels.*``.
+"""The primitives: operators ``torch.ops.sae_kernels.*`` on plain tensors, one folder each.
 
-They take and give plain tensors, do not differentiate and check their arguments; users want
-:mod:`sae_kernels.functional`.
+They check their arguments and do not differentiate; users want :mod:`sae_kernels.functional`.
 """

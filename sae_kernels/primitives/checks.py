@@ -74,7 +74,7 @@ def as_wide_as(x: torch.Tensor, W: torch.Tensor, name: str) -> None:
 def encoder(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, **per_latent: torch.Tensor | None
 ) -> None:
-    """Raises for tokens, weights and vectors [F] that are no encoder's."""
+    """Raises for tokens, weights and vectors [F] that do not fit together as an encoder."""
     shape("x", x, ["B", "D"], "tokens by d_in")
     shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
     dtype("x", x, OPERAND_DTYPES)
@@ -90,7 +90,7 @@ def encoder(
 def latents_in_range(
     indices: torch.Tensor, n_latents: int, name: str = "codes", lowest: int = 0
 ) -> None:
-    """Raises IndexError with the first index that is no latent."""
+    """Raises IndexError that names the first index outside [lowest, n_latents)."""
     wrong = indices[(indices < lowest) | (indices >= n_latents)]
     if wrong.numel():
         raise IndexError(
@@ -127,7 +127,7 @@ def offsets_split_entries(
 
 
 def routes(tokens: torch.Tensor, starts: torch.Tensor) -> None:
-    """Raises unless the starts split a list in which every token is once."""
+    """Raises ValueError unless every token is listed once and the starts split the list."""
     n = tokens.shape[0]
     offsets_split_entries(starts, n, "starts")
     seen = torch.zeros(n, dtype=torch.bool, device=tokens.device)
@@ -172,5 +172,5 @@ def group_ends(ends: torch.Tensor | None) -> None:
 
 
 def n_tokens(entries: torch.Tensor, offsets: torch.Tensor | None) -> int:
-    """How many tokens codes are of: [B, K] entries, or ragged ones with offsets [B + 1]."""
+    """Number of tokens of codes: B of [B, K] entries, or of ragged ones with offsets [B + 1]."""
     return entries.shape[0] if offsets is None else offsets.shape[0] - 1

@@ -75,7 +75,7 @@ def describable(*matrices: torch.Tensor) -> bool:
 def tiled(
     x: torch.Tensor, W: torch.Tensor, tile: ProductTile
 ) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """Two packed matrices as a kernel of `scores` takes them, and what it is launched with."""
+    """Arguments and constants with which a kernel that calls `scores` is launched."""
     depth, is_described = tile.depth // x.element_size(), _described(x, W)
     matrices: tuple[Any, Any] = (x, W)
     if is_described:
@@ -98,7 +98,7 @@ def tiled(
 
 @triton.jit
 def dot(a, b, acc, WIDEN: tl.constexpr):
-    """``acc + a b``, sums in fp32 and fp32 operands unrounded.
+    """Computes ``acc + a b``, sums in fp32 and fp32 operands unrounded.
 
     WIDEN: Triton's interpreter multiplies the bit patterns of bf16.
     """
@@ -109,7 +109,7 @@ def dot(a, b, acc, WIDEN: tl.constexpr):
 
 @triton.jit
 def product(x, W, rows, columns, D, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
-    """``<x[rows], W[columns]>`` for any rows of two matrices of width D; all must exist."""
+    """Products ``<x[rows], W[columns]>`` for any rows of two matrices of width D; all exist."""
     inputs = tl.arange(0, DEPTH)
     x_rows = x + rows.to(tl.int64)[:, None] * D
     W_rows = W + columns.to(tl.int64)[:, None] * D
@@ -137,7 +137,7 @@ def scores(
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A tile of the product; beyond the last token or latent it holds anything."""
+    """A tile of the product x W^T; beyond the last token or latent it holds anything."""
     if DESCRIBED:
         h = tl.zeros((ROWS, COLUMNS), tl.float32)
         for part in range(0, D, DEPTH):

@@ -29,7 +29,7 @@ def capacity(k: int) -> int:
 
 
 def rows_at_once(capacity: int) -> int:
-    """Rows whose lists fit into the cache together."""
+    """Number of rows whose lists fit into the cache together."""
     return _LIST_BYTES // (_ENTRY_BYTES * capacity)
 
 
@@ -48,7 +48,7 @@ def column_passes(n_tiles: int, columns: int, k: int, capacity: int) -> list[tup
 
 @functools.cache
 def stride(n_tiles: int) -> int:
-    """How far the visit goes at each step: tile ``position * stride % n_tiles`` is next.
+    """Step of the visit of all tiles: at a position comes tile ``position * stride % n_tiles``.
 
     Latents are often sorted, by frequency or in nested groups, and whatever is visited first must
     stand for the rest or lists overflow. Steps of the golden ratio spread every prefix of the

@@ -1,4 +1,4 @@
-"""A typed function's signature as an operator's schema, and its arguments as the operator's.
+"""Translates the signature of a typed Python function into the schema of a torch operator.
 
 Operators take tensors, numbers and strings, and lists of one of these. A parameter may also be a
 named tuple, which stands for its fields, or a sequence of named tuples, which stands for a list per
@@ -29,7 +29,7 @@ _TYPES: dict[Any, str] = {
 
 
 class Kind(Protocol):
-    """What the annotation of a parameter stands for."""
+    """The kind of a parameter, by its annotation: plain, a named tuple or a sequence of them."""
 
     def columns(self, name: str) -> list[tuple[str, str]]:
         """Names and schema types of the columns of a parameter of this name."""

@@ -9,7 +9,7 @@ from sae_kernels.primitives import checks
 
 
 class Term(NamedTuple):
-    """One set of codes, in latent order, times rows of a source.
+    """One summand of a weight gradient: codes in latent order times rows of a source.
 
     The gradient of latent ``f`` gets ``coef[entries[j]] * source[rows[j]]`` for every ``j`` in
     ``[offsets[f], offsets[f + 1])``, added in that order.
@@ -30,7 +30,7 @@ class Term(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The gradient of an [F, width] matrix, in the parts it is known by.
+    """The gradient of an [F, width] matrix as a sum of terms, penalties and dense rows.
 
     Attributes:
         terms: what the codes contribute.
@@ -48,12 +48,12 @@ class Gradient(NamedTuple):
 
     @property
     def row_parts(self) -> int:
-        """S of ``row_coef``."""
+        """S of ``row_coef``: parts of a row with a coefficient each."""
         return 1 if self.row_coef is None or self.row_coef.dim() < 2 else self.row_coef.shape[1]
 
     @classmethod
     def whole(cls, dense: torch.Tensor, row_coef: torch.Tensor | None = None) -> "Gradient":
-        """A gradient that is known as a matrix [F, width]."""
+        """A gradient that is given as a matrix [F, width]."""
         every = torch.arange(dense.shape[0], dtype=torch.int32, device=dense.device)
         return cls(row_coef=row_coef, dense=dense, dense_latents=every)
 

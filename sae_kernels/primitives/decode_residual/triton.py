@@ -115,7 +115,7 @@ def run(
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residual, squared error per token and code gradients, a token to a program."""
+    """Computes residual, squared error and code gradients; a program takes a token."""
     if group_ends is not None or offsets is not None or values.shape[1] > MOST_FUSED:
         e = decode.run(values, indices, W, b_dec, group_ends, offsets)
         sse = _compare(e, target, group_weights)
@@ -149,7 +149,7 @@ def run(
 def _compare(
     x_hat: torch.Tensor, target: torch.Tensor, group_weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Squared errors of [B, D] or [G, B, D], in whose place the residuals come."""
+    """Replaces reconstructions [B, D] or [G, B, D] by residuals and returns the squared errors."""
     sse = x_hat.new_empty(x_hat.shape[:-1])
     B, D = target.shape
     _residual_kernel[(B,)](

@@ -1,4 +1,4 @@
-"""route_top1 in Triton: one kernel, whose programs take some tokens and all experts."""
+"""route_top1 in Triton: a program takes some tokens and all experts."""
 
 from __future__ import annotations
 

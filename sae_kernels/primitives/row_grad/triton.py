@@ -1,4 +1,4 @@
-"""row_grad in Triton, and the gather that all row kernels share.
+"""row_grad in Triton, and the gather of gradient rows that all row kernels share.
 
 A latent's gradient is a sum over its entries, and entries are spread as unevenly as can be: most
 latents have a handful, some have one in every token. So the list of all entries is cut into chunks
@@ -32,7 +32,7 @@ _REGISTERS = 128
 
 
 class RowTile(NamedTuple):
-    """What a program takes at a time: rows of the matrix, entries of each, columns; its warps.
+    """Rows, entries of each and columns that a program takes at a time, and its warps.
 
     A thread holds 8 columns (a 16-byte load of a bf16 row) of 8 entries: these are the loads in
     flight that hide the latency of a gather. Very wide rows leave registers for fewer entries;
@@ -45,7 +45,7 @@ class RowTile(NamedTuple):
     warps: int
 
     def constants(self) -> dict[str, int]:
-        """As a launch takes it."""
+        """The constants and options of a launch."""
         return {
             "LATENTS": self.latents,
             "ENTRIES": self.entries,
@@ -56,7 +56,7 @@ class RowTile(NamedTuple):
 
 
 def whole(width: int) -> RowTile:
-    """A tile that holds all columns: what is needed where a row has to be normalised."""
+    """A tile that holds all columns, as normalising a row needs."""
     columns = gpu.next_power_of_two(width)
     warps = min(16, max(1, columns // 256))
     latents = min(32, max(1, 256 // columns))
@@ -66,7 +66,7 @@ def whole(width: int) -> RowTile:
 
 
 def blocks(width: int) -> RowTile:
-    """A tile of some columns: of the sizes that pay, the one that pads a row least."""
+    """A tile of some columns, of the efficient sizes the one that pads a row least."""
     if width <= 256:
         return whole(width)
     return whole(min((1024, 512, 256), key=lambda columns: -width % columns))

@@ -1,4 +1,4 @@
-"""row_sqnorm in Triton: row_update's gradient, squared and summed instead of used."""
+"""row_sqnorm in Triton: the gradient of the row update, squared and summed."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def launch(
 
 
 def _slots(dense_latents: torch.Tensor | None, n_latents: int) -> torch.Tensor | None:
-    """Per latent its row of the dense block, or -1."""
+    """The row of the dense block that belongs to each latent, or -1."""
     if dense_latents is None:
         return None
     checks.latents_in_range(dense_latents, n_latents, "dense_latents", lowest=-1)

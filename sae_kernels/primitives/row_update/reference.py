@@ -57,7 +57,7 @@ def projected(param: torch.Tensor, grad: torch.Tensor, slices: int) -> torch.Ten
 
 
 def renormalised(param: torch.Tensor, norm: str, slices: int) -> torch.Tensor:
-    """The rows after the norm policy."""
+    """The rows after the norm policy was applied to each slice."""
     w = param.unflatten(1, (slices, -1))
     norms = w.norm(dim=-1, keepdim=True)
     keep = ~(norms > 0) if norm == "unit" else ~(norms > 1)

@@ -1,4 +1,4 @@
-"""row_update in Triton: a program owns some columns of a latent's row from gather to copy.
+"""row_update in Triton: a program updates some columns of a latent's row from gather to copy.
 
 Without a norm policy a row's columns have nothing to do with each other, and a program takes a
 block of them. Where slices are projected and renormalised it takes a whole slice, so that the row
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def load_param(param, high, rows, columns, mask):
-    """fp32 weights; of a split master by joining the halves."""
+    """Loads fp32 weights, joining the halves of a split master."""
     low = tl.load(pointers(param, rows, columns), mask=mask, other=0)
     if param.dtype.element_ty == tl.int16:
         upper = tl.load(pointers(high, rows, columns), mask=mask, other=0)
@@ -235,7 +235,7 @@ def _fill_slots(slots, latents, F, A, BLOCK: tl.constexpr):
 
 
 def tile_of(width: int, norm: str, slices: int) -> tuple[RowTile, int]:
-    """The tile and how many columns are a program's own."""
+    """The tile of a program and the number of columns it updates."""
     if norm == "none":
         tile = blocks(width)
         return tile, tile.columns

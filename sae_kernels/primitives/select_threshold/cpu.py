@@ -12,7 +12,7 @@ from sae_kernels.tensors import packed
 def run(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs csrc/cpu/select_threshold.cpp, then makes room for what it found."""
+    """Runs csrc/cpu/select_threshold.cpp, then allocates as much as it found."""
     operands = [packed(t) for t in (x, W, b, bounds)]
     sizes = (*x.shape, W.shape[0])
     found = cpu.run_with_workspace("select_threshold", cpu.code(x.dtype), *operands, *sizes)

@@ -1,4 +1,4 @@
-"""select_threshold in Triton: one product, whose blocks list what they find, put in order after it.
+"""select_threshold in Triton: blocks of the product list what passes; a second kernel orders it.
 
 Where a token's entries go depends on how many all tokens before it have, which is known when every
 tile is done. So a block lists the entries of its tiles row by row and in latent order, and notes
@@ -68,7 +68,7 @@ def _find(
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Persistent blocks over all tiles, a group of row tiles after the other."""
+    """Lists the entries of all tiles; blocks are persistent and go through groups of row tiles."""
     row_tiles, column_tiles = tl.cdiv(B, ROWS), tl.cdiv(F, COLUMNS)
     in_group = GROUP * column_tiles
     within = tl.arange(0, COLUMNS)
@@ -109,7 +109,7 @@ def _find(
 def _put_in_order(
     counts, starts, ends, entries, values, indices, n_runs, RUNS: tl.constexpr, STEP: tl.constexpr
 ):
-    """Takes some runs, the entries of a token in a tile, from the list to their places."""
+    """Moves runs, the entries of a token in a tile, from the lists to their places."""
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
     count = tl.load(counts + run, mask=run < n_runs, other=0)[:, None]
     start = tl.load(starts + run, mask=run < n_runs, other=0)[:, None]
@@ -162,7 +162,7 @@ def _find_all(
     tile: ProductTile,
     room: int,
 ) -> tuple[torch.Tensor, list[int]]:
-    """The lists, in one tensor and as far as there is room, and how many entries belong in each."""
+    """The lists, in one tensor and as far as there is room, and the number of entries of each."""
     x, W, b = operands
     n_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(W.shape[0], tile.columns)
     blocks = min(n_tiles, gpu.multiprocessors(x.device))

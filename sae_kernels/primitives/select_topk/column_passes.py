@@ -71,7 +71,7 @@ def select(
     tile: ProductTile,
     encode_pass: Callable[[EncoderOperands, CandidateLists, ColumnPass, ProductTile], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selects from what ``encode_pass`` lets through, as many rows at once as fit in cache."""
+    """Selects among what ``encode_pass`` appends, for as many rows at once as fit in cache."""
     x, W = operands.x.contiguous(), operands.W.contiguous()
     b, rank_scale = (packed(t) for t in operands[2:])
     values = x.new_empty((x.shape[0], k), dtype=torch.float32)
@@ -150,7 +150,7 @@ def _write(
     results = (values, indices, n_overflowed, overflowed)
     step = min(best, max(1, 4 * _ENTRIES // (at_once * best)))
     sizes = {"CAPACITY": capacity, "BEST": best, "STEP": step}
-    candidate_lists.emit_sorted[(triton.cdiv(B, at_once),)](
+    candidate_lists.write_complete[(triton.cdiv(B, at_once),)](
         lists.counts,
         lists.candidates,
         rank_scale,

@@ -1,7 +1,7 @@
-"""select_topk's product with warps that only load and warps that only multiply, for Hopper.
+"""select_topk in Gluon for Hopper: some warps only load, the others multiply and append.
 
 One warp keeps the tensor memory accelerator busy, also across tiles; so while eight warps compare
-and emit, the operands of the next tile arrive. What is let through is what ``triton.py`` lets
+and append, the operands of the next tile arrive. What is let through is what ``triton.py`` lets
 through.
 """
 
@@ -64,7 +64,7 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with ``_encode_pass``, selects with what all GPU backends share."""
+    """Selects in passes over the columns, each scored by ``_encode_pass``."""
     operands = EncoderOperands(x, W, b, rank_scale)
     return column_passes.select(operands, k, tile_for(x, W), encode_pass)
 
@@ -77,7 +77,7 @@ def tile_for(x: torch.Tensor, W: torch.Tensor) -> ProductTile:
 def encode_pass(
     operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
 ) -> None:
-    """Scores some columns and lets through what is not below the thresholds."""
+    """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
@@ -159,7 +159,7 @@ def _multiply(
     GROUP: gl.constexpr,
     CHUNKS: gl.constexpr,
 ):
-    """Multiplies stages as they become full and emits what is not below the thresholds."""
+    """Multiplies stages as they become full and appends what is not below the thresholds."""
     tokens, latents, empty, full = ring
     B, F, D = sizes
     ROWS: gl.constexpr = tokens.shape[1]
@@ -186,11 +186,11 @@ def _multiply(
             step += 1
         h = warpgroup_mma_wait(num_outstanding=0, deps=(h,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        _emit(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
+        _append_passing(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
 
 
 @gluon.jit
-def _emit(
+def _append_passing(
     product,
     row,
     column,
@@ -205,8 +205,8 @@ def _emit(
     if CHUNKS > 1:
         left, right = product.reshape((ROWS, 2, COLUMNS)).permute((0, 2, 1)).split()
         rest = (by_latent, rows_held, F)
-        _emit(left, row, column, *rest, CAPACITY, CHUNKS // 2)
-        _emit(right, row, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2)
+        _append_passing(left, row, column, *rest, CAPACITY, CHUNKS // 2)
+        _append_passing(right, row, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2)
     else:
         b, rank_scale = by_latent
         counts, thresholds, candidates = rows_held
@@ -272,7 +272,7 @@ def _encode_pass(
     CHUNKS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
-    """A ring of stages between the two; each side waits on the other's barriers only."""
+    """Runs loader and multiplier warps with a ring of stages between them."""
     tokens = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, DEPTH], x.layout)
     latents = gl.allocate_shared_memory(W.dtype, [STAGES, COLUMNS, DEPTH], W.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

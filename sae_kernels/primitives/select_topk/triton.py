@@ -1,4 +1,4 @@
-"""select_topk's product and what it lets through, in Triton.
+"""select_topk in Triton: a product that appends the scores that can still win to lists.
 
 A block multiplies a tile of tokens with a tile of latents and lets through entries that are not
 below their row's threshold. Few are (k times the pass's growth per row), so what counts is that the
@@ -43,14 +43,14 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with ``_encode_pass``, selects with what all GPU backends share."""
+    """Selects in passes over the columns, each scored by ``_encode_pass``."""
     return select(EncoderOperands(x, W, b, rank_scale), k, tile_for(x, W), encode_pass)
 
 
 def encode_pass(
     operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
 ) -> None:
-    """Scores some columns and lets through what is not below the thresholds."""
+    """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
@@ -96,7 +96,7 @@ def _encode_pass(
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Persistent blocks over the pass's tiles, a group of row tiles after the other.
+    """Scores the tiles of a pass; blocks are persistent and go through groups of row tiles.
 
     Rows beyond the last token are multiplied like the others and write into the lists' padding;
     their threshold lets nothing through.
@@ -116,11 +116,13 @@ def _encode_pass(
         threshold = tl.where(threshold == threshold, threshold, float("inf"))
         lists = candidates + rows.to(tl.int64) * CAPACITY
         by_latent = (b, rank_scale, F)
-        _emit(h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY)
+        _append_passing(
+            h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY
+        )
 
 
 @triton.jit
-def _emit(
+def _append_passing(
     product,
     column,
     by_latent,
@@ -141,8 +143,8 @@ def _emit(
     if CHUNKS > 1:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
         rest = (by_latent, threshold, counts, lists)
-        _emit(left, column, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
-        _emit(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
+        _append_passing(left, column, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
+        _append_passing(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
     else:
         b, rank_scale, F = by_latent
         columns = column + tl.arange(0, COLUMNS)

@@ -1,10 +1,10 @@
-"""select_topk_routed in Triton: every score of a token's expert, a part of its latents at a time.
+"""select_topk_routed in Triton: scores a part of every expert's latents after the other.
 
 Tokens are taken in the order of their experts, as many at once as have lists that stay in cache. A
 product writes the scores of a part of the latents straight into the lists, which are then cut back
 to their k best; behind these comes the next part, until the expert has no more latents. An expert
-is 1/E of the dictionary, so a threshold that lets only a few scores through, as in select_topk, has
-less to save, and lists that take whatever comes cannot overflow.
+is 1/E of the dictionary, so a threshold that lets only a few scores through, as without experts,
+has less to save, and lists that take whatever comes cannot overflow.
 
 Which tokens a block multiplies it finds out itself: the host knows only that rows / ROWS blocks,
 rounded up, and one more for each expert are enough.
@@ -53,7 +53,7 @@ class RoutedOperands(NamedTuple):
 
 
 class LatentPart(NamedTuple):
-    """Some of each expert's latents: from its ``column``-th on, ``n`` behind ``held`` entries."""
+    """``n`` latents of each expert from its ``column``-th on; lists hold ``held`` before."""
 
     column: int
     n: int
@@ -104,7 +104,7 @@ def _score(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Puts the scores of a tile behind what the lists hold."""
+    """Appends the scores of a tile to the lists."""
     expert, row, stop = _tile_of(tl.program_id(0), starts, begin, end, E, ROWS, EXPERTS)
     if expert < 0:
         return
@@ -156,14 +156,15 @@ def _write(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes lists in selection order to where their tokens are."""
+    """Writes the results of lists, in selection order, to the rows of their tokens."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.load(tokens + begin + rows, mask=rows < n_rows, other=-1)
     live = (token >= 0) & (token < B)
-    # A list's row is not its token's: what `emit` adds for the one is taken off for the other.
+    # A list's row is not its token's: what `write_selected` adds for the one is taken off for the
+    # other.
     moved = (token - rows).to(tl.int64)[:, None] * k
     results = (values + moved, indices + moved)
-    lists.emit(rows, live, candidates, None, *results, k, CAPACITY, BEST, STEP)
+    lists.write_selected(rows, live, candidates, None, *results, k, CAPACITY, BEST, STEP)
 
 
 def refuses(
@@ -211,12 +212,12 @@ def run(
 
 
 def room(width: int) -> int:
-    """Entries of a list: an expert's latents, or as many as one block sorts."""
+    """Size of a list: all of an expert's latents, or as many as one block sorts."""
     return min(max(_SHORTEST, gpu.next_power_of_two(width)), schedule.MOST_CAPACITY)
 
 
 def parts(width: int, k: int, capacity: int) -> list[LatentPart]:
-    """An expert's latents in parts that a list has room for behind the k best of those before."""
+    """Divides an expert's latents into parts that fit a list behind the k best so far."""
     found = [LatentPart(0, min(width, capacity), 0)]
     while (column := found[-1].column + found[-1].n) < width:
         found.append(LatentPart(column, min(width - column, capacity - k), k))
@@ -230,7 +231,7 @@ def _select(
     positions: tuple[int, int],
     results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Selects for the tokens at some positions of their order."""
+    """Selects for the tokens at positions [begin, end) of the order by expert."""
     (B, _), F = routed.x.shape, routed.W.shape[0]
     n_rows, capacity = positions[1] - positions[0], own.candidates.shape[1]
     for part in parts(F // routed.n_experts, k, capacity):
