@@ -93,9 +93,9 @@ Struct filled(const py::tuple& given, std::vector<Term>* terms) {
 template <class Result, class Args>
 void define(py::module_& module, const char* name, Result (*KernelTable::*kernel)(const Args&)) {
   module.def(name, [kernel](const std::string& isa, const py::args& given) {
+    const auto run = kernels(isa).*kernel;
     std::vector<Term> terms;
     const Args args = filled<Args>(given, &terms);
-    const auto run = kernels(isa).*kernel;
     py::gil_scoped_release release;
     return run(args);
   });
