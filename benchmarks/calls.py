@@ -29,10 +29,10 @@ _FOLDER = Path(primitives.__file__).parent
 def kernels() -> list[tuple[str, str]]:
     """Every (primitive, backend) that is written for GPUs."""
     return [
-        (folder.name, backend)
-        for folder in sorted(_FOLDER.iterdir())
+        (name, backend)
+        for name in primitives.NAMES
         for backend in GPU_BACKENDS
-        if (folder / "__init__.py").exists() and (folder / f"{backend}.py").exists()
+        if (_FOLDER / name / f"{backend}.py").exists()
     ]
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,6 @@ from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.primitives.signature import columns, parameters, schema
 from sae_kernels.testing import assert_bitwise
-
-PRIMITIVES = tuple(m.name for m in pkgutil.iter_modules(primitives.__path__) if m.ispkg)
 
 
 class Pair(NamedTuple):
@@ -84,7 +81,7 @@ def _function(primitive: str) -> Any:
     return getattr(importlib.import_module(f"sae_kernels.primitives.{primitive}"), primitive)
 
 
-@pytest.mark.parametrize("primitive", PRIMITIVES)
+@pytest.mark.parametrize("primitive", primitives.NAMES)
 def test_implementations_take_the_declared_arguments(primitive: str) -> None:
     names = list(inspect.signature(_function(primitive)).parameters)
     assert names[-1] == "backend"
@@ -104,7 +101,7 @@ def test_implementations_take_the_declared_arguments(primitive: str) -> None:
     assert written >= 2
 
 
-@pytest.mark.parametrize("primitive", PRIMITIVES)
+@pytest.mark.parametrize("primitive", primitives.NAMES)
 def test_every_argument_is_documented(primitive: str) -> None:
     text = inspect.getdoc(_function(primitive)) or ""
     for name in inspect.signature(_function(primitive)).parameters:

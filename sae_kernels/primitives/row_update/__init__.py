@@ -78,18 +78,18 @@ def row_update(
             torch.optim.SparseAdam does.
         backend: see :mod:`sae_kernels.backends`.
     """
-    param = matrix.param
+    param, parts = matrix.param, matrix._asdict()
     checks.shape("param", param, ["F", "width"], "latents first")
-    for name, tensor in matrix._asdict().items():
+    for name, tensor in parts.items():
         checks.shape(name, tensor, list(param.shape), "like param")
     _check_dtypes(*matrix)
     checks.shape("hyper", hyper, [len(HYPER)], ", ".join(HYPER))
     checks.dtype("hyper", hyper, (torch.float64,))
     check_norm(norm, slices, param.shape[1])
     gradient.check(param.shape[0], param.shape[1], arithmetic_dtype(param))
-    part = gradient.terms[0].coef if gradient.terms else gradient.dense
-    checks.same_device(**matrix._asdict(), hyper=hyper, gradient=part)
-    for name, tensor in matrix._asdict().items():
+    some = gradient.terms[0].coef if gradient.terms else gradient.dense
+    checks.same_device(**parts, hyper=hyper, gradient=some)
+    for name, tensor in parts.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place")
 

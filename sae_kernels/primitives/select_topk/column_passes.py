@@ -53,11 +53,7 @@ class ColumnPass(NamedTuple):
 
 
 def refuses(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    rank_scale: torch.Tensor | None,
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
 ) -> str | None:
     """Why these kernels cannot select, or None."""
     if k > schedule.LARGEST_K:

@@ -22,11 +22,7 @@ _FEWEST_CANDIDATES = 512
 
 
 def refuses(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    rank_scale: torch.Tensor | None,
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
 ) -> str | None:
     """Why this call cannot run, or None."""
     if k > _MOST_KEPT:

@@ -42,11 +42,7 @@ _LOADER_REGISTERS = 40
 
 
 def refuses(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    rank_scale: torch.Tensor | None,
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
 ) -> str | None:
     """Why this kernel cannot select, or None."""
     if not describable(x, W):
@@ -54,7 +50,7 @@ def refuses(
             f"its loads take rows of whole 16 bytes at aligned addresses, got x "
             f"{list(x.shape)} and W {list(W.shape)} in {x.dtype}"
         )
-    return column_passes.refuses(x, W, b, k, rank_scale)
+    return column_passes.refuses(x, W, b, k)
 
 
 def run(
