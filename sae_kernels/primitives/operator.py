@@ -98,8 +98,11 @@ class Operator(Generic[_Arguments, _Results]):
         return tensor
 
     def _flat(self, arguments: Sequence[Any]) -> list[Any]:
-        pairs = zip(self._kinds, arguments, strict=False)  # implementations are given no backend
-        return [column for kind, value in pairs for column in kind.flatten(value)]
+        taken: list[Any] = []
+        # Shorter where the arguments are an implementation's, which are without the backend.
+        for kind, value in zip(self._kinds, arguments, strict=False):
+            kind.flatten(value, taken)
+        return taken
 
     def _arguments(self, taken: Sequence[Any]) -> Sequence[Any]:
         if self._is_flat:

@@ -34,8 +34,8 @@ class Kind(Protocol):
     def columns(self, name: str) -> list[tuple[str, str]]:
         """Names and schema types of the columns of a parameter of this name."""
 
-    def flatten(self, value: Any) -> list[Any]:
-        """The columns of a value."""
+    def flatten(self, value: Any, into: list[Any]) -> None:
+        """Appends the columns of a value."""
 
     def unflatten(self, columns: Iterator[Any]) -> Any:
         """The value again, from the next columns."""
@@ -47,8 +47,8 @@ class _Plain(NamedTuple):
     def columns(self, name: str) -> list[tuple[str, str]]:
         return [(name, self.type)]
 
-    def flatten(self, value: Any) -> list[Any]:
-        return [value]
+    def flatten(self, value: Any, into: list[Any]) -> None:
+        into.append(value)
 
     def unflatten(self, columns: Iterator[Any]) -> Any:
         return next(columns)
@@ -61,9 +61,9 @@ class _Fields(NamedTuple):
     def columns(self, name: str) -> list[tuple[str, str]]:
         return [column for field, kind in self.kinds.items() for column in kind.columns(field)]
 
-    def flatten(self, value: Any) -> list[Any]:
-        kinds = self.kinds.values()
-        return [c for kind, part in zip(kinds, value, strict=True) for c in kind.flatten(part)]
+    def flatten(self, value: Any, into: list[Any]) -> None:
+        for kind, part in zip(self.kinds.values(), value, strict=True):
+            kind.flatten(part, into)
 
     def unflatten(self, columns: Iterator[Any]) -> Any:
         return self.made(*[kind.unflatten(columns) for kind in self.kinds.values()])
@@ -75,8 +75,8 @@ class _Rows(NamedTuple):
     def columns(self, name: str) -> list[tuple[str, str]]:
         return [(f"{name}_{field}", f"{type_}[]") for field, type_ in self.of.columns(name)]
 
-    def flatten(self, value: Any) -> list[Any]:
-        return [[row[i] for row in value] for i in range(len(self.of.kinds))]
+    def flatten(self, value: Any, into: list[Any]) -> None:
+        into += [[row[i] for row in value] for i in range(len(self.of.kinds))]
 
     def unflatten(self, columns: Iterator[Any]) -> Any:
         lists = [next(columns) for _ in self.of.kinds]

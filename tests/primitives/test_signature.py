@@ -67,7 +67,8 @@ def test_arguments_come_back_from_their_columns() -> None:
     total = Sum([Pair(x, None), Pair(y, x)], y)
     for value in (total, Sum([], y)):
         kind = parameters(declared)[1].kind
-        flat = kind.flatten(value)
+        flat: list[Any] = []
+        kind.flatten(value, flat)
         assert len(flat) == len(columns(parameters(declared)[1:2])) == 3
         again = kind.unflatten(iter(flat))
         assert isinstance(again, Sum)
