@@ -13,6 +13,7 @@ import torch
 
 from sae_kernels import backends, primitives
 from sae_kernels.codes import LatentOrder
+from sae_kernels.primitives.row_update import AdamMatrix
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.primitives.transpose_codes import transpose_codes
 
@@ -22,18 +23,16 @@ if TYPE_CHECKING:
     from sae_kernels.bench.cases import Shape
 
 GPU_BACKENDS = ("cuda", "triton", "gluon")
-# The argument that decides the backend, where it is not the first; as in the primitives' Operators.
-_DTYPE_OF = {"code_grad": 2, "decode": 2, "decode_residual": 2}
 _FOLDER = Path(primitives.__file__).parent
 
 
 def kernels() -> list[tuple[str, str]]:
     """Every (primitive, backend) that is written for GPUs."""
     return [
-        (folder.name, backend)
-        for folder in sorted(_FOLDER.iterdir())
+        (name, backend)
+        for name in primitives.NAMES
         for backend in GPU_BACKENDS
-        if (folder / "__init__.py").exists() and (folder / f"{backend}.py").exists()
+        if (_FOLDER / name / f"{backend}.py").exists()
     ]
 
 
@@ -56,7 +55,8 @@ def arguments(
 
 def runnable(primitive: str, inputs: tuple[Any, ...], wanted: Sequence[str]) -> list[str]:
     """Those of the wanted backends that can run a call with these arguments."""
-    like = inputs[_DTYPE_OF.get(primitive, 0)]
+    folder = importlib.import_module(f"sae_kernels.primitives.{primitive}")
+    like = getattr(folder, primitive).like(inputs)
     found = backends.candidates(primitive, like.device, like.dtype, inputs)
     return [name for name, reason in found if name in wanted and reason is None]
 
@@ -197,16 +197,14 @@ def gradient(shape: Shape, dtype: torch.dtype, width: int, popularity: str = "un
 
 def _row_grad(shape: Shape, dtype: torch.dtype, *, width: int | None = None) -> tuple[Any, ...]:
     width = shape.D if width is None else width
-    parts = gradient(shape, dtype, width)
-    return parts.terms[0].coef, *parts.columns(), shape.F, width
+    return gradient(shape, dtype, width).terms, shape.F, width
 
 
 def _row_sqnorm(
     shape: Shape, dtype: torch.dtype, *, norm: str = "unit", split: bool = False
 ) -> tuple[Any, ...]:
     param, high = _master(shape.F, shape.D, split)
-    columns = gradient(shape, dtype, shape.D).columns()
-    return param, high if split else None, *columns, norm, 1
+    return param, gradient(shape, dtype, shape.D), high if split else None, norm, 1
 
 
 def _master(F: int, width: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,20 +235,8 @@ def _row_update(
     if penalties:  # on the norms of so many parts of a row
         parts = parts._replace(row_coef=torch.rand(shape.F, penalties))
     hyper = torch.tensor([1e-4, 1.0, 0.1, 0.001, 0.0, 1.0], dtype=torch.float64)
-    return (
-        param,
-        m,
-        v,
-        copy if copied else None,
-        *parts.columns(),
-        hyper,
-        0.9,
-        0.999,
-        1e-8,
-        norm,
-        1,
-        False,
-    )
+    matrix = AdamMatrix(param, m, v, copy if copied else None)
+    return matrix, parts, hyper, (0.9, 0.999), 1e-8, norm, 1, False
 
 
 def _auxk(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -204,7 +204,7 @@ def test_an_unknown_variant_is_refused(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_the_module_itself_refuses_an_unknown_variant() -> None:
     with pytest.raises(ValueError, match="no kernels for the ISA 'avx1024'"):
-        cpu.module().select_topk_workspace("avx1024", 0, False, 1, 1, 1, 1, 1, 1)
+        cpu.module().select_topk_workspace("avx1024")
 
 
 BLOCKED = """

@@ -93,7 +93,7 @@ def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
     timed = {r["provider"] for r in records if r["kind"] == "time"}
     assert timed == {"product alone", "triton, nothing passes", "triton, the k best pass"}
     mean, most, over = (r["value"] for r in records if r["kind"] == "fact")
-    # k = 8: a list holds that many once a slab was cut back, and more before.
+    # k = 8: a list holds that many once a pass was cut back, and more before.
     assert 8 <= mean <= most
     assert over == 0
 

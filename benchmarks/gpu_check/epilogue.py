@@ -37,23 +37,24 @@ def costs(bench: Bench, name: str) -> Iterator[Record]:
 
 
 class _Watched:
-    """A selection whose lists are looked at after every slab."""
+    """A selection whose lists are looked at after every pass."""
 
     def __init__(self, backend: str, operands: tuple[Any, ...], k: int) -> None:
         # Not at the top: the kernels can only be imported where Triton is.
-        from sae_kernels.primitives.select_topk import schedule, slabs
+        from sae_kernels.primitives import schedule
+        from sae_kernels.primitives.select_topk import column_passes
 
         self._module = importlib.import_module(f"sae_kernels.primitives.select_topk.{backend}")
         self._tile = self._module.tile_for(*operands[:2])
-        self._operands = slabs.Operands(*operands)
+        self._operands = column_passes.EncoderOperands(*operands)
         self.counts: list[torch.Tensor] = []
-        slabs.select(self._operands, k, self._tile, self._encode)
+        column_passes.select(self._operands, k, self._tile, self._encode)
         self.capacity = schedule.capacity(k)
         n_tiles = -(-operands[1].shape[0] // self._tile.columns)
-        self._all = slabs.Slab(0, n_tiles, schedule.stride(n_tiles))
+        self._all = column_passes.ColumnPass(0, n_tiles, schedule.stride(n_tiles))
 
-    def _encode(self, operands: Any, lists: Any, slab: Any, tile: Any) -> None:
-        self._module.encode_slab(operands, lists, slab, tile)
+    def _encode(self, operands: Any, lists: Any, columns: Any, tile: Any) -> None:
+        self._module.encode_pass(operands, lists, columns, tile)
         self.counts.append(lists.counts[: operands.x.shape[0]].clone())
         # Of the last rows, for they are selected in chunks; the thresholds rise to the end.
         self._rows, self._lists = operands, lists
@@ -67,18 +68,18 @@ class _Watched:
 
         def run() -> None:
             lists.counts.zero_()
-            self._module.encode_slab(self._rows, lists, self._all, self._tile)
+            self._module.encode_pass(self._rows, lists, self._all, self._tile)
 
         return run
 
     def survivors(self, name: str, backend: str) -> list[Record]:
-        """How full the fullest list was after a slab, the mean, and how many rows overflowed."""
+        """How full the fullest list was after a pass, the mean, and how many rows overflowed."""
         counts = torch.cat(self.counts).float()
         over = (counts > self.capacity).float().mean()
         numbers = {
-            "entries of a list after a slab, mean": counts.mean(),
-            f"entries of a list after a slab, at most (of {self.capacity})": counts.max(),
-            "share of the lists that overflowed in a slab": over,
+            "entries of a list after a pass, mean": counts.mean(),
+            f"entries of a list after a pass, at most (of {self.capacity})": counts.max(),
+            "share of the lists that overflowed in a pass": over,
         }
         return [
             {"kind": "fact", "what": f"{name} on {backend}: {what}", "value": float(value)}

@@ -28,7 +28,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
         module = getattr(item, "module", None)
         line = {
             "test": item.nodeid,
-            "kernels": getattr(module, "PRIMITIVES", ("select_topk",)),
+            "kernels": getattr(module, "PRIMITIVES", ()),
             "backend": next((v for n, v in parameters.items() if "backend" in n), "automatic"),
             "outcome": report.outcome,
             "why": report.longreprtext[-600:] if report.outcome == "failed" else "",

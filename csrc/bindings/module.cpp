@@ -1,10 +1,12 @@
-// sae_kernels._C: pointers, sizes and a thread count in, no tensor allocated, no torch header.
-// Arguments are checked in Python (sae_kernels/primitives); an address here is taken as given.
+// sae_kernels._C: tensors by their data_ptr(), sizes and a thread count in, no tensor allocated, no
+// torch header. Arguments are checked in Python (sae_kernels/primitives) and taken as given here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <tuple>
+#include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -17,47 +19,86 @@ using namespace sae;
 
 namespace {
 
-using Address = uintptr_t;
+template <class Struct>
+Struct filled(const py::tuple& given, std::vector<Term>* terms);
 
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-DType dtype_of(int code) { return static_cast<DType>(code); }
-
-SelectTopkArgs select_args(int dtype, Address x, Address W, Address b, Address rank_scale,
-                           Address values, Address indices, int64_t B, int64_t D, int64_t F,
-                           int64_t k, const Routes& routes, Address workspace, int threads) {
-  return {dtype_of(dtype),
-          at(x),
-          at(W),
-          at(b),
-          at(rank_scale),
-          at(values),
-          at<int32_t>(indices),
-          B,
-          D,
-          F,
-          k,
-          routes,
-          at(workspace),
-          threads};
+// Where a tensor's data starts; null for None.
+void* address_of(py::handle tensor) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  if (tensor.is_none()) return nullptr;
+  PyObject* const address = PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr);
+  if (address == nullptr) throw py::error_already_set();
+  return reinterpret_cast<void*>(py::reinterpret_steal<py::int_>(address).cast<uintptr_t>());
 }
 
-Routes routes_of(Address tokens, Address starts, int64_t experts) {
-  return {at<int32_t>(tokens), at<int32_t>(starts), experts};
-}
+// An argument of a kernel as Python gives it. It converts to what the field of the Args struct is
+// that it initialises: a tensor to a pointer, a number to a size, a flag or an enum, a tuple to a
+// struct, and a list of tuples to an array of terms, which lives as long as `terms`.
+struct Argument {
+  py::handle given;
+  std::vector<Term>* terms;
 
-// offsets, entries, rows, coef, source (0: ones), dtype of source
-using TermTuple = std::tuple<Address, Address, Address, Address, Address, int>;
-
-std::vector<Term> terms_of(const std::vector<TermTuple>& tuples) {
-  std::vector<Term> terms;
-  for (const auto& [offsets, entries, rows, coef, source, dtype] : tuples) {
-    terms.push_back({at<int32_t>(offsets), at<int32_t>(entries), at<int32_t>(rows), at(coef),
-                     at(source), dtype_of(dtype)});
+  template <class Field>
+  operator Field() const {
+    if constexpr (std::is_same_v<Field, const Term*>) {
+      for (const py::handle term : given) terms->push_back(Argument{term, nullptr});
+      return terms->data();
+    } else if constexpr (std::is_pointer_v<Field>) {
+      return static_cast<Field>(address_of(given));
+    } else if constexpr (std::is_enum_v<Field>) {
+      return static_cast<Field>(given.cast<int>());
+    } else if constexpr (std::is_class_v<Field>) {
+      return filled<Field>(given.cast<py::tuple>(), terms);
+    } else {
+      return given.cast<Field>();
+    }
   }
-  return terms;
+};
+
+// How many fields a struct has: as many arguments as its braces take.
+template <class Struct, class... Arguments>
+constexpr auto takes(int) -> decltype(Struct{std::declval<Arguments>()...}, true) {
+  return true;
+}
+template <class Struct, class... Arguments>
+constexpr bool takes(long) {
+  return false;
+}
+template <class Struct, class... Arguments>
+constexpr size_t count_fields() {
+  if constexpr (takes<Struct, Arguments..., Argument>(0)) {
+    return count_fields<Struct, Arguments..., Argument>();
+  } else {
+    return sizeof...(Arguments);
+  }
+}
+
+template <class Struct, size_t... I>
+Struct filled(const py::tuple& given, std::vector<Term>* terms, std::index_sequence<I...>) {
+  return {Argument{given[I], terms}...};
+}
+
+// A struct whose fields are `given`.
+template <class Struct>
+Struct filled(const py::tuple& given, std::vector<Term>* terms) {
+  constexpr size_t n = count_fields<Struct>();
+  if (given.size() != n) {
+    throw py::type_error("expected " + std::to_string(n) + " arguments after the ISA, got " +
+                         std::to_string(given.size()));
+  }
+  return filled<Struct>(given, terms, std::make_index_sequence<n>());
+}
+
+// A kernel as a function of the ISA's name and of the fields of its Args struct, in their order.
+template <class Result, class Args>
+void define(py::module_& module, const char* name, Result (*KernelTable::*kernel)(const Args&)) {
+  module.def(name, [kernel](const std::string& isa, const py::args& given) {
+    const auto run = kernels(isa).*kernel;
+    std::vector<Term> terms;
+    const Args args = filled<Args>(given, &terms);
+    py::gil_scoped_release release;
+    return run(args);
+  });
 }
 
 py::dict build_info() {
@@ -93,138 +134,19 @@ PYBIND11_MODULE(_C, module) {
     return names;
   });
 
-  module.def("select_topk_workspace",
-             [](const std::string& isa, int dtype, bool scaled, int64_t B, int64_t D, int64_t F,
-                int64_t k, int64_t experts, int threads) {
-               const Routes routes = routes_of(0, 0, experts);
-               return kernels(isa).select_topk_workspace(
-                   select_args(dtype, 0, 0, 0, scaled, 0, 0, B, D, F, k, routes, 0, threads));
-             });
-
-  // tokens and starts: null where every row meets all of W, as one expert's.
-  module.def("select_topk", [](const std::string& isa, int dtype, Address x, Address W, Address b,
-                               Address rank_scale, Address values, Address indices, int64_t B,
-                               int64_t D, int64_t F, int64_t k, Address tokens, Address starts,
-                               int64_t experts, Address workspace, int threads) {
-    const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    return table.select_topk(select_args(dtype, x, W, b, rank_scale, values, indices, B, D, F, k,
-                                         routes_of(tokens, starts, experts), workspace, threads));
-  });
-
-  module.def("route_top1_workspace", [](const std::string& isa, int dtype, int64_t B, int64_t D,
-                                        int64_t E, int threads) {
-    return kernels(isa).route_top1_workspace(
-        {dtype_of(dtype), nullptr, nullptr, nullptr, nullptr, nullptr, B, D, E, nullptr, threads});
-  });
-
-  module.def("route_top1", [](const std::string& isa, int dtype, Address x, Address W, Address b,
-                              Address experts, Address probabilities, int64_t B, int64_t D,
-                              int64_t E, Address workspace, int threads) {
-    const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    table.route_top1({dtype_of(dtype), at(x), at(W), at(b), at<int32_t>(experts), at(probabilities),
-                      B, D, E, at(workspace), threads});
-  });
-
   py::class_<Selection>(module, "Selection")
       .def("count", &Selection::count)
-      .def("write", [](const Selection& found, Address values, Address indices, Address offsets) {
-        py::gil_scoped_release release;
-        found.write(at(values), at<int32_t>(indices), at<int32_t>(offsets));
-      });
+      .def("write",
+           [](const Selection& found, py::handle values, py::handle indices, py::handle offsets) {
+             void* const to = address_of(values);
+             auto* const latents = static_cast<int32_t*>(address_of(indices));
+             auto* const starts = static_cast<int32_t*>(address_of(offsets));
+             py::gil_scoped_release release;
+             found.write(to, latents, starts);
+           });
 
-  module.def("select_threshold_workspace", [](const std::string& isa, int dtype, int64_t B,
-                                              int64_t D, int64_t F, int threads) {
-    return kernels(isa).select_threshold_workspace(
-        {dtype_of(dtype), nullptr, nullptr, nullptr, nullptr, B, D, F, nullptr, threads});
-  });
-
-  module.def("select_threshold",
-             [](const std::string& isa, int dtype, Address x, Address W, Address b, Address bounds,
-                int64_t B, int64_t D, int64_t F, Address workspace, int threads) {
-               const KernelTable& table = kernels(isa);
-               py::gil_scoped_release release;
-               return table.select_threshold({dtype_of(dtype), at(x), at(W), at(b), at(bounds), B,
-                                              D, F, at(workspace), threads});
-             });
-
-  module.def("decode", [](const std::string& isa, int dtype, Address values, Address indices,
-                          Address offsets, Address W, Address b_dec, Address group_ends,
-                          Address group_weights, Address target, Address out, Address sse,
-                          Address code_grad, int64_t B, int64_t K, int64_t D, int64_t F, int64_t G,
-                          bool drop_zeros, int threads) {
-    const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    return table.decode({dtype_of(dtype), at(values), at<int32_t>(indices), at<int32_t>(offsets),
-                         at(W), at(b_dec), at<int32_t>(group_ends), at(group_weights), at(target),
-                         at(out), at(sse), at(code_grad), B, K, D, F, G, drop_zeros, threads});
-  });
-
-  module.def("code_grad", [](const std::string& isa, int dtype, Address grad, Address indices,
-                             Address offsets, Address W, Address group_ends, Address out, int64_t B,
-                             int64_t K, int64_t D, int64_t F, int64_t G, int threads) {
-    const KernelTable& table = kernels(isa);
-    py::gil_scoped_release release;
-    return table.code_grad({dtype_of(dtype), at(grad), at<int32_t>(indices), at<int32_t>(offsets),
-                            at(W), at<int32_t>(group_ends), at(out), B, K, D, F, G, threads});
-  });
-
-  module.def("transpose_codes",
-             [](const std::string& isa, int dtype, Address indices, Address values, Address row_ids,
-                Address offsets, Address entries, Address rows, Address workspace, int64_t N,
-                int64_t F, int64_t entries_per_row, bool drop_zeros, int threads) {
-               const KernelTable& table = kernels(isa);
-               py::gil_scoped_release release;
-               return table.transpose_codes(
-                   {dtype_of(dtype), at<int32_t>(indices), at(values), at<int32_t>(row_ids),
-                    at<int32_t>(offsets), at<int32_t>(entries), at<int32_t>(rows),
-                    at<int32_t>(workspace), N, F, entries_per_row, drop_zeros, threads});
-             });
-
-  module.def("row_grad", [](const std::string& isa, int dtype, const std::vector<TermTuple>& tuples,
-                            Address out, int64_t F, int64_t width, int threads) {
-    const KernelTable& table = kernels(isa);
-    const std::vector<Term> terms = terms_of(tuples);
-    py::gil_scoped_release release;
-    table.row_grad({dtype_of(dtype), terms.data(), static_cast<int64_t>(terms.size()), F, width,
-                    at(out), threads});
-  });
-
-  module.def("row_update",
-             [](const std::string& isa, int dtype, int copy_dtype, Address param, Address m,
-                Address v, Address copy, const std::vector<TermTuple>& tuples, int64_t F,
-                int64_t width, Address row_coef, Address dense_grad, Address dense_slot,
-                int64_t row_parts, Address hyper, double beta1, double beta2, double eps, int norm,
-                int64_t slices, bool lazy, Address sqnorm, Address workspace, int threads) {
-               const KernelTable& table = kernels(isa);
-               const std::vector<Term> terms = terms_of(tuples);
-               py::gil_scoped_release release;
-               table.row_update({dtype_of(dtype),
-                                 dtype_of(copy_dtype),
-                                 at(param),
-                                 at(m),
-                                 at(v),
-                                 at(copy),
-                                 terms.data(),
-                                 static_cast<int64_t>(terms.size()),
-                                 F,
-                                 width,
-                                 at(row_coef),
-                                 at(dense_grad),
-                                 at<int32_t>(dense_slot),
-                                 row_parts,
-                                 at<double>(hyper),
-                                 beta1,
-                                 beta2,
-                                 eps,
-                                 static_cast<Norm>(norm),
-                                 slices,
-                                 lazy,
-                                 at(sqnorm),
-                                 at(workspace),
-                                 threads});
-             });
+#define SAE_KERNEL(result, name, arguments) define(module, #name, &KernelTable::name);
+#include "sae_kernels/kernels.h"
 
 #if defined(SAE_CUDA_ARCHS)
   module.def("cuda_launch", &cuda_launch);

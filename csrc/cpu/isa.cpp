@@ -12,19 +12,15 @@
 
 namespace sae {
 
-namespace portable {
-const KernelTable& table();
-}
+#define SAE_DECLARE_TABLE(isa) \
+  namespace isa {              \
+  const KernelTable& table();  \
+  }
+SAE_DECLARE_TABLE(portable)
 #if defined(SAE_X86_VARIANTS)
-namespace avx2 {
-const KernelTable& table();
-}
-namespace avx512 {
-const KernelTable& table();
-}
-namespace amx {
-const KernelTable& table();
-}
+SAE_DECLARE_TABLE(avx2)
+SAE_DECLARE_TABLE(avx512)
+SAE_DECLARE_TABLE(amx)
 
 // Linux hands out the tile registers on request, once per process.
 static bool amx_allowed() {

@@ -5,17 +5,8 @@ namespace sae::SAE_ISA {
 
 const KernelTable& table() {
   static const KernelTable kernels = {
-      &select_topk_workspace,
-      &select_topk,
-      &route_top1_workspace,
-      &route_top1,
-      &select_threshold_workspace,
-      &select_threshold,
-      &decode,
-      &code_grad,
-      &transpose_codes,
-      &row_grad,
-      &row_update,
+#define SAE_KERNEL(result, name, arguments) &name,
+#include "sae_kernels/kernels.h"
   };
   return kernels;
 }

@@ -6,17 +6,8 @@
 namespace sae {
 
 namespace SAE_ISA {
-size_t select_topk_workspace(const SelectTopkArgs&);
-bool select_topk(const SelectTopkArgs&);
-size_t route_top1_workspace(const RouteTop1Args&);
-void route_top1(const RouteTop1Args&);
-size_t select_threshold_workspace(const SelectThresholdArgs&);
-std::unique_ptr<Selection> select_threshold(const SelectThresholdArgs&);
-bool decode(const DecodeArgs&);
-bool code_grad(const CodeGradArgs&);
-bool transpose_codes(const TransposeArgs&);
-void row_grad(const RowGradArgs&);
-void row_update(const RowUpdateArgs&);
+#define SAE_KERNEL(result, name, arguments) result name(const arguments&);
+#include "sae_kernels/kernels.h"
 const KernelTable& table();
 }  // namespace SAE_ISA
 

@@ -106,7 +106,7 @@ __device__ inline void load_round(const float* from, int base, int end, float* o
   }
 }
 
-struct Tile {
+struct ScoreTile {
   const float* scores;  // [rows, stride]; 16-byte aligned, as are its rows, the bias, the scale
   i64 stride;
   const float* bias;        // from the tile's first latent on; may be null
@@ -122,7 +122,7 @@ struct Tile {
 };
 
 template <bool kScaled>
-__device__ void write_selection(const Tile& tile, const List<kScaled>& list, int kept) {
+__device__ void write_selection(const ScoreTile& tile, const List<kScaled>& list, int kept) {
   for (int j = threadIdx.x; j < kept; j += blockDim.x) {
     const i64 at = blockIdx.x * tile.k + j;
     const u64 key = list.keys[j];
@@ -137,7 +137,7 @@ __device__ void write_selection(const Tile& tile, const List<kScaled>& list, int
 }
 
 template <bool kScaled>
-__device__ void fold_tile(const Tile& tile) {
+__device__ void fold_tile(const ScoreTile& tile) {
   __shared__ int listed;  // counts on past the list's end
   const int k = static_cast<int>(tile.k), capacity = static_cast<int>(tile.capacity);
   const int width = static_cast<int>(tile.width), thread = threadIdx.x, threads = blockDim.x;

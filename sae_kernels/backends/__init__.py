@@ -1,4 +1,4 @@
-"""Which implementation of a primitive runs, and why.
+"""Choice of the backend that runs a primitive, with the reasons against the others.
 
 Order of precedence: the ``backend=`` argument, the :func:`use` context manager, the environment
 variable ``SAE_KERNELS_BACKEND``, and last the automatic choice. A choice is a backend or several in
@@ -35,7 +35,7 @@ _chosen: ContextVar[str | None] = ContextVar("sae_kernels_backend", default=None
 
 
 class Candidate(NamedTuple):
-    """A backend and why it cannot run a call (``None``: it can)."""
+    """A backend with the reason why it cannot run a call; None if it can."""
 
     backend: str
     reason: str | None
@@ -72,7 +72,7 @@ def candidates(
 
 
 def requested(argument: str | None = None) -> tuple[str | None, str]:
-    """The explicitly chosen backend, if any, and where the choice came from."""
+    """The backend that was chosen explicitly, or None, and where the choice came from."""
     environment = os.environ.get(ENVIRONMENT_VARIABLE)
     for choice, origin in (
         (argument, "the backend argument"),

@@ -1,4 +1,4 @@
-"""The host kernels of ``sae_kernels._C`` and what a call of them needs."""
+"""Backend cpu: calls of the host kernels in ``sae_kernels._C``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from sae_kernels.tensors import packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +51,7 @@ def supported_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The variant in use: the fastest, or the lower one that ``SAE_KERNELS_CPU_ISA`` forces."""
+    """The ISA variant in use: the fastest, or the lower one that ``SAE_KERNELS_CPU_ISA`` forces."""
     forced = os.environ.get(ISA_VARIABLE)
     if not forced:
         return supported_isas()[0]
@@ -75,21 +73,33 @@ def code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's data starts; 0 stands for an argument that is not there."""
-    return 0 if tensor is None else tensor.data_ptr()
+def run(kernel: str, *arguments: Any) -> Any:
+    """Runs a kernel on the variant and the threads in use.
+
+    Args:
+        kernel: its name in csrc/include/sae_kernels/kernels.h.
+        arguments: the fields of its struct in types.h, without the last (threads): packed tensors,
+            None where there is none, numbers, `code` of a dtype.
+    """
+    return getattr(module(), kernel)(isa(), *arguments, threads())
 
 
-def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
-    """Terms as the module takes them, and the tensors that must stay alive during the call."""
-    tuples, alive = [], []
+def run_with_workspace(kernel: str, *arguments: Any) -> Any:
+    """Runs a kernel with a workspace, which it allocates; otherwise like :func:`run`."""
+    kernels, variant, n_threads = module(), isa(), threads()
+    needs = getattr(kernels, f"{kernel}_workspace")
+    workspace = torch.empty(needs(variant, *arguments, None, n_threads), dtype=torch.uint8)
+    return getattr(kernels, kernel)(variant, *arguments, workspace, n_threads)
+
+
+def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Terms as kernels take them, for sums in ``dtype``."""
+    tuples = []
     for term in terms:
         coef = term.coef.to(dtype).contiguous()
-        source = packed(term.source)
+        source = None if term.source is None else term.source.contiguous()
         if source is not None and torch.float64 in (dtype, source.dtype):
             source = source.to(dtype)  # the kernels read fp64 rows for fp64 sums and only then
         order = [t.contiguous() for t in (term.offsets, term.entries, term.rows)]
-        source_code = code(dtype if source is None else source.dtype)
-        tuples.append((*map(address, (*order, coef, source)), source_code))
-        alive += [*order, coef, source]
-    return tuples, alive
+        tuples.append((*order, coef, source, code(dtype if source is None else source.dtype)))
+    return tuples

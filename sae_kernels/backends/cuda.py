@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels and the two routes to them.
+"""Backend cuda: the CUDA C++ kernels, compiled ahead of time by nvcc or at first use by NVRTC.
 
 Where nvcc was there at build time, they are in ``sae_kernels._C``. Elsewhere CuPy compiles the same
 sources with NVRTC at first use. A launch is the same on both: a kernel's name, a grid, a block,
@@ -27,7 +27,7 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 class Route(NamedTuple):
-    """A way to the kernels.
+    """A way to launch the kernels: compiled ahead of time or at run time.
 
     Attributes:
         name: for people.

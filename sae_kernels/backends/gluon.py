@@ -1,4 +1,4 @@
-"""The warp-specialised kernels, written in Gluon, Triton's lower-level language.
+"""Backend gluon: warp-specialised kernels in Gluon, Triton's lower-level language.
 
 Gluon is experimental and changes between versions of Triton, so its kernels are offered only with
 those they were checked with; the Triton kernels do the same work with all others.

@@ -1,4 +1,4 @@
-"""The specification in plain torch: slow, dense in places, on any device and in any dtype."""
+"""Backend reference: the specification in plain torch, slow, on any device and in any dtype."""
 
 from __future__ import annotations
 

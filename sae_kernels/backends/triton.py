@@ -1,4 +1,4 @@
-"""The Triton kernels.
+"""Backend triton: the Triton kernels.
 
 On a machine without a GPU they run in Triton's interpreter (``TRITON_INTERPRET=1`` before the first
 import), which is for checking: it is thousands of times slower. The interpreter knows no inline

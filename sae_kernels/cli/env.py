@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from sae_kernels import backends, machine
+from sae_kernels import backends, machine, primitives
 from sae_kernels.backends import cpu, cuda
-from sae_kernels.cli.explain import PRIMITIVES
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
 
@@ -54,7 +53,7 @@ def _collect() -> dict[str, Any]:
                 candidate.backend: candidate.reason
                 for candidate in backends.candidates(primitive, device, torch.float32)
             }
-            for primitive in PRIMITIVES
+            for primitive in primitives.NAMES
         },
         "environment": {
             name: value
@@ -64,12 +63,12 @@ def _collect() -> dict[str, Any]:
     }
 
 
-def _refusals(primitives: dict[str, dict[str, str | None]]) -> list[tuple[str, str]]:
+def _refusals(by_primitive: dict[str, dict[str, str | None]]) -> list[tuple[str, str]]:
     """Why whole backends do not run here; what is not written for one is no news."""
     return sorted(
         {
             (backend, f"does not run here: {reason}")
-            for primitive, reasons in primitives.items()
+            for primitive, reasons in by_primitive.items()
             for backend, reason in reasons.items()
             if reason and not reason.startswith(primitive)
         }

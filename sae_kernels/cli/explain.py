@@ -1,7 +1,6 @@
 """``sae-kernels explain``: which backend runs a primitive, and why."""
 
 import difflib
-import pkgutil
 from typing import Annotated
 
 import torch
@@ -15,11 +14,10 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
-PRIMITIVES = tuple(m.name for m in pkgutil.iter_modules(primitives.__path__) if m.ispkg)
 
 
 def explain(
-    primitive: Annotated[str, typer.Argument(help=f"One of {', '.join(PRIMITIVES)}.")],
+    primitive: Annotated[str, typer.Argument(help=f"One of {', '.join(primitives.NAMES)}.")],
     device: Annotated[str, typer.Option(help="Where the tensors are.")] = "cpu",
     dtype: Annotated[
         str, typer.Option(metavar="|".join(DTYPES), help="Of the operands.")
@@ -28,7 +26,7 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Say which backend runs a primitive, and why each of the others does not."""
-    _check("PRIMITIVE", primitive, PRIMITIVES)
+    _check("PRIMITIVE", primitive, primitives.NAMES)
     _check("--dtype", dtype, tuple(DTYPES))
     try:
         where = torch.device(device)

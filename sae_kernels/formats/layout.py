@@ -12,7 +12,7 @@ import torch
 from sae_kernels.errors import DataError
 from sae_kernels.io.tensor_files import check_integers
 from sae_kernels.primitives.checks import OPERAND_DTYPES
-from sae_kernels.tensors import rounded_down
+from sae_kernels.primitives.tensors import rounded_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

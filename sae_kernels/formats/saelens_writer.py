@@ -25,7 +25,7 @@ from sae_kernels.nn import (
     SAEConfig,
     TopKConfig,
 )
-from sae_kernels.tensors import rounded_down
+from sae_kernels.primitives.tensors import rounded_down
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,5 +1,9 @@
-"""The primitives: one folder each, registered as ``torch.ops.sae_kernels.*``.
+"""The primitives: operators ``torch.ops.sae_kernels.*`` on plain tensors, one folder each.
 
-They take and give plain tensors, do not differentiate and check their arguments; users want
-:mod:`sae_kernels.functional`.
+They check their arguments and do not differentiate; users want :mod:`sae_kernels.functional`.
 """
+
+import pkgutil
+
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg))
+"""The names of all primitives: of the folders beside this file."""

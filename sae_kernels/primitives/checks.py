@@ -74,7 +74,7 @@ def as_wide_as(x: torch.Tensor, W: torch.Tensor, name: str) -> None:
 def encoder(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, **per_latent: torch.Tensor | None
 ) -> None:
-    """Raises for tokens, weights and vectors [F] that are no encoder's."""
+    """Raises for tokens, weights and vectors [F] that do not fit together as an encoder."""
     shape("x", x, ["B", "D"], "tokens by d_in")
     shape("W", W, ["F", x.shape[1]], "latents first, as wide as x")
     dtype("x", x, OPERAND_DTYPES)
@@ -90,7 +90,7 @@ def encoder(
 def latents_in_range(
     indices: torch.Tensor, n_latents: int, name: str = "codes", lowest: int = 0
 ) -> None:
-    """Raises IndexError with the first index that is no latent."""
+    """Raises IndexError that names the first index outside [lowest, n_latents)."""
     wrong = indices[(indices < lowest) | (indices >= n_latents)]
     if wrong.numel():
         raise IndexError(
@@ -127,7 +127,7 @@ def offsets_split_entries(
 
 
 def routes(tokens: torch.Tensor, starts: torch.Tensor) -> None:
-    """Raises unless the starts split a list in which every token is once."""
+    """Raises ValueError unless every token is listed once and the starts split the list."""
     n = tokens.shape[0]
     offsets_split_entries(starts, n, "starts")
     seen = torch.zeros(n, dtype=torch.bool, device=tokens.device)
@@ -139,6 +139,38 @@ def routes(tokens: torch.Tensor, starts: torch.Tensor) -> None:
         )
 
 
+def codes(
+    values: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, offsets: torch.Tensor | None
+) -> None:
+    """Raises for codes and a decoder that do not belong together."""
+    shape("W_dec", W, ["F", "D"], "latents first")
+    shape("indices", indices, list(values.shape), "one latent per value")
+    entries("values", values, offsets)
+    dtype("W_dec", W, OPERAND_DTYPES)
+    dtype("values", values, (accumulator(W.dtype),))
+    dtype("indices", indices, (torch.int32,))
+    same_device(values=values, indices=indices, W_dec=W, offsets=offsets)
+
+
+def entries(name: str, tensor: torch.Tensor, offsets: torch.Tensor | None) -> None:
+    """Raises for entries of codes that are neither [B, K] nor [N] with offsets."""
+    if offsets is None:
+        shape(name, tensor, ["B", "K"], "tokens by kept entries")
+        return
+    shape(name, tensor, ["N"], "the entries of all tokens, with offsets")
+    shape("offsets", offsets, ["B + 1"], "where each token's entries start")
+    indices("offsets", offsets)
+    if offsets.shape[0] == 0:
+        raise ValueError("offsets: expected shape [B + 1], got [0]; no token still has one offset")
+
+
+def group_ends(ends: torch.Tensor | None) -> None:
+    """Raises for group ends that are not a vector of int32."""
+    if ends is not None:
+        shape("group_ends", ends, ["G"], "the latent at which each group ends")
+        indices("group_ends", ends)
+
+
 def n_tokens(entries: torch.Tensor, offsets: torch.Tensor | None) -> int:
-    """How many tokens codes are of: [B, K] entries, or ragged ones with offsets [B + 1]."""
+    """Number of tokens of codes: B of [B, K] entries, or of ragged ones with offsets [B + 1]."""
     return entries.shape[0] if offsets is None else offsets.shape[0] - 1

@@ -1,8 +1,14 @@
-"""How a primitive becomes an operator of torch: one mechanism for all of them.
+"""Makes operators of torch out of typed functions: one function is all that declares a primitive.
 
-A primitive is a folder: ``__init__.py`` holds the contract (schema, checks, fake), and each
-further module one implementation, ``run(*arguments)``, named after its backend. Which of them
-runs is decided when the operator runs, so a compiled graph follows the environment too.
+A primitive is a folder. Its ``__init__.py`` holds one function under :func:`primitive`:
+
+- its signature is the operator's schema and the Python call;
+- its body checks the arguments and describes the results with :func:`result`, which is all that
+  ``torch.compile`` needs to know (the operator's fake).
+
+Each further module of the folder is one implementation, ``run(*arguments)`` with the same arguments
+without ``backend``, and is named after its backend. Which of them runs is decided when the operator
+runs, so a compiled graph follows the environment too.
 """
 
 from __future__ import annotations
@@ -10,78 +16,134 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, get_type_hints
 
 import torch
 
 from sae_kernels import backends
-from sae_kernels.primitives.checks import accumulator
+from sae_kernels.primitives.signature import columns, parameters, schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+_Arguments = ParamSpec("_Arguments")
+_Results = TypeVar("_Results")
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 _LIBRARY = torch.library.Library("sae_kernels", "DEF")
 
 
-def fake_ragged(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What an encoder of tokens [B, D] returns whose data decide how many entries there are."""
-    found = torch.library.get_ctx().new_dynamic_size()
-    values = x.new_empty(found, dtype=accumulator(x.dtype))
-    indices = x.new_empty(found, dtype=torch.int32)
-    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int32)
+def result(shape: Sequence[int | None], dtype: torch.dtype) -> torch.Tensor:
+    """Describes one result of a primitive, for its function to return.
+
+    A tensor to the type checker alone, so that the function can be annotated with what its callers
+    get. A size of None is one that depends on the data; it is the same for all results of a call.
+    """
+    return (shape, dtype)  # type: ignore[return-value]
 
 
-class Operator:
-    """``torch.ops.sae_kernels.<name>`` with its argument checks in front.
+def primitive(
+    *, decided_by: str | None = None, writes: Sequence[str] = ()
+) -> Callable[[Callable[_Arguments, _Results]], Operator[_Arguments, _Results]]:
+    """Registers the decorated function as ``torch.ops.sae_kernels.<its name>``.
+
+    Its last parameter is ``backend``, a name or None.
 
     Args:
-        schema: ``name(arguments, str backend) -> results`` in torch's schema language; trailing
-            arguments that a call leaves out are None.
-        check: called with the arguments before the operator; raises ValueError or TypeError.
-        fake: called with the arguments; returns empty results of the right shape and dtype.
-        dtype_of: position of the argument whose device and dtype decide the backend.
+        decided_by: the column (:mod:`~sae_kernels.primitives.signature`) whose device and dtype
+            decide the backend; by default the first.
+        writes: the columns that a call changes.
     """
+    return lambda function: Operator(function, decided_by, writes)
+
+
+class Operator(Generic[_Arguments, _Results]):
+    """An operator of torch with its argument checks in front, called like a function."""
 
     def __init__(
         self,
-        schema: str,
-        check: Callable[..., None],
-        fake: Callable[..., Any],
-        dtype_of: int = 0,
+        function: Callable[_Arguments, _Results],
+        decided_by: str | None,
+        writes: Sequence[str],
     ) -> None:
-        self.name = schema.split("(", 1)[0]
-        self._check = check
-        self._dtype_of = dtype_of
-        _LIBRARY.define(schema)
+        functools.update_wrapper(self, function)
+        self.name = function.__name__
+        self._function = function
+        declared = parameters(function)
+        self._defaults = [(p.name, p.default) for p in declared]
+        self._kinds = [p.kind for p in declared]
+        names = [name for name, _ in columns(declared)]
+        self._is_flat = len(names) == len(declared)
+        self._returns_one = get_type_hints(function)["return"] is torch.Tensor
+        self._deciding = 0 if decided_by is None else names.index(decided_by)
+        _LIBRARY.define(schema(function, writes))
         _LIBRARY.impl(self.name, self._enter, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"sae_kernels::{self.name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY
-        )
+        torch.library.register_fake(f"sae_kernels::{self.name}", self._fake, lib=_LIBRARY)
         self.op = getattr(torch.ops.sae_kernels, self.name).default
-        self._n_arguments = len(self.op._schema.arguments) - 1
 
-    def __call__(self, *args: Any, backend: str | None = None) -> Any:
-        args += (None,) * (self._n_arguments - len(args))
-        self._check(*args)
-        return self.op(*args, backend or "")
+    def __call__(self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Results:
+        self._function(*args, **kwargs)  # the checks
+        given: Any = args
+        if len(given) < len(self._defaults):
+            rest = self._defaults[len(given) :]
+            given = (*given, *[kwargs.get(name, default) for name, default in rest])
+        return cast("_Results", self.op(*(given if self._is_flat else self._flat(given))))
 
-    def _enter(self, *args: Any) -> Any:
+    def like(self, arguments: Sequence[Any]) -> torch.Tensor:
+        """The tensor that decides the backend, among the arguments of an implementation."""
+        return self._like(arguments if self._is_flat else self._flat(arguments))
+
+    def _like(self, taken: Sequence[Any]) -> torch.Tensor:
+        column = taken[self._deciding]
+        tensor: torch.Tensor = column[0] if isinstance(column, list) else column
+        return tensor
+
+    def _flat(self, arguments: Sequence[Any]) -> list[Any]:
+        taken: list[Any] = []
+        # Shorter where the arguments are an implementation's, which are without the backend.
+        for kind, value in zip(self._kinds, arguments, strict=False):
+            kind.flatten(value, taken)
+        return taken
+
+    def _arguments(self, taken: Sequence[Any]) -> Sequence[Any]:
+        if self._is_flat:
+            return taken
+        left = iter(taken)
+        return [kind.unflatten(left) for kind in self._kinds]
+
+    def _fake(self, *taken: Any) -> Any:
+        function: Callable[..., Any] = self._function
+        names = (name for name, _ in self._defaults)
+        returned = function(**dict(zip(names, self._arguments(taken), strict=True)))
+        if returned is None:
+            return None
+        described = (returned,) if self._returns_one else returned
+        found: Any = None
+        if any(size is None for shape, _ in described for size in shape):
+            found = torch.library.get_ctx().new_dynamic_size()
+        device = self._like(taken).device
+        made = [
+            torch.empty([found if n is None else n for n in shape], dtype=dtype, device=device)
+            for shape, dtype in described
+        ]
+        return made[0] if self._returns_one else tuple(made)
+
+    def _enter(self, *taken: Any) -> Any:
         # Where a graph breaks at an operator, Dynamo would go on to compile pieces of what runs
         # it, and tensors whose addresses a kernel was given would end in between.
-        return self._untraced(*args) if "torch._dynamo" in sys.modules else self._run(*args)
+        return self._untraced(*taken) if "torch._dynamo" in sys.modules else self._run(*taken)
 
     @functools.cached_property
     def _untraced(self) -> Callable[..., Any]:
         untraced: Callable[..., Any] = torch.compiler.disable(self._run)
         return untraced
 
-    def _run(self, *args: Any) -> Any:
-        *arguments, backend = args
-        like = arguments[self._dtype_of]
+    def _run(self, *taken: Any) -> Any:
+        like = self._like(taken)
+        *arguments, backend = self._arguments(taken)
         module = backends.implementation(self.name, like.device, like.dtype, backend, arguments)
         # An implementation written in torch is a kernel like any other: autograd does not look
         # into it, and autocast does not round operands whose dtype was settled before the call.
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False), _current(like):
+        with torch.no_grad(), _without_autocast(like), _current(like):
             try:
                 return module.run(*arguments)
             except torch.OutOfMemoryError as error:
@@ -91,6 +153,12 @@ class Operator:
                 ) from error
 
 
+def _without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    kind = tensor.device.type
+    # Asking first: most calls are outside of any autocast, and a context costs microseconds.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
 def _current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     # Kernels are launched on the current device, which need not be the tensor's.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _NOTHING

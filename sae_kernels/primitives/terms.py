@@ -1,19 +1,15 @@
-"""Terms: how a weight gradient is written down without ever being materialised."""
+"""Weight gradients in parts, so that they are never materialised."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from sae_kernels.primitives import checks
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 class Term(NamedTuple):
-    """One set of codes, in latent order, times rows of a source.
+    """One summand of a weight gradient: codes in latent order times rows of a source.
 
     The gradient of latent ``f`` gets ``coef[entries[j]] * source[rows[j]]`` for every ``j`` in
     ``[offsets[f], offsets[f + 1])``, added in that order.
@@ -34,7 +30,7 @@ class Term(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The gradient of an [F, width] matrix, in the parts it is known by.
+    """The gradient of an [F, width] matrix as a sum of terms, penalties and dense rows.
 
     Attributes:
         terms: what the codes contribute.
@@ -52,26 +48,14 @@ class Gradient(NamedTuple):
 
     @property
     def row_parts(self) -> int:
-        """S of ``row_coef``."""
+        """S of ``row_coef``: parts of a row with a coefficient each."""
         return 1 if self.row_coef is None or self.row_coef.dim() < 2 else self.row_coef.shape[1]
 
     @classmethod
-    def whole(cls, dense: torch.Tensor, row_coef: torch.Tensor | None = None) -> Gradient:
-        """A gradient that is known as a matrix [F, width]."""
+    def whole(cls, dense: torch.Tensor, row_coef: torch.Tensor | None = None) -> "Gradient":
+        """A gradient that is given as a matrix [F, width]."""
         every = torch.arange(dense.shape[0], dtype=torch.int32, device=dense.device)
         return cls(row_coef=row_coef, dense=dense, dense_latents=every)
-
-    def columns(self) -> tuple[Any, ...]:
-        """The arguments that `SCHEMA` spells."""
-        lists = [list(c) for c in zip(*self.terms, strict=True)] if self.terms else [[]] * 5
-        return (*lists, self.row_coef, self.dense, self.dense_latents)
-
-    @classmethod
-    def from_columns(cls, *columns: Any) -> Gradient:
-        """The inverse of :meth:`columns`."""
-        *lists, row_coef, dense, dense_latents = columns
-        terms = [Term(*term) for term in zip(*lists, strict=True)]
-        return cls(terms, row_coef, dense, dense_latents)
 
     def check(self, n_latents: int, width: int, dtype: torch.dtype) -> None:
         """Raises ValueError or TypeError if it cannot be the gradient of such a matrix."""
@@ -98,13 +82,6 @@ class Gradient(NamedTuple):
             rows = self.dense.shape[0]
             checks.shape("dense_latents", self.dense_latents, [rows], "a latent per row of dense")
             checks.indices("dense_latents", self.dense_latents)
-
-
-# The schema's spelling of a Gradient.
-SCHEMA = (
-    "Tensor[] offsets, Tensor[] entries, Tensor[] rows, Tensor[] coefs, Tensor?[] sources,"
-    " Tensor? row_coef, Tensor? dense, Tensor? dense_latents"
-)
 
 
 def _check_term(name: str, term: Term, n_latents: int, width: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
-from sae_kernels.primitives.row_update import AdamRow, halves, row_update
+from sae_kernels.primitives.row_update import AdamMatrix, halves, row_update
 
 if TYPE_CHECKING:
     from sae_kernels.config.optimizer import OptimizerConfig
@@ -120,11 +120,11 @@ class FusedAdam:
         return torch.stack([rate, clip.double(), correction1, correction2, (~finite).double(), t])
 
 
-def _is_split(row: AdamRow) -> bool:
+def _is_split(row: AdamMatrix) -> bool:
     return row.param.dtype == torch.int16
 
 
-def _joined(row: AdamRow) -> torch.Tensor:
+def _joined(row: AdamMatrix) -> torch.Tensor:
     assert row.copy is not None
     return halves.joined(row.copy, row.param)
 
@@ -135,16 +135,16 @@ def _adam_matrix(
     dtype: torch.dtype,
     config: OptimizerConfig,
     one_row: bool,
-) -> AdamRow:
+) -> AdamMatrix:
     if parameter.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32 master weights, got {parameter.dtype}")
     matrix = parameter.data
     if matrix.dim() == 1:  # per latent: one row each
         matrix = matrix[None] if one_row else matrix[:, None]
-        return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
+        return AdamMatrix(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
     copy = None
     if name not in ("W_enc", "W_dec"):  # a skip connection or a router: small, read in fp32
-        return AdamRow(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
+        return AdamMatrix(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
     if config.master_weights == "split":
         copy, matrix = halves.split(matrix)
         parameter.data = copy
@@ -152,4 +152,4 @@ def _adam_matrix(
         copy = matrix.to(dtype)
     moments = torch.bfloat16 if config.moment_dtype == "bfloat16" else torch.float32
     m, v = (torch.zeros_like(matrix, dtype=moments) for _ in range(2))
-    return AdamRow(matrix, m, v, copy)
+    return AdamMatrix(matrix, m, v, copy)

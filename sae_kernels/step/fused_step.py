@@ -152,7 +152,7 @@ class FusedStep(StepBase):
         )
         for name, block in (("W_enc", dW_enc), ("b_enc", db_enc[:, None]), ("W_dec", dW_dec)):
             gradients[name] = _with_rows(gradients[name], block, latents)
-        return aux_loss  # type: ignore[no-any-return]
+        return aux_loss
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         # Kept between steps: fresh pages for a few MiB cost more than the sums that go there. On a

@@ -33,8 +33,8 @@ def assert_selects(
 
     Args:
         case: what was selected from.
-        values, indices: [B, K], as select_topk returned them.
-        rank_scale: [F], as it was given to select_topk.
+        values, indices: [B, K], as they were selected.
+        rank_scale: [F], as it was given to the selection.
         flushed: see :func:`~sae_kernels.testing.rounding`.
     """
     exact = oracles.scores(*case.inputs(), rank_scale)
@@ -54,7 +54,7 @@ def assert_selects_routed(
 
     Args:
         case: what was selected from.
-        values, indices: [B, K], as select_topk_routed returned them.
+        values, indices: [B, K], as they were selected.
         experts: [B], where the tokens went.
         n_experts: how many there are.
         flushed: see :func:`~sae_kernels.testing.rounding`.

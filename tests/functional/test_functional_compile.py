@@ -18,7 +18,6 @@ from sae_kernels.functional import (
     heaviside_ste,
     jumprelu,
 )
-from sae_kernels.primitives.terms import Gradient
 from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within, oracles
 
 if TYPE_CHECKING:
@@ -292,12 +291,11 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     ends = torch.tensor([case.F // 2, case.F], dtype=torch.int32)
     order = ops.transpose_codes(indices, values, None, case.F, "")
     columns = [[t] for t in (*order, values.flatten(), e)]
-    none = (None, None, None)
     param, m = (torch.randn(case.F, case.D, dtype=values.dtype) for _ in range(2))
     copy = param.to(torch.bfloat16) if param.dtype == torch.float32 else None
     row_coef = torch.randn(case.F, dtype=values.dtype)
     hyper = torch.tensor([0.1, 1.0, 0.5, 0.5, 0.0, 1.0], dtype=torch.float64)
-    adam = (0.9, 0.999, 1e-8, "unit", 1, False)
+    adam = ([0.9, 0.999], 1e-8, "unit", 1, False)
     since_fired = torch.arange(case.F)
     latents, count = ops.pick_dead(since_fired, max(1, case.F // 2), case.F, "")
     dead = (W, row_coef, param.to(W.dtype), latents, count, 3, 1 / 32)
@@ -327,10 +325,10 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield ops.code_grad, (e, indices, W, None, None, backend)
         yield ops.code_grad, (both, ragged[1], W, ends, ragged[2], backend)
         yield ops.transpose_codes, (indices, values, None, case.F, backend)
-        yield ops.row_grad, (values.flatten(), *columns, *none, case.F, case.D, backend)
+        yield ops.row_grad, (*columns, case.F, case.D, backend)
         for coef in (row_coef, parts):
-            gradient = Gradient(row_coef=coef).columns()
-            yield ops.row_sqnorm, (param, None, *gradient, "unit", 1, backend)
+            part = ([], [], [], [], [], coef, None, None)
+            yield ops.row_sqnorm, (param, *part, None, "unit", 1, backend)
             part = (*columns, coef, None, None)
             yield ops.row_update, (param, m, m.square(), copy, *part, hyper, *adam, backend)
         yield ops.pick_dead, (since_fired, max(1, case.F // 2), 7, backend)

@@ -197,7 +197,9 @@ def test_a_latent_of_several_layers_weighs(kind: Any, expected: float) -> None:
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[3.0, 0.0, 0.0, 4.0]]))
     assert sae.decoder_norms().tolist() == [[3, 4]]
-    assert float(sae.latent_norms(sae.decoder_norms().detach())) == pytest.approx(expected, rel=1e-6)
+    assert float(sae.latent_norms(sae.decoder_norms().detach())) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_a_batch_is_selected_in_training_and_a_token_in_evaluation() -> None:

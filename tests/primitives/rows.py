@@ -8,7 +8,7 @@ from refusals import needs
 
 from sae_kernels import backends, gpu
 from sae_kernels.codes import LatentOrder
-from sae_kernels.primitives.row_update import AdamRow, halves, row_update
+from sae_kernels.primitives.row_update import AdamMatrix, halves, row_update
 from sae_kernels.primitives.terms import Gradient, Term
 from sae_kernels.primitives.transpose_codes import transpose_codes
 from sae_kernels.testing import (
@@ -28,17 +28,17 @@ ULP = 2.0**-7  # of bf16: what stochastic rounding is off by, at most
 
 def make_row(
     high: torch.dtype, copy: torch.dtype | None, slices: int = 1, width: int = WIDTH
-) -> AdamRow:
+) -> AdamMatrix:
     """Unit slices and moments as after some steps, v well away from zero; a poisoned copy."""
     param = torch.randn(F, width, dtype=high).unflatten(1, (slices, -1))
     param = (param / param.norm(dim=-1, keepdim=True)).flatten(1)
     m, v = torch.randn(F, width, dtype=high), torch.rand(F, width, dtype=high) + 0.1
-    return AdamRow(
+    return AdamMatrix(
         param, m, v, None if copy is None else torch.full_like(param, torch.nan).to(copy)
     )
 
 
-def laid_out(row: AdamRow, layout: str, backend: str) -> AdamRow:
+def laid_out(row: AdamMatrix, layout: str, backend: str) -> AdamMatrix:
     """The same row in another layout; skips layouts that the backend has no kernel for."""
     param, m, v, copy = clone(row)
     if "moments" in layout:
@@ -48,25 +48,25 @@ def laid_out(row: AdamRow, layout: str, backend: str) -> AdamRow:
     refused = backend == "cpu" and layout != "fp32"
     if refused:
         with pytest.raises(backends.BackendUnavailableError, match=r"cpu: no kernel for"):
-            row_update(AdamRow(param, m, v, copy), Gradient(), HYPER, backend=backend)
+            row_update(AdamMatrix(param, m, v, copy), Gradient(), HYPER, backend=backend)
         pytest.skip(f"{backend} has no kernel for this layout and says so")
-    return AdamRow(param, m, v, copy)
+    return AdamMatrix(param, m, v, copy)
 
 
-def whole(row: AdamRow) -> torch.Tensor:
+def whole(row: AdamMatrix) -> torch.Tensor:
     """The weights in fp32, from whatever layout."""
     split = row.param.dtype == torch.int16 and row.copy is not None
     return halves.joined(row.copy, row.param) if split else row.param
 
 
-def clone(row: AdamRow) -> AdamRow:
+def clone(row: AdamMatrix) -> AdamMatrix:
     """A row update works in place."""
-    return AdamRow(*(None if t is None else t.clone() for t in row))  # type: ignore[arg-type]
+    return AdamMatrix(*(None if t is None else t.clone() for t in row))  # type: ignore[arg-type]
 
 
-def takes(row: AdamRow, gradient: Gradient, backend: str) -> None:
+def takes(row: AdamMatrix, gradient: Gradient, backend: str) -> None:
     """Skips a test of such an update where the backend has no kernel for it."""
-    arguments = (*row, *gradient.columns(), HYPER, 0.9, 0.999, 1e-8, "none", 1, False)
+    arguments = (row, gradient, HYPER, (0.9, 0.999), 1e-8, "none", 1, False)
     needs("row_update", row.param.dtype, backend, arguments)
 
 
@@ -84,7 +84,7 @@ def make_term(
 
 
 def make_gradient(
-    high: torch.dtype, row: AdamRow, parts: int | None = None
+    high: torch.dtype, row: AdamMatrix, parts: int | None = None
 ) -> tuple[Gradient, torch.Tensor, torch.Tensor]:
     """Every part of a gradient at once; its sum in fp64 and the absolute terms of it.
 

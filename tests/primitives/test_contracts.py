@@ -16,7 +16,7 @@ from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.route_top1 import route_top1
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
-from sae_kernels.primitives.row_update import AdamRow, row_update
+from sae_kernels.primitives.row_update import AdamMatrix, row_update
 from sae_kernels.primitives.select_batch_topk import select_batch_topk
 from sae_kernels.primitives.select_threshold import select_threshold
 from sae_kernels.primitives.select_topk import select_topk
@@ -39,7 +39,7 @@ ends = torch.tensor([2, F], dtype=i32)
 tokens, starts = torch.tensor([1, 0, 2], dtype=i32), torch.tensor([0, 1, 3, 3], dtype=i32)
 term = Term(t(F + 1, dtype=i32), t(6, dtype=i32), t(6, dtype=i32), t(6), t(B, D))
 hyper = t(6, dtype=f64)
-row = AdamRow(t(F, D), t(F, D), t(F, D))
+row = AdamMatrix(t(F, D), t(F, D), t(F, D))
 low = t(F, D, dtype=torch.int16)
 
 
@@ -480,7 +480,7 @@ def test_a_bad_argument_is_refused_with_what_was_expected_and_what_came(name: st
 
 
 def test_a_copy_beside_fp64_is_refused() -> None:
-    wide = AdamRow(*(t(F, D, dtype=f64) for _ in range(3)), t(F, D, dtype=bf16))
+    wide = AdamMatrix(*(t(F, D, dtype=f64) for _ in range(3)), t(F, D, dtype=bf16))
     with pytest.raises(TypeError, match="param with a copy: expected float32, got float64"):
         row_update(wide, Gradient(), hyper)
 

@@ -191,7 +191,7 @@ def test_row_sqnorm(
     row_coef = torch.randn(21, *parts, dtype=high)
     row_coef[3] = 0
     gradient = Gradient([term], row_coef, dense, latents)
-    needs("row_sqnorm", high, backend, (param, None, *gradient.columns(), norm, slices))
+    needs("row_sqnorm", high, backend, (param, gradient, None, norm, slices))
     penalty = oracles.row_penalty(param, row_coef)
     grad = grad + penalty
     grad[[20, 4]] += dense[[0, 2]].double()

@@ -23,7 +23,7 @@ from rows import (
 
 from sae_kernels import gpu
 from sae_kernels.codes import LatentOrder
-from sae_kernels.primitives.row_update import AdamRow, row_update
+from sae_kernels.primitives.row_update import AdamMatrix, row_update
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.primitives.transpose_codes import transpose_codes
 from sae_kernels.testing import (
@@ -121,7 +121,7 @@ def test_a_vector_of_width_one_takes_a_source_of_ones(backend: str) -> None:
 def test_a_norm_for_each_part_of_a_row(backend: str) -> None:
     # Parts of lengths 5, 0 and 2; with beta1 = 0 the first moment is the gradient.
     param = torch.tensor([[3.0, 4.0, 0.0, 0.0, 0.0, -2.0], [3.0, 4.0, 0.0, 0.0, 0.0, -2.0]])
-    row = AdamRow(param, torch.zeros(2, 6), torch.zeros(2, 6))
+    row = AdamMatrix(param, torch.zeros(2, 6), torch.zeros(2, 6))
     gradient = Gradient(row_coef=torch.tensor([[10.0, 7.0, 3.0], [0.0, 7.0, 0.0]]))
     takes(row, gradient, backend)
     hyper = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_the_copy_is_the_rounded_parameter(copy: torch.dtype, backend: str) -> N
     lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = (upper | lower).flatten().to(torch.uint32)
     param = bits.view(torch.float32).reshape(-1, 9 * 1024)
-    row = AdamRow(
+    row = AdamMatrix(
         param.clone(),
         torch.zeros_like(param),
         torch.ones_like(param),
@@ -227,7 +227,7 @@ def test_the_copy_is_the_rounded_parameter(copy: torch.dtype, backend: str) -> N
 @pytest.mark.parametrize("norm", ["unit", "at_most_one"])
 def test_a_zero_row_stays_zero(norm: str, backend: str) -> None:
     zeros = torch.zeros(3, 10)
-    row = AdamRow(zeros.clone(), zeros.clone(), zeros.clone(), zeros.to(torch.bfloat16))
+    row = AdamMatrix(zeros.clone(), zeros.clone(), zeros.clone(), zeros.to(torch.bfloat16))
     coef = Gradient(row_coef=torch.ones(3))  # the penalty on |w| has no gradient at 0
     row_update(row, coef, HYPER, norm=norm, backend=backend)
     for name, actual in zip(row._fields, row, strict=True):
@@ -241,7 +241,7 @@ def test_twenty_steps_equal_those_of_torch(lazy: bool, backend: str) -> None:
     betas, lr = (0.9, 0.99), 0.03
     eps = 1e-100 if lazy else 1e-8  # SparseAdam scales its eps with the bias correction
     param = torch.randn(F, WIDTH, dtype=torch.float64)
-    row = AdamRow(param.clone(), torch.zeros_like(param), torch.zeros_like(param))
+    row = AdamMatrix(param.clone(), torch.zeros_like(param), torch.zeros_like(param))
     theirs = torch.nn.Parameter(param.clone())
     optimizer: torch.optim.Optimizer = (
         torch.optim.SparseAdam([theirs], lr=lr, betas=betas, eps=eps)
@@ -341,7 +341,7 @@ def test_a_dense_latent_out_of_range_is_nan_in_every_row(
     if backend in CHECKED_ON_THE_HOST:
         pytest.skip(f"{backend} raises, see the test before")
     guarded = torch.zeros(3, F + 2, WIDTH)  # what lies around a matrix must stay as it is
-    row = AdamRow(*(t[1:-1] for t in guarded))
+    row = AdamMatrix(*(t[1:-1] for t in guarded))
     latents = torch.tensor([0, wrong], dtype=torch.int32)
     gradient = Gradient(dense=torch.ones(2, WIDTH), dense_latents=latents)
     row_update(row, gradient, HYPER, lazy=lazy, backend=backend)
@@ -372,7 +372,7 @@ def test_hot_latents_train_like_others(backend: str) -> None:
     order = LatentOrder(*transpose_codes(indices, None, None, n_latents, backend="reference"))
     dense = oracles.dense_codes(coef, indices, n_latents).T @ x.double()
     param, m, v = torch.randn(3, n_latents, 20).unbind()
-    row, other = AdamRow(param, m, v.abs()), AdamRow(param.clone(), m.clone(), v.abs())
+    row, other = AdamMatrix(param, m, v.abs()), AdamMatrix(param.clone(), m.clone(), v.abs())
     row_update(row, Gradient([order.term(coef, x)]), HYPER, backend=backend)
     latents = torch.arange(n_latents, dtype=torch.int32)
     whole_gradient = Gradient(dense=dense.float(), dense_latents=latents)

@@ -18,7 +18,7 @@ from rows import (
     whole,
 )
 
-from sae_kernels.primitives.row_update import AdamRow, halves, row_update
+from sae_kernels.primitives.row_update import AdamMatrix, halves, row_update
 from sae_kernels.primitives.terms import Gradient
 from sae_kernels.testing import (
     adam_budgets,
@@ -83,7 +83,7 @@ def test_halves_are_exact_and_the_high_one_is_the_nearest(monkeypatch: pytest.Mo
 def test_an_update_keeps_all_bits_of_halves_that_it_does_not_move(backend: str) -> None:
     values = numbers_of_all_kinds().view(-1, 6 * 1024)
     zeros = torch.zeros_like(values)
-    row = laid_out(AdamRow(values, zeros, zeros + 1), "split", backend)
+    row = laid_out(AdamMatrix(values, zeros, zeros + 1), "split", backend)
     before, hyper = clone(row), HYPER.clone()
     hyper[0] = 0
     row_update(row, Gradient(), hyper, backend=backend)
@@ -99,7 +99,7 @@ def test_every_backend_draws_the_same_bits(backend: str) -> None:
     # Integers and betas of one half: m and v are exact in fp32, so only the bits decide.
     width, steps = 300, 3
     zeros = torch.zeros(F, width)
-    row = laid_out(AdamRow(zeros, zeros, zeros), "moments", backend)
+    row = laid_out(AdamMatrix(zeros, zeros, zeros), "moments", backend)
     other = clone(row)
     grads = [torch.randint(-2047, 2048, (F, width)).float() for _ in range(steps)]
     latents = torch.arange(F, dtype=torch.int32)
@@ -119,7 +119,7 @@ def test_every_backend_draws_the_same_bits(backend: str) -> None:
 def test_bits_differ_between_steps_columns_latents_and_moments(backend: str) -> None:
     def rounded(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         half = torch.full((64, 64), 1 + 2.0**-8)  # between 1 and the next bf16 number
-        row = laid_out(AdamRow(torch.zeros(64, 64), half * 0, half * 0), "moments", backend)
+        row = laid_out(AdamMatrix(torch.zeros(64, 64), half * 0, half * 0), "moments", backend)
         hyper = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, step], dtype=torch.float64)
         latents = torch.arange(64, dtype=torch.int32)
         gradient = Gradient(dense=half, dense_latents=latents)
@@ -144,7 +144,7 @@ def test_a_second_moment_in_bf16_decays_as_it_should(backend: str) -> None:
     # Under nearest rounding it would stay at 1 for ever.
     shape, steps = (4, 1024), 50
     ones = torch.ones(shape)
-    row = laid_out(AdamRow(ones * 0, ones * 0, ones), "moments", backend)
+    row = laid_out(AdamMatrix(ones * 0, ones * 0, ones), "moments", backend)
     for step in range(1, steps + 1):
         hyper = HYPER.clone()
         hyper[5] = step
@@ -191,7 +191,7 @@ def test_moments_in_bf16_keep_nan_and_infinity(backend: str) -> None:
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf, -torch.nan, 3e38, 1e-42]).repeat(6, 50)
     bad.view(torch.int32)[:, ::6] = 0x7FFFFFFF  # a NaN that a carry would turn into -0
     zeros = torch.zeros_like(bad)
-    row = laid_out(AdamRow(zeros, zeros, zeros), "moments", backend)
+    row = laid_out(AdamMatrix(zeros, zeros, zeros), "moments", backend)
     latents = torch.arange(6, dtype=torch.int32)
     hyper = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     gradient = Gradient(dense=bad, dense_latents=latents)

@@ -1,4 +1,4 @@
-// The tile product of select_topk on AMX, for bf16 operands.
+// The tile product of the encoders on AMX, for bf16 operands.
 //
 // Latents are the A operand, loaded straight from the row-major W; tokens are the B operand, packed
 // once a block into the pairs AMX wants. 2x2 tiles of 16x16 sums keep the unit busy. Where rows of

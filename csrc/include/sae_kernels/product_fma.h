@@ -1,4 +1,4 @@
-// The tile product of select_topk on vector units, for every operand type.
+// The tile product of the encoders on vector units, for every operand type.
 //
 // Latents are broadcast, tokens are lanes: W is read as it lies (a latent is a contiguous row) and
 // only the few tokens of a block are repacked, so there is no second layout of W to keep in step

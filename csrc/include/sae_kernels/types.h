@@ -158,20 +158,12 @@ class Selection {
   virtual void write(void* values, int32_t* indices, int32_t* offsets) const = 0;
 };
 
-// The kernels of one ISA. Those that read indices return false when one lies outside [0, F), or
-// routes that do not name every token once.
+// The kernels of one ISA. A kernel's workspace has as many bytes as its _workspace function says
+// for the same arguments, pointers aside. Those that read indices return false when one lies
+// outside [0, F), or routes that do not name every token once.
 struct KernelTable {
-  size_t (*select_topk_workspace)(const SelectTopkArgs&);
-  bool (*select_topk)(const SelectTopkArgs&);
-  size_t (*route_top1_workspace)(const RouteTop1Args&);
-  void (*route_top1)(const RouteTop1Args&);
-  size_t (*select_threshold_workspace)(const SelectThresholdArgs&);
-  std::unique_ptr<Selection> (*select_threshold)(const SelectThresholdArgs&);
-  bool (*decode)(const DecodeArgs&);
-  bool (*code_grad)(const CodeGradArgs&);
-  bool (*transpose_codes)(const TransposeArgs&);
-  void (*row_grad)(const RowGradArgs&);
-  void (*row_update)(const RowUpdateArgs&);
+#define SAE_KERNEL(result, name, arguments) result (*name)(const arguments&);
+#include "kernels.h"
 };
 
 // Scratch is carved from one torch allocation; a cache line keeps neighbours apart.

@@ -1,4 +1,4 @@
-"""auxk on the CPU: the selection on the host kernels, the products torch's.
+"""auxk on the CPU: selection by the host kernels, products by torch.
 
 With k near d_in / 2 of a few thousand latents, dense products beat gathers. Tokens go through in
 tiles, so that no buffer grows with the batch. torch's bf16 products come out in bf16.

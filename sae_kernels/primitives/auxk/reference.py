@@ -1,4 +1,4 @@
-"""auxk in plain torch: the specification, without asking how many latents are in use."""
+"""auxk in plain torch: the specification. The host never learns how many latents are in use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(
     k: int,
     alpha: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every product in the accumulator dtype of operands rounded to the operand dtype."""
+    """Rounds operands to the operand dtype and multiplies in the accumulator dtype."""
     dtype, high = x.dtype, accumulator(x.dtype)
     to_product = gradient_operand(dtype)
     rows = latents.clamp(min=0).long()

@@ -28,7 +28,7 @@ def _scores(
     x, W_enc, b_enc, latents, count, scores, T, D, A,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """scores[t, j] = <x[t], W_enc[latents[j]]> + b_enc[latents[j]] for the j in use."""
+    """Computes scores[t, j] = <x[t], W_enc[latents[j]]> + b_enc[latents[j]] for the j in use."""
     n = tl.load(count)
     first = tl.program_id(1) * BN
     if first >= n:
@@ -68,7 +68,7 @@ def _keep(scores, codes, count, k, A, OPERAND: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _variance(residual, count, parts, B, D, BM: tl.constexpr, BN: tl.constexpr):
-    """parts[p] = the squared deviations of some columns of the residual from their means."""
+    """Sums the squared deviations of some columns of the residual from their means."""
     total = 0.0
     if tl.load(count) > 0:
         d = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -102,7 +102,7 @@ def _error(
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """grad = dL/de with e = codes W_dec, and this tile's part of the loss."""
+    """Computes dL/de with e = codes W_dec, and this tile's part of the loss."""
     n = tl.load(count)
     part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     if n == 0:
@@ -184,7 +184,7 @@ def _tiles(dtype: torch.dtype) -> dict[str, int]:
 
 
 class _Dead(NamedTuple):
-    """The dead latents: where their rows are, how many there are, and what teaching them weighs."""
+    """The dead latents' matrices, numbers and count, and the weight of their loss."""
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
@@ -271,7 +271,7 @@ def run(
 def _teach(
     x: torch.Tensor, residual: torch.Tensor, dead: _Dead, gradients: _Gradients, add: bool
 ) -> torch.Tensor:
-    """Some tokens' gradients, in place of what is there or added to it; the parts of their loss."""
+    """Adds some tokens' gradients to the results, or stores them if they are the first."""
     (T, D), A = x.shape, dead.latents.shape[0]
     count, product = dead.n_dead, gradient_operand(x.dtype)
     encode, learn = _tiles(x.dtype), _tiles(product)

@@ -1,55 +1,46 @@
-"""code_grad: dL/dvalues from dL/dx_hat, a dot product per selected entry.
+"""The gradient of the codes' values from the gradient of the reconstructions."""
 
-``out[b, j] = <grad[b], W_dec[indices[b, j]]>``. With ``group_ends`` the gradient is [G, B, D] and
-an entry takes the row of its latent's group, the first whose end lies above the latent. Codes are
-[B, K] or ragged, as of :mod:`~sae_kernels.primitives.decode`.
-"""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+import torch
 
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.decode import check_entries, check_groups
-from sae_kernels.primitives.operator import Operator
-
-if TYPE_CHECKING:
-    import torch
+from sae_kernels.primitives.operator import primitive, result
 
 
-def _check(
+@primitive(decided_by="W")
+def code_grad(
     grad: torch.Tensor,
     indices: torch.Tensor,
     W: torch.Tensor,
-    group_ends: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-) -> None:
+    group_ends: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiplies every selected decoder row with its token's gradient: dL/dvalues from dL/dx_hat.
+
+    ``out[b, j] = <grad[b], W[indices[b, j]]>``. With ``group_ends`` an entry takes the gradient of
+    its latent's group, the first whose end lies above the latent.
+
+    Args:
+        grad: dL/dx_hat [B, D], or [G, B, D] with groups, in the accumulator dtype.
+        indices: latents, int32 [B, K], or ragged [N].
+        W: decoder [F, D] in an operand dtype.
+        group_ends: int32 [G], ascending latent numbers that end with F, or None.
+        offsets: int32 [B + 1] with ragged codes: the entries ``offsets[t]`` to ``offsets[t + 1]``
+            are token t's.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        dL/dvalues in the shape of the indices and the dtype of ``grad``.
+    """
     checks.shape("W_dec", W, ["F", "D"], "latents first")
-    check_entries("indices", indices, offsets)
-    check_groups(group_ends)
-    leading = [] if group_ends is None else [group_ends.shape[0]]
+    checks.entries("indices", indices, offsets)
+    checks.group_ends(group_ends)
+    groups = [] if group_ends is None else [group_ends.shape[0]]
     tokens = checks.n_tokens(indices, offsets)
-    checks.shape("grad", grad, [*leading, tokens, W.shape[1]], "a row per token")
+    checks.shape("grad", grad, [*groups, tokens, W.shape[1]], "a row per token")
     checks.dtype("W_dec", W, checks.OPERAND_DTYPES)
     checks.dtype("grad", grad, (checks.accumulator(W.dtype),))
     checks.indices("indices", indices)
     checks.same_device(grad=grad, indices=indices, W_dec=W, group_ends=group_ends, offsets=offsets)
-
-
-def _fake(
-    grad: torch.Tensor,
-    indices: torch.Tensor,
-    W: torch.Tensor,
-    group_ends: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-) -> torch.Tensor:
-    return grad.new_empty(indices.shape)
-
-
-code_grad = Operator(
-    "code_grad(Tensor grad, Tensor indices, Tensor W, Tensor? group_ends, Tensor? offsets,"
-    " str backend) -> Tensor",
-    _check,
-    _fake,
-    dtype_of=2,
-)
+    return result(indices.shape, grad.dtype)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -23,17 +23,16 @@ def run(
     checks.offsets_split_entries(offsets, indices.numel())
     checks.groups_split_latents(group_ends, W.shape[0])
     out = grad.new_empty(indices.shape)
-    alive = [packed(t) for t in (grad, indices, offsets, W, group_ends, out)]
-    in_range = cpu.module().code_grad(
-        cpu.isa(),
+    operands = [packed(t) for t in (grad, indices, offsets, W, group_ends, out)]
+    in_range = cpu.run(
+        "code_grad",
         cpu.code(W.dtype),
-        *(cpu.address(t) for t in alive),
+        *operands,
         checks.n_tokens(indices, offsets),
         1 if offsets is not None else indices.shape[1],
         W.shape[1],
         W.shape[0],
         1 if group_ends is None else group_ends.shape[0],
-        cpu.threads(),
     )
     if not in_range:
         checks.latents_in_range(indices, W.shape[0])

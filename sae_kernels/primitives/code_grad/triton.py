@@ -1,4 +1,4 @@
-"""code_grad in Triton: a few entries of a token to a program, or a token of ragged codes."""
+"""code_grad in Triton: a program takes a few entries of a token, or a token of ragged codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_kernels.primitives.decode.triton import (
     latents_of,
     load_rows,
 )
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def _products(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of some entries of a token, the products of their rows with its gradient."""
+    """Multiplies the rows of some entries of a token with its gradient."""
     # Products are added column by column and only their totals across threads, once per entry.
     latents = latents_of(indices, entries, present, group_ends, F, GROUPS)
     if group_ends is not None:

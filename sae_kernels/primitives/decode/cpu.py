@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +50,17 @@ def launch(
     checks.offsets_split_entries(offsets, indices.numel())
     checks.groups_split_latents(group_ends, W.shape[0])
     tensors = (*codes, W, b_dec, group_ends, *compared, *results)
-    alive = [packed(t) for t in tensors]
-    in_range = cpu.module().decode(
-        cpu.isa(),
+    operands = [packed(t) for t in tensors]
+    in_range = cpu.run(
+        "decode",
         cpu.code(W.dtype),
-        *(cpu.address(t) for t in alive),
+        *operands,
         checks.n_tokens(values, offsets),
         1 if offsets is not None else values.shape[1],
         W.shape[1],
         W.shape[0],
         1 if group_ends is None else group_ends.shape[0],
         drop_zeros,
-        cpu.threads(),
     )
     if not in_range:
         checks.latents_in_range(indices, W.shape[0])

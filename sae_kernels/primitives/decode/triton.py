@@ -1,4 +1,4 @@
-"""decode in Triton, and what the kernels that gather decoder rows share.
+"""decode in Triton, and functions for all kernels that gather decoder rows.
 
 A gather is as fast as the number of loads in flight. So a program takes several rows of a block of
 columns at a time, adds each to its own partial sum, and adds those up once at the end: nothing but
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sae_kernels import gpu
 from sae_kernels.primitives import checks
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +25,15 @@ _NARROWEST, _WIDEST = 64, 256  # columns; in bf16 the narrowest are the 128 byte
 _MOST_ROWS = 16  # gathered at a time, where entries come in a loop
 
 
-class Tile(NamedTuple):
-    """Gathered rows by columns of a program, and its warps."""
+class GatherTile(NamedTuple):
+    """Rows and columns that a program gathers at a time, and its warps."""
 
     rows: int
     columns: int
     warps: int
 
 
-def tile(rows: int, D: int) -> Tile:
+def tile(rows: int, D: int) -> GatherTile:
     """The tile of a program that gathers ``rows`` rows at a time.
 
     Columns come in blocks that divide D where a power of two of at least a cache line does: every
@@ -45,22 +45,22 @@ def tile(rows: int, D: int) -> Tile:
     exact = D & -D  # the largest power of two that divides D
     columns = min(widest, exact if exact >= _NARROWEST else max(16, gpu.next_power_of_two(D)))
     warps = min(_MOST_WARPS, max(1, rows * columns // (32 * _ELEMENTS)))
-    return Tile(rows, columns, warps)
+    return GatherTile(rows, columns, warps)
 
 
-def gather_tile(K: int, D: int) -> Tile:
+def gather_tile(K: int, D: int) -> GatherTile:
     """The tile of the kernels that go through the entries or the columns in a loop."""
     return tile(min(_MOST_ROWS, gpu.next_power_of_two(K)), D)
 
 
 def kept(indices: torch.Tensor, offsets: torch.Tensor | None) -> int:
-    """K; for ragged codes, whose kernels ask the offsets, a number that fills a tile."""
+    """K of codes; for ragged ones, whose kernels read the offsets, a number that fills a tile."""
     return indices.shape[1] if offsets is None else _MOST_ROWS
 
 
 @triton.jit
 def entries_of(offsets, token, K: tl.constexpr):
-    """A token's first entry and their number."""
+    """The first entry of a token and its number of entries."""
     if offsets is None:
         return token * K, K
     else:
@@ -70,7 +70,7 @@ def entries_of(offsets, token, K: tl.constexpr):
 
 @triton.jit
 def latents_of(indices, entries, present, group_ends, F, GROUPS: tl.constexpr):
-    """Entries' latents for addressing; -1 stands for what is no latent and must not be read.
+    """Latents of entries, for addressing; -1 where there is none to be read.
 
     Nothing can be raised from here, so the kernels make NaN of it. A latent above the last group's
     end has no group and is treated alike.
@@ -151,7 +151,7 @@ def run(
     group_ends: torch.Tensor | None,
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Decodes every token, a block of columns to a program."""
+    """Decodes every token; a program takes a block of columns."""
     B, K, (F, D) = checks.n_tokens(values, offsets), kept(indices, offsets), W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]
     rows, columns, warps = gather_tile(K, D)

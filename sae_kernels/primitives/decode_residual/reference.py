@@ -19,7 +19,7 @@ def run(
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residual, squared error per token, and the residual's products with the selected rows."""
+    """Decodes, subtracts, squares and multiplies the residual with the selected rows."""
     e = decode.run(values, indices, W, b_dec, group_ends, offsets) - target
     sse = e.square().sum(-1)
     if group_weights is not None:

@@ -14,7 +14,7 @@ from sae_kernels import gpu
 from sae_kernels.primitives.code_grad import triton as code_grad
 from sae_kernels.primitives.decode import triton as decode
 from sae_kernels.primitives.decode.triton import block_of_columns, latents_of, load_rows
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 # Above it a block of all rows would be narrower than the 64 bytes that memory hands out at once.
 MOST_FUSED = 256
@@ -115,7 +115,7 @@ def run(
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Residual, squared error per token and code gradients, a token to a program."""
+    """Computes residual, squared error and code gradients; a program takes a token."""
     if group_ends is not None or offsets is not None or values.shape[1] > MOST_FUSED:
         e = decode.run(values, indices, W, b_dec, group_ends, offsets)
         sse = _compare(e, target, group_weights)
@@ -149,7 +149,7 @@ def run(
 def _compare(
     x_hat: torch.Tensor, target: torch.Tensor, group_weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Squared errors of [B, D] or [G, B, D], in whose place the residuals come."""
+    """Replaces reconstructions [B, D] or [G, B, D] by residuals and returns the squared errors."""
     sse = x_hat.new_empty(x_hat.shape[:-1])
     B, D = target.shape
     _residual_kernel[(B,)](

@@ -1,4 +1,4 @@
-"""pick_dead on the CPU, where counting the dead first stops nothing."""
+"""pick_dead on the CPU in torch, which may ask how many are dead: nothing has to wait."""
 
 from __future__ import annotations
 

@@ -1,30 +1,32 @@
-"""route_top1: which expert each token goes to, and the softmax over all of them.
-
-``logits = x W^T + b`` in the accumulator dtype; ``probabilities = softmax(logits)``, and a token's
-expert is the first of the largest logits, where NaN of any payload ranks above +inf.
-"""
-
-from __future__ import annotations
+"""The expert of every token and the router's probabilities."""
 
 import torch
 
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.operator import Operator
+from sae_kernels.primitives.operator import primitive, result
 
 
-def _check(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> None:
+@primitive()
+def route_top1(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses the expert with the largest logit for every token; softmax over all experts.
+
+    ``logits = x W^T + b`` in the accumulator dtype, ``probabilities = softmax(logits)``. Of equal
+    logits the first wins, and NaN of any payload ranks above +inf.
+
+    Args:
+        x: tokens [B, D] in an operand dtype.
+        W: router [E, D] in the dtype of x.
+        b: bias [E] in the accumulator dtype, or None.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        Experts int32 [B] and probabilities [B, E] in the accumulator dtype.
+    """
     checks.encoder(x, W, b)
     if W.shape[0] < 1:
         raise ValueError(f"W: expected at least one expert, got shape {list(W.shape)}")
-
-
-def _fake(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    probabilities = x.new_empty((x.shape[0], W.shape[0]), dtype=checks.accumulator(x.dtype))
-    return x.new_empty(x.shape[0], dtype=torch.int32), probabilities
-
-
-route_top1 = Operator(
-    "route_top1(Tensor x, Tensor W, Tensor? b, str backend) -> (Tensor, Tensor)", _check, _fake
-)
+    n_tokens, n_experts = x.shape[0], W.shape[0]
+    probabilities = result([n_tokens, n_experts], checks.accumulator(x.dtype))
+    return result([n_tokens], torch.int32), probabilities

@@ -10,7 +10,7 @@ from sae_kernels.primitives.checks import accumulator
 def run(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Torch's max takes the first NaN, else the first of equal maxima."""
+    """Takes torch's argmax: the first NaN, else the first of equal maxima."""
     dtype = accumulator(x.dtype)
     logits = x.to(dtype) @ W.to(dtype).T
     if b is not None:

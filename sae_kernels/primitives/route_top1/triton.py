@@ -1,4 +1,4 @@
-"""route_top1 in Triton: one kernel, whose programs take some tokens and all experts."""
+"""route_top1 in Triton: a program takes some tokens and all experts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
+from sae_kernels.primitives.candidate_lists import key_of, ordered
 from sae_kernels.primitives.products import product
-from sae_kernels.primitives.select_topk.lists import key_of, ordered
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 _MOST_EXPERTS = 512  # a token's logits stay in registers
 _FEWEST = 16  # rows and columns of a matrix instruction

@@ -1,45 +1,28 @@
-"""row_grad: a dense weight gradient from its parts, for those who want gradients as tensors.
+"""A dense weight gradient from its terms, for those who want gradients as tensors."""
 
-Only the terms of a :class:`~sae_kernels.primitives.terms.Gradient` are added up (a plain autograd
-user has no others); the result is in the dtype of the coefficients.
-"""
+from collections.abc import Sequence
 
-from __future__ import annotations
+import torch
 
-from typing import TYPE_CHECKING, Any
-
-from sae_kernels.primitives.operator import Operator
-from sae_kernels.primitives.terms import SCHEMA, Gradient, Term
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
+from sae_kernels.primitives.operator import primitive, result
+from sae_kernels.primitives.terms import Gradient, Term
 
 
-def _check(coef: torch.Tensor, *arguments: Any) -> None:
-    *columns, n_latents, width = arguments
-    Gradient.from_columns(*columns).check(n_latents, width, coef.dtype)
-
-
-def _fake(coef: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    *_, n_latents, width = arguments
-    return coef.new_empty((n_latents, width))
-
-
-_operator = Operator(
-    f"row_grad(Tensor coef, {SCHEMA}, SymInt n_latents, SymInt width, str backend) -> Tensor",
-    _check,
-    _fake,
-)
-
-
+@primitive(decided_by="terms_coef")
 def row_grad(
     terms: Sequence[Term], n_latents: int, width: int, *, backend: str | None = None
 ) -> torch.Tensor:
-    """The [n_latents, width] gradient that at least one term adds up to."""
-    gradient = Gradient(terms)
-    result: torch.Tensor = _operator(
-        terms[0].coef, *gradient.columns(), n_latents, width, backend=backend
-    )
-    return result
+    """Adds up the terms of a weight gradient.
+
+    Args:
+        terms: at least one.
+        n_latents: F, rows of the gradient.
+        width: columns of the gradient.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        The gradient [F, width] in the dtype of the first term's coefficients.
+    """
+    dtype = terms[0].coef.dtype
+    Gradient(terms).check(n_latents, width, dtype)
+    return result([n_latents, width], dtype)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
-from sae_kernels.primitives.terms import Gradient
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
+    from sae_kernels.primitives.terms import Term
 
-def run(coef: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """Runs csrc/cpu/row_update.cpp."""
-    *columns, n_latents, width = arguments
-    tuples, _alive = cpu.packed_terms(Gradient.from_columns(*columns).terms, coef.dtype)
+
+def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
+    """Runs the host kernel, each latent's row on one thread."""
+    coef = terms[0].coef
+    tuples = cpu.packed_terms(terms, coef.dtype)
     out = coef.new_empty((n_latents, width))
-    cpu.module().row_grad(
-        cpu.isa(), cpu.code(coef.dtype), tuples, cpu.address(out), n_latents, width, cpu.threads()
-    )
+    cpu.run("row_grad", cpu.code(coef.dtype), tuples, len(tuples), n_latents, width, out)
     return out

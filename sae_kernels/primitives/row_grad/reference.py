@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.primitives.terms import Gradient
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_kernels.primitives.terms import Term
 
 
-def run(coef: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
     """Adds every entry's weighted row to its latent's."""
-    *columns, n_latents, width = arguments
-    out = coef.new_zeros((n_latents, width))
-    for term in Gradient.from_columns(*columns).terms:
+    out = terms[0].coef.new_zeros((n_latents, width))
+    for term in terms:
         add_term(out, term)
     return out
 

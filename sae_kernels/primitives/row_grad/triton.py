@@ -1,4 +1,4 @@
-"""row_grad in Triton, and the gather that all row kernels share.
+"""row_grad in Triton, and the gather of gradient rows that all row kernels share.
 
 A latent's gradient is a sum over its entries, and entries are spread as unevenly as can be: most
 latents have a handful, some have one in every token. So the list of all entries is cut into chunks
@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.terms import Gradient
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +31,8 @@ _MOST_CHUNKS = 4096  # bounds the memory of their sums: longer lists have longer
 _REGISTERS = 128
 
 
-class Tile(NamedTuple):
-    """What a program takes at a time: rows of the matrix, entries of each, columns; its warps.
+class RowTile(NamedTuple):
+    """Rows, entries of each and columns that a program takes at a time, and its warps.
 
     A thread holds 8 columns (a 16-byte load of a bf16 row) of 8 entries: these are the loads in
     flight that hide the latency of a gather. Very wide rows leave registers for fewer entries;
@@ -46,7 +45,7 @@ class Tile(NamedTuple):
     warps: int
 
     def constants(self) -> dict[str, int]:
-        """As a launch takes it."""
+        """The constants and options of a launch."""
         return {
             "LATENTS": self.latents,
             "ENTRIES": self.entries,
@@ -56,18 +55,18 @@ class Tile(NamedTuple):
         }
 
 
-def whole(width: int) -> Tile:
-    """A tile that holds all columns: what is needed where a row has to be normalised."""
+def whole(width: int) -> RowTile:
+    """A tile that holds all columns, as normalising a row needs."""
     columns = gpu.next_power_of_two(width)
     warps = min(16, max(1, columns // 256))
     latents = min(32, max(1, 256 // columns))
     held = max(1, latents * columns // (32 * warps))  # columns of a thread
     values = 64 if warps <= 8 else 32  # with 16 warps a thread has 128 registers at most
-    return Tile(latents, min(8, max(1, values // held)), columns, warps)
+    return RowTile(latents, min(8, max(1, values // held)), columns, warps)
 
 
-def blocks(width: int) -> Tile:
-    """A tile of some columns: of the sizes that pay, the one that pads a row least."""
+def blocks(width: int) -> RowTile:
+    """A tile of some columns, of the efficient sizes the one that pads a row least."""
     if width <= 256:
         return whole(width)
     return whole(min((1024, 512, 256), key=lambda columns: -width % columns))
@@ -244,11 +243,10 @@ def _row_grad(
     tl.store(at, grad, mask=wanted[:, None] & inside[None, :])
 
 
-def run(coef: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
     """Gathers every row's block of columns."""
-    *columns, n_latents, width = arguments
-    terms, constants = packed_terms(Gradient.from_columns(*columns).terms, width)
-    out, tile = coef.new_empty((n_latents, width)), blocks(width)
+    parts, constants = packed_terms(terms, width)
+    out, tile = terms[0].coef.new_empty((n_latents, width)), blocks(width)
     grid = (triton.cdiv(n_latents, tile.latents), triton.cdiv(width, tile.columns))
-    _row_grad[grid](out, terms, n_latents, width, **constants, **tile.constants())
+    _row_grad[grid](out, parts, n_latents, width, **constants, **tile.constants())
     return out

@@ -1,8 +1,8 @@
-"""row_sqnorm in Triton: row_update's gradient, squared and summed instead of used."""
+"""row_sqnorm in Triton: the gradient of the row update, squared and summed."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,8 +15,10 @@ from sae_kernels.primitives.row_update.triton import (
     projected,
     tile_of,
 )
-from sae_kernels.primitives.terms import Gradient
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
+
+if TYPE_CHECKING:
+    from sae_kernels.primitives.terms import Gradient
 
 
 @triton.jit
@@ -51,13 +53,14 @@ def _row_sqnorm(
     tl.store(out + at, tl.sum(grad * grad, 1), mask=wanted)
 
 
-def run(param: torch.Tensor, high: torch.Tensor | None, *arguments: Any) -> torch.Tensor:
+def run(
+    param: torch.Tensor, gradient: Gradient, high: torch.Tensor | None, norm: str, slices: int
+) -> torch.Tensor:
     """Sums the squares of every row's blocks, then of the blocks."""
-    *columns, norm, slices = arguments
     F, width = param.shape
     param = param.contiguous()
     high = packed(high)
-    parts, constants = packed_parts(Gradient.from_columns(*columns), param, high)
+    parts, constants = packed_parts(gradient, param, high)
     tile, part = tile_of(width, norm, slices)
     count = triton.cdiv(width, part)
     out = torch.empty((count, F), dtype=torch.float32, device=param.device)

@@ -1,4 +1,4 @@
-"""fp32 weights in two halves: high ones that the products read, low ones for the optimizer only.
+"""fp32 weights split into bf16 halves for the products and int16 halves for the optimizer.
 
 ``bits = (high << 16) + low`` with a signed low half: the high half is then the bf16 nearest to the
 weight (ties away from zero) and not its lower neighbour, which a cut of the bits would give and
@@ -19,7 +19,7 @@ _CHUNK = 1 << 24  # elements whose bits are held in between, so that no second f
 
 
 def cut(values: torch.Tensor, added: torch.Tensor | int) -> torch.Tensor:
-    """bf16: the upper halves of fp32 values after something was added to their bits."""
+    """Adds to the bits of fp32 values and returns their upper halves as bf16."""
     bits = values.view(torch.int32) + added
     upper = (bits >> 16).to(torch.int16).view(torch.bfloat16)
     # A carry into the exponent's or the sign's bits would turn NaN into a number.
@@ -27,7 +27,7 @@ def cut(values: torch.Tensor, added: torch.Tensor | int) -> torch.Tensor:
 
 
 def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The high halves in bf16 and the low ones in int16 of fp32 values."""
+    """Splits fp32 values into bf16 high halves and int16 low ones."""
     high = torch.empty_like(values, dtype=torch.bfloat16)
     low = torch.empty_like(values, dtype=torch.int16)
     for rows in _chunks(values):
@@ -40,7 +40,7 @@ def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def joined(
     high: torch.Tensor, low: torch.Tensor, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The fp32 values that :func:`split` took apart, in ``out`` if it is given."""
+    """Joins what :func:`split` took apart to fp32 values again, in ``out`` if it is given."""
     values = torch.empty_like(low, dtype=torch.float32) if out is None else out
     for rows in _chunks(low):
         upper = high[rows].view(torch.int16).to(torch.int32) << 16

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.row_grad.reference import add_term
 from sae_kernels.primitives.row_update import halves
-from sae_kernels.primitives.terms import Gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae_kernels.primitives.row_update import AdamMatrix
+    from sae_kernels.primitives.terms import Gradient
 
 
 def whole(param: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
@@ -52,7 +57,7 @@ def projected(param: torch.Tensor, grad: torch.Tensor, slices: int) -> torch.Ten
 
 
 def renormalised(param: torch.Tensor, norm: str, slices: int) -> torch.Tensor:
-    """The rows after the norm policy."""
+    """The rows after the norm policy was applied to each slice."""
     w = param.unflatten(1, (slices, -1))
     norms = w.norm(dim=-1, keepdim=True)
     keep = ~(norms > 0) if norm == "unit" else ~(norms > 1)
@@ -76,19 +81,22 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    param: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    copy: torch.Tensor | None,
-    *arguments: Any,
+    matrix: AdamMatrix,
+    gradient: Gradient,
+    hyper: torch.Tensor,
+    betas: Sequence[float],
+    eps: float,
+    norm: str,
+    slices: int,
+    lazy: bool,
 ) -> None:
     """Computes the whole step densely and writes back the rows it applies to."""
-    *columns, hyper, beta1, beta2, eps, norm, slices, lazy = arguments
+    (param, m, v, copy), (beta1, beta2) = matrix, betas
     lr, clip, correction1, correction2, skip, step = hyper.tolist()
     if skip:
         return
     master = whole(param, copy)
-    grad, touched = gather(master, Gradient.from_columns(*columns))
+    grad, touched = gather(master, gradient)
     if norm == "unit":
         grad = projected(master, grad, slices)
     grad = grad * clip

@@ -1,4 +1,4 @@
-"""row_update in Triton: a program owns some columns of a latent's row from gather to copy.
+"""row_update in Triton: a program updates some columns of a latent's row from gather to copy.
 
 Without a norm policy a row's columns have nothing to do with each other, and a program takes a
 block of them. Where slices are projected and renormalised it takes a whole slice, so that the row
@@ -7,26 +7,31 @@ is read and written once and its gradient stays in registers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
 from sae_kernels.primitives.row_grad.triton import (
-    Tile,
+    RowTile,
     blocks,
     gather,
     packed_terms,
     pointers,
     whole,
 )
-from sae_kernels.primitives.terms import Gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae_kernels.primitives.row_update import AdamMatrix
+    from sae_kernels.primitives.terms import Gradient
 
 
 @triton.jit
 def load_param(param, high, rows, columns, mask):
-    """fp32 weights; of a split master by joining the halves."""
+    """Loads fp32 weights, joining the halves of a split master."""
     low = tl.load(pointers(param, rows, columns), mask=mask, other=0)
     if param.dtype.element_ty == tl.int16:
         upper = tl.load(pointers(high, rows, columns), mask=mask, other=0)
@@ -229,8 +234,8 @@ def _fill_slots(slots, latents, F, A, BLOCK: tl.constexpr):
     tl.store(slots + tl.where(latent == -1, F + 1, latent), row, mask=row < A)
 
 
-def tile_of(width: int, norm: str, slices: int) -> tuple[Tile, int]:
-    """The tile and how many columns are a program's own."""
+def tile_of(width: int, norm: str, slices: int) -> tuple[RowTile, int]:
+    """The tile of a program and the number of columns it updates."""
     if norm == "none":
         tile = blocks(width)
         return tile, tile.columns
@@ -270,16 +275,19 @@ def packed_parts(
 
 
 def run(
-    param: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    copy: torch.Tensor | None,
-    *arguments: Any,
+    matrix: AdamMatrix,
+    gradient: Gradient,
+    hyper: torch.Tensor,
+    betas: Sequence[float],
+    eps: float,
+    norm: str,
+    slices: int,
+    lazy: bool,
 ) -> None:
     """Updates every row's columns in place."""
-    *columns, hyper, beta1, beta2, eps, norm, slices, lazy = arguments
+    (param, m, v, copy), (beta1, beta2) = matrix, betas
     F, width = param.shape
-    parts, constants = packed_parts(Gradient.from_columns(*columns), param, copy)
+    parts, constants = packed_parts(gradient, param, copy)
     tile, part = tile_of(width, norm, slices)
     _row_update[(triton.cdiv(F, tile.latents), triton.cdiv(width, part))](
         param,

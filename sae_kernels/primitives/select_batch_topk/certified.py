@@ -1,4 +1,4 @@
-"""select_batch_topk by a bound: everything above it, then the largest of that.
+"""select_batch_topk by a bound: collects all scores above it and selects among them.
 
 One bound serves the whole batch. If enough entries are certainly above it, no entry below it can
 matter, so the selection among those above is the exact one; if not, the bound is lowered and the
@@ -26,8 +26,8 @@ _MARGIN = 0.9
 _SAMPLE = 64  # tokens from which the first bound is guessed
 
 
-class Scores(NamedTuple):
-    """What is selected from, and how a part of it is found.
+class ScoreSource(NamedTuple):
+    """The scores of a batch, which are only ever computed as far as they are above a bound.
 
     Attributes:
         find: select_threshold of a backend.
@@ -41,7 +41,7 @@ class Scores(NamedTuple):
     rank_scale: torch.Tensor | None
 
     def above(self, bound: float) -> tuple[Ragged, torch.Tensor]:
-        """The entries whose key may be above a bound, and their keys."""
+        """Finds the entries whose key may be above a bound, and their keys."""
         found = self.find(self.x, self.W, self.b, self._bounds(bound))
         values, indices, _ = found
         if self.rank_scale is None:
@@ -60,8 +60,8 @@ class Scores(NamedTuple):
         return torch.where(least < torch.finfo(dtype).smallest_normal, 0, least)
 
 
-def select(scores: Scores, count: int, start: torch.Tensor | None) -> Ragged:
-    """Tries bounds until one is certified."""
+def select(scores: ScoreSource, count: int, start: torch.Tensor | None) -> Ragged:
+    """Selects with one bound after the other until the count certifies it."""
     dtype = accumulator(scores.x.dtype)
     guess = _guess(scores, count) if start is None else float(start.to(dtype))
     guess = guess if math.isfinite(guess) else 0.0
@@ -77,8 +77,8 @@ def select(scores: Scores, count: int, start: torch.Tensor | None) -> Ragged:
     return _largest(*found, key, count)
 
 
-def _guess(scores: Scores, count: int) -> float:
-    """What the last kept key would be if the batch were a few of its tokens."""
+def _guess(scores: ScoreSource, count: int) -> float:
+    """Estimates the last kept key from a few tokens of the batch."""
     B = scores.x.shape[0]
     sample = scores.x[:: max(1, B // _SAMPLE)]
     _, key = scores._replace(x=sample).above(0.0)

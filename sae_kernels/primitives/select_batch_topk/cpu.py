@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sae_kernels.primitives.select_batch_topk.certified import Scores, select
+from sae_kernels.primitives.select_batch_topk.certified import ScoreSource, select
 from sae_kernels.primitives.select_threshold import cpu as select_threshold
 
 if TYPE_CHECKING:
@@ -19,5 +19,5 @@ def run(
     rank_scale: torch.Tensor | None,
     start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Selects from what select_threshold finds."""
-    return select(Scores(select_threshold.run, x, W, b, rank_scale), count, start)
+    """Selects among the scores that the host kernel finds above a bound."""
+    return select(ScoreSource(select_threshold.run, x, W, b, rank_scale), count, start)

@@ -16,7 +16,7 @@ def run(
     rank_scale: torch.Tensor | None,
     start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stable sort keeps equal keys in the order of tokens and latents."""
+    """Sorts the keys; a stable sort keeps equal ones in the order of tokens and latents."""
     bounds = x.new_zeros(W.shape[0], dtype=accumulator(x.dtype))
     values, indices, offsets = select_threshold.run(x, W, b, bounds)
     key = values if rank_scale is None else values * rank_scale[indices.long()]

@@ -1,4 +1,4 @@
-"""select_threshold in Triton: one product, whose blocks list what they find, put in order after it.
+"""select_threshold in Triton: blocks of the product list what passes; a second kernel orders it.
 
 Where a token's entries go depends on how many all tokens before it have, which is known when every
 tile is done. So a block lists the entries of its tiles row by row and in latent order, and notes
@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.select_topk.lists import packed, unpacked
-from sae_kernels.primitives.select_topk.slabs import Operands, Tile
-from sae_kernels.primitives.select_topk.triton import scores, tile_for, tiled
-from sae_kernels.tensors import packed as in_order
+from sae_kernels.primitives.candidate_lists import packed, unpacked
+from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
+from sae_kernels.primitives.tensors import packed as in_order
 
 _ROOM = 512  # entries a token on average, for which the lists have room at first
 _MOST = 2**31 - 2**16  # places in all lists: they, and some beyond, are int32
@@ -69,7 +68,7 @@ def _find(
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Persistent blocks over all tiles, a group of row tiles after the other."""
+    """Lists the entries of all tiles; blocks are persistent and go through groups of row tiles."""
     row_tiles, column_tiles = tl.cdiv(B, ROWS), tl.cdiv(F, COLUMNS)
     in_group = GROUP * column_tiles
     within = tl.arange(0, COLUMNS)
@@ -110,7 +109,7 @@ def _find(
 def _put_in_order(
     counts, starts, ends, entries, values, indices, n_runs, RUNS: tl.constexpr, STEP: tl.constexpr
 ):
-    """Takes some runs, the entries of a token in a tile, from the list to their places."""
+    """Moves runs, the entries of a token in a tile, from the lists to their places."""
     run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
     count = tl.load(counts + run, mask=run < n_runs, other=0)[:, None]
     start = tl.load(starts + run, mask=run < n_runs, other=0)[:, None]
@@ -130,8 +129,8 @@ def run(
     offsets = x.new_zeros(B + 1, dtype=torch.int32)
     if B == 0 or F == 0:
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
-    operands = Operands(x.contiguous(), W.contiguous(), in_order(b), None)
-    tile = _tile(operands.x, operands.W)
+    operands = (x.contiguous(), W.contiguous(), in_order(b))
+    tile = _tile(*operands[:2])
     n_tiles = triton.cdiv(F, tile.columns)
     counts, starts = (x.new_empty(B * n_tiles, dtype=torch.int32) for _ in range(2))
     runs, room = (counts, starts), min(B, 1 << 21) * _ROOM
@@ -150,21 +149,21 @@ def run(
     return values, indices, offsets
 
 
-def _tile(x: torch.Tensor, W: torch.Tensor) -> Tile:
+def _tile(x: torch.Tensor, W: torch.Tensor) -> ProductTile:
     tile = tile_for(x, W)
     # Without matrix units the operands take registers that looking through a tile needs too.
     return tile._replace(depth=tile.depth // 2) if x.dtype == torch.float32 else tile
 
 
 def _find_all(
-    operands: Operands,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     bounds: torch.Tensor,
     runs: tuple[torch.Tensor, torch.Tensor],
-    tile: Tile,
+    tile: ProductTile,
     room: int,
 ) -> tuple[torch.Tensor, list[int]]:
-    """The lists, in one tensor and as far as there is room, and how many entries belong in each."""
-    x, W, b, _ = operands
+    """The lists, in one tensor and as far as there is room, and the number of entries of each."""
+    x, W, b = operands
     n_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(W.shape[0], tile.columns)
     blocks = min(n_tiles, gpu.multiprocessors(x.device))
     capacity = triton.cdiv(room, blocks)

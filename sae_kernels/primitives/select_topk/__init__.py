@@ -1,44 +1,41 @@
-"""select_topk: the encoder product and the k winners of each row, without the [B, F] scores.
-
-``h = x W^T + b`` in the accumulator dtype; row by row the first k entries in the order
-(``h * rank_scale`` descending, latent ascending), where NaN of any payload ranks above +inf and
--0 equals +0. Values are ``h`` of the winners, sorted in that order; ReLU is the caller's.
-"""
-
-from __future__ import annotations
+"""The k best latents of every token, straight from the encoder product."""
 
 import torch
 
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.operator import Operator
+from sae_kernels.primitives.operator import primitive, result
 
 
-def _check(
+@primitive()
+def select_topk(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
     k: int,
-    rank_scale: torch.Tensor | None,
-) -> None:
+    rank_scale: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selects the k latents with the largest scores of every token; [B, F] is never stored.
+
+    The scores are ``h = x W^T + b`` in the accumulator dtype. A token's latents are ranked by
+    ``h * rank_scale`` descending, then by number ascending, where NaN of any payload ranks above
+    +inf and -0 equals +0.
+
+    Args:
+        x: tokens [B, D] in an operand dtype.
+        W: encoder [F, D] in the dtype of x.
+        b: bias [F] in the accumulator dtype, or None.
+        k: latents to keep, 1 to F.
+        rank_scale: [F] in the accumulator dtype, or None for ones.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        Values ``h`` [B, k] in the accumulator dtype, without a ReLU, and latents int32 [B, k], both
+        in ranked order.
+    """
     checks.encoder(x, W, b, rank_scale=rank_scale)
     if not 1 <= k <= W.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= n_latents = {W.shape[0]}, got {k}")
-
-
-def _fake(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    rank_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
-    return values, x.new_empty((x.shape[0], k), dtype=torch.int32)
-
-
-select_topk = Operator(
-    "select_topk(Tensor x, Tensor W, Tensor? b, SymInt k, Tensor? rank_scale, str backend)"
-    " -> (Tensor, Tensor)",
-    _check,
-    _fake,
-)
+    kept = (x.shape[0], k)
+    return result(kept, checks.accumulator(x.dtype)), result(kept, torch.int32)

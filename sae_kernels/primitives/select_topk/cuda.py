@@ -1,4 +1,4 @@
-"""select_topk on cuBLAS and CUDA C++, tile-streamed.
+"""select_topk by cuBLAS and a CUDA C++ kernel, a tile of scores after the other.
 
 cuBLAS makes the scores of one tile of latents after the other, in a scratch buffer that fits the
 GPU's L2 cache, and csrc/cuda/select_tile.cu folds each into the running top-k of its rows: the
@@ -22,11 +22,7 @@ _FEWEST_CANDIDATES = 512
 
 
 def refuses(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    rank_scale: torch.Tensor | None,
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
 ) -> str | None:
     """Why this call cannot run, or None."""
     if k > _MOST_KEPT:
@@ -106,7 +102,7 @@ def product(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _aligned(vector: torch.Tensor | None) -> torch.Tensor | None:
-    """In order, and from a multiple of 16 bytes on: a view may begin anywhere."""
+    """The vector in order and aligned to 16 bytes, which a view need not be."""
     if vector is None:
         return None
     vector = vector.contiguous()

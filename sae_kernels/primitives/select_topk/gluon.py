@@ -1,11 +1,13 @@
-"""select_topk's product with warps that only load and warps that only multiply, for Hopper.
+"""select_topk in Gluon for Hopper: some warps only load, the others multiply and append.
 
 One warp keeps the tensor memory accelerator busy, also across tiles; so while eight warps compare
-and emit, the operands of the next tile arrive. What is let through is what ``triton.py`` lets
+and append, the operands of the next tile arrive. What is let through is what ``triton.py`` lets
 through.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,35 +22,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sae_kernels import gpu
-from sae_kernels.primitives.select_topk import slabs
-from sae_kernels.primitives.select_topk.emission import (
+from sae_kernels.primitives.products import ProductTile, describable
+from sae_kernels.primitives.select_topk import column_passes
+from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
     APPEND_OPERANDS,
     TAKE_A_SLOT,
     TAKE_A_SLOT_OPERANDS,
 )
-from sae_kernels.primitives.select_topk.slabs import Lists, Operands, Slab, Tile
+from sae_kernels.primitives.select_topk.column_passes import ColumnPass, EncoderOperands
+
+if TYPE_CHECKING:
+    from sae_kernels.primitives.candidate_lists import CandidateLists
 
 # 4 stages of 48 KiB; the accumulators take 128 of a thread's registers.
-_TILE = Tile(rows=128, columns=256, depth=128, warps=8, stages=4, chunks=4)
+_TILE = ProductTile(rows=128, columns=256, depth=128, warps=8, stages=4, chunks=4)
 _GROUP = 8  # tiles of rows that share the same latents while these are in cache
 _LOADER_REGISTERS = 40
 
 
 def refuses(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    rank_scale: torch.Tensor | None,
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
 ) -> str | None:
     """Why this kernel cannot select, or None."""
-    if not slabs.describable(x, W):
+    if not describable(x, W):
         return (
             f"its loads take rows of whole 16 bytes at aligned addresses, got x "
             f"{list(x.shape)} and W {list(W.shape)} in {x.dtype}"
         )
-    return slabs.refuses(x, W, b, k, rank_scale)
+    return column_passes.refuses(x, W, b, k)
 
 
 def run(
@@ -58,21 +60,24 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with ``_encode_slab``, selects with what all GPU backends share."""
-    return slabs.select(Operands(x, W, b, rank_scale), k, tile_for(x, W), encode_slab)
+    """Selects in passes over the columns, each scored by ``_encode_pass``."""
+    operands = EncoderOperands(x, W, b, rank_scale)
+    return column_passes.select(operands, k, tile_for(x, W), encode_pass)
 
 
-def tile_for(x: torch.Tensor, W: torch.Tensor) -> Tile:
+def tile_for(x: torch.Tensor, W: torch.Tensor) -> ProductTile:
     """The tile of these operands: the same for all."""
     return _TILE
 
 
-def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
-    """Scores a slab and lets through what is not below the thresholds."""
+def encode_pass(
+    operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
+) -> None:
+    """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale = operands
     (B, D), F = x.shape, W.shape[0]
-    n_tiles = triton.cdiv(B, tile.rows) * (slab.stop - slab.start)
-    _encode_slab[(min(n_tiles, gpu.multiprocessors(x.device)),)](
+    n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
+    _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         _described(x, tile.rows, tile),
         _described(W, tile.columns, tile),
         b,
@@ -81,7 +86,7 @@ def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> Non
         B,
         F,
         D,
-        *slab,
+        *columns,
         CAPACITY=lists.candidates.shape[1],
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -94,7 +99,7 @@ def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> Non
     )
 
 
-def _described(matrix: torch.Tensor, rows: int, tile: Tile) -> TensorDescriptor:
+def _described(matrix: torch.Tensor, rows: int, tile: ProductTile) -> TensorDescriptor:
     block = [rows, tile.depth // matrix.element_size()]
     dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
@@ -102,9 +107,9 @@ def _described(matrix: torch.Tensor, rows: int, tile: Tile) -> TensorDescriptor:
 
 
 @gluon.jit
-def _tile_at(tile, B, F, slab, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """The first row and column of a tile of the slab."""
-    start, stop, stride = slab
+def _tile_at(tile, B, F, visit, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """The first row and column of a tile of the pass."""
+    start, stop, stride = visit
     row_tiles = gl.cdiv(B, ROWS)
     in_group = GROUP * (stop - start)
     first = tile // in_group * GROUP
@@ -115,7 +120,7 @@ def _tile_at(tile, B, F, slab, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP:
 
 
 @gluon.jit
-def _load(x, W, ring, sizes, slab, GROUP: gl.constexpr):
+def _load(x, W, ring, sizes, visit, GROUP: gl.constexpr):
     """Fills stages as they become empty, for all tiles of the block."""
     tokens, latents, empty, full = ring
     B, F, D = sizes
@@ -123,10 +128,10 @@ def _load(x, W, ring, sizes, slab, GROUP: gl.constexpr):
     COLUMNS: gl.constexpr = latents.shape[1]
     DEPTH: gl.constexpr = tokens.shape[2]
     STAGES: gl.constexpr = tokens.shape[0]
-    n_tiles = gl.cdiv(B, ROWS) * (slab[1] - slab[0])
+    n_tiles = gl.cdiv(B, ROWS) * (visit[1] - visit[0])
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        row, column = _tile_at(tile, B, F, slab, ROWS, COLUMNS, GROUP)
+        row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
         for part in range(0, D, DEPTH):
             stage = step % STAGES
             # Barriers start with the phase before the first complete: all stages are empty.
@@ -145,12 +150,12 @@ def _multiply(
     by_latent,
     rows_held,
     sizes,
-    slab,
+    visit,
     CAPACITY: gl.constexpr,
     GROUP: gl.constexpr,
     CHUNKS: gl.constexpr,
 ):
-    """Multiplies stages as they become full and emits what is not below the thresholds."""
+    """Multiplies stages as they become full and appends what is not below the thresholds."""
     tokens, latents, empty, full = ring
     B, F, D = sizes
     ROWS: gl.constexpr = tokens.shape[1]
@@ -160,10 +165,10 @@ def _multiply(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLUMNS, 16]
     )
-    n_tiles = gl.cdiv(B, ROWS) * (slab[1] - slab[0])
+    n_tiles = gl.cdiv(B, ROWS) * (visit[1] - visit[0])
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        row, column = _tile_at(tile, B, F, slab, ROWS, COLUMNS, GROUP)
+        row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
         h = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
         for part in range(0, D, DEPTH):
             stage = step % STAGES
@@ -177,11 +182,11 @@ def _multiply(
             step += 1
         h = warpgroup_mma_wait(num_outstanding=0, deps=(h,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        _emit(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
+        _append_passing(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
 
 
 @gluon.jit
-def _emit(
+def _append_passing(
     product,
     row,
     column,
@@ -196,8 +201,8 @@ def _emit(
     if CHUNKS > 1:
         left, right = product.reshape((ROWS, 2, COLUMNS)).permute((0, 2, 1)).split()
         rest = (by_latent, rows_held, F)
-        _emit(left, row, column, *rest, CAPACITY, CHUNKS // 2)
-        _emit(right, row, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2)
+        _append_passing(left, row, column, *rest, CAPACITY, CHUNKS // 2)
+        _append_passing(right, row, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2)
     else:
         b, rank_scale = by_latent
         counts, thresholds, candidates = rows_held
@@ -240,7 +245,7 @@ def _append(h, key, columns, threshold, counts, lists, CAPACITY: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["start", "stop", "stride"])
-def _encode_slab(
+def _encode_pass(
     x,
     W,
     b,
@@ -263,7 +268,7 @@ def _encode_slab(
     CHUNKS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
-    """A ring of stages between the two; each side waits on the other's barriers only."""
+    """Runs loader and multiplier warps with a ring of stages between them."""
     tokens = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, DEPTH], x.layout)
     latents = gl.allocate_shared_memory(W.dtype, [STAGES, COLUMNS, DEPTH], W.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -271,14 +276,14 @@ def _encode_slab(
     for stage in gl.static_range(STAGES):
         mbarrier.init(empty.index(stage), count=1)
         mbarrier.init(full.index(stage), count=1)
-    slab, sizes = (start, stop, stride), (B, F, D)
+    visit, sizes = (start, stop, stride), (B, F, D)
     by_latent = (b, rank_scale)
     rows_held = (counts, thresholds, candidates)
     ring = (tokens, latents, empty, full)
     gl.warp_specialize(
         [
-            (_multiply, (ring, by_latent, rows_held, sizes, slab, CAPACITY, GROUP, CHUNKS)),
-            (_load, (x, W, ring, sizes, slab, GROUP)),
+            (_multiply, (ring, by_latent, rows_held, sizes, visit, CAPACITY, GROUP, CHUNKS)),
+            (_load, (x, W, ring, sizes, visit, GROUP)),
         ],
         [1],
         [LOADER_REGISTERS],

@@ -1,51 +1,39 @@
-"""select_topk's product and what it lets through, in Triton.
+"""select_topk in Triton: a product that appends the scores that can still win to lists.
 
 A block multiplies a tile of tokens with a tile of latents and lets through entries that are not
-below their row's threshold. Few are (k times the slab's growth per row), so what counts is that the
+below their row's threshold. Few are (k times the pass's growth per row), so what counts is that the
 comparison is cheap and that waiting for a place in the lists is not done one entry at a time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae_kernels import gpu
-from sae_kernels.primitives.products import dot, product
-from sae_kernels.primitives.select_topk.emission import (
+from sae_kernels.primitives.candidate_lists import CandidateLists, bias, packed
+from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
+from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
     APPEND_OPERANDS,
     TAKE_A_SLOT,
     TAKE_A_SLOT_OPERANDS,
 )
-from sae_kernels.primitives.select_topk.lists import bias, packed
-from sae_kernels.primitives.select_topk.slabs import (
-    Lists,
-    Operands,
-    Slab,
-    Tile,
-    describable,
+from sae_kernels.primitives.select_topk.column_passes import (
+    ColumnPass,
+    EncoderOperands,
     refuses,
     select,
 )
 
-__all__ = ["refuses", "run"]
+if TYPE_CHECKING:
+    import torch
 
-# The largest tiles without spills. Accumulators take rows * columns / (32 * warps) registers of a
-# thread's 255, on sm_100 only while entries are let through (in smaller chunks for that).
-_TILES = {
-    0: Tile(64, 256, 1024, 4, 1, 2),  # Triton's interpreter: few large operations
-    90: Tile(128, 256, 128, 8, 3, 4),
-    100: Tile(128, 256, 128, 8, 3, 8),
-}
-_POINTER_TILE = Tile(128, 128, 128, 8, 3, 2)  # addresses take registers
-_FP32_TILE = Tile(64, 64, 128, 8, 3, 1)  # no matrix unit multiplies fp32 without rounding it
-_GROUP = 8  # tiles of rows that share the same latents while these are in cache
-_EMISSION = "portable" if gpu.interpreted() else "ptx"
+__all__ = ["encode_pass", "refuses", "run", "tile_for"]
+
+_APPENDED_BY = "portable" if gpu.interpreted() else "ptx"
 
 
 def run(
@@ -55,35 +43,19 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores with ``_encode_slab``, selects with what all GPU backends share."""
-    return select(Operands(x, W, b, rank_scale), k, tile_for(x, W), encode_slab)
+    """Selects in passes over the columns, each scored by ``_encode_pass``."""
+    return select(EncoderOperands(x, W, b, rank_scale), k, tile_for(x, W), encode_pass)
 
 
-def _described(x: torch.Tensor, W: torch.Tensor) -> bool:
-    # Without the tensor memory accelerator (sm_80) descriptors are slower than pointers.
-    return _family() in _TILES and describable(x, W)
-
-
-def _family() -> int:
-    return gpu.architecture() // 10 * 10  # what holds for sm_100 holds for sm_103
-
-
-def tile_for(x: torch.Tensor, W: torch.Tensor) -> Tile:
-    """The tile of these operands on this architecture."""
-    if gpu.interpreted():
-        return _TILES[0]
-    if x.dtype == torch.float32:
-        return _FP32_TILE
-    return _TILES[_family()] if _described(x, W) else _POINTER_TILE
-
-
-def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> None:
-    """Scores a slab and lets through what is not below the thresholds."""
+def encode_pass(
+    operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
+) -> None:
+    """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale = operands
     (B, D), F = x.shape, W.shape[0]
-    n_tiles = triton.cdiv(B, tile.rows) * (slab.stop - slab.start)
+    n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
     matrices, constants = tiled(x, W, tile)
-    _encode_slab[(min(n_tiles, gpu.multiprocessors(x.device)),)](
+    _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         *matrices,
         b,
         rank_scale,
@@ -91,65 +63,16 @@ def encode_slab(operands: Operands, lists: Lists, slab: Slab, tile: Tile) -> Non
         B,
         F,
         D,
-        *slab,
+        *columns,
         CAPACITY=lists.candidates.shape[1],
         CHUNKS=tile.chunks,
-        EMISSION=_EMISSION,
+        APPENDED_BY=_APPENDED_BY,
         **constants,
     )
 
 
-def tiled(x: torch.Tensor, W: torch.Tensor, tile: Tile) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """Two packed matrices as a kernel of `scores` takes them, and what it is launched with."""
-    depth, is_described = tile.depth // x.element_size(), _described(x, W)
-    matrices: tuple[Any, Any] = (x, W)
-    if is_described:
-        rows = (tile.rows, tile.columns)
-        matrices = tuple(
-            TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [n, depth])
-            for matrix, n in zip((x, W), rows, strict=True)
-        )
-    return matrices, {
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": depth,
-        "GROUP": _GROUP,
-        "DESCRIBED": is_described,
-        "WIDEN": gpu.interpreted(),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
-
-
-@triton.jit
-def scores(
-    x,
-    W,
-    row,
-    column,
-    B,
-    F,
-    D,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """A tile of the product; beyond the last token or latent it holds anything."""
-    if DESCRIBED:
-        h = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for part in range(0, D, DEPTH):
-            h = dot(x.load([row, part]), W.load([column, part]).T, h, WIDEN)
-        return h
-    else:
-        rows = tl.minimum(row + tl.arange(0, ROWS), B - 1)
-        columns = tl.minimum(column + tl.arange(0, COLUMNS), F - 1)
-        return product(x, W, rows, columns, D, DEPTH, WIDEN)
-
-
 @triton.jit(do_not_specialize=["start", "stop", "stride"])
-def _encode_slab(
+def _encode_pass(
     x,
     W,
     b,
@@ -169,11 +92,11 @@ def _encode_slab(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,
-    EMISSION: tl.constexpr,
+    APPENDED_BY: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Persistent blocks over the slab's tiles, a group of row tiles after the other.
+    """Scores the tiles of a pass; blocks are persistent and go through groups of row tiles.
 
     Rows beyond the last token are multiplied like the others and write into the lists' padding;
     their threshold lets nothing through.
@@ -193,11 +116,13 @@ def _encode_slab(
         threshold = tl.where(threshold == threshold, threshold, float("inf"))
         lists = candidates + rows.to(tl.int64) * CAPACITY
         by_latent = (b, rank_scale, F)
-        _emit(h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, EMISSION)
+        _append_passing(
+            h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY
+        )
 
 
 @triton.jit
-def _emit(
+def _append_passing(
     product,
     column,
     by_latent,
@@ -206,7 +131,7 @@ def _emit(
     lists,
     CAPACITY: tl.constexpr,
     CHUNKS: tl.constexpr,
-    EMISSION: tl.constexpr,
+    APPENDED_BY: tl.constexpr,
 ):
     """Appends the scores that are not below their row's threshold.
 
@@ -218,8 +143,8 @@ def _emit(
     if CHUNKS > 1:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
         rest = (by_latent, threshold, counts, lists)
-        _emit(left, column, *rest, CAPACITY, CHUNKS // 2, EMISSION)
-        _emit(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, EMISSION)
+        _append_passing(left, column, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
+        _append_passing(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
     else:
         b, rank_scale, F = by_latent
         columns = column + tl.arange(0, COLUMNS)
@@ -227,7 +152,7 @@ def _emit(
         key = h
         if rank_scale is not None:
             key = h * tl.load(rank_scale + columns, mask=columns < F, other=1.0)[None, :]
-        if EMISSION == "ptx":
+        if APPENDED_BY == "ptx":
             _append(h, key, columns, threshold, counts, lists, CAPACITY)
         else:
             passes = ~(key < threshold[:, None])

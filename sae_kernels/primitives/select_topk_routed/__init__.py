@@ -1,27 +1,41 @@
-"""select_topk_routed: select_topk of each token among the latents of its own expert.
-
-The F latents belong to E experts, equal parts one after the other. Expert e's tokens are
-``tokens[starts[e]:starts[e + 1]]``, and only its latents are multiplied with them; what is kept has
-the latents' numbers among all F, in the order of :mod:`~sae_kernels.primitives.select_topk`. With
-one expert the result is select_topk's, bit for bit.
-"""
-
-from __future__ import annotations
+"""The k best latents of every token among those of its own expert."""
 
 import torch
 
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.operator import Operator
+from sae_kernels.primitives.operator import primitive, result
 
 
-def _check(
+@primitive()
+def select_topk_routed(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
     k: int,
     tokens: torch.Tensor,
     starts: torch.Tensor,
-) -> None:
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selects the k latents with the largest scores of every token, among its expert's alone.
+
+    The F latents belong to E experts, equal parts one after the other, and only those of a token's
+    expert are multiplied with it. Scores and order are those of the selection among all latents;
+    with one expert the result is the same bit for bit.
+
+    Args:
+        x: tokens [B, D] in an operand dtype.
+        W: encoder [F, D] in the dtype of x.
+        b: bias [F] in the accumulator dtype, or None.
+        k: latents to keep, 1 to F / E.
+        tokens: int32 [B], every token once, by expert.
+        starts: int32 [E + 1]; expert e's tokens are ``tokens[starts[e]:starts[e + 1]]``.
+        backend: see :mod:`sae_kernels.backends`.
+
+    Returns:
+        Values ``h`` [B, k] in the accumulator dtype and latents int32 [B, k], numbered among all F;
+        both in ranked order.
+    """
     checks.encoder(x, W, b)
     checks.shape("tokens", tokens, [x.shape[0]], "every token once, by expert")
     checks.shape("starts", starts, ["E + 1"], "where each expert's tokens start")
@@ -39,23 +53,5 @@ def _check(
             f"k: expected 1 <= k <= {n_latents // n_experts}, the latents of one of the "
             f"{n_experts} experts, got {k}"
         )
-
-
-def _fake(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    k: int,
-    tokens: torch.Tensor,
-    starts: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
-    return values, x.new_empty((x.shape[0], k), dtype=torch.int32)
-
-
-select_topk_routed = Operator(
-    "select_topk_routed(Tensor x, Tensor W, Tensor? b, SymInt k, Tensor tokens, Tensor starts,"
-    " str backend) -> (Tensor, Tensor)",
-    _check,
-    _fake,
-)
+    kept = (x.shape[0], k)
+    return result(kept, checks.accumulator(x.dtype)), result(kept, torch.int32)

@@ -18,5 +18,5 @@ def run(
     tokens: torch.Tensor,
     starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs csrc/cpu/select_topk.cpp on blocks of one expert each."""
+    """Runs the kernel of the selection among all latents on blocks of one expert each."""
     return cpu.run(x, W, b, k, None, cpu.Routes(tokens, starts))

@@ -18,7 +18,7 @@ def run(
     tokens: torch.Tensor,
     starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """select_topk's own reference on every expert's tokens and latents."""
+    """Selects for one expert after the other by the reference of the plain selection."""
     checks.routes(tokens, starts)
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)

@@ -1,10 +1,10 @@
-"""select_topk_routed in Triton: every score of a token's expert, a part of its latents at a time.
+"""select_topk_routed in Triton: scores a part of every expert's latents after the other.
 
 Tokens are taken in the order of their experts, as many at once as have lists that stay in cache. A
 product writes the scores of a part of the latents straight into the lists, which are then cut back
 to their k best; behind these comes the next part, until the expert has no more latents. An expert
-is 1/E of the dictionary, so a threshold that lets only a few scores through, as in select_topk, has
-less to save, and lists that take whatever comes cannot overflow.
+is 1/E of the dictionary, so a threshold that lets only a few scores through, as without experts,
+has less to save, and lists that take whatever comes cannot overflow.
 
 Which tokens a block multiplies it finds out itself: the host knows only that rows / ROWS blocks,
 rounded up, and one more for each expert are enough.
@@ -19,17 +19,18 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.products import product
-from sae_kernels.primitives.select_topk import lists, schedule
+from sae_kernels.primitives import candidate_lists as lists
+from sae_kernels.primitives import schedule
+from sae_kernels.primitives.candidate_lists import CandidateLists
+from sae_kernels.primitives.products import ProductTile, product
 from sae_kernels.primitives.select_topk import triton as whole
-from sae_kernels.primitives.select_topk.slabs import Lists, Tile
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 _MOST_EXPERTS = 512  # as many as route_top1 takes; every block looks through all of them
 # Products by pointers, for rows are gathered. The small tile is for what takes more registers:
 # fp32, which no matrix unit multiplies unrounded, and widths that are no multiple of 16.
-_TILE, _SMALL_TILE = Tile(128, 128, 128, 8, 3, 1), Tile(64, 64, 128, 8, 3, 1)
-_INTERPRETED = Tile(128, 512, 1024, 4, 1, 1)  # few large operations
+_TILE, _SMALL_TILE = ProductTile(128, 128, 128, 8, 3, 1), ProductTile(64, 64, 128, 8, 3, 1)
+_INTERPRETED = ProductTile(128, 512, 1024, 4, 1, 1)  # few large operations
 # Entries of lists that a block of four warps holds without spilling registers, and lists of a block
 # at most.
 _ENTRIES = 1 << 16 if gpu.interpreted() else 1024
@@ -37,7 +38,7 @@ _MOST_LISTS = 128
 _SHORTEST = 16
 
 
-class Routed(NamedTuple):
+class RoutedOperands(NamedTuple):
     """The arguments of select_topk_routed, packed."""
 
     x: torch.Tensor
@@ -51,8 +52,8 @@ class Routed(NamedTuple):
         return self.starts.shape[0] - 1
 
 
-class Part(NamedTuple):
-    """Some of each expert's latents: from its ``column``-th on, ``n`` behind ``held`` entries."""
+class LatentPart(NamedTuple):
+    """``n`` latents of each expert from its ``column``-th on; lists hold ``held`` before."""
 
     column: int
     n: int
@@ -103,7 +104,7 @@ def _score(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Puts the scores of a tile behind what the lists hold."""
+    """Appends the scores of a tile to the lists."""
     expert, row, stop = _tile_of(tl.program_id(0), starts, begin, end, E, ROWS, EXPERTS)
     if expert < 0:
         return
@@ -155,14 +156,15 @@ def _write(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes lists in selection order to where their tokens are."""
+    """Writes the results of lists, in selection order, to the rows of their tokens."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.load(tokens + begin + rows, mask=rows < n_rows, other=-1)
     live = (token >= 0) & (token < B)
-    # A list's row is not its token's: what `emit` adds for the one is taken off for the other.
+    # A list's row is not its token's: what `write_selected` adds for the one is taken off for the
+    # other.
     moved = (token - rows).to(tl.int64)[:, None] * k
     results = (values + moved, indices + moved)
-    lists.emit(rows, live, candidates, None, *results, k, CAPACITY, BEST, STEP)
+    lists.write_selected(rows, live, candidates, None, *results, k, CAPACITY, BEST, STEP)
 
 
 def refuses(
@@ -192,14 +194,14 @@ def run(
     """Selects for as many tokens at once as have lists that stay in cache."""
     if starts.shape[0] == 2:
         return whole.run(x, W, b, k, None)
-    routed = Routed(packed(x), packed(W), packed(b), packed(tokens), packed(starts))
+    routed = RoutedOperands(packed(x), packed(W), packed(b), packed(tokens), packed(starts))
     B = x.shape[0]
     values = x.new_empty((B, k), dtype=torch.float32)
     indices = x.new_empty((B, k), dtype=torch.int32)
     capacity = room(W.shape[0] // routed.n_experts)
     at_once = schedule.rows_at_once(capacity)
     padded = triton.cdiv(min(B, at_once), _MOST_LISTS) * _MOST_LISTS
-    own = Lists(
+    own = CandidateLists(
         x.new_empty(padded, dtype=torch.int32),
         x.new_empty(padded, dtype=torch.float32),
         x.new_empty((padded, capacity), dtype=torch.int64),
@@ -210,26 +212,26 @@ def run(
 
 
 def room(width: int) -> int:
-    """Entries of a list: an expert's latents, or as many as one block sorts."""
+    """Size of a list: all of an expert's latents, or as many as one block sorts."""
     return min(max(_SHORTEST, gpu.next_power_of_two(width)), schedule.MOST_CAPACITY)
 
 
-def parts(width: int, k: int, capacity: int) -> list[Part]:
-    """An expert's latents in parts that a list has room for behind the k best of those before."""
-    found = [Part(0, min(width, capacity), 0)]
+def parts(width: int, k: int, capacity: int) -> list[LatentPart]:
+    """Divides an expert's latents into parts that fit a list behind the k best so far."""
+    found = [LatentPart(0, min(width, capacity), 0)]
     while (column := found[-1].column + found[-1].n) < width:
-        found.append(Part(column, min(width - column, capacity - k), k))
+        found.append(LatentPart(column, min(width - column, capacity - k), k))
     return found
 
 
 def _select(
-    routed: Routed,
+    routed: RoutedOperands,
     k: int,
-    own: Lists,
+    own: CandidateLists,
     positions: tuple[int, int],
     results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Selects for the tokens at some positions of their order."""
+    """Selects for the tokens at positions [begin, end) of the order by expert."""
     (B, _), F = routed.x.shape, routed.W.shape[0]
     n_rows, capacity = positions[1] - positions[0], own.candidates.shape[1]
     for part in parts(F // routed.n_experts, k, capacity):
@@ -256,7 +258,9 @@ def _select(
     )
 
 
-def _product(routed: Routed, own: Lists, positions: tuple[int, int], part: Part) -> None:
+def _product(
+    routed: RoutedOperands, own: CandidateLists, positions: tuple[int, int], part: LatentPart
+) -> None:
     x, W, b, tokens, starts = routed
     tile = _tile(x)
     n_tiles = triton.cdiv(positions[1] - positions[0], tile.rows) + routed.n_experts
@@ -284,7 +288,7 @@ def _product(routed: Routed, own: Lists, positions: tuple[int, int], part: Part)
     )
 
 
-def _tile(x: torch.Tensor) -> Tile:
+def _tile(x: torch.Tensor) -> ProductTile:
     if gpu.interpreted():
         return _INTERPRETED
     return _SMALL_TILE if x.dtype == torch.float32 or x.shape[1] % 16 else _TILE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cuda
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     import torch

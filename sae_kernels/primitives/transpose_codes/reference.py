@@ -13,7 +13,7 @@ def run(
     row_ids: torch.Tensor | None,
     n_latents: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stable sort of the kept entries by latent."""
+    """Sorts the kept entries by latent; the sort is stable."""
     checks.latents_in_range(indices, n_latents)
     flat = indices.flatten().long()
     kept = torch.arange(flat.numel(), device=flat.device)

@@ -1,4 +1,4 @@
-"""transpose_codes in Triton: torch sorts the latents, a kernel reads the index off their order.
+"""transpose_codes in Triton: torch sorts the latents, and a kernel makes the index of the order.
 
 An index outside [0, n_latents) cannot raise without waiting for the GPU: such an entry is left out,
 and `decode` shows it as NaN.
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sae_kernels.tensors import packed
+from sae_kernels.primitives.tensors import packed
 
 _BLOCK = 256
 
@@ -57,7 +57,7 @@ def run(
     row_ids: torch.Tensor | None,
     n_latents: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stable sort, with what is left out at the end."""
+    """Sorts the latents stably, dropped entries last, and runs the kernel."""
     n = indices.numel()
     offsets = indices.new_zeros(n_latents + 1)
     entries, rows = indices.new_empty(n), indices.new_empty(n)

@@ -1,9 +1,9 @@
-"""In which order and in which portions the columns are scored: arithmetic on the host.
+"""Sizes of the candidate lists on GPUs, and the passes in which columns are scored.
 
-A row's threshold is the k-th largest of what it has seen, so it is never above the true one. It is
-first found in a sample of single columns, spread evenly and as many as a list holds. After that
-the portions (slabs) may grow with what has been seen: each lets about the same number of entries
-through to a list that was just cut back to its k best.
+This is arithmetic on the host. A row's threshold is the k-th largest of what it has seen, so it is
+never above the true one. It is first found in a sample of single columns, spread evenly and as many
+as a list holds. After that the passes may grow with what has been seen: each lets about the same
+number of entries through to a list that was just cut back to its k best.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def capacity(k: int) -> int:
-    """Entries a row's list holds: k, twice what a slab lets through, and room for chance."""
+    """Entries a row's list holds: k, twice what a pass lets through, and room for chance."""
     return min(max(next_power_of_two(8 * k), LEAST_CAPACITY), MOST_CAPACITY)
 
 
 def rows_at_once(capacity: int) -> int:
-    """Rows whose lists fit into the cache together."""
+    """Number of rows whose lists fit into the cache together."""
     return _LIST_BYTES // (_ENTRY_BYTES * capacity)
 
 
-def slabs(n_tiles: int, columns: int, k: int, capacity: int) -> list[tuple[int, int]]:
-    """The tiles of ``columns`` latents in portions, as ranges of positions in the visit.
+def column_passes(n_tiles: int, columns: int, k: int, capacity: int) -> list[tuple[int, int]]:
+    """The passes over all tiles of ``columns`` latents, as ranges of positions in the visit.
 
     Each is expected to bring a list from the k best to the middle of what is left above them.
     """
@@ -48,7 +48,7 @@ def slabs(n_tiles: int, columns: int, k: int, capacity: int) -> list[tuple[int, 
 
 @functools.cache
 def stride(n_tiles: int) -> int:
-    """How far the visit goes at each step: tile ``position * stride % n_tiles`` is next.
+    """Step of the visit of all tiles: at a position comes tile ``position * stride % n_tiles``.
 
     Latents are often sorted, by frequency or in nested groups, and whatever is visited first must
     stand for the rest or lists overflow. Steps of the golden ratio spread every prefix of the

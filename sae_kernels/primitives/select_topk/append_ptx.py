@@ -1,4 +1,4 @@
-"""Inline PTX of the emission: what Triton has no spelling for without spilling registers.
+"""Inline PTX that appends scores to candidate lists, for which Triton spills registers.
 
 Every score is compared; few pass. Two passes over a part of the tile, so that all its atomics are
 on their way before the first answer is waited for. The comparison is unordered: NaN passes.

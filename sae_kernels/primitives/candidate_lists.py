@@ -1,4 +1,4 @@
-"""What is done to rows' candidate lists: fill with a sample, cut back, sort, rescue.
+"""Triton kernels for the lists that hold each token's candidates for its k best latents.
 
 An entry is 64 bits, the latent's number above the fp32 bits of h, and appended in any order. Its
 place in the selection is a 64-bit integer too, the ordered bits of its key above the latents
@@ -8,31 +8,50 @@ and NaN included.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import triton
 import triton.language as tl
 
 from sae_kernels.primitives.products import product
 
+if TYPE_CHECKING:
+    import torch
+
 _MOST = tl.constexpr(0x7FFFFFFF)
 _FIRST_PLACE, _NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
 
 
+class CandidateLists(NamedTuple):
+    """The lists of some rows, padded to whole tiles of rows so that no row needs a mask.
+
+    Attributes:
+        counts: int32 [rows], entries let through; more than the capacity: some are missing.
+        thresholds: fp32 [rows], the key of the k-th best; NaN: only NaN may win.
+        candidates: int64 [rows, capacity], the fp32 bits of h below the latent's number.
+    """
+
+    counts: torch.Tensor
+    thresholds: torch.Tensor
+    candidates: torch.Tensor
+
+
 @triton.jit
 def packed(h, columns):
-    """Entries for a list."""
+    """Packs scores h and latents into list entries."""
     bits = h.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return columns.to(tl.int64) << 32 | bits
 
 
 @triton.jit
 def unpacked(entries):
-    """h and the latents of entries."""
+    """Scores h and latents of list entries."""
     return entries.to(tl.int32).to(tl.float32, bitcast=True), (entries >> 32).to(tl.int32)
 
 
 @triton.jit
 def ordered(key):
-    """Integers in the order of the keys: -0 is +0, and NaN of any payload is above +inf."""
+    """Maps keys to integers of the same order; -0 is +0, and NaN of any payload is above +inf."""
     bits = tl.where(key == 0, 0.0, key).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ _MOST, bits)
     return tl.where(key == key, bits, _MOST)
@@ -46,7 +65,7 @@ def key_of(order):
 
 @triton.jit
 def places(entries, valid, rank_scale):
-    """Integers in selection order, the first winner's being the largest."""
+    """Maps entries to integers in selection order; the first winner's is the largest."""
     h, columns = unpacked(entries)
     if rank_scale is not None:
         h = h * tl.load(rank_scale + columns, mask=valid, other=0.0)
@@ -56,7 +75,7 @@ def places(entries, valid, rank_scale):
 
 @triton.jit
 def bias(b, columns, F):
-    """Added to the product; columns beyond the last latent must not win against any."""
+    """The bias of some columns; -inf beyond the last latent, so that it never wins."""
     live = columns < F
     if b is None:
         return tl.where(live, 0.0, float("-inf"))
@@ -91,7 +110,7 @@ def sample(
 
 @triton.jit
 def _last_place(place, live, k):
-    """The k-th largest of each row: bit after bit from the top, until k are not below it.
+    """The k-th largest place of each row, found bit by bit from the top.
 
     Sorting would take more instructions, registers and barriers, and its order is of no use yet.
     """
@@ -158,14 +177,14 @@ def keep_best(
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One block per ROWS rows."""
+    """Cuts the lists of ROWS rows a block back to their k best."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lists = (counts, thresholds, candidates)
     keep(rows, rows < B, *lists, rank_scale, F, k, CAPACITY, CAPACITY)
 
 
 @triton.jit
-def emit(
+def write_selected(
     rows,
     live,
     candidates,
@@ -177,7 +196,7 @@ def emit(
     BEST: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Writes lists that were cut back to k in selection order.
+    """Writes the results of lists that were cut back to k, in selection order.
 
     An entry's rank is the number of entries before it. A sort would have to carry h along, for the
     key does not tell it where it was scaled.
@@ -199,7 +218,7 @@ def emit(
 
 
 @triton.jit
-def emit_sorted(
+def write_complete(
     counts,
     candidates,
     rank_scale,
@@ -214,7 +233,7 @@ def emit_sorted(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes the results of complete lists and the numbers of the rows that `rescue` has to do."""
+    """Writes the results of complete lists, and the numbers of the rows whose lists are not."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < B
     count = tl.load(counts + rows, mask=live, other=0)
@@ -223,11 +242,11 @@ def emit_sorted(
     place = tl.atomic_add(n_overflowed + rows * 0, 1, mask=live & ~complete, sem="relaxed")
     tl.store(overflowed + place, rows, mask=live & ~complete)
     outputs = (values, indices)
-    emit(rows, live & complete, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
+    write_selected(rows, live & complete, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
 
 
 @triton.jit
-def rescue(
+def rescore_overflowed(
     x,
     W,
     b,
@@ -252,7 +271,7 @@ def rescue(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Selects for the rows whose lists overflowed, if any.
+    """Scores the rows whose lists overflowed again, column by column, and selects for them.
 
     The host never learns how many there are: blocks find out and mostly leave at once. Columns come
     in natural order and a list takes one tile of them after it was cut back, so it cannot overflow;
@@ -291,4 +310,6 @@ def rescue(
             some = part + tl.arange(0, KEPT)
             rows_done = tl.load(overflowed + some, mask=some < n, other=0)
             outputs = (values, indices)
-            emit(rows_done, some < n, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
+            write_selected(
+                rows_done, some < n, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP
+            )

@@ -1,7 +1,7 @@
 """How the GPU kernels of select_topk select, without a GPU: schedule, thresholds and overflow.
 
-`simulate` repeats the rules of slabs.py on a matrix of keys in plain torch; the properties that
-make the result exact are asserted on it, and that the kernels in Triton's interpreter agree.
+`simulate` repeats the rules of column_passes.py on a matrix of keys in plain torch; the properties
+that make the result exact are asserted on it, and that the kernels in Triton's interpreter agree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from hypothesis import strategies as st
 
 from sae_kernels import gpu
-from sae_kernels.primitives.select_topk import schedule, select_topk
+from sae_kernels.primitives import schedule
+from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.testing import Case, assert_bitwise, oracles
 
 PRIMITIVES = ("select_topk",)
@@ -26,8 +27,8 @@ class Simulated:
 
     Attributes:
         kept: bool [B, F], what they hold in the end.
-        overflowed: bool [B], whether an entry found no place, which is for `rescue`.
-        thresholds: [B] after each slab.
+        overflowed: bool [B], whether an entry found no place, whose row is scored again.
+        thresholds: [B] after each pass.
         most: the most entries any list was offered, those it held included.
     """
 
@@ -46,7 +47,7 @@ def simulate(
     stride: int | None = None,
     sampled: torch.Tensor | None = None,
 ) -> Simulated:
-    """Slab after slab: let through what is not below the threshold, cut back to the k best."""
+    """Pass after pass: let through what is not below the threshold, cut back to the k best."""
     B, F = key.shape
     n_tiles = -(-F // columns)
     stride = schedule.stride(n_tiles) if stride is None else stride
@@ -61,7 +62,7 @@ def simulate(
     if n_sampled == F:
         return result
     kept[:] = False
-    for start, stop in schedule.slabs(n_tiles, columns, k, capacity):
+    for start, stop in schedule.column_passes(n_tiles, columns, k, capacity):
         tiles = torch.arange(start, stop) * stride % n_tiles
         latents = (tiles[:, None] * columns + torch.arange(columns)).flatten()
         latents = latents[latents < F]
@@ -86,15 +87,15 @@ def _cut_back(result: Simulated, key: torch.Tensor, rank: torch.Tensor, k: int) 
 @pytest.mark.parametrize("columns", [16, 64, 256])
 @pytest.mark.parametrize("k", [1, 8, 32, 100, 512, 1024])
 @pytest.mark.parametrize("F", [1, 15, 16, 255, 257, 1000, 16384, 65537, 1_000_003])
-def test_slabs_visit_every_column_once(F: int, k: int, columns: int) -> None:
+def test_passes_visit_every_column_once(F: int, k: int, columns: int) -> None:
     n_tiles = -(-F // columns)
     capacity = schedule.capacity(k)
-    slabs = schedule.slabs(n_tiles, columns, k, capacity)
-    ends = [0, *(stop for _, stop in slabs)]
-    assert [start for start, _ in slabs] == ends[:-1]
+    passes = schedule.column_passes(n_tiles, columns, k, capacity)
+    ends = [0, *(stop for _, stop in passes)]
+    assert [start for start, _ in passes] == ends[:-1]
     assert ends[-1] == n_tiles
     assert ends == sorted(set(ends))
-    for before, end in slabs:
+    for before, end in passes:
         seen = before * columns or capacity  # the sample
         held, let_through = k if before else 0, k * (end - before) * columns / seen
         assert held + let_through <= (capacity + k) / 2 or end == before + 1
@@ -115,7 +116,7 @@ def test_every_prefix_of_the_visit_is_spread(n_tiles: int) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 64, 128, 511, 512, 513, 1000, 1024])
-def test_lists_hold_what_a_slab_lets_through(k: int) -> None:
+def test_lists_hold_what_a_pass_lets_through(k: int) -> None:
     capacity = schedule.capacity(k)
     assert capacity & (capacity - 1) == 0
     assert capacity >= 4 * k
@@ -175,13 +176,13 @@ def test_a_list_without_overflow_is_the_selection(
 
 
 def small_lists(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists of 32 entries and tiles of 32 latents: small inputs take slabs, and some overflow."""
+    """Lists of 32 entries and tiles of 32 latents: small inputs take passes, and some overflow."""
     monkeypatch.setattr(schedule, "LEAST_CAPACITY", 32)
     monkeypatch.setattr(schedule, "MOST_CAPACITY", 32)
     if backend == "triton" and gpu.interpreted():
-        from sae_kernels.primitives.select_topk import triton
+        from sae_kernels.primitives import products
 
-        monkeypatch.setitem(triton._TILES, 0, triton._TILES[0]._replace(columns=32))
+        monkeypatch.setitem(products._TILES, 0, products._TILES[0]._replace(columns=32))
 
 
 @pytest.mark.parametrize("rank_scale", [False, True], ids=["h", "scaled"])
@@ -223,15 +224,15 @@ def test_kernels_take_rows_in_chunks(backend: str, monkeypatch: pytest.MonkeyPat
     assert_bitwise("values", values, exact.h.gather(1, indices.long()).float())
 
 
-def test_both_emissions_select_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_to_append_select_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "triton" or gpu.interpreted():
-        pytest.skip("the other emission is inline PTX of the Triton kernels, for GPUs")
+        pytest.skip("the other way is inline PTX of the Triton kernels, for GPUs")
     from sae_kernels.primitives.select_topk import triton
 
-    case = Case("emissions", 300, 64, 5000, 32, dtype=torch.bfloat16)
+    case = Case("appended", 300, 64, 5000, 32, dtype=torch.bfloat16)
     x, W, b = case.inputs()
     first = select_topk(x, W, b, case.K, None, backend=backend)
-    monkeypatch.setattr(triton, "_EMISSION", "portable")
+    monkeypatch.setattr(triton, "_APPENDED_BY", "portable")
     second = select_topk(x, W, b, case.K, None, backend=backend)
     assert_bitwise("values", second[0], first[0])
     assert_bitwise("indices", second[1], first[1])
