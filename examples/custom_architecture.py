@@ -20,7 +20,7 @@ import torch
 
 from sae_kernels import functional
 from sae_kernels.codes import SparseCodes
-from sae_kernels.config.base import POSITIVE_INTEGER, about
+from sae_kernels.config.base import POSITIVE_INTEGER, setting
 from sae_kernels.data import ShardWriter
 from sae_kernels.nn import Preset, SAEConfig, SparseAutoencoder, register
 from sae_kernels.training import evaluate, train
@@ -32,9 +32,7 @@ class AbsTopKConfig(SAEConfig):
 
     architecture: ClassVar[str] = "abstopk"
 
-    k: int = dataclasses.field(
-        default=32, metadata=about("latents kept per token, K", POSITIVE_INTEGER)
-    )
+    k: int = setting(32, "latents kept per token, K", POSITIVE_INTEGER)
 
 
 @register

@@ -1,6 +1,6 @@
 """The base of all settings: frozen dataclasses whose fields carry their limits and their words.
 
-A field is declared as ``k: int = field(default=32, metadata=about("latents kept", POSITIVE))``. Its
+A field is declared as ``k: int = setting(32, "latents kept per token", POSITIVE_INTEGER)``. Its
 type and limits are checked when the settings are made; the words are its documentation, in
 ``help()`` and on the command line.
 """
@@ -47,6 +47,11 @@ SCALE = Limit("a positive finite number", least=0, open_below=True)
 NOT_NEGATIVE = Limit("a number of at least 0", least=0)
 FRACTION = Limit("a number in [0, 1]", least=0, most=1)
 BELOW_ONE = Limit("a number in [0, 1)", least=0, most=1, open_above=True)
+
+
+def setting(default: Any, words: str, *limits: Limit, choices: tuple[str, ...] = ()) -> Any:
+    """A field with a default; the rest as of :func:`about`."""
+    return dataclasses.field(default=default, metadata=about(words, *limits, choices=choices))
 
 
 def about(words: str, *limits: Limit, choices: tuple[str, ...] = ()) -> dict[str, Any]:

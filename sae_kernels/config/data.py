@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import Any
 
-from sae_kernels.config.base import Limit, Settings, about
+from sae_kernels.config.base import Limit, Settings, setting
 
 _ONE = Limit("an integer of at least 1", least=1)
 _STORED = ("folders", "target", "check_on_read")  # what a run on stored activations goes by
@@ -18,56 +17,45 @@ class DataConfig(Settings):
 
     table = "data"
 
-    folders: tuple[str, ...] = field(
-        default=(), metadata=about("folders of stored activations; a crosscoder's layers in order")
+    folders: tuple[str, ...] = setting(
+        (),
+        "folders of stored activations; a crosscoder's layers in order",
     )
-    target: str | None = field(
-        default=None, metadata=about("folder of what a transcoder is to reconstruct")
+    target: str | None = setting(None, "folder of what a transcoder is to reconstruct")
+    check_on_read: bool = setting(False, "compare each shard's SHA-256 when it is first read")
+    model: str | None = setting(
+        None,
+        "in the place of folders, a language model: a folder or a name on the hub. Its "
+        "activations are made while training, and not stored",
     )
-    check_on_read: bool = field(
-        default=False, metadata=about("compare each shard's SHA-256 when it is first read")
+    layer: tuple[str, ...] = setting(
+        (),
+        "dotted path of the model's module whose output is learnt, as h.6; a crosscoder's several",
     )
-    model: str | None = field(
-        default=None,
-        metadata=about(
-            "in the place of folders, a language model: a folder or a name on the hub. Its "
-            "activations are made while training, and not stored"
-        ),
+    target_layer: str | None = setting(
+        None,
+        "the module whose output a transcoder is to reconstruct",
     )
-    layer: tuple[str, ...] = field(
-        default=(),
-        metadata=about(
-            "dotted path of the model's module whose output is learnt, as h.6; a "
-            "crosscoder's several"
-        ),
+    text: tuple[str, ...] = setting(
+        (),
+        "files or folders of text for the model: .txt, .jsonl (key text)",
     )
-    target_layer: str | None = field(
-        default=None, metadata=about("the module whose output a transcoder is to reconstruct")
+    dataset: str | None = setting(
+        None,
+        "in the place of text, a dataset: a folder or a name on the hub",
     )
-    text: tuple[str, ...] = field(
-        default=(),
-        metadata=about("files or folders of text for the model: .txt, .jsonl (key text)"),
+    dataset_subset: str | None = setting(None, "the configuration, where a dataset has several")
+    dataset_revision: str | None = setting(
+        None,
+        "the commit, tag or branch on the hub; to resume exactly, name a commit",
     )
-    dataset: str | None = field(
-        default=None,
-        metadata=about("in the place of text, a dataset: a folder or a name on the hub"),
-    )
-    dataset_subset: str | None = field(
-        default=None, metadata=about("the configuration, where a dataset has several")
-    )
-    dataset_revision: str | None = field(
-        default=None,
-        metadata=about("the commit, tag or branch on the hub; to resume exactly, name a commit"),
-    )
-    dataset_split: str = field(default="train", metadata=about("the part of the dataset"))
-    dataset_column: str = field(
-        default="text", metadata=about("the column of the dataset that holds the text")
-    )
-    context_length: int = field(
-        default=128, metadata=about("tokens that the model sees at once", _ONE)
-    )
-    model_batch_size: int = field(
-        default=16, metadata=about("chunks of full length that go through the model at once", _ONE)
+    dataset_split: str = setting("train", "the part of the dataset")
+    dataset_column: str = setting("text", "the column of the dataset that holds the text")
+    context_length: int = setting(128, "tokens that the model sees at once", _ONE)
+    model_batch_size: int = setting(
+        16,
+        "chunks of full length that go through the model at once",
+        _ONE,
     )
 
     def __post_init__(self) -> None:

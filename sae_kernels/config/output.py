@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING
 
-from sae_kernels.config.base import NATURAL, Settings, about
+from sae_kernels.config.base import NATURAL, Settings, setting
 from sae_kernels.errors import name_hint
 
 if TYPE_CHECKING:
@@ -21,18 +20,15 @@ class OutputConfig(Settings):
 
     table = "output"
 
-    checkpoint_every: int = field(
-        default=1000,
-        metadata=about(
-            "steps between checkpoints; 0: one only when the run is interrupted", NATURAL
-        ),
+    checkpoint_every: int = setting(
+        1000,
+        "steps between checkpoints; 0: one only when the run is interrupted",
+        NATURAL,
     )
-    keep_checkpoints: int = field(
-        default=2, metadata=about("how many checkpoints stay; 0: all", NATURAL)
-    )
-    loggers: tuple[str, ...] = field(
-        default=(),
-        metadata=about("where metric lines go besides metrics.jsonl: tensorboard, wandb"),
+    keep_checkpoints: int = setting(2, "how many checkpoints stay; 0: all", NATURAL)
+    loggers: tuple[str, ...] = setting(
+        (),
+        "where metric lines go besides metrics.jsonl: tensorboard, wandb",
     )
 
     def __post_init__(self) -> None:

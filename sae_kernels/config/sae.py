@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import field
 from typing import ClassVar, Literal
 
-from sae_kernels.config.base import POSITIVE_INTEGER, SCALE, Settings, about
+from sae_kernels.config.base import POSITIVE_INTEGER, SCALE, Settings, about, setting
 
 Size = tuple[int, ...]
 
@@ -20,56 +20,44 @@ class SAEConfig(Settings):
     d_in: int = field(metadata=about("width of the activations of one layer, D", POSITIVE_INTEGER))
     n_latents: int = field(metadata=about("latents, F", POSITIVE_INTEGER))
     _: dataclasses.KW_ONLY
-    d_out: int | None = field(
-        default=None,
-        metadata=about(
-            "width of what is reconstructed; None is d_in. A transcoder reads one "
-            "activation and writes another",
-            POSITIVE_INTEGER,
-        ),
+    d_out: int | None = setting(
+        None,
+        "width of what is reconstructed; None is d_in. A transcoder reads one activation and "
+        "writes another",
+        POSITIVE_INTEGER,
     )
-    n_layers: int = field(
-        default=1,
-        metadata=about(
-            "layers (or models) that a crosscoder reads and writes together; its rows are "
-            "[n_layers * d_in], one layer after the other",
-            POSITIVE_INTEGER,
-        ),
+    n_layers: int = setting(
+        1,
+        "layers (or models) that a crosscoder reads and writes together; its rows are [n_layers "
+        "* d_in], one layer after the other",
+        POSITIVE_INTEGER,
     )
-    skip: bool = field(
-        default=False,
-        metadata=about("add x W_skip^T to the reconstruction (skip transcoder, arXiv 2501.18823)"),
+    skip: bool = setting(
+        False,
+        "add x W_skip^T to the reconstruction (skip transcoder, arXiv 2501.18823)",
     )
-    subtract_b_dec: bool = field(
-        default=True,
-        metadata=about(
-            "encode x - b_dec (sparsify, dictionary_learning, OpenAI) or x (Qwen-Scope, "
-            "Gemma Scope). Always x where the output is not the input"
-        ),
+    subtract_b_dec: bool = setting(
+        True,
+        "encode x - b_dec (sparsify, dictionary_learning, OpenAI) or x (Qwen-Scope, Gemma "
+        "Scope). Always x where the output is not the input",
     )
-    unit_norm_decoder: bool = field(
-        default=True,
-        metadata=about("keep decoder rows (of each layer) at unit norm while training"),
+    unit_norm_decoder: bool = setting(
+        True,
+        "keep decoder rows (of each layer) at unit norm while training",
     )
-    decoder_norm: Literal["joint", "sum", "mixed"] = field(
-        default="joint",
-        metadata=about(
-            "what weighs a latent of several layers where norms count: joint, the norm of "
-            "all layers' rows together, sum of the layers' norms, or mixed, joint + sum / "
-            "10 (the three of Minder et al.'s crosscoders, arXiv 2504.02922)"
-        ),
+    decoder_norm: Literal["joint", "sum", "mixed"] = setting(
+        "joint",
+        "what weighs a latent of several layers where norms count: joint, the norm of all "
+        "layers' rows together, sum of the layers' norms, or mixed, joint + sum / 10 (the three "
+        "of Minder et al.'s crosscoders, arXiv 2504.02922)",
     )
-    activation_scale: float = field(
-        default=1.0,
-        metadata=about(
-            "activations are multiplied by it before the SAE sees them; 1 for none. Saving "
-            "folds it into the weights, so saved weights read raw activations",
-            SCALE,
-        ),
+    activation_scale: float = setting(
+        1.0,
+        "activations are multiplied by it before the SAE sees them; 1 for none. Saving folds it "
+        "into the weights, so saved weights read raw activations",
+        SCALE,
     )
-    target_scale: float = field(
-        default=1.0, metadata=about("the same for the targets of a transcoder", SCALE)
-    )
+    target_scale: float = setting(1.0, "the same for the targets of a transcoder", SCALE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

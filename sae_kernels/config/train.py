@@ -7,7 +7,7 @@ import math
 from dataclasses import field
 from typing import Any, Literal
 
-from sae_kernels.config.base import FRACTION, NATURAL, POSITIVE, POSITIVE_INTEGER, Settings, about
+from sae_kernels.config.base import FRACTION, NATURAL, POSITIVE, POSITIVE_INTEGER, Settings, setting
 from sae_kernels.config.objective import ObjectiveConfig  # noqa: TC001  # read by get_type_hints
 from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.errors import name_hint
@@ -23,85 +23,66 @@ class TrainConfig(Settings):
 
     table = "train"
 
-    steps: int = field(default=1000, metadata=about("optimizer steps", POSITIVE_INTEGER))
-    batch_size: int = field(default=2048, metadata=about("tokens per step", POSITIVE_INTEGER))
-    lr: float | None = field(
-        default=None,
-        metadata=about(
-            "peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14) (sparsify, "
-            "dictionary_learning; scaling law of arXiv 2406.04093)",
-            POSITIVE,
-        ),
+    steps: int = setting(1000, "optimizer steps", POSITIVE_INTEGER)
+    batch_size: int = setting(2048, "tokens per step", POSITIVE_INTEGER)
+    lr: float | None = setting(
+        None,
+        "peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14) (sparsify, "
+        "dictionary_learning; scaling law of arXiv 2406.04093)",
+        POSITIVE,
     )
-    warmup_steps: int | None = field(
-        default=None,
-        metadata=about(
-            "linear warm-up; None is 1000 (sparsify, dictionary_learning) but at most a "
-            "twentieth of the run",
-            NATURAL,
-        ),
+    warmup_steps: int | None = setting(
+        None,
+        "linear warm-up; None is 1000 (sparsify, dictionary_learning) but at most a twentieth of "
+        "the run",
+        NATURAL,
     )
-    decay_fraction: float = field(
-        default=0.2,
-        metadata=about(
-            "the learning rate falls linearly to 0 over this last part of the run "
-            "(dictionary_learning: the last 20 %)",
-            FRACTION,
-        ),
+    decay_fraction: float = setting(
+        0.2,
+        "the learning rate falls linearly to 0 over this last part of the run "
+        "(dictionary_learning: the last 20 %)",
+        FRACTION,
     )
-    k_start: int | None = field(
-        default=None,
-        metadata=about(
-            "k falls linearly from k_start to k over k_anneal_steps (sparsify's "
-            "k_decay_steps); None is off",
-            POSITIVE_INTEGER,
-        ),
+    k_start: int | None = setting(
+        None,
+        "k falls linearly from k_start to k over k_anneal_steps (sparsify's k_decay_steps); None "
+        "is off",
+        POSITIVE_INTEGER,
     )
-    k_anneal_steps: int = field(default=0, metadata=about("see k_start; 0 is off", NATURAL))
-    route: Literal["fused", "autograd"] = field(
-        default="fused", metadata=about("fused (FusedStep) or autograd (torch.optim.Adam)")
+    k_anneal_steps: int = setting(0, "see k_start; 0 is off", NATURAL)
+    route: Literal["fused", "autograd"] = setting(
+        "fused",
+        "fused (FusedStep) or autograd (torch.optim.Adam)",
     )
-    device: str = field(
-        default="auto",
-        metadata=about("where to train; auto is a GPU that the kernels can use, else the CPU"),
+    device: str = setting(
+        "auto",
+        "where to train; auto is a GPU that the kernels can use, else the CPU",
     )
-    normalize_activations: Literal["none", "sqrt_d"] = field(
-        default="sqrt_d",
-        metadata=about(
-            "none, or sqrt_d: activations are scaled to mean norm sqrt(d_in), estimated on "
-            "the first ones (SAELens' expected_average_only_in)"
-        ),
+    normalize_activations: Literal["none", "sqrt_d"] = setting(
+        "sqrt_d",
+        "none, or sqrt_d: activations are scaled to mean norm sqrt(d_in), estimated on the first "
+        "ones (SAELens' expected_average_only_in)",
     )
-    init_b_dec: Literal["geometric_median", "mean", "zeros"] = field(
-        default="geometric_median",
-        metadata=about(
-            "geometric_median of a first sample (OpenAI, dictionary_learning), mean "
-            "(sparsify) or zeros"
-        ),
+    init_b_dec: Literal["geometric_median", "mean", "zeros"] = setting(
+        "geometric_median",
+        "geometric_median of a first sample (OpenAI, dictionary_learning), mean (sparsify) or "
+        "zeros",
     )
-    seed: int = field(
-        default=0,
-        metadata=about(
-            "of the weights, and of the order of the data unless that has its own", NATURAL
-        ),
+    seed: int = setting(
+        0,
+        "of the weights, and of the order of the data unless that has its own",
+        NATURAL,
     )
-    data_seed: int | None = field(
-        default=None,
-        metadata=about(
-            "of the order of the data; None is seed. Runs that share one stream of data "
-            "share it too",
-            NATURAL,
-        ),
+    data_seed: int | None = setting(
+        None,
+        "of the order of the data; None is seed. Runs that share one stream of data share it too",
+        NATURAL,
     )
-    on_nonfinite: Literal["stop", "skip"] = field(
-        default="stop",
-        metadata=about(
-            "stop with an error at a loss that is NaN or infinite, or skip the step and count it"
-        ),
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "stop with an error at a loss that is NaN or infinite, or skip the step and count it",
     )
-    log_every: int = field(
-        default=10, metadata=about("steps between metric lines", POSITIVE_INTEGER)
-    )
+    log_every: int = setting(10, "steps between metric lines", POSITIVE_INTEGER)
     objective: ObjectiveConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from sae_kernels import functional
-from sae_kernels.config.base import POSITIVE, about
+from sae_kernels.config.base import POSITIVE, setting
 from sae_kernels.config.objective import PrefixObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
@@ -28,30 +27,21 @@ class BatchTopKConfig(SAEConfig):
 
     architecture: ClassVar[str] = "batchtopk"
 
-    k: float = field(
-        default=32,
-        metadata=about(
-            "latents kept per token on average; may be a fraction (int(k B) are kept in a batch)",
-            POSITIVE,
-        ),
+    k: float = setting(
+        32,
+        "latents kept per token on average; may be a fraction (int(k B) are kept in a batch)",
+        POSITIVE,
     )
-    rank_by_decoder_norm: bool = field(
-        default=False, metadata=about("rank latents by h |W_dec| (BatchTopK crosscoders)")
+    rank_by_decoder_norm: bool = setting(False, "rank latents by h |W_dec| (BatchTopK crosscoders)")
+    groups: tuple[int, ...] | None = setting(
+        None,
+        "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none",
     )
-    groups: tuple[int, ...] | None = field(
-        default=None,
-        metadata=about(
-            "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none"
-        ),
-    )
-    threshold_rule: Literal["dictionary_learning", "sae_lens"] = field(
-        default="sae_lens",
-        metadata=about(
-            "how the threshold of inference follows the smallest kept key of the batches: "
-            "sae_lens, from 0 on, 0.99 of it and 0.01 of the new; or dictionary_learning, "
-            "the first batch's, then 0.999 and 0.001, which needs some thousands of steps "
-            "to forget where it began"
-        ),
+    threshold_rule: Literal["dictionary_learning", "sae_lens"] = setting(
+        "sae_lens",
+        "how the threshold of inference follows the smallest kept key of the batches: sae_lens, "
+        "from 0 on, 0.99 of it and 0.01 of the new; or dictionary_learning, the first batch's, "
+        "then 0.999 and 0.001, which needs some thousands of steps to forget where it began",
     )
 
     def __post_init__(self) -> None:

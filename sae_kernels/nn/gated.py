@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
-from sae_kernels.config.base import about
+from sae_kernels.config.base import setting
 from sae_kernels.config.objective import PenalisedObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
@@ -28,12 +27,10 @@ class GatedConfig(SAEConfig):
 
     architecture: ClassVar[str] = "gated"
 
-    frozen_decoder: bool = field(
-        default=True,
-        metadata=about(
-            "in the auxiliary loss that trains the gate the decoder gets no gradient (the "
-            "paper, dictionary_learning), or, if false, it does (SAELens)"
-        ),
+    frozen_decoder: bool = setting(
+        True,
+        "in the auxiliary loss that trains the gate the decoder gets no gradient (the paper, "
+        "dictionary_learning), or, if false, it does (SAELens)",
     )
 
     def shapes(self) -> dict[str, Size]:

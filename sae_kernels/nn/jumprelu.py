@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
-from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, about
+from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, setting
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
@@ -29,19 +28,16 @@ class JumpReLUConfig(SAEConfig):
 
     architecture: ClassVar[str] = "jumprelu"
 
-    threshold_init: float = field(
-        default=0.01, metadata=about("where the thresholds start (in the scale of training)")
+    threshold_init: float = setting(0.01, "where the thresholds start (in the scale of training)")
+    bandwidth: float = setting(
+        0.05,
+        "width of the rectangle that stands for the step's derivative",
+        POSITIVE,
     )
-    bandwidth: float = field(
-        default=0.05,
-        metadata=about("width of the rectangle that stands for the step's derivative", POSITIVE),
-    )
-    log_threshold: bool = field(
-        default=True,
-        metadata=about(
-            "train the thresholds' logarithms (the paper, Gemma Scope) or the thresholds "
-            "themselves (dictionary_learning, SAELens). Either way they are fp32"
-        ),
+    log_threshold: bool = setting(
+        True,
+        "train the thresholds' logarithms (the paper, Gemma Scope) or the thresholds themselves "
+        "(dictionary_learning, SAELens). Either way they are fp32",
     )
 
     def __post_init__(self) -> None:
@@ -65,26 +61,22 @@ class JumpReLUConfig(SAEConfig):
 class JumpReLUObjective(ObjectiveConfig):
     """What a JumpReLU SAE is trained to minimise; by default L0 is held at a target."""
 
-    sparsity: str = field(
-        default="target_l0",
-        metadata=about(
-            "the penalty added to the loss: none; l1, the sum of the codes; lp, the sum of their "
-            "p-th powers, p falling from 1 (p-annealing, arXiv 2408.00113); l0, how many fire, "
-            "and target_l0, (L0 / target_l0 - 1)^2, through JumpReLU's estimator; tanh, the sum "
-            "of tanh(tanh_scale * code)",
-            choices=("none", "l1", "lp", "l0", "target_l0", "tanh"),
-        ),
+    sparsity: str = setting(
+        "target_l0",
+        "the penalty added to the loss: none; l1, the sum of the codes; lp, the sum of their "
+        "p-th powers, p falling from 1 (p-annealing, arXiv 2408.00113); l0, how many fire, and "
+        "target_l0, (L0 / target_l0 - 1)^2, through JumpReLU's estimator; tanh, the sum of "
+        "tanh(tanh_scale * code)",
+        choices=("none", "l1", "lp", "l0", "target_l0", "tanh"),
     )
     sparsity_coefficient: float = 0.3
     target_l0: float | None = 32.0
     auxk_alpha: float = 0.0
-    preact_coefficient: float = field(
-        default=0.0,
-        metadata=about(
-            "weight of the loss that raises dead latents, relu(threshold - h) weighed by "
-            "the decoder norm (SAELens: 3e-6); 0 is off",
-            NOT_NEGATIVE,
-        ),
+    preact_coefficient: float = setting(
+        0.0,
+        "weight of the loss that raises dead latents, relu(threshold - h) weighed by the decoder "
+        "norm (SAELens: 3e-6); 0 is off",
+        NOT_NEGATIVE,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from sae_kernels import functional
-from sae_kernels.config.base import about
+from sae_kernels.config.base import setting
 from sae_kernels.config.objective import PenalisedObjective
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SparseAutoencoder
@@ -35,12 +34,10 @@ class ReLUConfig(SAEConfig):
 class ReLUObjective(PenalisedObjective):
     """What a ReLU SAE is trained to minimise; by default squared error and L1, L0 held at 32."""
 
-    fix_shrinkage: bool = field(
-        default=False,
-        metadata=about(
-            "once trained, fit a scale per latent and fold it into the encoder (Wright and "
-            "Sharkey 2024): L1 makes codes too small"
-        ),
+    fix_shrinkage: bool = setting(
+        False,
+        "once trained, fit a scale per latent and fold it into the encoder (Wright and Sharkey "
+        "2024): L1 makes codes too small",
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
-from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE_INTEGER, about
+from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE_INTEGER, setting
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.functional import RoutedCodes
@@ -37,35 +36,27 @@ class SwitchConfig(SAEConfig):
 
     architecture: ClassVar[str] = "switch"
 
-    k: int = field(default=32, metadata=about("latents kept per token, K", POSITIVE_INTEGER))
-    n_experts: int = field(
-        default=8,
-        metadata=about(
-            "E; each has n_latents / n_experts latents, one expert's after the other's",
-            POSITIVE_INTEGER,
-        ),
+    k: int = setting(32, "latents kept per token, K", POSITIVE_INTEGER)
+    n_experts: int = setting(
+        8,
+        "E; each has n_latents / n_experts latents, one expert's after the other's",
+        POSITIVE_INTEGER,
     )
-    gate: Literal["softmax", "heaviside"] = field(
-        default="softmax",
-        metadata=about(
-            "what codes are multiplied with: the softmax probability of the token's "
-            "expert, which is how reconstruction teaches the router, or heaviside: 1, and "
-            "the router learns from the load-balance loss alone"
-        ),
+    gate: Literal["softmax", "heaviside"] = setting(
+        "softmax",
+        "what codes are multiplied with: the softmax probability of the token's expert, which is "
+        "how reconstruction teaches the router, or heaviside: 1, and the router learns from the "
+        "load-balance loss alone",
     )
-    shared_expert: bool = field(
-        default=False,
-        metadata=about(
-            "the first expert is for every token, without gate, and the router chooses "
-            "among the others; the k are the largest of both experts' gated codes"
-        ),
+    shared_expert: bool = setting(
+        False,
+        "the first expert is for every token, without gate, and the router chooses among the "
+        "others; the k are the largest of both experts' gated codes",
     )
-    encoder_bias: bool = field(
-        default=True,
-        metadata=about(
-            "train b_enc; false keeps it at 0 (the paper, amudide/switch_sae, whose files "
-            "have no place for it)"
-        ),
+    encoder_bias: bool = setting(
+        True,
+        "train b_enc; false keeps it at 0 (the paper, amudide/switch_sae, whose files have no "
+        "place for it)",
     )
 
     def __post_init__(self) -> None:
@@ -116,13 +107,11 @@ class SwitchObjective(ObjectiveConfig):
     """What a Switch SAE is trained to minimise."""
 
     auxk_alpha: float = 0.0
-    balance_coefficient: float = field(
-        default=0.3,
-        metadata=about(
-            "weight of the load-balance loss, E sum_i F_i P_i (times d_in with loss mse: "
-            "amudide/switch_sae's lb_alpha)",
-            NOT_NEGATIVE,
-        ),
+    balance_coefficient: float = setting(
+        0.3,
+        "weight of the load-balance loss, E sum_i F_i P_i (times d_in with loss mse: "
+        "amudide/switch_sae's lb_alpha)",
+        NOT_NEGATIVE,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from sae_kernels import functional
-from sae_kernels.config.base import POSITIVE_INTEGER, about
+from sae_kernels.config.base import POSITIVE_INTEGER, setting
 from sae_kernels.config.objective import ObjectiveConfig, PrefixObjective
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SparseAutoencoder
@@ -29,25 +28,20 @@ class TopKConfig(SAEConfig):
 
     architecture: ClassVar[str] = "topk"
 
-    k: int = field(default=32, metadata=about("latents kept per token, K", POSITIVE_INTEGER))
-    relu: Literal["after", "before", "none"] = field(
-        default="after",
-        metadata=about(
-            "after the selection (OpenAI, SAELens), before it (sparsify, "
-            "dictionary_learning) or none (Qwen-Scope: values may be negative). The first "
-            "two are the same function here: a kept zero adds nothing, has no gradient and "
-            "does not count as fired"
-        ),
+    k: int = setting(32, "latents kept per token, K", POSITIVE_INTEGER)
+    relu: Literal["after", "before", "none"] = setting(
+        "after",
+        "after the selection (OpenAI, SAELens), before it (sparsify, dictionary_learning) or "
+        "none (Qwen-Scope: values may be negative). The first two are the same function here: a "
+        "kept zero adds nothing, has no gradient and does not count as fired",
     )
-    rank_by_decoder_norm: bool = field(
-        default=False,
-        metadata=about("rank latents by h |W_dec| (SAELens' rescale_acts_by_decoder_norm)"),
+    rank_by_decoder_norm: bool = setting(
+        False,
+        "rank latents by h |W_dec| (SAELens' rescale_acts_by_decoder_norm)",
     )
-    groups: tuple[int, ...] | None = field(
-        default=None,
-        metadata=about(
-            "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none"
-        ),
+    groups: tuple[int, ...] | None = setting(
+        None,
+        "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none",
     )
 
     def __post_init__(self) -> None:
@@ -60,9 +54,9 @@ class TopKConfig(SAEConfig):
 class TopKObjective(PrefixObjective):
     """What a TopK SAE is trained to minimise."""
 
-    multi_topk: bool = field(
-        default=False,
-        metadata=about("adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify)"),
+    multi_topk: bool = setting(
+        False,
+        "adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify)",
     )
 
 
