@@ -59,7 +59,7 @@ def test_a_run_learns_as_on_the_cpu(device: torch.device) -> None:
     fvu = []
     for where in ("cpu", str(device)):
         config = TrainConfig(steps=300, batch_size=256, lr=3e-3, compute="float32", device=where)
-        result = train(data[:5000], TopKConfig(D, 256, 8), config)
+        result = train(TopKConfig(D, 256, 8), data[:5000], config)
         assert result.sae.W_enc.device.type == torch.device(where).type
         fvu.append(evaluate(result.sae, data[5000:]).fvu)
     assert fvu[0] < 0.3

@@ -38,10 +38,10 @@ def test_stopped_and_resumed_is_the_same_run(
         if i == 17:
             raise Stop
 
-    straight = train(x, sae, config)
+    straight = train(sae, x, config)
     with pytest.raises(Stop):
-        train(x, sae, config, folder=tmp_path, output=saving, on_step=stop)
-    resumed = train(x, sae, config, folder=tmp_path, output=saving, resume=True)
+        train(sae, x, config, folder=tmp_path, output=saving, on_step=stop)
+    resumed = train(sae, x, config, folder=tmp_path, output=saving, resume=True)
     for name, tensor in resumed.sae.state_dict().items():
         assert_bitwise(name, tensor, straight.sae.state_dict()[name])
     assert torch.equal(resumed.dead, straight.dead)

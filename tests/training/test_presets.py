@@ -13,6 +13,7 @@ from sae_kernels.data import JointRows
 from sae_kernels.nn import SAEConfig, SparseAutoencoder, nested_groups, preset, presets
 from sae_kernels.runs.metrics import read_metrics
 from sae_kernels.testing import assert_bitwise
+from sae_kernels.training import RunConfig, evaluate, prepare, train
 from tests.step.harness import tokens
 
 if TYPE_CHECKING:
