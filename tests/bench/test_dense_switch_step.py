@@ -7,7 +7,7 @@ import torch
 from sae_kernels.bench.contestants.dense_steps import DenseSwitchStep
 from sae_kernels.config import OptimizerConfig
 from sae_kernels.functional import load_balance
-from sae_kernels.nn import SwitchConfig, SwitchSAE
+from sae_kernels.nn import SwitchConfig, SwitchObjective, SwitchSAE
 from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import assert_within, gamma
 

@@ -40,12 +40,8 @@ def outputs(tmp_path):
 
 
 def _flags(name):
-    return [
-        "--arch",
-        name,
-        *(["--k", 4] if hasattr(PRESETS[name].sae.config_class, "k") else []),
-        *QUICK,
-    ]
+    k = ["--k", 4] if hasattr(PRESETS[name].sae.config_class, "k") else []
+    return ["--arch", name, *k, *QUICK]
 
 
 def _settings(folder):
@@ -140,7 +136,7 @@ def test_groups_from_a_flag_and_from_a_file(run, data, tmp_path):
         ),
         (
             ["--arch", "batchtopk", "--multi-topk"],
-            "multi_topk: no setting of the objective of 'batcht",
+            "multi_topk: no setting of the objective",
         ),
         (
             ["--arch", "matryoshka", "--groups", "16,8"],

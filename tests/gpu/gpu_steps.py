@@ -20,7 +20,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "auxk": {"compute": "bfloat16", "auxk_alpha": 0.5, "auxk_latents": 256},
     "auxk-none-dead": {"compute": "bfloat16"},
     "switch": {"compute": "bfloat16", "auxk_alpha": 0.0, "balance_coefficient": 0.3},
-    "split-bf16-moments": {"compute": "bfloat16", "master_weights": "split", "moment_dtype": "bfloat16"},
+    "split-bf16-moments": {
+        "compute": "bfloat16",
+        "master_weights": "split",
+        "moment_dtype": "bfloat16",
+    },
 }
 
 
