@@ -156,7 +156,7 @@ def test_a_crosscoder_sees_its_layers_side_by_side() -> None:
     """Each at its own scale: the decoder rows of a layer three times as large are as well."""
     sae_config, config = configs("crosscoder", steps=150, lr=5e-3)
     result = train(**data("crosscoder"), sae=sae_config, config=config)
-    norms = result.sae.decoder_norms().mean(0)
+    norms = result.sae.decoder_norms().detach().mean(0)
     assert float(norms[1] / norms[0]) > 1.5
     measured = evaluate(result.sae, **data("crosscoder"))
     assert measured.fvu < 0.7

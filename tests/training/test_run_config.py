@@ -235,7 +235,11 @@ def test_a_scale_of_the_sae_rules_its_estimate_out() -> None:
         ),
         ({"objective": {"sparsty": "l1"}}, r"\[objective\]: unknown key 'sparsty'; did you mean"),
         ({"optimizer": {"beta3": 0.9}}, r"\[optimizer\]: unknown key 'beta3'; did you mean 'beta"),
-        ({"train": {"target_l0": 3.0}}, r"\[train\]: unknown key 'target_l0'"),
+        (
+            {"train": {"target_l0": 3.0}},
+            r"\[train\]: unknown key 'target_l0'; it belongs in \[objective\]",
+        ),
+        ({"objective": {"clip_norm": 1.0}}, r"'clip_norm'; it belongs in \[optimizer\]"),
         ({"train": {"objective": {}}}, r"\[train\]: unknown key 'objective'"),
         ({"sae": {"d_in": None}}, "d_in: expected a positive integer, got None"),
     ],
