@@ -234,12 +234,12 @@ def check_tables(tables: Tables, also: Iterable[str] = ()) -> None:
         values = tables.get(table, {})
         if not isinstance(values, dict):
             raise ValueError(f"expected a table [{table}], got {values!r}")
-        known = setting_names(table)
+        own = setting_names(table)
         for key in values:
             owner = next((other for other in classes if key in setting_names(other)), None)
-            if key not in known and owner is not None:
+            if key not in own and owner is not None:
                 raise ValueError(f"[{table}]: unknown key {key!r}; it belongs in [{owner}]")
-        _refuse_unknown(f"[{table}]: unknown key", values, known)
+        _refuse_unknown(f"[{table}]: unknown key", values, own)
 
 
 def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
