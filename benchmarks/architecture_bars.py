@@ -43,7 +43,10 @@ def fused(config: SAEConfig, W: torch.Tensor, **settings: Any) -> FusedStep:
     sae = build(config)
     sae.W_enc.data.copy_(W)
     sae.W_dec.data.copy_(W)
-    return FusedStep(sae, TrainConfig(**{"compute": "bfloat16", "auxk_alpha": 0.0, **settings}))
+    alone = {"loss": "fvu", "sparsity": "none", "sparsity_coefficient": 0.0, "target_l0": None}
+    given = {"compute": "bfloat16", "auxk_alpha": 0.0, **alone, **settings}
+    train = TrainConfig.of(sae.objective_class, **given)
+    return FusedStep(sae, train.objective, train.optimizer)
 
 
 def steps(kind: str, rounds: int) -> Iterator[Record]:

@@ -19,12 +19,13 @@ from benchmarks.cpu_bars import B, D, F, K
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import interleaved
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig, TrainConfig
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.data import ShuffledBatches
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.runs.folder import RunFolder
-from sae_kernels.training.on_activations import OnActivations
+from sae_kernels.training.start import make_step
+from sae_kernels.training.trainable import ActivationTraining
 
 TURNS = {"bfloat16": 60, "float32": 25}  # steps, in which a write comes to its end
 
@@ -35,8 +36,11 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
     sae = TopKSAE(TopKConfig(D, F, K))
     sae.W_enc.data.copy_(W)
     sae.W_dec.data.copy_(W)
-    config = TrainConfig(steps=1 << 30, batch_size=B, compute=compute)
-    training = OnActivations(sae, config, None)
+    optimizer = OptimizerConfig(compute=compute)  # type: ignore[arg-type]
+    config = TrainConfig(
+        steps=1 << 30, batch_size=B, objective=sae.objective_class(), optimizer=optimizer
+    )
+    training = ActivationTraining(make_step(sae, config), config, None)
     batches = list(ShuffledBatches(x, B, epochs=1))
     turn = TURNS[compute]
     copies: list[float] = []
@@ -46,7 +50,7 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
 
         def steps() -> None:
             for i in range(turn):
-                training.take(batches[i % len(batches)])
+                training.step(batches[i % len(batches)])
 
         def saving() -> None:
             start = time.perf_counter()

@@ -18,15 +18,17 @@ from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import Timing, interleaved
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig
 from sae_kernels.functional import encode_topk
-from sae_kernels.nn import TopKConfig, TopKSAE
-from sae_kernels.step import ComposableStep, FusedStep
+from sae_kernels.nn import TopKConfig, TopKObjective, TopKSAE
+from sae_kernels.step import AutogradStep, FusedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 B, D, F, K = 2048, 768, 24576, 32  # cpu-small
+_OFF = TopKObjective(auxk_alpha=0.0)
+_BF16 = OptimizerConfig(compute="bfloat16")
 Record = dict[str, object]
 
 
@@ -79,22 +81,22 @@ def step(kind: str, rounds: int) -> Iterator[Record]:
     xb, Wb = x.bfloat16(), W.bfloat16()
     buffer = torch.empty(B, F, dtype=torch.bfloat16)
     sae = _sae(W)
-    fused = FusedStep(sae, TrainConfig(compute="bfloat16", auxk_alpha=0.0))
-    composable = ComposableStep(_sae(W), TrainConfig(compute="bfloat16", auxk_alpha=0.0))
+    fused = FusedStep(sae, _OFF, _BF16)
+    autograd = AutogradStep(_sae(W), _OFF, _BF16)
     quick: dict[str, Callable[[], object]] = {
         "P": lambda: torch.mm(xb, Wb.t(), out=buffer),
         "FusedStep bf16": lambda: fused(x, lr=1e-4),
-        "composable bf16": lambda: composable(x, lr=1e-4),
+        "autograd bf16": lambda: autograd(x, lr=1e-4),
     }
     yield from ratios(f"step {kind}", quick, "P", rounds)
-    del composable
+    del autograd
     for optimizer in ("foreach", "fused"):
         dense = DenseStep(W, W, K, optimizer, autocast=False)
         cast = DenseStep(W, W, K, optimizer, autocast=True)
-        composable = ComposableStep(_sae(W), TrainConfig(compute="bfloat16", auxk_alpha=0.0))
+        autograd = AutogradStep(_sae(W), _OFF, _BF16)
         contestants: dict[str, Callable[[], object]] = {
             "FusedStep bf16": lambda: fused(x, lr=1e-4),
-            "composable bf16": lambda c=composable: c(x, lr=1e-4),
+            "autograd bf16": lambda c=autograd: c(x, lr=1e-4),
             "dense fp32": lambda d=dense: d(x),
             "dense autocast bf16": lambda c=cast: c(x),
         }
@@ -104,9 +106,9 @@ def step(kind: str, rounds: int) -> Iterator[Record]:
 def auxk(kind: str, rounds: int) -> Iterator[Record]:
     """FusedStep with AuxK at 0 %, 2 % and 50 % dead latents."""
     x, W = activations(kind, B, D, F, K)
-    steps = {"AuxK off": FusedStep(_sae(W), TrainConfig(compute="bfloat16", auxk_alpha=0.0))}
+    steps = {"AuxK off": FusedStep(_sae(W), _OFF, _BF16)}
     for percent in (0, 2, 50):
-        fused = FusedStep(_sae(W), TrainConfig(compute="bfloat16"))
+        fused = FusedStep(_sae(W), None, _BF16)
         steps[f"AuxK, {percent} % dead"] = fused
     rows = torch.randperm(F, generator=torch.Generator().manual_seed(0))
     contestants: dict[str, Callable[[], object]] = {}
@@ -135,7 +137,7 @@ def small(_kind: str, rounds: int) -> Iterator[Record]:
             dense = DenseStep(W, W, k, optimizer, autocast=False)
             contestants[f"dense fp32 {optimizer}"] = lambda d=dense, x=x: d(x)
         for dtype in ("float32", "bfloat16"):
-            fused = FusedStep(_sae(W, k), TrainConfig(compute=dtype, auxk_alpha=0.0))
+            fused = FusedStep(_sae(W, k), _OFF, OptimizerConfig(compute=dtype))
             contestants[f"FusedStep {dtype}"] = lambda f=fused, x=x: f(x, lr=1e-4)
         case = f"small B={tokens} D={d_in} F={n_latents} K={k}"
         yield from ratios(case, contestants, "FusedStep float32", 3 * rounds)

@@ -26,10 +26,9 @@ from benchmarks.cpu_bars import B, D, F, K, record
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import interleaved
-from sae_kernels.config import TrainConfig
 from sae_kernels.data import Prefetched, ShardDataset, ShardWriter, ShuffledBatches
 from sae_kernels.data.shard_index import Index, Shard
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import TopKConfig, TopKObjective, TopKSAE
 from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def step(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     sae = TopKSAE(TopKConfig(D, F, K))
     sae.W_enc.data.copy_(W)
     sae.W_dec.data.copy_(W)
-    fused = FusedStep(sae, TrainConfig(compute="auto", auxk_alpha=0.0))
+    fused = FusedStep(sae, TopKObjective(auxk_alpha=0.0))
     ready = list(ShuffledBatches(x, B, epochs=1))
     with tempfile.TemporaryDirectory(dir=options.data) as base:
         folders = [Path(base, name) for name in ("warm", "cold")]

@@ -21,8 +21,8 @@ from sae_kernels.bench.plan.fit import fit
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.results import Results, Writer
 from sae_kernels.bench.timing import interleaved
-from sae_kernels.config import TrainConfig
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.config import OptimizerConfig
+from sae_kernels.nn import TopKObjective, TopKSAE
 from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ def report(found: list[Checked]) -> str:
 
 
 def _step(shape: Shape, x: torch.Tensor, dtype: str) -> Callable[[], object]:
-    config = TrainConfig(compute="bfloat16" if dtype == "bfloat16" else "float32", auxk_alpha=0.0)
-    step = FusedStep(TopKSAE(TopKConfig(shape.D, shape.F, shape.K)), config)
+    optimizer = OptimizerConfig(compute="bfloat16" if dtype == "bfloat16" else "float32")
+    sae = TopKSAE(shape.D, shape.F, k=shape.K)
+    step = FusedStep(sae, TopKObjective(auxk_alpha=0.0), optimizer)
     return lambda: step(x, lr=1e-4)
 
 

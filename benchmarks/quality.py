@@ -20,8 +20,9 @@ from sae_kernels.bench.provenance import provenance
 from sae_kernels.data import JointRows, ShardDataset
 from sae_kernels.demo.run import train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
+from sae_kernels.nn import presets
 from sae_kernels.step.compute import compute_dtype
-from sae_kernels.training import PRESETS, evaluate, train
+from sae_kernels.training import evaluate, train
 from sae_kernels.training.run_config import RunConfig, Widths
 
 LAYERS = ("encoder.layer.3", "encoder.layer.4")
@@ -60,11 +61,14 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
     target = second if transcodes else None
     d_in = second["train"].d_in
     widths = Widths([d_in] * len(sources), d_in if transcodes else None)
-    demo = train_config(steps, seed).to_dict()
-    ours = {name: demo[name] for name in ("steps", "batch_size", "lr", "dead_after_tokens")}
-    settings = RunConfig.from_tables({"arch": arch, "train": {**ours, "seed": seed}}, widths)
+    demo = train_config(steps, seed)
+    assert demo.objective is not None
+    ours = {name: getattr(demo, name) for name in ("steps", "batch_size", "lr")}
+    objective = {"dead_after_tokens": demo.objective.dead_after_tokens}
+    tables = {"arch": arch, "objective": objective, "train": {**ours, "seed": seed}}
+    settings = RunConfig.from_tables(tables, widths)
     config = settings.train
-    done = train(data["train"], settings.sae, config, target=target and target["train"])
+    done = train(settings.sae, data["train"], config, target=target and target["train"])
     measured = evaluate(done.sae, data["held_out"], target=target and target["held_out"])
     return {
         "arch": arch,
@@ -113,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("acts", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", action="store_true")

@@ -12,16 +12,16 @@ import statistics
 from pathlib import Path
 
 from sae_kernels.bench.provenance import provenance
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig, TrainConfig
 from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig
 from sae_kernels.training import evaluate, train
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "fp32 masters, fp32 moments": {},
-    "split masters, fp32 moments": {"master": "split"},
-    "fp32 masters, bf16 moments": {"states": "bfloat16"},
-    "split masters, bf16 moments": {"master": "split", "states": "bfloat16"},
+    "split masters, fp32 moments": {"master_weights": "split"},
+    "fp32 masters, bf16 moments": {"moment_dtype": "bfloat16"},
+    "split masters, bf16 moments": {"master_weights": "split", "moment_dtype": "bfloat16"},
 }
 
 
@@ -40,10 +40,9 @@ def main() -> None:
     for name, layout in LAYOUTS.items():
         fvu = []
         for seed in range(options.seeds):
-            config = TrainConfig(
-                steps=options.steps, compute="bfloat16", device="cpu", seed=seed, **layout
-            )
-            fvu.append(evaluate(train(data, shape, config).sae, held_out).fvu)
+            optimizer = OptimizerConfig(compute="bfloat16", **layout)  # type: ignore[arg-type]
+            config = TrainConfig(steps=options.steps, device="cpu", seed=seed, optimizer=optimizer)
+            fvu.append(evaluate(train(shape, data, config).sae, held_out).fvu)
         lines.append({"layout": name, "fvu": fvu, "mean_fvu": statistics.mean(fvu)})
         print(f"{name:30} {statistics.mean(fvu):.5f}  {min(fvu):.5f} to {max(fvu):.5f}")
     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))

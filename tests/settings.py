@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from sae_kernels.config import ObjectiveConfig, SAEConfig, TrainConfig
-from sae_kernels.nn import architecture
+from sae_kernels.nn import SparseAutoencoder, architecture
 
 # Without a penalty, and with AuxK: not what an architecture recommends.
 NEUTRAL: dict[str, Any] = {
@@ -19,9 +19,12 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-def settings(sae: SAEConfig | type[SAEConfig], **flat: Any) -> TrainConfig:
-    """Settings by name, of objective, optimizer and run alike."""
-    objective: type[ObjectiveConfig] = architecture(sae.architecture).objective_class
+def settings(
+    sae: SAEConfig | SparseAutoencoder | type[SAEConfig] | type[SparseAutoencoder], **flat: Any
+) -> TrainConfig:
+    """Settings by name, of objective, optimizer and run alike, for an SAE's architecture."""
+    config = getattr(sae, "config_class", sae)
+    objective: type[ObjectiveConfig] = architecture(config.architecture).objective_class
     known = {field.name for field in dataclasses.fields(objective)}
     neutral = {name: value for name, value in NEUTRAL.items() if name in known}
     return TrainConfig.of(objective, **{**neutral, **flat})

@@ -7,8 +7,7 @@ import torch
 
 from sae_kernels.data import ShardDataset, ShuffledBatches
 from sae_kernels.demo import run_demo, sae_config, train_config
-from sae_kernels.training import evaluate
-from sae_kernels.training.trainer import prepare
+from sae_kernels.training import evaluate, prepare
 
 STEPS, SEED = 800, 0
 

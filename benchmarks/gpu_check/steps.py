@@ -13,7 +13,7 @@ from benchmarks.gpu_check.kernels import PRODUCT, product
 from sae_kernels.bench.cases import Shape
 from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.config import TrainConfig
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import TopKConfig, TopKObjective, TopKSAE
 from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 _FUSED = "FusedStep"
 # Two ways to keep a million latents inside 80 GB.
-LAYOUTS = {"split-master": {"master": "split"}, "encoder-copy-only": {"copies": "encoder"}}
+LAYOUTS = {
+    "split-master": {"master_weights": "split"},
+    "encoder-copy-only": {"compute_copies": "encoder"},
+}
 
 
 def fused(bench: Bench, shape: Shape, **settings: object) -> FusedStep:
     """A step on the device as a user makes it, AuxK off unless asked for."""
     sae = TopKSAE(TopKConfig(shape.D, shape.F, shape.K), device=bench.device)
     settings = {"compute": "bfloat16", "auxk_alpha": 0.0} | settings
-    return FusedStep(sae, TrainConfig(**settings))  # type: ignore[arg-type]
+    config = TrainConfig.of(TopKObjective, **settings)
+    return FusedStep(sae, config.objective, config.optimizer)
 
 
 def graphed(step: FusedStep, x: torch.Tensor) -> Callable[[], object]:
@@ -147,10 +151,11 @@ def repeats(bench: Bench) -> Iterator[Record]:
     """Three steps twenty times from the same start: how many ends differ from the first."""
     shape = bench.cut(Shape(2048, 768, 16384, 32))
     x = torch.randn(shape.B, shape.D, device=bench.device)
-    start = fused(bench, shape).sae
+    first = fused(bench, shape)
+    start = first.sae
     ends = []
     for _ in range(21):
-        trained = FusedStep(copy.deepcopy(start), TrainConfig(compute="bfloat16", auxk_alpha=0.0))
+        trained = FusedStep(copy.deepcopy(start), first.objective, first.optimizer)
         for _ in range(3):
             trained(x, lr=1e-3)
         ends.append([p.detach().view(torch.int32) for p in trained.sae.parameters()])

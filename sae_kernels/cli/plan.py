@@ -49,10 +49,7 @@ def plan(
         str, typer.Option(metavar="float32|split", help="How W_enc and W_dec are held.")
     ] = "float32",
     moment_dtype: Annotated[
-        str,
-        typer.Option(
-            "--states", "--optimizer-states", metavar="float32|bfloat16", help="Adam's moments."
-        ),
+        str, typer.Option(metavar="float32|bfloat16", help="Of Adam's moments.")
     ] = "float32",
     compute_copies: Annotated[
         str, typer.Option(metavar="both|encoder", help="Which have a compute copy.")

@@ -139,7 +139,11 @@ class IterableStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Passes over as many batches as the state says; they must come in the same order."""
         while self.position < int(state["position"]):
-            next(self)
+            if next(self, None) is None:
+                raise ValueError(
+                    f"batches: expected those that the run began with, {state['position']} up to "
+                    f"its checkpoint, got {self.position}; give the same batches"
+                )
 
     def _checked(self, batch: Any) -> torch.Tensor:
         if isinstance(batch, list | tuple) and len(batch) == 1:  # a DataLoader of a TensorDataset

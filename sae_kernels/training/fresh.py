@@ -97,8 +97,9 @@ def fitted(
         NonFiniteError: NaN or infinity in the sample where config says "stop", or nothing else.
 
     Example:
-        >>> from sae_kernels.nn import TopKConfig
+        >>> import torch
         >>> from sae_kernels.config import TrainConfig
+        >>> from sae_kernels.nn import TopKConfig
         >>> sample = torch.full((10, 4), 3.0)
         >>> sae = fitted(sample, TopKConfig(4, 8, 2), TrainConfig(), torch.device("cpu"))
         >>> round(sae.config.activation_scale, 4), [round(b, 4) for b in sae.b_dec.tolist()]

@@ -7,6 +7,7 @@ import dataclasses
 import typing
 from typing import TYPE_CHECKING, Any
 
+from sae_kernels.config.base import declared
 from sae_kernels.config.data import DataConfig
 from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.config.output import OutputConfig
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.config.base import Settings
+    from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.toml import Tables
 
 DEFAULT_ARCHITECTURE = "topk"
 LATENTS_PER_INPUT = 8
 NESTED_TABLES = ("objective", "optimizer")  # of a TrainConfig
+NONE = "none"  # in the place of a number in [objective]: none, whatever the architecture has
 
 
 def setting_classes() -> dict[str, list[type[Settings]]]:
@@ -136,6 +139,9 @@ def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> Trai
     kind = kind_of(tables)
     objective = {**kind.preset.objective, **tables.get("objective", {})}
     _check_known("objective", kind.sae.objective_class, objective, _name(tables))
+    for name, declaration in declared(kind.sae.objective_class).items():
+        if declaration.optional and objective.get(name) == NONE:
+            objective[name] = None
     optimizer = {**kind.preset.optimizer, **tables.get("optimizer", {})}
     return TrainConfig(
         **(tables.get("train", {}) if train is None else train),
@@ -153,11 +159,20 @@ def run_tables(
         "architecture": sae.architecture,
         "data": dict(data),
         "sae": sae.to_dict(),
-        "objective": objective.to_dict(),
+        "objective": _with_none(objective),
         "optimizer": train.optimizer.to_dict(),
         "train": train.to_dict(),
         "output": output.to_dict(),
     }
+
+
+def _with_none(objective: ObjectiveConfig) -> dict[str, Any]:
+    """Plain values; a None that is not the default has a word, since TOML leaves None out."""
+    values = objective.to_dict()
+    for name, value in values.items():
+        if value is None and getattr(type(objective), name) is not None:
+            values[name] = NONE
+    return values
 
 
 def run_defaults(sae: SAEConfig) -> dict[str, Any]:
@@ -219,7 +234,12 @@ def check_tables(tables: Tables, also: Iterable[str] = ()) -> None:
         values = tables.get(table, {})
         if not isinstance(values, dict):
             raise ValueError(f"expected a table [{table}], got {values!r}")
-        _refuse_unknown(f"[{table}]: unknown key", values, setting_names(table))
+        own = setting_names(table)
+        for key in values:
+            owner = next((other for other in classes if key in setting_names(other)), None)
+            if key not in own and owner is not None:
+                raise ValueError(f"[{table}]: unknown key {key!r}; it belongs in [{owner}]")
+        _refuse_unknown(f"[{table}]: unknown key", values, own)
 
 
 def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:

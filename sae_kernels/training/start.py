@@ -35,17 +35,25 @@ if TYPE_CHECKING:
 
 
 class Planned(NamedTuple):
-    """A run that is to be: its SAE, given as a configuration or as a module, and its settings."""
+    """A run that is to be: its SAE, given as a configuration or as a module, and its settings.
+
+    Attributes:
+        sae, config: as given.
+        fitted: whether the SAE has its scales already, so that the run estimates none.
+    """
 
     sae: SAEConfig | SparseAutoencoder
     config: TrainConfig
+    fitted: bool = False
 
     @property
     def sae_config(self) -> SAEConfig:
-        """What the SAE is."""
+        """What the SAE is, before and after its scales are estimated: without them."""
         sae = self.sae
         found: SAEConfig = sae.config if isinstance(sae, SparseAutoencoder) else sae
-        return found
+        if self.fitted or self.config.normalize_activations == "none":
+            return found
+        return dataclasses.replace(found, activation_scale=1.0, target_scale=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardWriter
-from sae_kernels.nn import CONFIGS, SparseAutoencoder
-from sae_kernels.training import PRESETS, nested_groups
+from sae_kernels.nn import (
+    JumpReLUObjective,
+    SparseAutoencoder,
+    TopKObjective,
+    nested_groups,
+    presets,
+)
+from sae_kernels.training.run_config import setting_classes, setting_names
 
 D_IN, TOKENS = 8, 600  # of the data fixture
+PRESETS = presets()
 QUICK = ["--steps", 4, "--batch-size", 64, "--n-latents", 32, "--log-every", 2]
 
 
@@ -36,7 +40,8 @@ def outputs(tmp_path):
 
 
 def _flags(name):
-    return ["--arch", name, *(["--k", 4] if hasattr(PRESETS[name].config, "k") else []), *QUICK]
+    k = ["--k", 4] if hasattr(PRESETS[name].sae.config_class, "k") else []
+    return ["--arch", name, *k, *QUICK]
 
 
 def _settings(folder):
@@ -54,14 +59,16 @@ def test_every_architecture_trains(run, data, second, outputs, tmp_path, name):
     assert [line["step"] for line in lines] == [2, 4]
     assert result["steps"] == 4
     sae = SparseAutoencoder.from_pretrained(result["sae"])
-    assert type(sae.config) is PRESETS[name].config
+    kind, preset = PRESETS[name]
+    assert type(sae) is kind
     config = sae.config
     assert (config.d_in, config.n_latents) == (D_IN, 32)
     assert config.n_layers == len(inputs)
     assert config.d_out == (5 if target else None)
-    used = _settings(out)["train"]
-    assert all(used[key] == value for key, value in PRESETS[name].train.items())
-    for key, value in PRESETS[name].sae.items():
+    for table in ("objective", "optimizer"):
+        used = _settings(out)[table]
+        assert all(used[key] == value for key, value in getattr(preset, table).items())
+    for key, value in preset.sae.items():
         assert getattr(config, key) == (nested_groups(32) if key == "groups" else value)
 
 
@@ -74,18 +81,18 @@ def test_without_a_name_it_is_topk(run, data, tmp_path):
 def test_the_file_names_the_architecture_and_the_flag_comes_first(run, data, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(
-        'arch = "jumprelu"\n[sae]\nbandwidth = 0.25\n[train]\nsparsity = "l0"\n'
-        "sparsity_coefficient = 0.5\nsteps = 2\nbatch_size = 32\n"
+        'arch = "jumprelu"\n[sae]\nbandwidth = 0.25\n[objective]\nsparsity = "l0"\n'
+        "sparsity_coefficient = 0.5\n[train]\nsteps = 2\nbatch_size = 32\n"
     )
     out = tmp_path / "run"
     assert run("train", data, "--out", out, "--config", config).code == 0
     sae = SparseAutoencoder.from_pretrained(out / "sae")
     assert sae.config.architecture == "jumprelu"
     assert sae.config.bandwidth == 0.25
-    used = _settings(out)["train"]
+    used = _settings(out)["objective"]
     assert (used["sparsity"], used["sparsity_coefficient"]) == ("l0", 0.5)
-    # What the file does not say is the architecture's own, not TrainConfig's.
-    assert used["auxk_alpha"] == PRESETS["jumprelu"].train["auxk_alpha"]
+    # What the file does not say is the architecture's own, and not what TopK has.
+    assert used["auxk_alpha"] == JumpReLUObjective.auxk_alpha != TopKObjective.auxk_alpha
     ran = run("train", data, "--out", tmp_path / "other", "--config", config, "--arch", "relu")
     assert "bandwidth: no setting of architecture 'relu'" in ran.refusal()
 
@@ -94,7 +101,7 @@ def test_flags_come_before_what_the_architecture_brings(run, data, tmp_path):
     out = tmp_path / "run"
     flags = ["--arch", "relu", "--sparsity-coefficient", 0.25, "--loss", "fvu", *QUICK]
     assert run("train", data, "--out", out, *flags).code == 0
-    used = _settings(out)["train"]
+    used = _settings(out)["objective"]
     assert (used["sparsity"], used["sparsity_coefficient"], used["loss"]) == ("l1", 0.25, "fvu")
 
 
@@ -115,7 +122,7 @@ def test_groups_from_a_flag_and_from_a_file(run, data, tmp_path):
     [
         (["--arch", "topkk"], "got 'topkk'; did you mean 'topk'?"),
         (["--arch", "jump_relu"], "got 'jump_relu'; did you mean 'jumprelu'?"),
-        (["--arch", "zzz"], "arch: expected one of topk, multi_topk, batchtopk, "),
+        (["--arch", "zzz"], "arch: expected one of topk, multi_topk, "),
         (
             ["--arch", "relu", "--k", 4],
             "k: no setting of architecture 'relu', which has d_in, n_latents, ",
@@ -125,9 +132,12 @@ def test_groups_from_a_flag_and_from_a_file(run, data, tmp_path):
         (["--frozen-decoder"], "frozen_decoder: no setting of architecture 'topk'"),
         (
             ["--arch", "relu", "--sparsity", "l0"],
-            "sparsity: expected l1, lp or tanh with architecture 'relu', got 'l0'",
+            "sparsity: expected one of none, l1, lp, tanh, got 'l0'",
         ),
-        (["--arch", "batchtopk", "--multi-topk"], "multi_topk: expected false with architecture"),
+        (
+            ["--arch", "batchtopk", "--multi-topk"],
+            "multi_topk: no setting of the objective",
+        ),
         (
             ["--arch", "matryoshka", "--groups", "16,8"],
             "groups: expected positive integers that add up to n_latents = 32, got (16, 8) (24 in "
@@ -203,9 +213,10 @@ def test_a_file_that_does_not_fit(run, data, tmp_path, text, expected):
 
 def test_the_help_lists_every_setting_and_every_architecture(run):
     text = run("train", "--help").out
-    for config in (*CONFIGS.values(), TrainConfig):
-        for field in dataclasses.fields(config):
-            assert f"--{field.name.replace('_', '-')} " in text, field.name
+    for table in setting_classes():
+        for name in setting_names(table):
+            if name != "folders":  # an argument
+                assert f"--{name.replace('_', '-')} " in text, name
     words = " ".join(text.split())
-    for name, preset in PRESETS.items():
+    for name, (_, preset) in PRESETS.items():
         assert f"{name}, {preset.about}" in words

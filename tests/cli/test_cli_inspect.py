@@ -24,8 +24,8 @@ D_IN, TOKENS = 8, 600  # of the data fixture
 def trained(data, tmp_path):
     config = TrainConfig(steps=4, batch_size=64, log_every=2)
     train(
-        ShardDataset(data),
         TopKConfig(D_IN, 32, 4),
+        ShardDataset(data),
         config,
         folder=tmp_path / "run",
         output=OutputConfig(checkpoint_every=2, keep_checkpoints=0),

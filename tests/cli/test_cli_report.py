@@ -22,7 +22,7 @@ def trained(data, tmp_path):
     source = ShardDataset(data)
     table = {"folders": [str(data)]}
     config = TrainConfig(steps=4, batch_size=64, log_every=2)
-    train(source, TopKConfig(source.d_in, 32, 4), config, folder=tmp_path / "run", data=table)
+    train(TopKConfig(source.d_in, 32, 4), source, config, folder=tmp_path / "run", data=table)
     return tmp_path / "run"
 
 

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardDataset, ShardWriter
 from sae_kernels.nn import TopKConfig
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.folder import RunFolder
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.training import train
+from sae_kernels.training import RunConfig, train
 from tests.harvest.causal import documents, gpt2, tokenizer
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def test_a_process_that_is_signalled_can_be_resumed(
     assert "Traceback" not in stderr
     # The checkpoint is that of the step reached: its weights are those of so many steps made here.
     sae = TopKConfig(8, 32, 4)
-    config = TrainConfig(**{**read_tables(out / "run.toml")["train"], "steps": 10**8})
+    config = RunConfig.read(out / "run.toml").train
     made = 0
 
     class Enough(Exception):
@@ -137,7 +136,7 @@ def test_a_process_that_is_signalled_can_be_resumed(
             raise Enough
 
     with pytest.raises(Enough):
-        train(ShardDataset(data), sae, config, folder=tmp_path / "here", on_step=on_step)
+        train(sae, ShardDataset(data), config, folder=tmp_path / "here", on_step=on_step)
     assert made == step
     assert_same_sae(tmp_path / "here", out)
 

@@ -33,7 +33,7 @@ def test_its_settings_are_flags(run, data, tmp_path):
     assert settings["architecture"] == "switch"
     asked = {"n_experts": 4, "gate": "heaviside", "shared_expert": True}
     assert {name: settings["sae"][name] for name in asked} == asked
-    assert settings["train"]["balance_coefficient"] == 0.25
+    assert settings["objective"]["balance_coefficient"] == 0.25
     sae = SparseAutoencoder.from_pretrained(out / "sae")
     assert isinstance(sae, SwitchSAE)
     assert sae.W_router.shape == (3, D_IN)
@@ -44,21 +44,21 @@ def test_its_settings_are_keys_of_a_file(run, data, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(
         'arch = "switch"\n[sae]\nn_latents = 32\nk = 2\nn_experts = 16\ngate = "heaviside"\n'
-        "[train]\nbalance_coefficient = 0.5\nsteps = 2\nbatch_size = 32\n"
+        "[objective]\nbalance_coefficient = 0.5\n[train]\nsteps = 2\nbatch_size = 32\n"
     )
     out = tmp_path / "run"
     assert run("train", data, "--out", out, "--config", config, "--no-shared-expert").code == 0
     settings = read_tables(out / "run.toml")
     assert settings["sae"]["n_experts"] == 16
     assert settings["sae"]["shared_expert"] is False
-    assert settings["train"]["balance_coefficient"] == 0.5
+    assert settings["objective"]["balance_coefficient"] == 0.5
 
 
-@pytest.mark.parametrize("route", ["fused", "composable"])
+@pytest.mark.parametrize("route", ["fused", "autograd"])
 def test_the_router_learns_on_either_route(run, data, tmp_path, route):
     start = SwitchSAE(SwitchConfig(D_IN, 32, k=4, n_experts=4))
     out = tmp_path / "run"
-    flags = ["--n-experts", 4, "--route", route, "--activation-scale", "none", "--lr", 0.01]
+    flags = ["--n-experts", 4, "--route", route, "--normalize-activations", "none", "--lr", 0.01]
     assert run("train", data, "--out", out, *SWITCH, *flags).code == 0
     sae = SparseAutoencoder.from_pretrained(out / "sae")
     assert (sae.W_router != start.W_router).any(1).all()
@@ -86,7 +86,7 @@ def test_the_router_learns_on_either_route(run, data, tmp_path, route):
         (["--balance-coefficient", -1], "balance_coefficient: expected a number of at least 0"),
         (["--balance-coefficient", "nan"], "balance_coefficient: expected a number of at least 0"),
         (["--experts", 4], "No such option: --experts"),
-        (["--multi-topk"], "multi_topk: expected false with architecture 'switch', got true"),
+        (["--multi-topk"], "multi_topk: no setting of the objective of 'switch'"),
         (["--groups", "16,16"], "groups: no setting of architecture 'switch'"),
         (["--relu", "none"], "relu: no setting of architecture 'switch'"),
         (["--arch", "swich"], "got 'swich'; did you mean 'switch'?"),
@@ -94,7 +94,7 @@ def test_the_router_learns_on_either_route(run, data, tmp_path, route):
         (["--arch", "topk", "--n-experts", 4], "n_experts: no setting of architecture 'topk'"),
         (
             ["--arch", "topk", "--balance-coefficient", 0.1],
-            "balance_coefficient: expected 0 with architecture 'topk', which has no experts",
+            "balance_coefficient: no setting of the objective of 'topk', which has loss, ",
         ),
     ],
 )

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import SwitchConfig, TopKConfig
 from sae_kernels.nn import build as build_sae
 from sae_kernels.step import FusedStep
 from sae_kernels.testing import assert_bitwise
+from tests.settings import settings
 
 B, D, F, K = 512, 256, 4096, 16
 DEAD = 300
@@ -20,7 +20,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "auxk": {"compute": "bfloat16", "auxk_alpha": 0.5, "auxk_latents": 256},
     "auxk-none-dead": {"compute": "bfloat16"},
     "switch": {"compute": "bfloat16", "auxk_alpha": 0.0, "balance_coefficient": 0.3},
-    "split-bf16-moments": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
+    "split-bf16-moments": {
+        "compute": "bfloat16",
+        "master_weights": "split",
+        "moment_dtype": "bfloat16",
+    },
 }
 
 
@@ -28,7 +32,8 @@ def build(variant: str, device: torch.device) -> FusedStep:
     """A step that always starts from the same state; with "auxk" some latents are dead."""
     switch = SwitchConfig(D, F, k=K, n_experts=8)
     sae = build_sae(switch if variant == "switch" else TopKConfig(D, F, K), device=device)
-    step = FusedStep(sae, TrainConfig(**VARIANTS[variant]))
+    config = settings(sae, **VARIANTS[variant])
+    step = FusedStep(sae, config.objective, config.optimizer)
     if variant == "auxk":
         step.dead.since_fired[:DEAD] = step.dead.after + torch.arange(DEAD, device=device)
     return step
@@ -44,7 +49,7 @@ def state(step: FusedStep) -> dict[str, torch.Tensor]:
     """All that a step changes, in copies."""
     rows = {
         f"{name}.{part}": tensor
-        for name, row in step.rows.items()
+        for name, row in step.matrices.items()
         for part, tensor in row._asdict().items()
         if tensor is not None
     }
@@ -62,4 +67,4 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def assert_trained(step: FusedStep) -> None:
     """Raises AssertionError if the steps were no-ops: then equal states mean nothing."""
     assert int(step.n_updates) > 0
-    assert all(bool((row.m != 0).any()) for row in step.rows.values())
+    assert all(bool((row.m != 0).any()) for row in step.matrices.values())

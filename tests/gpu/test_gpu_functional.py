@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sae_kernels import decode, encode_topk
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.training import evaluate, train
@@ -58,8 +57,8 @@ def test_a_run_learns_as_on_the_cpu(device: torch.device) -> None:
     data = active @ directions + 0.02 * torch.randn(6000, D, generator=generator)
     fvu = []
     for where in ("cpu", str(device)):
-        config = TrainConfig(steps=300, batch_size=256, lr=3e-3, compute="float32", device=where)
-        result = train(data[:5000], TopKConfig(D, 256, 8), config)
+        options = {"steps": 300, "batch_size": 256, "lr": 3e-3, "compute": "float32"}
+        result = train(TopKConfig(D, 256, 8), data[:5000], **options, device=where)
         assert result.sae.W_enc.device.type == torch.device(where).type
         fvu.append(evaluate(result.sae, data[5000:]).fvu)
     assert fvu[0] < 0.3

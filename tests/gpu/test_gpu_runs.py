@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sae_kernels.config import OutputConfig, TrainConfig
+from sae_kernels.config import OutputConfig
 from sae_kernels.data import Prefetched, ShuffledBatches
 from sae_kernels.nn import TopKConfig
 from sae_kernels.testing import assert_bitwise
 from sae_kernels.training import train
+from tests.settings import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,8 +30,13 @@ def test_stopped_and_resumed_is_the_same_run(
 ) -> None:
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     sae = TopKConfig(64, 512, 8)
-    config = TrainConfig(
-        steps=30, batch_size=256, device=str(device), master=master, dead_after_tokens=2000
+    config = settings(
+        sae,
+        steps=30,
+        batch_size=256,
+        device=str(device),
+        master_weights=master,
+        dead_after_tokens=2000,
     )
     saving = OutputConfig(checkpoint_every=7)
 
@@ -38,10 +44,10 @@ def test_stopped_and_resumed_is_the_same_run(
         if i == 17:
             raise Stop
 
-    straight = train(x, sae, config)
+    straight = train(sae, x, config)
     with pytest.raises(Stop):
-        train(x, sae, config, folder=tmp_path, output=saving, on_step=stop)
-    resumed = train(x, sae, config, folder=tmp_path, output=saving, resume=True)
+        train(sae, x, config, folder=tmp_path, output=saving, on_step=stop)
+    resumed = train(sae, x, config, folder=tmp_path, output=saving, resume=True)
     for name, tensor in resumed.sae.state_dict().items():
         assert_bitwise(name, tensor, straight.sae.state_dict()[name])
     assert torch.equal(resumed.dead, straight.dead)

@@ -107,7 +107,7 @@ def test_dead_latents_learn_and_no_others_gain(device: torch.device) -> None:
     (x,) = batches(1, device)
     assert float(with_auxk(x, lr=1e-3).aux_loss) > 0
     assert float(without(x, lr=1e-3).aux_loss) == 0
-    changed = (with_auxk.rows["W_enc"].m != without.rows["W_enc"].m).any(dim=1)
+    changed = (with_auxk.matrices["W_enc"].m != without.matrices["W_enc"].m).any(dim=1)
     dead = with_auxk.dead
     assert int(changed.sum()) == with_auxk.config.auxk_latents  # all places were taken
     assert int(changed.nonzero().max()) < gpu_steps.DEAD
@@ -125,15 +125,15 @@ def test_a_loss_that_is_not_finite_changes_nothing(device: torch.device) -> None
 
 def test_a_step_has_no_memory_that_grows_with_tokens_times_latents(device: torch.device) -> None:
     # Four times the latents: scores in bf16 would grow by 1.5 GiB, one gradient in fp32 by 192 MiB.
-    from sae_kernels.config import TrainConfig
-    from sae_kernels.nn import TopKConfig, TopKSAE
+    from sae_kernels.config import OptimizerConfig
+    from sae_kernels.nn import TopKObjective, TopKSAE
     from sae_kernels.step import FusedStep
 
     taken = []
     x = torch.randn(8192, 256, device=device)
     for n_latents in (1 << 15, 1 << 17):
-        config = TrainConfig(compute="bfloat16", auxk_alpha=0.0)
-        step = FusedStep(TopKSAE(TopKConfig(256, n_latents, 32), device=device), config)
+        sae = TopKSAE(256, n_latents, k=32, device=device)
+        step = FusedStep(sae, TopKObjective(auxk_alpha=0.0), OptimizerConfig(compute="bfloat16"))
         step(x, lr=1e-3)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.config import OutputConfig, TrainConfig
+from sae_kernels.config import OutputConfig
 from sae_kernels.nn import TopKConfig
 from sae_kernels.training import TrainingResult, train
+from tests.settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SAE = TopKConfig(24, 192, 6)
 STEPS, EVERY = 80, 7
-CONFIG = TrainConfig(
-    steps=STEPS, batch_size=64, lr=2e-3, compute="float32", dead_after_tokens=3000, log_every=1
+CONFIG = settings(
+    SAE, steps=STEPS, batch_size=64, lr=2e-3, compute="float32", dead_after_tokens=3000, log_every=1
 )
 OUTPUT = OutputConfig(checkpoint_every=EVERY, keep_checkpoints=2)
 
@@ -30,7 +31,7 @@ def data() -> torch.Tensor:
 
 def run(folder: str, on_step: Callable[[int, Any], None] | None = None) -> TrainingResult:
     """The run of all these tests: fresh, or from where it was."""
-    return train(data(), SAE, CONFIG, folder=folder, output=OUTPUT, resume=True, on_step=on_step)
+    return train(SAE, data(), CONFIG, folder=folder, output=OUTPUT, resume=True, on_step=on_step)
 
 
 def quietly(target: Callable[..., object], *arguments: Any) -> None:

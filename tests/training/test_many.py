@@ -7,42 +7,57 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.config import OutputConfig, TrainConfig
+from sae_kernels.config import OutputConfig
 from sae_kernels.data import ShardDataset, ShardWriter, TensorRows
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.nn import BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 from sae_kernels.runs.folder import is_finished
 from sae_kernels.runs.metrics import read_metrics
 from sae_kernels.training import train, train_many
+from tests.settings import settings
 from tests.step.harness import D, tokens
 from tests.training.same_runs import Stop, assert_same, untimed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sae_kernels.config import TrainConfig
     from sae_kernels.data.rows import Rows
     from sae_kernels.nn import SAEConfig
     from sae_kernels.training import TrainingResult
 
 N, F, B, STEPS = 700, 64, 48, 24
-Settings = tuple["SAEConfig", TrainConfig]
+Settings = tuple["SAEConfig", "TrainConfig"]
+GIVEN: dict[str, Any] = {
+    "steps": STEPS,
+    "batch_size": B,
+    "lr": 2e-3,
+    "compute": "float32",
+    "log_every": 3,
+    "dead_after_tokens": 300,
+    "data_seed": 5,
+}
 
 
-def config(**changes: Any) -> TrainConfig:
-    given = {"steps": STEPS, "batch_size": B, "lr": 2e-3, "compute": "float32", "log_every": 3}
-    return TrainConfig(**given | {"dead_after_tokens": 300, "data_seed": 5} | changes)
+def run_of(sae: SAEConfig, **changes: Any) -> Settings:
+    return sae, settings(sae, **GIVEN | changes)
+
+
+def alone_on(x: torch.Tensor, run: Settings, **options: Any) -> TrainingResult:
+    sae, config = run
+    return train(sae, x, config, **options)
 
 
 JUMPS = {"sparsity": "target_l0", "target_l0": 5.0, "sparsity_coefficient": 0.3, "auxk_alpha": 0.0}
 L1 = {"sparsity": "l1", "sparsity_coefficient": 1.0, "loss": "mse", "auxk_alpha": 0.0}
 RUNS: dict[str, Settings] = {
-    "topk": (TopKConfig(D, F, 5), config()),
-    "wide": (TopKConfig(D, 2 * F, 3), config(seed=1, lr=5e-3)),
-    "autograd": (TopKConfig(D, F, 5), config(route="composable", steps=STEPS - 7)),
-    "batchtopk": (BatchTopKConfig(D, F, k=4), config(seed=2, steps=STEPS + 9)),
-    "jumprelu": (JumpReLUConfig(D, F, threshold_init=1.0, bandwidth=0.1), config(**JUMPS)),
-    "relu": (ReLUConfig(D, F), config(**L1, clip_norm=1.0)),
-    "bfloat16": (TopKConfig(D, F, 5), config(compute="bfloat16", adam="lazy")),
+    "topk": run_of(TopKConfig(D, F, 5)),
+    "wide": run_of(TopKConfig(D, 2 * F, 3), seed=1, lr=5e-3),
+    "autograd": run_of(TopKConfig(D, F, 5), route="autograd", steps=STEPS - 7),
+    "batchtopk": run_of(BatchTopKConfig(D, F, k=4), seed=2, steps=STEPS + 9),
+    "jumprelu": run_of(JumpReLUConfig(D, F, threshold_init=1.0, bandwidth=0.1), **JUMPS),
+    "relu": run_of(ReLUConfig(D, F), **L1, clip_norm=1.0),
+    "bfloat16": run_of(TopKConfig(D, F, 5), compute="bfloat16", adam="lazy"),
 }
 FEW = {name: RUNS[name] for name in ("topk", "autograd", "batchtopk")}
 
@@ -57,7 +72,7 @@ def alone(x: torch.Tensor) -> dict[str, TrainingResult]:
     """Each run by itself, on one thread as in the tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    results = {name: train(x, *settings) for name, settings in RUNS.items()}
+    results = {name: alone_on(x, planned) for name, planned in RUNS.items()}
     torch.set_num_threads(before)
     return results
 
@@ -65,13 +80,13 @@ def alone(x: torch.Tensor) -> dict[str, TrainingResult]:
 def test_each_is_what_it_would_be_alone(
     x: torch.Tensor, alone: dict[str, TrainingResult], tmp_path: Path
 ) -> None:
-    together = train_many(x, RUNS, folder=tmp_path)
+    together = train_many(RUNS, x, folder=tmp_path)
     assert list(together) == list(RUNS)
     for name, result in together.items():
         assert_same(result, alone[name])
         assert result.error is None
         assert untimed(read_metrics(tmp_path / name / "metrics.jsonl")) == untimed(result.metrics)
-        train(x, *RUNS[name], folder=tmp_path / "alone" / name)
+        alone_on(x, RUNS[name], folder=tmp_path / "alone" / name)
         for file in ("config.json", "sae.safetensors"):
             mine, other = (tmp_path / part / "sae" / file for part in (name, f"alone/{name}"))
             assert mine.read_bytes() == other.read_bytes()
@@ -80,9 +95,9 @@ def test_each_is_what_it_would_be_alone(
 def test_transcoders_share_inputs_and_targets(x: torch.Tensor) -> None:
     target = tokens(N, seed=3)[:, :7]
     free = {"d_out": 7, "subtract_b_dec": False, "unit_norm_decoder": False}
-    runs = {f"k{k}": (TopKConfig(D, F, k, **free), config()) for k in (3, 5)}
-    for name, result in train_many(x, runs, target=target).items():
-        assert_same(result, train(x, *runs[name], target=target))
+    runs = {f"k{k}": run_of(TopKConfig(D, F, k, **free)) for k in (3, 5)}
+    for name, result in train_many(runs, x, target=target).items():
+        assert_same(result, alone_on(x, runs[name], target=target))
 
 
 class Counted:
@@ -99,20 +114,20 @@ class Counted:
 
 def read_by(runs: dict[str, Settings], x: torch.Tensor) -> int:
     source = Counted(x)
-    train_many(source, runs)
+    train_many(runs, source)
     return source.read
 
 
 def test_the_data_are_read_once(x: torch.Tensor) -> None:
-    one = {name: (sae, config(steps=STEPS)) for name, (sae, _) in FEW.items()}
+    one = {name: run_of(sae) for name, (sae, _) in FEW.items()}
     assert read_by(one, x) == read_by({"topk": one["topk"]}, x) > N
 
 
 def test_a_run_that_diverges_ends_alone(
     x: torch.Tensor, alone: dict[str, TrainingResult], tmp_path: Path
 ) -> None:
-    wild = (TopKConfig(D, F, 5), config(lr=1e30, warmup_steps=0, log_every=1))
-    results = train_many(x, {"topk": RUNS["topk"], "wild": wild, "wide": RUNS["wide"]})
+    wild = run_of(TopKConfig(D, F, 5), lr=1e30, warmup_steps=0, log_every=1)
+    results = train_many({"topk": RUNS["topk"], "wild": wild, "wide": RUNS["wide"]}, x)
     for name in ("topk", "wide"):
         assert results[name].error is None
         assert_same(results[name], alone[name])
@@ -122,18 +137,18 @@ def test_a_run_that_diverges_ends_alone(
     assert 0 < len(ended.metrics) < STEPS
     assert ended.sae.W_dec.isfinite().all()
     with pytest.raises(NonFiniteError):
-        train(x, *wild, folder=tmp_path / "alone")
+        alone_on(x, wild, folder=tmp_path / "alone")
     lines = read_metrics(tmp_path / "alone" / "metrics.jsonl")
     assert untimed(lines) == untimed(ended.metrics)
 
 
 def test_a_run_that_diverged_is_saved_and_not_finished(x: torch.Tensor, tmp_path: Path) -> None:
-    wild = (TopKConfig(D, F, 5), config(lr=1e30, warmup_steps=0))
-    train_many(x, {"topk": RUNS["topk"], "wild": wild}, folder=tmp_path)
+    wild = run_of(TopKConfig(D, F, 5), lr=1e30, warmup_steps=0)
+    train_many({"topk": RUNS["topk"], "wild": wild}, x, folder=tmp_path)
     assert (tmp_path / "topk" / "result.json").exists()
     assert not (tmp_path / "wild" / "result.json").exists()
     assert (tmp_path / "wild" / "sae" / "sae.safetensors").exists()
-    again = train_many(x, {"topk": RUNS["topk"], "wild": wild}, folder=tmp_path, resume=True)
+    again = train_many({"topk": RUNS["topk"], "wild": wild}, x, folder=tmp_path, resume=True)
     assert list(again) == ["wild"]
     assert again["wild"].error is not None
 
@@ -153,8 +168,8 @@ def test_stopped_and_resumed_they_are_the_same_runs(
 
     for step in (4, 13, 22):
         with pytest.raises(Stop):
-            train_many(x, FEW, folder=tmp_path, output=saving, resume=True, on_step=stop_at(step))
-    results = train_many(x, FEW, folder=tmp_path, output=saving, resume=True)
+            train_many(FEW, x, folder=tmp_path, output=saving, resume=True, on_step=stop_at(step))
+    results = train_many(FEW, x, folder=tmp_path, output=saving, resume=True)
     assert "topk" in results
     for name in FEW:
         if name in results:
@@ -178,9 +193,9 @@ def test_runs_that_stand_at_different_steps_meet(
                 raise Stop
 
         with pytest.raises(Stop):
-            train(
+            alone_on(
                 x,
-                *FEW[name],
+                FEW[name],
                 folder=tmp_path / name,
                 output=OutputConfig(checkpoint_every=2),
                 on_step=on_step,
@@ -190,7 +205,7 @@ def test_runs_that_stand_at_different_steps_meet(
         name: lambda i, line, name=name: begun[name].append(i)  # type: ignore[misc]
         for name in FEW
     }
-    results = train_many(x, FEW, folder=tmp_path, resume=True, on_step=watch)
+    results = train_many(FEW, x, folder=tmp_path, resume=True, on_step=watch)
     assert begun["autograd"][0] == 0
     assert 0 < begun["topk"][0] < begun["batchtopk"][0] <= 14
     for name, result in results.items():
@@ -199,14 +214,14 @@ def test_runs_that_stand_at_different_steps_meet(
 
 
 def test_what_is_finished_is_left_out(x: torch.Tensor, tmp_path: Path) -> None:
-    train_many(x, {"topk": FEW["topk"]}, folder=tmp_path)
+    train_many({"topk": FEW["topk"]}, x, folder=tmp_path)
     before = (tmp_path / "topk" / "sae" / "sae.safetensors").read_bytes()
-    results = train_many(x, FEW, folder=tmp_path, resume=True)
+    results = train_many(FEW, x, folder=tmp_path, resume=True)
     assert list(results) == ["autograd", "batchtopk"]
     assert (tmp_path / "topk" / "sae" / "sae.safetensors").read_bytes() == before
-    assert train_many(x, FEW, folder=tmp_path, resume=True) == {}
+    assert train_many(FEW, x, folder=tmp_path, resume=True) == {}
     with pytest.raises(DataError, match="expected a folder without a run"):
-        train_many(x, FEW, folder=tmp_path)
+        train_many(FEW, x, folder=tmp_path)
 
 
 def test_one_that_has_made_its_steps_is_finished_while_others_go_on(
@@ -219,10 +234,10 @@ def test_one_that_has_made_its_steps_is_finished_while_others_go_on(
             raise Stop
 
     with pytest.raises(Stop):
-        train_many(x, FEW, folder=tmp_path, on_step={"batchtopk": on_step})
+        train_many(FEW, x, folder=tmp_path, on_step={"batchtopk": on_step})
     finished = {name for name in FEW if (tmp_path / name / "result.json").exists()}
     assert finished == {"topk", "autograd"}
-    assert list(train_many(x, FEW, folder=tmp_path, resume=True)) == ["batchtopk"]
+    assert list(train_many(FEW, x, folder=tmp_path, resume=True)) == ["batchtopk"]
 
 
 @pytest.mark.parametrize(
@@ -236,9 +251,9 @@ def test_one_that_has_made_its_steps_is_finished_while_others_go_on(
 def test_runs_that_cannot_share_a_stream_are_refused(
     x: torch.Tensor, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    runs = {"a": FEW["topk"], "b": (TopKConfig(D, F, 5), config(**changes))}
+    runs = {"a": FEW["topk"], "b": run_of(TopKConfig(D, F, 5), **changes)}
     with pytest.raises(ValueError, match=message):
-        train_many(x, runs, folder=tmp_path / "runs")
+        train_many(runs, x, folder=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -247,24 +262,24 @@ def test_names_that_leave_their_folder_are_refused(
     x: torch.Tensor, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(ValueError, match="expected names that a folder can have"):
-        train_many(x, {name: FEW["topk"]}, folder=tmp_path / "runs")
+        train_many({name: FEW["topk"]}, x, folder=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
 def test_no_runs_are_refused(x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected at least one, got none"):
-        train_many(x, {})
+        train_many({}, x)
 
 
 def test_settings_that_do_not_fit_leave_no_folder(x: torch.Tensor, tmp_path: Path) -> None:
-    runs = {"a": FEW["topk"], "b": (TopKConfig(D + 1, F, 5), config())}
+    runs = {"a": FEW["topk"], "b": run_of(TopKConfig(D + 1, F, 5))}
     with pytest.raises(ValueError, match="d_in: expected 32"):
-        train_many(x, runs, folder=tmp_path / "runs")
+        train_many(runs, x, folder=tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_shards_do_as_a_tensor_does(x: torch.Tensor, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "data", D, rows_per_shard=250) as writer:
         writer.write(x)
-    for name, result in train_many(ShardDataset(tmp_path / "data"), FEW).items():
-        assert_same(result, train(x, *FEW[name]))
+    for name, result in train_many(FEW, ShardDataset(tmp_path / "data")).items():
+        assert_same(result, alone_on(x, FEW[name]))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sae_kernels.config import OutputConfig, TrainConfig
+from sae_kernels.nn import nested_groups, presets
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.training import PRESETS, nested_groups, train
+from sae_kernels.training import train
 from tests.step.harness import D, tokens
 from tests.training.same_runs import Stop, assert_same, stop_at, untimed
 
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SAEConfig
 
 F, N, STEPS = 64, 700, 24
+PRESETS = presets()
 TARGET = 7  # columns of a transcoder's target
 
 
 def settings(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
-    preset = PRESETS[name]
+    kind, preset = PRESETS[name]
     sae = dict(preset.sae)
     if "groups" in sae:
         sae["groups"] = nested_groups(F)
@@ -32,15 +34,16 @@ def settings(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
         sae["d_out"] = TARGET
     if preset.data == "layers":
         sae["n_layers"] = 2
-    if "k" in {f.name for f in dataclasses.fields(preset.config)}:
+    if "k" in {f.name for f in dataclasses.fields(kind.config_class)}:
         sae["k"] = 5
     train = {"steps": STEPS, "batch_size": 48, "lr": 2e-3, "compute": "float32", "log_every": 1}
-    train |= {"dead_after_tokens": 300, **preset.train, **changes}
-    return preset.config(d_in=D, n_latents=F, **sae), TrainConfig(**train)
+    train |= {"dead_after_tokens": 300, **preset.objective, **preset.optimizer, **changes}
+    config = TrainConfig.of(kind.objective_class, **train)
+    return kind.config_class(d_in=D, n_latents=F, **sae), config
 
 
 def data(name: str) -> dict[str, torch.Tensor]:
-    kind = PRESETS[name].data
+    kind = PRESETS[name].preset.data
     x = tokens(N)
     if kind == "layers":
         return {"source": torch.cat([x, tokens(N, seed=3)], dim=1)}
@@ -51,9 +54,9 @@ def data(name: str) -> dict[str, torch.Tensor]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fused": {},
-    "composable": {"route": "composable"},
+    "autograd": {"route": "autograd"},
     "bfloat16": {"compute": "bfloat16"},
-    "split": {"compute": "bfloat16", "master": "split", "states": "bfloat16"},
+    "split": {"compute": "bfloat16", "master_weights": "split", "moment_dtype": "bfloat16"},
     "lazy": {"adam": "lazy", "clip_norm": 1.0},
     "annealed": {"k_start": 20, "k_anneal_steps": 20},
 }
@@ -61,19 +64,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [(name, route) for name in PRESETS for route in ("fused", "composable")]
-    + [("topk", option) for option in OPTIONS if option not in ("fused", "composable")],
+    [(name, route) for name in PRESETS for route in ("fused", "autograd")]
+    + [("topk", option) for option in OPTIONS if option not in ("fused", "autograd")],
 )
 def test_stopped_and_resumed_is_the_same_run(name: str, option: str, tmp_path: Path) -> None:
     sae, config = settings(name, **OPTIONS[option])
     saving = OutputConfig(checkpoint_every=5)
-    straight = train(**data(name), sae_config=sae, config=config, folder=tmp_path / "straight")
+    straight = train(**data(name), sae=sae, config=config, folder=tmp_path / "straight")
 
     for step in (4, 13, 21):  # before the first checkpoint, between two, and again
         with pytest.raises(Stop):
             train(
                 **data(name),
-                sae_config=sae,
+                sae=sae,
                 config=config,
                 folder=tmp_path / "stopped",
                 output=saving,
@@ -82,7 +85,7 @@ def test_stopped_and_resumed_is_the_same_run(name: str, option: str, tmp_path: P
             )
     resumed = train(
         **data(name),
-        sae_config=sae,
+        sae=sae,
         config=config,
         folder=tmp_path / "stopped",
         output=saving,

@@ -16,6 +16,7 @@ from sae_kernels.runs.metrics import read_metrics
 from sae_kernels.training import train, train_many
 from sae_kernels.training.end_to_end import EndToEnd, prepare_end_to_end, train_end_to_end
 from tests.harvest.causal import CONTEXT, D, documents, gpt2, tokenizer
+from tests.settings import settings
 from tests.training.same_runs import Stop, assert_same, stop_at, untimed
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def live(model: Any, layer: Any = "h.1", text: list[str] = TEXT, **options: Any)
     return LiveBatches(model, tokenizer(), text, layer, given.pop("batch_size", B), **given)
 
 
-def config(**changes: Any) -> TrainConfig:
+def config(sae: Any, **changes: Any) -> TrainConfig:
     given = {"steps": STEPS, "batch_size": B, "lr": 2e-3, "compute": "float32", "log_every": 1}
-    return TrainConfig(**given | {"dead_after_tokens": 200} | changes)
+    return settings(sae, **given | {"dead_after_tokens": 200} | changes)
 
 
 def stopped_and_resumed(folder: Path, begin: Callable[..., TrainingResult]) -> TrainingResult:
@@ -59,7 +60,7 @@ def stopped_and_resumed(folder: Path, begin: Callable[..., TrainingResult]) -> T
 
 SAES: dict[str, tuple[Any, SAEConfig, dict[str, Any]]] = {
     "fused": ("h.1", TopKConfig(D, F, 4), {}),
-    "composable": ("h.1", TopKConfig(D, F, 4), {"route": "composable"}),
+    "autograd": ("h.1", TopKConfig(D, F, 4), {"route": "autograd"}),
     "crosscoder": (
         ["h.0", "h.2"],
         BatchTopKConfig(D, F, k=4, n_layers=2, unit_norm_decoder=False, decoder_norm="sum"),
@@ -74,7 +75,7 @@ def test_on_a_stream(name: str, model: Any, tmp_path: Path) -> None:
     layer, sae, changes = SAES[name]
 
     def begin(**options: Any) -> TrainingResult:
-        return train(live(model, layer), sae, config(**changes), **options)
+        return train(sae, live(model, layer), config(sae, **changes), **options)
 
     straight = begin(folder=tmp_path / "straight")
     resumed = stopped_and_resumed(tmp_path / "stopped", begin)
@@ -108,28 +109,28 @@ def test_the_rows_are_those_of_the_stream(model: Any) -> None:
         def load_state_dict(self, state: Any) -> None:
             self.position = state["position"]
 
-    sae, three = TopKConfig(D, F, 4), config(steps=3)
-    assert_same(train(live(model), sae, three), train(Stored(), sae, three))
+    sae, three = TopKConfig(D, F, 4), config(TopKConfig, steps=3)
+    assert_same(train(sae, live(model), three), train(sae, Stored(), three))
 
 
 def test_several_on_one_stream(model: Any, tmp_path: Path) -> None:
     runs: dict[str, tuple[SAEConfig, TrainConfig]] = {
-        "topk": (TopKConfig(D, F, 4), config()),
-        "short": (ReLUConfig(D, F), config(steps=9, seed=2, data_seed=0)),
+        "topk": (TopKConfig(D, F, 4), config(TopKConfig)),
+        "short": (ReLUConfig(D, F), config(ReLUConfig, steps=9, seed=2, data_seed=0)),
     }
     for step in (7, 14):
         with pytest.raises(Stop):
             train_many(
-                live(model),
                 runs,
+                live(model),
                 folder=tmp_path,
                 output=SAVING,
                 resume=True,
                 on_step={"topk": stop_at(step)},
             )
-    results = train_many(live(model), runs, folder=tmp_path, output=SAVING, resume=True)
-    for name, settings in runs.items():
-        straight = train(live(model), *settings, folder=tmp_path / "alone" / name)
+    results = train_many(runs, live(model), folder=tmp_path, output=SAVING, resume=True)
+    for name, (sae, settled) in runs.items():
+        straight = train(sae, live(model), settled, folder=tmp_path / "alone" / name)
         file = tmp_path / name / "sae" / "sae.safetensors"
         assert (tmp_path / "alone" / file.relative_to(tmp_path)).read_bytes() == file.read_bytes()
         assert (name in results) == (name == "topk")  # the other was done before the last stop
@@ -140,16 +141,17 @@ def test_several_on_one_stream(model: Any, tmp_path: Path) -> None:
 def test_another_stream_is_refused(model: Any, tmp_path: Path) -> None:
     sae = TopKConfig(D, F, 4)
     with pytest.raises(Stop):
-        train(live(model), sae, config(), folder=tmp_path, output=SAVING, on_step=stop_at(7))
+        train(sae, live(model), config(sae), folder=tmp_path, output=SAVING, on_step=stop_at(7))
     for options, message in (
         ({"seed": 3}, "seed was 0 and is 3"),
         ({"layer": "h.0"}, "layer was"),
         ({"text": TEXT[::-1]}, "documents: expected the text that the saved stream read"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(live(model, **options), sae, config(), folder=tmp_path, resume=True)
+            train(sae, live(model, **options), config(sae), folder=tmp_path, resume=True)
     assert (
-        train(live(model), sae, config(), folder=tmp_path, resume=True).metrics[-1]["step"] == STEPS
+        train(sae, live(model), config(sae), folder=tmp_path, resume=True).metrics[-1]["step"]
+        == STEPS
     )
 
 
@@ -171,14 +173,16 @@ def test_what_does_not_fit_a_stream_leaves_no_folder(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        train(live(model, batch_size=batch_size), sae, config(**changes), folder=tmp_path / "run")
+        train(
+            sae, live(model, batch_size=batch_size), config(sae, **changes), folder=tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_stream_holds_its_targets_itself(model: Any) -> None:
     sae = TopKConfig(D, F, 4, d_out=D, **FREE)
     with pytest.raises(ValueError, match="target: expected none with a stream"):
-        train(live(model), sae, config(), target=torch.zeros(600, D))
+        train(sae, live(model), config(sae), target=torch.zeros(600, D))
 
 
 E2E: dict[str, tuple[SAEConfig, dict[str, Any]]] = {
@@ -215,7 +219,7 @@ class Through:
 @pytest.mark.parametrize("name", E2E)
 def test_end_to_end(name: str, model: Any, tmp_path: Path) -> None:
     sae_config, changes = E2E[name]
-    begin = Through(model, sae_config, config(**changes))
+    begin = Through(model, sae_config, config(sae_config, **changes))
     straight = begin(folder=tmp_path / "straight")
     resumed = stopped_and_resumed(tmp_path / "stopped", begin)
     assert_same(resumed, straight)
@@ -230,7 +234,7 @@ def test_end_to_end(name: str, model: Any, tmp_path: Path) -> None:
 
 
 def test_end_to_end_with_other_settings_is_refused(model: Any, tmp_path: Path) -> None:
-    begin = Through(model, TopKConfig(D, F, 4), config(steps=4))
+    begin = Through(model, TopKConfig(D, F, 4), config(TopKConfig, steps=4))
     with pytest.raises(Stop):
         begin(folder=tmp_path, output=OutputConfig(checkpoint_every=2), on_step=stop_at(3))
     other = Through(model, TopKConfig(D, F, 4), dataclasses.replace(begin.config, lr=0.5))
@@ -243,7 +247,7 @@ def test_end_to_end_with_other_settings_is_refused(model: Any, tmp_path: Path) -
 
 
 def test_the_shrinkage_fix_needs_stored_activations_end_to_end(model: Any, tmp_path: Path) -> None:
-    begin = Through(model, ReLUConfig(D, F), config(fix_shrinkage=True))
+    begin = Through(model, ReLUConfig(D, F), config(ReLUConfig, fix_shrinkage=True))
     with pytest.raises(ValueError, match="fix_shrinkage: expected false end to end"):
         begin(folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,30 +9,45 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sae_kernels.cli import main
-from sae_kernels.cli.settings import _descriptions
-from sae_kernels.config import DataConfig, OutputConfig, TrainConfig
+from sae_kernels.config import DataConfig, OptimizerConfig, OutputConfig, TrainConfig
+from sae_kernels.config.base import declared
 from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardWriter
 from sae_kernels.errors import DataError
-from sae_kernels.nn import CONFIGS, BatchTopKConfig, JumpReLUConfig, ReLUConfig, TopKConfig
-from sae_kernels.training import PRESETS, RunConfig, nested_groups
-from sae_kernels.training.run_config import FIELDS, Widths, merged
+from sae_kernels.nn import (
+    BatchTopKConfig,
+    BatchTopKSAE,
+    JumpReLUConfig,
+    JumpReLUObjective,
+    ReLUConfig,
+    ReLUObjective,
+    TopKConfig,
+    TopKObjective,
+    nested_groups,
+    presets,
+)
+from sae_kernels.training import RunConfig
+from sae_kernels.training.run_config import NESTED_TABLES, Widths, merged, setting_classes
 from tests.step.harness import D, tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sae_kernels.config import ObjectiveConfig, Settings
+    from sae_kernels.nn.registry import Kind
+
 F = 64
 SMALL = {"d_in": D, "n_latents": F}
-CLASSES = (DataConfig, TrainConfig, OutputConfig, *CONFIGS.values())
+PRESETS = presets()
+CLASSES = list(dict.fromkeys(cls for classes in setting_classes().values() for cls in classes))
 
 
 def tables_of(name: str) -> dict[str, Any]:
     """A preset in a file that says no more than it must."""
     sae: dict[str, Any] = dict(SMALL)
-    if PRESETS[name].data == "target":
+    if PRESETS[name].preset.data == "target":
         sae["d_out"] = 7
-    if PRESETS[name].data == "layers":
+    if PRESETS[name].preset.data == "layers":
         sae["n_layers"] = 2
     if name == "switch":
         sae["n_experts"] = 2  # the default k of 32 needs experts of as many latents
@@ -40,26 +55,40 @@ def tables_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_setting_is_documented(cls: type) -> None:
-    described = _descriptions(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
-    assert fields <= described.keys()
-    assert all(len(described[name].split()) >= 2 or name in ("k", "n_latents") for name in fields)
+def test_every_setting_is_documented(cls: type[Settings]) -> None:
+    # What a class declares anew for another default alone is documented by its base.
+    own = {f.name for f in dataclasses.fields(cls) if f.metadata} & vars(cls)[
+        "__annotations__"
+    ].keys()
+    for name, declaration in declared(cls).items():
+        if cls is not TrainConfig or name not in NESTED_TABLES:
+            assert len(declaration.words.split()) >= 2, name
+            assert declaration.words in (cls.__doc__ or "") or name not in own
 
 
 def test_a_run_has_a_word_for_each_table() -> None:
-    assert {field.name for field in dataclasses.fields(RunConfig)} == FIELDS.keys()
-    assert _descriptions(RunConfig).keys() == FIELDS.keys()
+    tables = {*(field.name for field in dataclasses.fields(RunConfig)), *NESTED_TABLES}
+    assert setting_classes().keys() == tables
+    tables |= {"architecture"}
+    assert RunConfig.from_tables({"sae": SMALL}).to_tables().keys() == tables
+    for classes in setting_classes().values():
+        assert all(cls.__doc__ for cls in classes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_its_file(name: str, tmp_path: Path) -> None:
     config = RunConfig.from_tables(tables_of(name))
-    preset = PRESETS[name]
-    given = preset.sae | preset.train
-    given |= {"groups": nested_groups(F)} if "groups" in given else {}
-    for key, value in given.items():
-        assert getattr(config.sae if hasattr(config.sae, key) else config.train, key) == value
+    preset = PRESETS[name].preset
+    sae = preset.sae | ({"groups": nested_groups(F)} if "groups" in preset.sae else {})
+    parts = (
+        (config.sae, sae),
+        (config.train.objective, preset.objective),
+        (config.train.optimizer, preset.optimizer),
+    )
+    for part, given in parts:
+        for key, value in given.items():
+            assert getattr(part, key) == value
+    assert type(config.train.objective) is PRESETS[name].sae.objective_class
     config.write(tmp_path / "run.toml")
     assert RunConfig.read(tmp_path / "run.toml") == config
     assert RunConfig.from_tables(config.to_tables()) == config
@@ -71,15 +100,16 @@ def test_a_preset_survives_its_file(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_none_in_the_place_of_what_a_preset_sets_survives_too(name: str, tmp_path: Path) -> None:
     """TOML has no None: read back under the preset, its own value would return."""
-    preset, tables = PRESETS[name], tables_of(name)
-    optional = {"target_l0", "clip_norm"} & preset.train.keys()
-    tables["train"] = dict.fromkeys(optional)
-    if preset.train.get("sparsity") == "target_l0":
-        tables["train"] |= {"sparsity": "l0"}
+    (kind, preset), tables = PRESETS[name], tables_of(name)
+    tables |= {"objective": {"target_l0": None}, "optimizer": {"clip_norm": None}}
+    if preset.objective.get("sparsity", kind.objective_class.sparsity) == "target_l0":
+        tables["objective"] |= {"sparsity": "l0"}
     if "groups" in preset.sae:
         tables["sae"]["groups"] = None
     config = RunConfig.from_tables(tables)
-    assert all(getattr(config.train, key) is None for key in optional)
+    assert config.train.objective is not None
+    assert config.train.objective.target_l0 is None
+    assert config.train.optimizer.clip_norm is None
     config.write(tmp_path / "run.toml")
     assert "arch" not in read_tables(tmp_path / "run.toml")
     assert RunConfig.read(tmp_path / "run.toml") == config
@@ -88,7 +118,13 @@ def test_none_in_the_place_of_what_a_preset_sets_survives_too(name: str, tmp_pat
 def test_every_setting_survives_its_file(tmp_path: Path) -> None:
     config = RunConfig(
         BatchTopKConfig(D, F, k=2.5, groups=(16, 48), activation_scale=0.1 + 0.2, d_out=None),
-        TrainConfig(lr=1e-3, clip_norm=0.5, k_aux=3, data_seed=7, activation_scale="none"),
+        TrainConfig(
+            lr=1e-3,
+            data_seed=7,
+            normalize_activations="none",
+            objective=BatchTopKSAE.objective_class(k_aux=3, target_l0=2.0),
+            optimizer=OptimizerConfig(clip_norm=0.5, adam="lazy"),
+        ),
         DataConfig(folders=("a", "größe ' \" \\"), check_on_read=True),
         OutputConfig(checkpoint_every=7, keep_checkpoints=0, loggers=("tensorboard",)),
     )
@@ -116,11 +152,13 @@ def test_every_setting_survives_its_file(tmp_path: Path) -> None:
 def test_what_is_left_out_is_the_presets_or_the_default() -> None:
     config = RunConfig.from_tables({"arch": "jumprelu", "sae": SMALL, "train": {"lr": 1.0}})
     assert config.sae == JumpReLUConfig(D, F, threshold_init=1.0, bandwidth=0.1)
-    assert config.train == TrainConfig(lr=1.0, **PRESETS["jumprelu"].train)
+    own = PRESETS["jumprelu"].preset
+    objective, optimizer = JumpReLUObjective(**own.objective), OptimizerConfig(**own.optimizer)
+    assert config.train == TrainConfig(lr=1.0, objective=objective, optimizer=optimizer)
     assert (config.data, config.output) == (DataConfig(), OutputConfig())
     bare = RunConfig.from_tables({"architecture": "jumprelu", "sae": SMALL})
     assert bare.sae == JumpReLUConfig(D, F)
-    assert bare.train == TrainConfig()
+    assert bare.train == TrainConfig(objective=JumpReLUObjective())
     assert RunConfig.from_tables({"sae": SMALL | {"k": 3}}).sae == TopKConfig(D, F, 3)
 
 
@@ -152,17 +190,17 @@ def test_groups() -> None:
 def test_a_scale_of_the_sae_rules_its_estimate_out() -> None:
     def scales(sae: dict[str, Any], train: dict[str, Any]) -> tuple[float, str]:
         config = RunConfig.from_tables({"sae": SMALL | {"k": 2} | sae, "train": train})
-        return config.sae.activation_scale, config.train.activation_scale
+        return config.sae.activation_scale, config.train.normalize_activations
 
     assert scales({}, {}) == (1, "sqrt_d")
-    assert scales({}, {"activation_scale": "none"}) == (1, "none")
+    assert scales({}, {"normalize_activations": "none"}) == (1, "none")
     assert scales({"activation_scale": 0.5}, {}) == (0.5, "none")
     assert scales({"activation_scale": 1}, {}) == (1, "none")
-    assert scales({"activation_scale": 0.5}, {"activation_scale": "none"}) == (0.5, "none")
+    assert scales({"activation_scale": 0.5}, {"normalize_activations": "none"}) == (0.5, "none")
     # As run.toml has it: the scale that the estimate will replace.
-    assert scales({"activation_scale": 1}, {"activation_scale": "sqrt_d"}) == (1, "sqrt_d")
-    with pytest.raises(ValueError, match=r"own 0\.5 or an estimate, got both; leave out one"):
-        scales({"activation_scale": 0.5}, {"activation_scale": "sqrt_d"})
+    assert scales({"activation_scale": 1}, {"normalize_activations": "sqrt_d"}) == (1, "sqrt_d")
+    with pytest.raises(ValueError, match=r"own 0\.5 or an estimate, got both; leave it out"):
+        scales({"activation_scale": 0.5}, {"normalize_activations": "sqrt_d"})
 
 
 @pytest.mark.parametrize(
@@ -178,12 +216,31 @@ def test_a_scale_of_the_sae_rules_its_estimate_out() -> None:
         ({"sae": [SMALL]}, r"expected a table \[sae\], got \[\{"),
         ({"arch": "topkk"}, "did you mean 'topk'"),
         ({"arch": 3}, "arch: expected one of topk, .*got 3"),
-        ({"architecture": "topkk"}, "architecture: got 'topkk'; did you mean 'topk'"),
+        (
+            {"architecture": "topkk"},
+            "architecture: expected one of topk, .*got 'topkk'; a class",
+        ),
         ({"architecture": ["topk"]}, r"architecture: expected one of .*got \['topk'\]"),
-        ({"architecture": "matryoshka"}, "architecture: got 'matryoshka'; known are"),
+        ({"architecture": "matryoshka"}, "architecture: expected one of topk, .*got 'matryoshka'"),
         ({"arch": "topk", "architecture": "topk"}, "a kind.*, got both"),
         ({"arch": "relu", "sae": {"k": 3}}, "k: no setting of architecture 'relu', which has d_in"),
         ({"sae": {"threshold_init": 3}}, "threshold_init: no setting of architecture 'topk'"),
+        (
+            {"objective": {"balance_coefficient": 1.0}},
+            "balance_coefficient: no setting of the objective of 'topk', which has loss, ",
+        ),
+        (
+            {"arch": "gated", "objective": {"multi_topk": True}},
+            "multi_topk: no setting of the objective of 'gated'",
+        ),
+        ({"objective": {"sparsty": "l1"}}, r"\[objective\]: unknown key 'sparsty'; did you mean"),
+        ({"optimizer": {"beta3": 0.9}}, r"\[optimizer\]: unknown key 'beta3'; did you mean 'beta"),
+        (
+            {"train": {"target_l0": 3.0}},
+            r"\[train\]: unknown key 'target_l0'; it belongs in \[objective\]",
+        ),
+        ({"objective": {"clip_norm": 1.0}}, r"'clip_norm'; it belongs in \[optimizer\]"),
+        ({"train": {"objective": {}}}, r"\[train\]: unknown key 'objective'"),
         ({"sae": {"d_in": None}}, "d_in: expected a positive integer, got None"),
     ],
 )
@@ -214,7 +271,7 @@ def test_an_sae_without_data_says_its_own_width() -> None:
         ("train", "steps", 3.0),
         ("train", "lr", "1e-3"),
         ("train", "data_seed", -1),
-        ("train", "activation_scale", 2.0),
+        ("train", "normalize_activations", 2.0),
         ("train", "route", "fast"),
         ("data", "folders", 3),
         ("data", "folders", [3]),
@@ -235,6 +292,43 @@ def test_a_value_of_another_type_is_refused_by_its_name(table: str, key: str, va
     tables = merged({"sae": SMALL | {"k": 3}}, {table: {key: value}})
     with pytest.raises(ValueError, match=rf"{key}: expected .*got"):
         RunConfig.from_tables(tables)
+
+
+@pytest.mark.parametrize(
+    ("objective", "flat", "message"),
+    [
+        (TopKObjective, {"stpes": 3}, "unknown setting 'stpes'; did you mean 'steps'"),
+        (TopKObjective, {"balance_coefficient": 1.0}, "unknown setting 'balance_coefficient'"),
+        (ReLUObjective, {"multi_topk": True}, "unknown setting 'multi_topk'"),
+        (ReLUObjective, {"k": 3}, "unknown setting 'k'"),
+        (ReLUObjective, {"sparsity": "l0"}, "sparsity: expected one of none, l1, lp, tanh, got 'l"),
+        (TopKObjective, {"route": "autograd", "adam": "lazy"}, "adam: expected 'dense' with route"),
+    ],
+)
+def test_flat_settings_that_nothing_has_are_refused(
+    objective: type[ObjectiveConfig], flat: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.of(objective, **flat)
+
+
+@pytest.mark.parametrize("kind", presets().values(), ids=presets())
+def test_flat_settings_reach_the_part_that_has_them(kind: Kind) -> None:
+    """No name stands in two parts, and every name of every part can be given flat."""
+    whole = TrainConfig(objective=kind.sae.objective_class(), optimizer=OptimizerConfig())
+    assert whole.objective is not None
+    parts = (whole.objective, whole.optimizer, whole)
+    flat = [name for part in parts for name in part.to_dict()]
+    assert len(flat) == len(set(flat))
+    given = {name: value for part in parts for name, value in part.to_dict().items()}
+    assert TrainConfig.of(kind.sae.objective_class, **given) == whole
+    other = TrainConfig.of(kind.sae.objective_class, steps=7, beta2=0.5, k_aux=3)
+    assert other == dataclasses.replace(
+        whole,
+        steps=7,
+        objective=dataclasses.replace(whole.objective, k_aux=3),
+        optimizer=OptimizerConfig(beta2=0.5),
+    )
 
 
 LIVE = {"model": "m", "layer": ["h.1"], "text": ["a.txt"]}
@@ -287,13 +381,14 @@ def test_the_file_of_a_run_repeats_it(name: str, tmp_path: Path) -> None:
     for part, seed in (("x", 0), ("y", 3)):
         with ShardWriter(tmp_path / part, D) as writer:
             writer.write(tokens(200, seed=seed))
-    kind = PRESETS[name].data
-    command = ["train", tmp_path / "x", *([tmp_path / "y"] if kind == "layers" else [])]
-    command += ["--target", tmp_path / "y"] if kind == "target" else []
+    data = PRESETS[name].preset.data
+    command = ["train", tmp_path / "x", *([tmp_path / "y"] if data == "layers" else [])]
+    command += ["--target", tmp_path / "y"] if data == "target" else []
     flags = ["--arch", name, "--n-latents", F, "--steps", 3, "--batch-size", 32, "--seed", 2]
-    if "target_l0" in PRESETS[name].train:
+    kind, preset = PRESETS[name]
+    if preset.objective.get("target_l0", kind.objective_class.target_l0) is not None:
         flags += ["--target-l0", 5]
-    if "k" in {field.name for field in dataclasses.fields(PRESETS[name].config)}:
+    if "k" in {field.name for field in dataclasses.fields(kind.config_class)}:
         flags += ["--k", 4]
     again = ["train", "--config", tmp_path / "first" / "run.toml", "--out", tmp_path / "again"]
     for line in ([*command, "--out", tmp_path / "first", *flags], again):

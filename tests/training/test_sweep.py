@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,8 @@ def test_architectures() -> None:
     assert list(runs) == ["jumprelu-steps3", "relu-steps3", "bare"]
     configs = {name: RunConfig.from_tables(run) for name, run in runs.items()}
     assert [c.sae.architecture for c in configs.values()] == ["jumprelu", "relu", "relu"]
-    assert configs["relu-steps3"].train.sparsity == "l1"  # the preset's
-    assert configs["bare"].train.sparsity == "none"
+    assert configs["jumprelu-steps3"].sae.threshold_init == 1.0  # the preset's
+    assert configs["bare"].train == dataclasses.replace(configs["relu-steps3"].train, steps=1000)
     kinds = expanded('[sweep]\narchitecture = ["topk", "batchtopk"]\n', 'arch = "relu"\n')
     assert list(kinds) == ["topk", "batchtopk"]
     assert all("arch" not in run for run in kinds.values())
@@ -100,9 +101,9 @@ def test_runs_do_not_share_their_tables() -> None:
     ("grid", "name"),
     [
         ('"sae.groups" = [[8, 24]]', "groups8x24"),
-        ('"train.adam" = ["lazy"]', "adam_lazy"),
-        ('"train.multi_topk" = [true]', "multi_topk_true"),
-        ('"train.sparsity_coefficient" = [1e-7]', "sparsity_coefficient1e-07"),
+        ('"optimizer.adam" = ["lazy"]', "adam_lazy"),
+        ('"objective.multi_topk" = [true]', "multi_topk_true"),
+        ('"objective.sparsity_coefficient" = [1e-7]', "sparsity_coefficient1e-07"),
         ('"train.device" = ["../a b:0"]', "device_.._a_b_0"),
     ],
 )

@@ -15,7 +15,7 @@ class Problem:
         d_in, n_latents, k: D, F and K of a TopK SAE.
         batch: tokens of a step on all GPUs together.
         dtype: of the products, "bfloat16", "float16" or "float32".
-        config: master, states, copies and adam count here.
+        config: master_weights, moment_dtype, compute_copies and adam count here.
 
     Raises:
         ValueError: k > n_latents, or a split master without bf16.
@@ -33,7 +33,7 @@ class Problem:
             raise ValueError(f"k: expected 1 <= k <= n_latents = {self.n_latents}, got {self.k}")
         if self.config.master_weights == "split" and self.dtype != "bfloat16":
             raise ValueError(
-                f"compute: expected 'bfloat16' with master 'split', got {self.dtype!r}"
+                f"compute: expected 'bfloat16' with master_weights 'split', got {self.dtype!r}"
             )
 
     @property

@@ -87,7 +87,7 @@ def train_end_to_end(
     stream = TokenStream(batches, weights.keep_first)
     try:
         with ExitStack() as stack:
-            kept = location.open(stack, "", Planned(sae, config), end_to_end=about)
+            kept = location.open(stack, "", Planned(sae, config, fitted=True), end_to_end=about)
             checkpoint = None if kept is None else kept.checkpoint
             if checkpoint is not None:
                 sae.load_state_dict(pretrained.load(checkpoint).state_dict())

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from sae_kernels.step.sparsity import SparsitySchedule
 from torch import Tensor
 
-from sae_kernels.config import TrainConfig
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
@@ -19,10 +17,12 @@ from sae_kernels.nn import (
     TopKConfig,
     build,
 )
+from sae_kernels.step import AutogradStep
 from sae_kernels.step.counters import DeadLatents
 from sae_kernels.testing import DenseSpec, dense_loss
 from sae_kernels.training.end_to_end import EndToEnd, EndToEndLoss, end_to_end_loss
 from tests.harvest.causal import D, Replaced, gpt2
+from tests.settings import settings
 
 if TYPE_CHECKING:
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
@@ -48,15 +48,17 @@ class Case:
 
     def loss(self, sae: SparseAutoencoder, coefficient: float, **changes: Any) -> EndToEndLoss:
         """What is tested, with this weight of the reconstruction."""
-        settings = {"auxk_alpha": 0.0, "sparsity_warmup_steps": 0, **self.train, **changes}
+        given = {"auxk_alpha": 0.0, "sparsity_warmup_steps": 0, **self.train, **changes}
+        step = AutogradStep(sae, settings(sae, **given).objective)
+        step.restore_()  # the dtype of the SAE itself, fp64
+        step.dead = _dead()
         return end_to_end_loss(
             gpt2().double(),
             _ids(),
             LAYER,
             sae,
             EndToEnd(reconstruction_coefficient=coefficient),
-            schedule=SparsitySchedule(TrainConfig(**settings)),
-            dead=_dead(),
+            step=step,
         )
 
 
@@ -224,7 +226,7 @@ def test_another_k_than_the_configuration_s() -> None:
         (
             TopKConfig(D, F, K),
             {"sparsity": "l0", "sparsity_coefficient": 1.0},
-            "sparsity: expected l1, lp or tanh with architecture 'topk'",
+            "sparsity: expected one of none, l1, lp, tanh, got 'l0'",
         ),
         (
             TopKConfig(D, F, K, d_out=D, subtract_b_dec=False),

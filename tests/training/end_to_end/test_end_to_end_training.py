@@ -31,6 +31,7 @@ from sae_kernels.testing import assert_bitwise
 from sae_kernels.training.end_to_end import EndToEnd, prepare_end_to_end, train_end_to_end
 from sae_kernels.training.end_to_end.layer import layer_width
 from tests.harvest.causal import D, gpt2
+from tests.settings import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,9 +60,10 @@ def _ids(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _train(sae_config: SAEConfig, **settings: Any) -> TrainingResult:
+def _train(sae_config: SAEConfig, **changes: Any) -> TrainingResult:
     """From its own start, on a hundred sequences."""
-    config = TrainConfig(lr=1e-2, compute="float32", sparsity_warmup_steps=0, **settings)
+    given = {"lr": 1e-2, "compute": "float32", "sparsity_warmup_steps": 0, **changes}
+    config = settings(sae_config, **given)
     batches = [_ids(20, 12, seed) for seed in range(5)]
     sae = prepare_end_to_end(gpt2(), batches, LAYER, sae_config, config)
     return train_end_to_end(gpt2(), batches, LAYER, sae, config)
@@ -74,7 +76,7 @@ def test_training_lowers_the_loss_and_leaves_the_model(kind: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sae = _sae() if kind == "topk" else BatchTopKSAE(BatchTopKConfig(D, F, k=K)).eval()
     mode = sae.training
-    config = TrainConfig(steps=30, lr=1e-2, clip_norm=1.0, log_every=7)
+    config = settings(sae, steps=30, lr=1e-2, clip_norm=1.0, log_every=7)
     seen: list[tuple[int, bool]] = []
     result = train_end_to_end(
         model,
@@ -117,9 +119,9 @@ def test_a_penalty_makes_codes_sparse() -> None:
 
 
 def test_jumprelu_thresholds_move_l0_to_the_target() -> None:
-    settings = {"sparsity": "target_l0", "target_l0": 5.0, "sparsity_coefficient": 0.3}
+    penalty = {"sparsity": "target_l0", "target_l0": 5.0, "sparsity_coefficient": 0.3}
     config = JumpReLUConfig(D, F, threshold_init=0.3, bandwidth=0.2)
-    result = _train(config, steps=100, **settings)
+    result = _train(config, steps=100, **penalty)
     assert isinstance(result.sae, JumpReLUSAE)
     first, last = result.metrics[0], result.metrics[-1]
     assert abs(last["l0"] - 5) < 0.5 * abs(first["l0"] - 5)
@@ -211,9 +213,9 @@ def test_a_fresh_sae_fits_the_layer(keep_first: bool) -> None:
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]
     batches = [TokenBatch(ids[:2], mask[:2]), TokenBatch(ids[2:], mask[2:])]
     model = gpt2()
-    settings = TrainConfig(compute="float32")
+    config = settings(TopKConfig, compute="float32")
     sae = prepare_end_to_end(
-        model, batches, LAYER, TopKConfig(D, F, K), settings, keep_first=keep_first
+        model, batches, LAYER, TopKConfig(D, F, K), config, keep_first=keep_first
     )
     # Attention goes one way, so what pads a sequence does not reach its tokens.
     states = model.transformer(ids, output_hidden_states=True).hidden_states[1].detach()
@@ -225,9 +227,9 @@ def test_a_fresh_sae_fits_the_layer(keep_first: bool) -> None:
         sae.b_dec.detach(), geometric_median(x) * scale, rtol=1e-4, atol=1e-5
     )
     with pytest.raises(ValueError, match="at least one token to replace, got none"):
-        prepare_end_to_end(model, [], LAYER, TopKConfig(D, F, K), settings)
+        prepare_end_to_end(model, [], LAYER, TopKConfig(D, F, K), config)
     with pytest.raises(ValueError, match=f"d_in: expected {D}, the width of the activations"):
-        prepare_end_to_end(model, batches, LAYER, TopKConfig(D + 1, F, K), settings)
+        prepare_end_to_end(model, batches, LAYER, TopKConfig(D + 1, F, K), config)
 
 
 def test_the_width_of_a_layer() -> None:
@@ -247,13 +249,40 @@ def test_the_width_of_a_layer() -> None:
         ({"model": None}, ValueError, "needs the model that the SAE sits in, got None"),
         ({"layer": "h.7"}, ModelError, "nearest: "),
         ({"sae": TopKSAE(TopKConfig(D + 1, F, K))}, ValueError, "the SAE reads, 17, got 16"),
-        ({"config": TrainConfig(adam="lazy")}, ValueError, "adam: expected 'dense' with route"),
-        ({"config": TrainConfig(states="bfloat16")}, ValueError, "states: expected 'float32'"),
-        ({"config": TrainConfig(fix_shrinkage=True)}, ValueError, "fix_shrinkage: expected false"),
-        ({"config": TrainConfig(multi_topk=True)}, ValueError, "reconstruction_coefficient: exp"),
+        (
+            {"config": settings(TopKConfig, adam="lazy")},
+            ValueError,
+            "adam: expected 'dense' with route",
+        ),
+        (
+            {"config": settings(TopKConfig, moment_dtype="bfloat16")},
+            ValueError,
+            "moment_dtype: expected 'float32'",
+        ),
+        (
+            {"config": settings(ReLUConfig, fix_shrinkage=True)},
+            ValueError,
+            "fix_shrinkage: expected false",
+        ),
+        (
+            {"config": settings(TopKConfig, multi_topk=True)},
+            ValueError,
+            "reconstruction_coefficient: exp",
+        ),
+        ({"config": settings(ReLUConfig)}, TypeError, "expected a TopKObjective"),
         ({"weights": EndToEnd(downstream_layers=("h.0",))}, ValueError, r"run after h\.0"),
     ],
-    ids=["model", "layer", "width", "adam", "states", "shrinkage", "multi", "downstream"],
+    ids=[
+        "model",
+        "layer",
+        "width",
+        "adam",
+        "moments",
+        "shrinkage",
+        "multi",
+        "objective",
+        "downstream",
+    ],
 )
 def test_what_cannot_be_trained_leaves_no_folder(
     changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
