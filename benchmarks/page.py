@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_kernels.bench.output import cells, plots
+from sae_kernels.bench.output import cells, pictures
 from sae_kernels.bench.output.table import machine
 from sae_kernels.bench.results import read
 
@@ -68,22 +68,20 @@ def bench_section(path: Path) -> str:
     ]
     libraries = cells.libraries(facts)
     blocks.append("\n".join(f"- {names}: {_plain(about)}" for names, about in libraries))
-    for case, records in results.cases().items():
-        columns = [*cells.who(records), *cells.times(records), *cells.work(records)]
-        split, remarks = cells.phases(records), cells.remarks(records)
-        blocks += [f"### {case}", *map(_markdown, filter(None, (columns, split)))]
-        blocks.append("\n".join(f"- {_plain(line)}" for line in remarks))
+    for case in cells.cases(results):
+        tables = filter(None, (case.who + case.columns, case.phases))
+        blocks += [f"### {case.name}", *map(_markdown, tables)]
+        blocks.append("\n".join(f"- {_plain(line)}" for line in case.remarks))
     return "\n\n".join(filter(None, blocks))
 
 
 def _markdown(columns: list[cells.Column]) -> str:
     if not columns[0].cells:
         return ""
-    rows = zip(*(column.cells for column in columns), strict=True)
     lines = [
         [" ".join(column.heading.split()) for column in columns],
         ["---" if column.words else "---:" for column in columns],
-        *([_plain(cell.strip()) for cell in row] for row in rows),
+        *([_plain(cell.strip()) for cell in row] for row in cells.rows(columns)),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -95,7 +93,7 @@ def _plain(words: str) -> str:
     return words
 
 
-def pictures(folder: Path) -> list[str]:
+def shown(folder: Path) -> list[str]:
     """Those of the benchmark in a folder beside the page."""
     return [
         f"![{path.stem.removeprefix('bench-')}]({folder.name}/{path.name})"
@@ -107,7 +105,7 @@ def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
     """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
     sections = [bench_section(path) for path in _bench_files(folder)]
     sections += [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
-    return "\n\n".join([HEAD.strip(), *pictures(pictures_folder), *sections]) + "\n"
+    return "\n\n".join([HEAD.strip(), *shown(pictures_folder), *sections]) + "\n"
 
 
 def _bench_files(folder: Path) -> list[Path]:
@@ -119,7 +117,7 @@ def draw(folder: Path, pictures_folder: Path) -> None:
     """Draws what the bench results allow, each picture from the first file that has it."""
     drawn: dict[str, bytes] = {}
     for path in _bench_files(folder):
-        drawn = {f"bench-{p.name}.png": p.png for p in plots.draw(read(path))} | drawn
+        drawn = {f"bench-{p.name}.png": p.png for p in pictures.draw(read(path))} | drawn
     for name, png in drawn.items():
         (pictures_folder / name).write_bytes(png)
 

@@ -133,9 +133,10 @@ def test_pictures_of_one_arm_and_of_both(results: Path) -> None:
     records = tables.read(results)[1]
     one = [record for record in records if record["arm"] != "flops"]
     both, alone = pictures.draw(records), pictures.draw(one)
-    assert set(both) == set(alone) == set(tables.SHOWN)
-    for name, png in both.items():
-        assert _width(png) > _width(alone[name]), name
+    assert [p.name for p in both] == [p.name for p in alone]
+    assert {p.name for p in both} == set(tables.SHOWN)
+    for wide, narrow in zip(both, alone, strict=True):
+        assert _width(wide.png) > _width(narrow.png), wide.name
 
 
 def test_drawing_needs_no_training(results: Path, tmp_path: Path) -> None:

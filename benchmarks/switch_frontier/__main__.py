@@ -93,8 +93,8 @@ def summary(record: dict[str, object]) -> str:
 def draw(results: Path, folder: Path) -> None:
     """Draws a file's runs into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in pictures.draw(tables.read(results)[1]).items():
-        (folder / f"{name}.png").write_bytes(png)
+    for picture in pictures.draw(tables.read(results)[1]):
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
 
 
 def write_page() -> None:

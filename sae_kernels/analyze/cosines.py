@@ -16,7 +16,7 @@ _EDGE = 1024
 _BLOCK = 1 << 22
 
 
-class Tile(NamedTuple):
+class CosineTile(NamedTuple):
     """The cosines of some rows to some that do not come before them.
 
     Attributes:
@@ -47,7 +47,7 @@ def n_tiles(rows: torch.Tensor) -> int:
     return blocks * (blocks + 1) // 2
 
 
-def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Tile]:
+def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[CosineTile]:
     """Every pair of rows once, with its cosine, in fp32.
 
     Args:
@@ -75,7 +75,7 @@ def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Tile]:
                 cosines.masked_fill_(seen, -math.inf)
             cosines[left_zero] = -math.inf
             cosines[:, right_zero] = -math.inf
-            yield Tile(i, j, cosines)
+            yield CosineTile(i, j, cosines)
 
 
 def zero_rows(rows: torch.Tensor) -> torch.Tensor:

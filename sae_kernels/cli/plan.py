@@ -11,7 +11,7 @@ from sae_kernels.bench.plan import numbers
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
 from sae_kernels.config import OptimizerConfig
-from sae_kernels.report.units import number
+from sae_kernels.plotting.units import number
 
 ONE_DEVICE_ONLY = (
     "predictions: this package trains on one device, several GPUs are not implemented; no part of "

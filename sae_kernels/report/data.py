@@ -29,7 +29,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Context:
+class TokenContext:
     """A window of tokens around one token on which a latent fires strongly.
 
     Attributes:
@@ -66,7 +66,7 @@ class LatentExamples:
     latent: int
     density: float
     max_activation: float
-    contexts: list[Context]
+    contexts: list[TokenContext]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .contexts import peak_word
-from .data import Context, LatentExamples
+from .data import LatentExamples, TokenContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,10 +163,10 @@ def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
 
 def _context(
     codes: _Codes, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
-) -> Context:
+) -> TokenContext:
     """The tokens of the same document around a row."""
     start, stop = max(0, peak - radius), peak + radius + 1
     same = (documents[start:stop] == documents[peak]).nonzero().flatten() + start
     first, last = int(same[0]), int(same[-1]) + 1
     activations = codes.activations(latent, first, last)
-    return Context(text[first:last], activations, peak - first)
+    return TokenContext(text[first:last], activations, peak - first)

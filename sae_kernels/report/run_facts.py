@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .units import number
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

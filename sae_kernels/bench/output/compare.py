@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sae_kernels.bench.output.cells import Column, dtype
+from sae_kernels.bench.output.cells import Column, who
 from sae_kernels.bench.output.ratios import Ratio, ratio, same_dtype
 from sae_kernels.bench.output.table import print_columns, say
 from sae_kernels.bench.results import key, measured
-from sae_kernels.report.units import number
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,14 +132,11 @@ def _status(records: dict[Key, Record], k: Key) -> str:
 
 
 def _columns(rows: list[Row]) -> tuple[list[Column], list[Column]]:
-    names = [("* " if row.changed else "  ") + row.now["provider"] for row in rows]
-    who = [
-        Column("  provider", names, True),
-        Column("dtype", [dtype(row.now) for row in rows], True),
-    ]
+    now = [row.now for row in rows]
+    starred = [row.now for row in rows if row.changed]
     speedups = [row.speedup for row in rows]
-    return who, [
-        Column("median ms", [number(row.now["median_ms"]) for row in rows]),
+    return who(now, starred), [
+        Column("median ms", [number(r["median_ms"]) for r in now]),
         Column("was", [number(row.stored["median_ms"]) for row in rows]),
         Column("change", [_percent(row.time.value) for row in rows]),
         Column("ours x", [str(s[0]) if s else "" for s in speedups]),

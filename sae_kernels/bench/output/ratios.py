@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.bench.results import measured
-from sae_kernels.report.units import number
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from sae_kernels.bench.results import Record

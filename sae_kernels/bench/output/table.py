@@ -17,10 +17,17 @@ def show(results: Results, console: Console) -> None:
     """Prints every case: times and ratios, what was used and achieved, and the phases."""
     say(console, machine(results.provenance))
     say(console, cells.LEGEND)
-    for case, records in results.cases().items():
+    for case in cells.cases(results):
         console.print()
-        say(console, case, "bold")
-        _case(records, console)
+        say(console, case.name, "bold")
+        if case.columns:
+            print_columns(case.who, case.columns, console)
+        if case.phases:
+            console.print()
+            say(console, "phases, ms")
+            print_columns(case.phases[:2], case.phases[2:], console)
+        for line in case.remarks:
+            say(console, line)
     for note in results.notes or ([] if results.records else ["nothing was measured"]):
         say(console, note)
 
@@ -44,7 +51,7 @@ def columns_table(columns: list[cells.Column]) -> Table:
         # Words in brackets in a stranger's file are not to be taken for markup.
         heading = Text(column.heading)
         table.add_column(heading, justify="left" if column.words else "right", overflow="fold")
-    for row in zip(*(column.cells for column in columns), strict=True):
+    for row in cells.rows(columns):
         table.add_row(*map(Text, row), style="bold" if row[0].startswith("* ") else None)
     return table
 
@@ -72,16 +79,3 @@ def _width(columns: list[cells.Column], console: Console) -> int:
 
     unbounded = console.options.update(width=10_000)
     return Measurement.get(console, unbounded, columns_table(columns)).maximum
-
-
-def _case(records: list[Record], console: Console) -> None:
-    columns = [*cells.times(records), *cells.work(records)]
-    if columns:
-        print_columns(cells.who(records), columns, console)
-    split = cells.phases(records)
-    if split:
-        console.print()
-        say(console, "phases, ms")
-        print_columns(split[:2], split[2:], console)
-    for line in cells.remarks(records):
-        say(console, line)

@@ -1,26 +1,57 @@
-"""Bars of one case: the time of each library, and where it goes."""
+"""The pictures of a run: the time of each library, where it goes, and how it changes with sizes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae_kernels.bench.contestants.clock import PHASES
-from sae_kernels.bench.output.marks import row_axis
+from sae_kernels.bench.output import curves, series
 from sae_kernels.bench.output.ratios import RATES, default, ratio
 from sae_kernels.bench.output.series import label, title
-from sae_kernels.report.plots import Drawing
-from sae_kernels.report.plotstyle import BLUE, INK, MUTED, ORANGE
-from sae_kernels.report.units import number
+from sae_kernels.bench.results import measured, roofs
+from sae_kernels.plotting import figure as figures
+from sae_kernels.plotting.axes import row_axis
+from sae_kernels.plotting.figure import Drawing, Picture
+from sae_kernels.plotting.style import BLUE, GREEN, INK, MUTED, ORANGE
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sae_kernels.bench.results import Record
+    from sae_kernels.bench.results import Record, Results
 
 _PHASE_COLOURS = {
-    "product": (BLUE, "white"), "selection": ("#8fc7ea", INK), "decode": ("#00785a", "white"),
+    "product": (BLUE, "white"), "selection": ("#8fc7ea", INK), "decode": (GREEN, "white"),
     "backward": ("#efb73e", INK), "optimizer": (ORANGE, "white"), "other": ("#c5cad1", INK),
 }  # fmt: skip
+
+
+def draw(results: Results) -> list[Picture]:
+    """Draws every picture that the results have points for.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    return figures.render(drawings(results), "the pictures of a benchmark")
+
+
+def drawings(results: Results) -> list[Drawing]:
+    """What can be drawn, in the order of the page."""
+    found = []
+    if shown := series.showpiece(results):
+        found.append(headline(shown))
+    found += [curves.speed(axis, lines) for axis in "FBK" if (lines := series.lines(results, axis))]
+    axis, crossing = series.crossing(results)
+    if crossing:
+        found.append(curves.crossover(axis, crossing))
+    if memory := series.lines(results, "F", "peak_bytes"):
+        found.append(curves.memory(memory))
+    points = [r for r in measured(results.records) if (r.get("gflops") or 0) > 0 < (r["gbps"] or 0)]
+    if len(points) > 1:
+        found.append(curves.roofline(points, *roofs(results)))
+    if split := series.split(results):
+        found.append(phases(split))
+    return found
 
 
 def headline(records: list[Record]) -> Drawing:
@@ -55,21 +86,20 @@ def headline(records: list[Record]) -> Drawing:
 
     said = "; ".join(f"{label(r)} {t}" for r, t in zip(records, texts, strict=True))
     caption = f"{records[0]['case']}. Ours is {label(base)} unless it is told otherwise."
-    return Drawing("headline", f"Time of a case by library: {said}.", caption, draw)
+    return Drawing("headline", draw, f"Time of a case by library: {said}.", caption)
 
 
 def phases(records: list[Record]) -> Drawing:
     """The share of each phase in the time of some records of a case."""
+    times = {p: [float(r["phases_ms"].get(p) or 0) for r in records] for p in PHASES}
+    totals = [sum(of_one) or 1.0 for of_one in zip(*times.values(), strict=True)]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         left = [0.0] * len(records)
-        totals = [sum(_milliseconds(r, p) for p in PHASES) or 1.0 for r in records]
-        for phase in (p for p in PHASES if any(_milliseconds(r, p) for r in records)):
+        for phase in (p for p in PHASES if any(times[p])):
             colour, ink = _PHASE_COLOURS[phase]
-            widths = [
-                100 * _milliseconds(r, phase) / t for r, t in zip(records, totals, strict=True)
-            ]
+            widths = [100 * ms / total for ms, total in zip(times[phase], totals, strict=True)]
             bars = axes.barh(range(len(records)), widths, 0.7, left, color=colour, label=phase)
             texts = [f"{w:.0f}" if w >= 4 else "" for w in widths]
             axes.bar_label(bars, texts, label_type="center", color=ink)
@@ -85,7 +115,7 @@ def phases(records: list[Record]) -> Drawing:
                       handlelength=1.0)  # fmt: skip
 
     alt = f"Phases of {records[0]['case']} for {', '.join(map(label, records))}."
-    return Drawing("phases", alt, f"{records[0]['case']}.", draw)
+    return Drawing("phases", draw, alt, f"{records[0]['case']}.")
 
 
 def _time(record: Record) -> str:
@@ -99,8 +129,3 @@ def _against(record: Record, base: Record) -> str:
 def _shipped(record: Record) -> str:
     other = record["provider"] in ("ours", "dense", "dense_compile", "product")
     return "\nas shipped" if record.get("as_shipped") and not other else ""
-
-
-def _milliseconds(record: Record, phase: str) -> float:
-    value: Any = record["phases_ms"].get(phase)
-    return float(value or 0.0)
