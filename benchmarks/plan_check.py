@@ -17,7 +17,7 @@ import torch
 from sae_kernels.bench.cases import Case, Shape
 from sae_kernels.bench.contestants.clock import WallClock
 from sae_kernels.bench.plan import calibration, device
-from sae_kernels.bench.plan.fit import fit
+from sae_kernels.bench.plan.calibration import fit
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.results import Results, Writer
 from sae_kernels.bench.timing import interleaved

@@ -89,7 +89,7 @@ def _waiting(run: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], 
     return waited
 
 
-def _judged(contestant: Contestant, task: Task, x: torch.Tensor, out: Path) -> gate.Error:
+def _judged(contestant: Contestant, task: Task, x: torch.Tensor, out: Path) -> gate.Deviation:
     """Its result's error; nothing is timed before it is right."""
     some = x[: gate.TOKENS]
     contestant.loop(worker.gate(contestant, some, str(out)))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import calls, floors
+from benchmarks import calls
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, gather_rate, rates
+from sae_kernels.bench import work
 from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
 from sae_kernels.bench.provenance import nvidia_smi
 from sae_kernels.codes import SparseCodes
@@ -28,7 +29,7 @@ _ROW_BYTES = (1536, 2048, 4096, 4608, 8192)
 def device_rates(bench: Bench) -> Iterator[Record]:
     """What the floors are computed from, and the product at every yardstick."""
     found = rates(bench)
-    yield {"kind": "rate", "what": "memory, read plus written", "bytes_per_s": found.memory}
+    yield {"kind": "rate", "what": "memory, read plus written", "bytes_per_s": found.moved}
     for row_bytes in _ROW_BYTES:
         rate = gather_rate(bench, row_bytes)
         yield {"kind": "rate", "what": f"gather of {row_bytes}-byte rows", "bytes_per_s": rate}
@@ -98,7 +99,7 @@ def decode_both_ways(bench: Bench) -> Iterator[Record]:
         contestants = _decoders(bench, shape)
         peaks = {name: bench.peak_bytes(run) for name, run in contestants.items()}
         times = bench.time(contestants)
-        floor = 1e3 * floors.decode_and_backward(shape, rates(bench))
+        floor = 1e3 * work.decode_backward_floor(shape, rates(bench))
         for record in compared(f"decode F=65536 D=2304 K={K}", "decode", times, "sae_kernels"):
             ours, peak = peaks["sae_kernels"], peaks[record["provider"]]
             if ours is not None and peak is not None:
@@ -135,7 +136,7 @@ def decode_residual(bench: Bench) -> Iterator[Record]:
     """The fused form, as a training step uses it, against the floor of its one visit."""
     for name in ("gpu-small", "gpu-mid"):
         yield from _each_backend(
-            bench, f"decode_residual {name}", "decode_residual", name, floors.decode
+            bench, f"decode_residual {name}", "decode_residual", name, work.decode_floor
         )
 
 
@@ -147,15 +148,15 @@ def rows(bench: Bench) -> Iterator[Record]:
             f"row_update gpu-small {popularity}",
             "row_update",
             "gpu-small",
-            floors.row_update,
+            work.row_update_floor,
             popularity=popularity,
         )
-    for name, state_bytes, options in (
+    for name, weight_bytes, options in (
         ("split master", 24, {"split": True}),
         ("bf16 moments", 18, {"states": torch.bfloat16}),
         ("split master, bf16 moments", 16, {"split": True, "states": torch.bfloat16}),
     ):
-        floor = functools.partial(floors.row_update, state_bytes=state_bytes)
+        floor = functools.partial(work.row_update_floor, weight_bytes=weight_bytes)
         case = f"row_update gpu-small {name}"
         yield from _each_backend(bench, case, "row_update", "gpu-small", floor, **options)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.switch_frontier.flops import step_flops
 from sae_kernels.analyze import effective_number
+from sae_kernels.bench.work import Work
 from sae_kernels.config import TrainConfig
 from sae_kernels.functional import RoutedCodes
 from sae_kernels.nn import SwitchConfig, TopKConfig
@@ -70,8 +70,9 @@ class Plan:
         return TrainConfig(log_every=1, **given, **own)
 
     def flops(self, d_in: int) -> int:
-        """Of a step."""
-        return step_flops(self.batch_size, d_in, self.n_latents, self.n_experts, self.k)
+        """FLOPs of a step."""
+        sizes = self.batch_size, d_in, self.n_latents, self.k
+        return int(Work(*sizes, n_experts=self.n_experts).step)
 
     def made(self, record: Record) -> bool:
         """Whether a record is of this run."""

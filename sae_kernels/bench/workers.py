@@ -30,11 +30,11 @@ class Failed(Exception):
     """The contestant raised, died or did not answer in time."""
 
 
-class Worker:
+class WorkerProcess:
     """A process that holds one contestant.
 
     Args:
-        provider: whose.
+        provider: the contestant's.
         threads: of its products and kernels.
     """
 
@@ -54,7 +54,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process's number."""
         return self._process.pid
 
     @property

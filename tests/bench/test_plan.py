@@ -24,9 +24,9 @@ from sae_kernels.bench.plan import (
     layouts,
     numbers,
     predict,
-    step,
+    prediction,
 )
-from sae_kernels.bench.plan.fit import Observation, fit
+from sae_kernels.bench.plan.calibration import Observation, fit
 from sae_kernels.bench.results import Results
 from sae_kernels.config import TrainConfig
 from sae_kernels.errors import DataError
@@ -85,7 +85,8 @@ def test_memory_of_one_device_by_hand():
 
 def test_a_mixed_layout_by_hand():
     mixed = Layout(shards=2, replicas=2)  # 8 tokens and 4 latents a GPU
-    assert (mixed.tokens(SMALL), mixed.latents(SMALL), mixed.kept(SMALL)) == (8, 4, 8)
+    work = mixed.work(SMALL)
+    assert (work.B, work.F, work.B * work.K) == (8, 4, 8)
     assert messages(mixed, SMALL) == {
         "tokens": 8 * 4 * 2 / 2,
         "candidates": 2 * 8 * 2 * 8 / 2,
@@ -109,7 +110,7 @@ def test_few_touched_rows_are_exchanged_in_place_of_all():
 def test_parts_of_a_step_by_hand():
     rates = dict.fromkeys(devices.UNITS, 1.0)
     slow = dataclasses.replace(H200, rates=rates)
-    times = step.step_time(step.work(SMALL, Layout(1, 1), slow), rates)
+    times = prediction.step_time(prediction.amounts(SMALL, Layout(1, 1), slow), rates)
     assert times.product == 2 * 16 * 4 * 8
     assert times.decode == times.code_gradients == 16 * 2 * 4 * 2
     assert times.latent_order == 16 * 2 * 4 * (2 + 4)
@@ -122,8 +123,8 @@ def test_parts_of_a_step_by_hand():
 def test_sources_that_overflow_the_cache_are_read_from_memory():
     slow = dataclasses.replace(H200, rates={**H200.rates, "gathered": 2.0, "moved": 1.0})
     found = {
-        cache: step.step_time(
-            step.work(SMALL, Layout(1, 1), dataclasses.replace(slow, cache_bytes=cache)),
+        cache: prediction.step_time(
+            prediction.amounts(SMALL, Layout(1, 1), dataclasses.replace(slow, cache_bytes=cache)),
             slow.rates,
         )
         for cache in (1, 2**20)
@@ -255,7 +256,9 @@ def planted(rates: dict[str, float], shapes=SHAPES) -> list[dict[str, object]]:
     for shape in shapes:
         for dtype in ("bfloat16", "float32"):
             problem = Problem(shape.D, shape.F, shape.K, shape.B, dtype)
-            times = step.step_time(step.work(problem, Layout(1, 1), cpu_device), rates)
+            times = prediction.step_time(
+                prediction.amounts(problem, Layout(1, 1), cpu_device), rates
+            )
             records.append(record(shape, dtype, 1e3 * times.total))
     return records
 

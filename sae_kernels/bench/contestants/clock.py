@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """Measures from a start to a stop."""
+    """Measures the time from a start to a stop."""
 
     def start(self) -> None:
-        """Begins."""
+        """Begins a measurement."""
 
     def stop(self) -> Reading:
-        """Ends; the answer may be asked for later."""
+        """Ends it; the seconds may be asked for later."""
 
 
 class WallClock:
-    """For runs on the CPU: the machine's clock."""
+    """The machine's clock, for runs on the CPU."""
 
     def start(self) -> None:
-        """Begins."""
+        """Notes the time."""
         self._start = time.perf_counter()
 
     def stop(self) -> Reading:
-        """Ends."""
+        """The seconds since the start."""
         seconds = time.perf_counter() - self._start
         return lambda: seconds
 
 
 class CudaClock:
-    """For runs on a GPU: its own events, with nothing of an earlier run left in its L2 cache.
+    """A GPU's own events, with nothing of an earlier run left in its L2 cache.
 
     Writing the large buffer empties the cache, and takes the device long enough for the host to
     have queued the run by the time it starts: what is measured is the device and not the launch,
@@ -118,18 +118,17 @@ def _status(name: str) -> int:
 
 
 PHASES = ("product", "selection", "decode", "backward", "optimizer", "other")
-# Operators by what they do in a step; of ours, whose fused ones have no torch name.
-_OURS = {
-    "select_topk": "product",
-    "select_batch_topk": "product",
-    "select_threshold": "product",
+# The phases of our fused operators, which have no torch name, by how their own names begin.
+OURS = {
+    "select_": "product",
+    "route_": "product",
     "decode": "decode",
-    "decode_residual": "decode",
     "code_grad": "backward",
     "transpose_codes": "backward",
     "row_grad": "backward",
-    "row_sqnorm": "optimizer",
-    "row_update": "optimizer",
+    "auxk": "backward",
+    "row_": "optimizer",
+    "pick_dead": "optimizer",
 }
 _MOST_EVENTS = 100_000
 _SELECTS = {"aten::topk", "aten::sort", "aten::kthvalue", "aten::scatter", "aten::scatter_"}
@@ -204,4 +203,13 @@ class Phases:
             bag = name == "aten::embedding_bag"
             return "decode" if bag or reads_codes else "product"
         library, _, operator = name.partition("::")
-        return _OURS.get(operator) if library == "sae_kernels" else None
+        return phase_of_ours(operator) if library == "sae_kernels" else None
+
+
+def phase_of_ours(operator: str) -> str | None:
+    """The phase of one of our operators; None of one that no rule is for.
+
+    >>> phase_of_ours("row_grad"), phase_of_ours("row_update")
+    ('backward', 'optimizer')
+    """
+    return next((phase for begin, phase in OURS.items() if operator.startswith(begin)), None)

@@ -1,4 +1,4 @@
-"""What a device does in a second: nominal rates with their sources, until results replace them."""
+"""Nominal rates of devices, with their sources; results replace them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sae_kernels.backends import cpu
+from sae_kernels.bench.work import Rates
 from sae_kernels.errors import name_hint
 
 # The units in which a step's work is counted; a device has a rate for each.
@@ -49,6 +50,11 @@ class Device:
     node: int
     gpu: str | None
     source: str
+
+    @property
+    def traffic(self) -> Rates:
+        """How fast it moves data."""
+        return Rates(self.rates["moved"], self.rates["gathered"], self.cache_bytes)
 
     def dtype(self, compute: str) -> str:
         """What a ``compute`` setting stands for here, "auto" among others."""
@@ -151,7 +157,7 @@ def has_amx() -> bool:
 
 
 def isa() -> str | None:
-    """Of the host kernels; None where they are not built."""
+    """The instruction set of the host kernels; None where they are not built."""
     built = cpu.reason(torch.device("cpu"), torch.float32) is None
     return cpu.isa() if built else None
 
