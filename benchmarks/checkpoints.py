@@ -7,17 +7,15 @@ process, in turn. What a save adds to a turn is set against 200 and 1000 steps.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.cpu_bars import B, D, F, K
+from benchmarks.study import B, D, F, K, parser, report
 from sae_kernels.bench.inputs import activations
-from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.config import TrainConfig
 from sae_kernels.config.output import OutputConfig
@@ -25,6 +23,11 @@ from sae_kernels.data import ShuffledBatches
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.runs.folder import RunFolder
 from sae_kernels.training.on_activations import OnActivations
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.study import Record
 
 TURNS = {"bfloat16": 60, "float32": 25}  # steps, in which a write comes to its end
 
@@ -80,23 +83,19 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measures, prints, and writes a line with its provenance."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--data", type=Path, help="Where the checkpoints go; a real disk.")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compute", nargs="+", choices=TURNS, default=list(TURNS))
-    options = parser.parse_args()
-    lines: list[dict[str, object]] = [
-        {"provenance": provenance("python -m benchmarks.checkpoints")}
-    ]
-    for compute in options.compute:
-        torch.manual_seed(0)
-        with tempfile.TemporaryDirectory(dir=options.data) as folder:
-            lines.append(measure(Path(folder, "run"), options.rounds, compute))
-        print(json.dumps(lines[-1], indent=1))
-    if options.out:
-        options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Measures, prints, and writes a line for each compute dtype."""
+    made = parser(__doc__, rounds=9)
+    made.add_argument("--data", type=Path, help="Where the checkpoints go; a real disk.")
+    made.add_argument("--compute", nargs="+", choices=TURNS, default=list(TURNS))
+    options = made.parse_args()
+
+    def records() -> Iterator[Record]:
+        for compute in options.compute:
+            torch.manual_seed(0)
+            with tempfile.TemporaryDirectory(dir=options.data) as folder:
+                yield measure(Path(folder, "run"), options.rounds, compute)
+
+    report("checkpoints", records(), options.out)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from benchmarks.study import DOCS, RESULTS, commit, markdown
 from sae_kernels.bench.output import cells, pictures
 from sae_kernels.bench.output.table import machine
 from sae_kernels.bench.results import read
 
-ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-PICTURES = PAGE.parent / "pictures"
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.study import Record
+
+PAGE, PICTURES = DOCS / "benchmarks.md", DOCS / "pictures"
 
 HEAD = """# Benchmarks
 
@@ -27,34 +30,32 @@ necessary. The dense steps are in `sae_kernels/bench/contestants/dense_steps.py`
 
 
 def section(path: Path) -> str:
-    """One results file as Markdown."""
+    """A results file of a study as Markdown."""
     first, *records = (json.loads(line) for line in path.read_text().splitlines())
     facts = first["provenance"]
-    versions = f"Python {facts['python']}, torch {facts['torch']}"
-    lines = [
-        f"## {path.stem}",
-        "",
+    versions = f"Python {facts['python']}, torch {facts['torch']}, allocator {facts['malloc']}"
+    about = (
         f"{facts['cpu']}, ISA {facts['isa']}, {facts['threads']} threads, {versions}, "
-        f"allocator {facts['malloc']}, commit {facts['commit']}"
-        f"{' with changes' if facts['dirty'] else ''}, {facts['time'][:10]}: "
-        f"`{facts['command']}`",
-    ]
-    for case, group in itertools.groupby(records, key=lambda record: record["case"]):
-        lines += ["", *table(case, list(group))]
-    return "\n".join(lines)
+        f"{commit(facts)}: `{facts['command']}`"
+    )
+    groups = itertools.groupby(records, key=lambda record: record["case"])
+    tables = [table(case, list(group)) for case, group in groups]
+    return "\n\n".join([f"## {path.stem}", about, *tables])
 
 
-def table(case: str, records: list[dict[str, Any]]) -> list[str]:
+def table(case: str, records: list[Record]) -> str:
     """One case as a table."""
-    return [
-        f"| {case} | median ms | p20 to p80 | ratio to {records[0]['base']} |",
-        "|---|---:|---:|---:|",
-        *(
-            f"| {r['provider']} | {r['median_ms']:.1f} | {r['p20_ms']:.1f} to {r['p80_ms']:.1f} "
-            f"| {r['ratio']:.2f} |"
-            for r in records
-        ),
-    ]
+    head = (case, "median ms", "p20 to p80", f"ratio to {records[0]['base']}")
+    rows = (
+        [
+            r["provider"],
+            f"{r['median_ms']:.1f}",
+            f"{r['p20_ms']:.1f} to {r['p80_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in records
+    )
+    return markdown(head, rows)
 
 
 def bench_section(path: Path) -> str:
@@ -76,14 +77,9 @@ def bench_section(path: Path) -> str:
 
 
 def _markdown(columns: list[cells.Column]) -> str:
-    if not columns[0].cells:
-        return ""
-    lines = [
-        [" ".join(column.heading.split()) for column in columns],
-        ["---" if column.words else "---:" for column in columns],
-        *([_plain(cell.strip()) for cell in row] for row in cells.rows(columns)),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[_plain(cell.strip()) for cell in row] for row in cells.rows(columns)]
+    heads = [" ".join(column.heading.split()) for column in columns]
+    return markdown(heads, rows, words=sum(column.words for column in columns)) if rows else ""
 
 
 def _plain(words: str) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from benchmarks.switch_frontier.runs import Record
+    from benchmarks.study import Record
 
 _LOOKS = ((BLUE, "o"), (GREEN, "v"), (PURPLE, "s"), (ORANGE, "D"))
 _COSTS = {

@@ -18,10 +18,10 @@ from sae_kernels.training import PRESETS, evaluate, train
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from benchmarks.study import Record
     from sae_kernels.data.batches import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
 
-Record = dict[str, Any]
 ARMS = ("width", "flops")
 POINTS = 24  # of a curve
 _HELD_OUT_BATCH = 4096

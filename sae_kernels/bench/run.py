@@ -64,6 +64,7 @@ def measure(
     out: Path | None = None,
     tell: Callable[[Record], None] = lambda line: None,
     show: Show = lambda stage, done, total: None,
+    command: str = "sae-kernels",
 ) -> tuple[Results, bool]:
     """Measures cases; every line goes out as soon as its case is done.
 
@@ -72,11 +73,12 @@ def measure(
         out: a file for the lines.
         tell: takes each line, provenance first.
         show: takes the progress.
+        command: what was run, without its arguments.
 
     Returns:
         All that was measured, and whether Ctrl-C ended it.
     """
-    facts, interrupted = provenance.provenance("sae-kernels", settings.threads), False
+    facts, interrupted = provenance.provenance(command, settings.threads), False
     if settings.device == "cuda":
         facts |= provenance.gpu_provenance(torch.device("cuda"))
     facts |= {"rounds": settings.rounds, "budget_s": settings.budget_s}
