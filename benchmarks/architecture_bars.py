@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.study import B, D, F, K, bars, fused, ratios, stepping
-from sae_kernels.bench.contestants.dense_steps import (
+from sae_kernels.bench.inputs import activations, threshold
+from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig, ReLUConfig, TopKConfig
+from sae_kernels.testing.dense_steps import (
     DenseBatchTopKStep,
     DenseJumpReLUStep,
     DenseReLUStep,
 )
-from sae_kernels.bench.inputs import activations, threshold
-from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig, ReLUConfig, TopKConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.study import B, D, F, K, bars, fused, product, ratios, stepping
-from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.bench.inputs import activations
 from sae_kernels.functional import encode_topk
 from sae_kernels.nn import TopKConfig
 from sae_kernels.step import ComposableStep
+from sae_kernels.testing.dense_steps import DenseStep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,7 +25,7 @@ Contestants take turns every round, figures are medians with the 20th and 80th p
 the ratios within a case mean something. Files called bench-... are of `sae-kernels bench`, each
 contestant in a process of its own ([benchmarking.md](benchmarking.md)). The others are of a single
 process; P in them is `torch.mm(x_bf16, W_bf16.t(), out=preallocated)`, the one product that is
-necessary. The dense steps are in `sae_kernels/bench/contestants/dense_steps.py`.
+necessary. The dense steps are in `sae_kernels.testing.dense_steps.py`.
 """
 
 

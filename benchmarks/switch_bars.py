@@ -14,11 +14,11 @@ import torch
 
 from benchmarks.architecture_bars import LR
 from benchmarks.study import B, D, F, K, bars, fused, product, ratios, record, stepping
-from sae_kernels.bench.contestants.dense_steps import DenseSwitchStep
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.functional import Routing, encode_topk, route_top1
 from sae_kernels.nn import SwitchConfig, TopKConfig
+from sae_kernels.testing.dense_steps import DenseSwitchStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,11 +10,11 @@ import torch
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, rates
 from benchmarks.gpu_check.kernels import PRODUCT, product
 from sae_kernels.bench.cases import Shape
-from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.bench.work import step_floor
 from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.step import FusedStep
+from sae_kernels.testing.dense_steps import DenseStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

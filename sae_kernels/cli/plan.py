@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_kernels.bench import plan as planning
-from sae_kernels.bench.plan import numbers
+from sae_kernels.cli import numbers
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
 from sae_kernels.config import OptimizerConfig

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from sae_kernels.bench.contestants.dense_steps import DenseSwitchStep
 from sae_kernels.config import TrainConfig
 from sae_kernels.functional import load_balance
 from sae_kernels.nn import SwitchConfig, SwitchSAE
 from sae_kernels.step import ComposableStep, FusedStep
 from sae_kernels.testing import assert_within, gamma
+from sae_kernels.testing.dense_steps import DenseSwitchStep
 
 B, D, F, K, E = 64, 16, 96, 5, 4
 ALPHA = 3.0  # of its training script

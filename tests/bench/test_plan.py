@@ -22,12 +22,12 @@ from sae_kernels.bench.plan import (
     devices,
     fastest,
     layouts,
-    numbers,
     predict,
     prediction,
 )
 from sae_kernels.bench.plan.calibration import Observation, fit
 from sae_kernels.bench.results import Results
+from sae_kernels.cli import numbers
 from sae_kernels.config import TrainConfig
 from sae_kernels.errors import DataError
 from sae_kernels.nn import TopKConfig, TopKSAE

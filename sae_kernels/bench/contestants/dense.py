@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 
+from sae_kernels.testing.dense_steps import (
+    DenseBatchTopKStep,
+    DenseJumpReLUStep,
+    DenseReLUStep,
+    DenseStep,
+)
+
 from .contestant import Contestant, Task, Tensors, copies
-from .dense_steps import DenseBatchTopKStep, DenseJumpReLUStep, DenseReLUStep, DenseStep
 
 PACKAGE = "torch"
 DIFFERS = (
@@ -44,7 +50,7 @@ class Dense(Contestant):
 
     def _encoded(self, x: torch.Tensor) -> torch.Tensor:
         step = self.dense_step
-        return step._codes(torch.nn.functional.linear(x - step.b_dec, step.W_enc, step.b_enc))
+        return step.codes(torch.nn.functional.linear(x - step.b_dec, step.W_enc, step.b_enc))
 
     def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
         return codes @ self.dense_step.W_dec + self.dense_step.b_dec

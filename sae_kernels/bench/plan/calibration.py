@@ -28,8 +28,6 @@ from .prediction import amounts
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sae_kernels.bench.work import Amount
-
     from .devices import Device
 
 _PRODUCTS = ("bfloat16", "float32")
@@ -132,23 +130,16 @@ def foreign(provenance: Mapping[str, Any], device: Device) -> str | None:
 
 
 def observations(read: results.Results, device: Device) -> list[Observation]:
-    """The measured TopK steps of ours in results."""
-    return [
-        Observation(
-            units(amounts(_problem(record), Layout(1, 1), device)), record["median_ms"] / 1e3
-        )
-        for record in results.measured(read.records)
-        if _is_step_of_ours(record)
-    ]
-
-
-def units(several: Sequence[Amount]) -> dict[str, float]:
-    """Amounts by unit, those of all parts together."""
-    total: dict[str, float] = {}
-    for _, unit, amount in several:
-        if amount:
-            total[unit] = total.get(unit, 0.0) + amount
-    return total
+    """The measured TopK steps of ours in results, each with its work by unit."""
+    found = []
+    for record in filter(_is_step_of_ours, results.measured(read.records)):
+        B, D, F, K = (record[name] for name in _SHAPE)
+        problem, work = Problem(D, F, K, batch=B, dtype=record["dtype"]), dict[str, float]()
+        for _, unit, amount in amounts(problem, Layout(1, 1), device):
+            if amount:
+                work[unit] = work.get(unit, 0.0) + amount
+        found.append(Observation(work, record["median_ms"] / 1e3))
+    return found
 
 
 def _measured_rates(read: results.Results) -> dict[str, float]:
@@ -163,11 +154,6 @@ def _is_step_of_ours(record: results.Record) -> bool:
     kind = (record["provider"], record.get("operation"), record.get("architecture", "topk"))
     fits = whole and record["dtype"] in _PRODUCTS and record["K"] <= record["F"]
     return fits and kind == ("ours", "step", "topk")
-
-
-def _problem(record: results.Record) -> Problem:
-    B, D, F, K = (record[name] for name in _SHAPE)
-    return Problem(D, F, K, batch=B, dtype=record["dtype"])
 
 
 def fit(
@@ -206,14 +192,13 @@ def fit(
 
 
 def _nonnegative(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:
-    """The least-squares solution without a negative part: the best over all sets of parts above 0.
+    """The least-squares solution without a negative part, of all sets of parts above 0 the best.
 
     There are few units, so that all sets can be tried.
     """
-    n = rows.shape[1]
-    best, least = np.zeros(n), float(aims @ aims)
-    for chosen in itertools.product((False, True), repeat=n):
-        tried = np.zeros(n)
+    best, least = np.zeros(rows.shape[1]), float(aims @ aims)
+    for chosen in itertools.product((False, True), repeat=rows.shape[1]):
+        tried = np.zeros_like(best)
         tried[list(chosen)] = np.linalg.lstsq(rows[:, chosen], aims, rcond=None)[0]
         error = float(np.square(rows @ tried - aims).sum())
         if error < least and (tried >= 0).all():
