@@ -6,10 +6,11 @@ import itertools
 import json
 from typing import TYPE_CHECKING
 
-from benchmarks.study import DOCS, RESULTS, commit, markdown
+from benchmarks.study import DOCS, RESULTS, commit
 from sae_kernels.bench.output import cells, pictures
 from sae_kernels.bench.output.table import machine
 from sae_kernels.bench.results import read
+from sae_kernels.plotting.tables import Column, markdown, rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,7 @@ Contestants take turns every round, figures are medians with the 20th and 80th p
 the ratios within a case mean something. Files called bench-... are of `sae-kernels bench`, each
 contestant in a process of its own ([benchmarking.md](benchmarking.md)). The others are of a single
 process; P in them is `torch.mm(x_bf16, W_bf16.t(), out=preallocated)`, the one product that is
-necessary. The dense steps are in `sae_kernels.testing.dense_steps.py`.
+necessary. The dense steps are in `sae_kernels/testing/dense_steps.py`.
 """
 
 
@@ -46,7 +47,7 @@ def section(path: Path) -> str:
 def table(case: str, records: list[Record]) -> str:
     """One case as a table."""
     head = (case, "median ms", "p20 to p80", f"ratio to {records[0]['base']}")
-    rows = (
+    cells_of = (
         [
             r["provider"],
             f"{r['median_ms']:.1f}",
@@ -55,7 +56,7 @@ def table(case: str, records: list[Record]) -> str:
         ]
         for r in records
     )
-    return markdown(head, rows)
+    return markdown(head, cells_of)
 
 
 def bench_section(path: Path) -> str:
@@ -76,10 +77,10 @@ def bench_section(path: Path) -> str:
     return "\n\n".join(filter(None, blocks))
 
 
-def _markdown(columns: list[cells.Column]) -> str:
-    rows = [[_plain(cell.strip()) for cell in row] for row in cells.rows(columns)]
+def _markdown(columns: list[Column]) -> str:
+    plain = [[_plain(cell.strip()) for cell in row] for row in rows(columns)]
     heads = [" ".join(column.heading.split()) for column in columns]
-    return markdown(heads, rows, words=sum(column.words for column in columns)) if rows else ""
+    return markdown(heads, plain, words=sum(column.words for column in columns)) if plain else ""
 
 
 def _plain(words: str) -> str:

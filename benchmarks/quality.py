@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import DOCS, RESULTS, commit, markdown, parser, report
+from benchmarks.study import DOCS, RESULTS, commit, parser, report
 from sae_kernels.data import JointRows, ShardDataset
 from sae_kernels.demo.run import train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
+from sae_kernels.plotting.tables import markdown
 from sae_kernels.step.compute import compute_dtype
 from sae_kernels.training import PRESETS, evaluate, train
 from sae_kernels.training.run_config import RunConfig, Widths

@@ -1,4 +1,4 @@
-"""What the studies share: the shape cpu-small, options, results as JSON lines, ratios, Markdown."""
+"""What the studies share: the shape cpu-small, options, results as JSON lines, ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sae_kernels.runs.metrics import MetricLog
 from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from sae_kernels.bench.timing import Timing
     from sae_kernels.nn import SAEConfig
@@ -104,22 +104,6 @@ def stepping(steps: dict[str, Any], x: torch.Tensor, lr: float) -> Runs:
 def product(x: torch.Tensor, W: torch.Tensor) -> Callable[[], object]:
     """The encoder's product alone, as torch's library does it, into a buffer."""
     return partial(torch.mm, x, W.t(), out=torch.empty(len(x), len(W), dtype=x.dtype))
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table; all columns but the first ``words`` hold numbers, on the right.
-
-    >>> print(markdown(["who", "ms"], [["ours", "1.0"]]))
-    | who | ms |
-    |---|---:|
-    | ours | 1.0 |
-    """
-    rule = "|" + "".join("---|" if i < words else "---:|" for i in range(len(head)))
-    return "\n".join([_row(head), rule, *map(_row, rows)])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def commit(facts: Record) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from benchmarks.study import DOCS, RESULTS, commit, markdown
+from benchmarks.study import DOCS, RESULTS, commit
+from sae_kernels.plotting.tables import markdown
 from sae_kernels.runs.metrics import read_metrics
 
 if TYPE_CHECKING:

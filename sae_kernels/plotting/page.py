@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from sae_kernels.io.files import write_bytes
-from sae_kernels.plotting import units
+from sae_kernels.plotting import tables, units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +31,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         number=units.number,
         percent=units.percent,
+        rows=tables.rows,
         base64=lambda content: base64.b64encode(content).decode(),
     )
     return environment

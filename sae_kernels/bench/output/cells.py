@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from sae_kernels.bench.contestants.clock import PHASES
 from sae_kernels.bench.output.ratios import as_shipped, headline, same_dtype
 from sae_kernels.bench.results import measured
-from sae_kernels.plotting.units import number, percent
+from sae_kernels.plotting.tables import Column
+from sae_kernels.plotting.units import number, percent, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,30 +25,10 @@ LEGEND = (
 )
 
 
-class Column(NamedTuple):
-    """A column: its heading, of a line or two, its cells, and whether they are words."""
-
-    heading: str
-    cells: list[str]
-    words: bool = False
-
-
 def dtype(record: Record) -> str:
     """The short name of its dtype."""
     name: str = record["dtype"]
     return _DTYPES.get(name, name)
-
-
-def size(n_bytes: float) -> str:
-    """A number of bytes with its unit.
-
-    >>> size(3 * 2**19), size(300 * 2**30)
-    ('1.50 MiB', '300 GiB')
-    """
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if n_bytes >= 2**power:
-            return f"{number(n_bytes / 2**power)} {unit}"
-    return f"{number(n_bytes)} B"
 
 
 class CaseTable(NamedTuple):
@@ -84,11 +65,6 @@ def cases(results: Results) -> list[CaseTable]:
         )
         for name, records in results.cases().items()
     ]
-
-
-def rows(columns: list[Column]) -> list[tuple[str, ...]]:
-    """The cells of columns, row by row."""
-    return list(zip(*(column.cells for column in columns), strict=True))
 
 
 def who(records: list[Record], starred: list[Record]) -> list[Column]:

@@ -40,7 +40,6 @@ def write(results: Results, folder: str | Path) -> Path:
         pictures=pictures,
         legend=cells.LEGEND,
         cases=cells.cases(results),
-        rows=cells.rows,
         libraries=libraries,
         facts=[(n, v if isinstance(v, str) else json.dumps(v)) for n, v in facts.items()],
         command=command,
