@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from sae_kernels.training.on_activations import OnActivations
 
 from benchmarks.study import B, D, F, K, parser, report
 from sae_kernels.bench.inputs import activations
@@ -22,7 +23,6 @@ from sae_kernels.config.output import OutputConfig
 from sae_kernels.data import ShuffledBatches
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.runs.folder import RunFolder
-from sae_kernels.training.on_activations import OnActivations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,6 +19,7 @@ from benchmarks.calls import GPU_BACKENDS
 from benchmarks.gpu_check import correctness, measure, page
 from benchmarks.gpu_check.__main__ import STAGES, summary, verdict
 from benchmarks.gpu_check.bars import BARS, Bar
+from sae_kernels import primitives
 from sae_kernels.bench import timing, work
 from sae_kernels.bench.cases import Shape
 from sae_kernels.bench.work import Rates
@@ -76,7 +77,7 @@ def test_every_group_of_measurements_ran(dry) -> None:
     ran = {r["group"] for r in records if r["kind"] in ("time", "rate", "check")}
     assert ran == set(measure.GROUPS)
     checked = {r["kernel"] for r in records if r["kind"] == "check"}
-    assert checked == {*calls.BUILDERS, "FusedStep"}
+    assert checked == {*primitives.NAMES, "FusedStep"}
 
 
 def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
@@ -282,7 +283,7 @@ def test_made_up_codes_are_distinct_latents_of_the_popularity(popularity: str) -
 
 
 def test_every_kernel_for_gpus_has_arguments_to_be_called_with() -> None:
-    assert {primitive for primitive, _ in calls.kernels()} <= calls.BUILDERS.keys()
+    assert {primitive for primitive, _ in calls.kernels()} <= set(primitives.NAMES)
     assert {backend for _, backend in calls.kernels()} <= set(GPU_BACKENDS)
 
 

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import calls
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, gather_rate, rates
+from sae_kernels import machine
 from sae_kernels.bench import work
 from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
-from sae_kernels.bench.provenance import nvidia_smi
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional import decode
 
@@ -37,7 +37,7 @@ def device_rates(bench: Bench) -> Iterator[Record]:
         B, D, F, _ = bench.shape(name)
         ms = bench.time({PRODUCT: product(bench, bench.shape(name))})[PRODUCT].median_ms
         yield {"kind": "rate", "what": f"product {name}", "flops": 2e3 * B * D * F / ms}
-    yield {"kind": "clocks", "what": "right after the products", **nvidia_smi()}
+    yield {"kind": "clocks", "what": "right after the products", **machine.nvidia_smi()}
 
 
 def product(bench: Bench, shape: Shape) -> Callable[[], object]:

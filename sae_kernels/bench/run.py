@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
-from sae_kernels.bench import inputs, provenance
+from sae_kernels.bench import inputs
 from sae_kernels.bench.gate import TOKENS, judge
 from sae_kernels.bench.outcomes import Outcome, measured, records
+from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.results import Results, Writer
 from sae_kernels.bench.timing import in_turn
 from sae_kernels.bench.workers import WorkerProcess
@@ -78,9 +79,7 @@ def measure(
     Returns:
         All that was measured, and whether Ctrl-C ended it.
     """
-    facts, interrupted = provenance.provenance(command, settings.threads), False
-    if settings.device == "cuda":
-        facts |= provenance.gpu_provenance(torch.device("cuda"))
+    facts, interrupted = provenance(command, settings.threads, settings.device), False
     facts |= {"rounds": settings.rounds, "budget_s": settings.budget_s}
     found: list[Record] = []
     with BenchRun(providers, settings, show) as run, ExitStack() as files:

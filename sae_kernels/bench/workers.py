@@ -63,7 +63,7 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def tell(self, **command: Any) -> None:
-        """Sends a command; :meth:`answer` has what comes of it."""
+        """Sends a command, to which :meth:`answer` has the answer."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(command) + "\n")
