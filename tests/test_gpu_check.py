@@ -16,11 +16,11 @@ import torch
 
 from benchmarks import calls
 from benchmarks.calls import GPU_BACKENDS
-from benchmarks.gpu_check import correctness, measure, page
+from benchmarks.gpu_check import correctness, floors, measure, page
 from benchmarks.gpu_check.__main__ import STAGES, summary, verdict
 from benchmarks.gpu_check.bars import BARS, Bar
 from sae_kernels import primitives
-from sae_kernels.bench import timing, work
+from sae_kernels.bench import timing
 from sae_kernels.bench.cases import Shape
 from sae_kernels.bench.work import Rates
 
@@ -292,16 +292,16 @@ def test_floors_are_what_the_formulas_give() -> None:
     rates = Rates(4e12, 5e12, 60 << 20)
     small = Shape(8192, 768, 65536, 32)
     uses = 2 * 8192 * 32 * 768  # 403 MB of rows, of 101 MB of weights
-    assert work.decode_floor(small, rates) == pytest.approx(uses / 5e12)
+    assert floors.decode(small, rates) == pytest.approx(uses / 5e12)
     few = small._replace(B=64, K=1)
-    assert work.decode_floor(few, rates) == pytest.approx(64 * 2 * 768 / 4e12)
+    assert floors.decode(few, rates) == pytest.approx(64 * 2 * 768 / 4e12)
     states = 65536 * 768 * 26 / 4e12
-    assert work.row_update_floor(small, rates) == pytest.approx(states)
+    assert floors.row_update(small, rates) == pytest.approx(states)
     rows = 65536 * 768 * 2 / 4e12
-    assert work.step_floor(small, rates, 1e-3) == pytest.approx(1e-3 + rows + 2 * states)
-    both = work.decode_backward_floor(small, rates)
+    assert floors.step(small, rates, 1e-3) == pytest.approx(1e-3 + rows + 2 * states)
+    both = floors.decode_and_backward(small, rates)
     assert both == pytest.approx(3 * uses / 5e12 + rows)
     wide = small._replace(D=4096)  # 64 MiB of upstream gradients leave the cache
     uses, rows = 2 * 8192 * 32 * 4096, 65536 * 4096 * 2 / 4e12
-    both = work.decode_backward_floor(wide, rates)
+    both = floors.decode_and_backward(wide, rates)
     assert both == pytest.approx(2 * uses / 5e12 + uses / 4e12 + rows)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import calls
+from benchmarks.gpu_check import floors
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, gather_rate, rates
 from sae_kernels import machine
-from sae_kernels.bench import work
 from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional import decode
@@ -99,7 +99,7 @@ def decode_both_ways(bench: Bench) -> Iterator[Record]:
         contestants = _decoders(bench, shape)
         peaks = {name: bench.peak_bytes(run) for name, run in contestants.items()}
         times = bench.time(contestants)
-        floor = 1e3 * work.decode_backward_floor(shape, rates(bench))
+        floor = 1e3 * floors.decode_and_backward(shape, rates(bench))
         for record in compared(f"decode F=65536 D=2304 K={K}", "decode", times, "sae_kernels"):
             ours, peak = peaks["sae_kernels"], peaks[record["provider"]]
             if ours is not None and peak is not None:
@@ -136,7 +136,7 @@ def decode_residual(bench: Bench) -> Iterator[Record]:
     """The fused form, as a training step uses it, against the floor of its one visit."""
     for name in ("gpu-small", "gpu-mid"):
         yield from _each_backend(
-            bench, f"decode_residual {name}", "decode_residual", name, work.decode_floor
+            bench, f"decode_residual {name}", "decode_residual", name, floors.decode
         )
 
 
@@ -148,7 +148,7 @@ def rows(bench: Bench) -> Iterator[Record]:
             f"row_update gpu-small {popularity}",
             "row_update",
             "gpu-small",
-            work.row_update_floor,
+            floors.row_update,
             popularity=popularity,
         )
     for name, weight_bytes, options in (
@@ -156,7 +156,7 @@ def rows(bench: Bench) -> Iterator[Record]:
         ("bf16 moments", 18, {"states": torch.bfloat16}),
         ("split master, bf16 moments", 16, {"split": True, "states": torch.bfloat16}),
     ):
-        floor = functools.partial(work.row_update_floor, weight_bytes=weight_bytes)
+        floor = functools.partial(floors.row_update, weight_bytes=weight_bytes)
         case = f"row_update gpu-small {name}"
         yield from _each_backend(bench, case, "row_update", "gpu-small", floor, **options)
 

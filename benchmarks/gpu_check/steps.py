@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu_check import floors
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, rates
 from benchmarks.gpu_check.kernels import PRODUCT, product
 from sae_kernels.bench.cases import Shape
-from sae_kernels.bench.work import step_floor
 from sae_kernels.config import TrainConfig
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.step import FusedStep
@@ -59,7 +59,7 @@ def step(bench: Bench, name: str) -> Iterator[Record]:
     }
     extra = bench.peak_bytes(contestants[_FUSED])
     times = bench.time(contestants)
-    floor = 1e3 * step_floor(shape, rates(bench), times[PRODUCT].median_ms / 1e3)
+    floor = 1e3 * floors.step(shape, rates(bench), times[PRODUCT].median_ms / 1e3)
     for record in compared(f"step {name}", _FUSED, times, _FUSED):
         if record["provider"] != PRODUCT:
             record |= {"floor_ms": floor, "of_floor": record["median_ms"] / floor}
