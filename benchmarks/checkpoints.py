@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from sae_kernels.training.on_activations import OnActivations
 
-from benchmarks.study import B, D, F, K, parser, report
+from benchmarks.study import B, D, F, K, fused, parser, report
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.config import TrainConfig
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.data import ShuffledBatches
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import TopKConfig
 from sae_kernels.runs.folder import RunFolder
+from sae_kernels.training.trainable import ActivationTraining
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,11 +35,8 @@ TURNS = {"bfloat16": 60, "float32": 25}  # steps, in which a write comes to its 
 def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
     """A turn with and without a save, and what one save costs and holds."""
     x, W = activations("zipf", 8 * B, D, F, K)
-    sae = TopKSAE(TopKConfig(D, F, K))
-    sae.W_enc.data.copy_(W)
-    sae.W_dec.data.copy_(W)
-    config = TrainConfig(steps=1 << 30, batch_size=B, compute=compute)
-    training = OnActivations(sae, config, None)
+    step = fused(TopKConfig(D, F, K), W, compute=compute, auxk_alpha=1 / 32)
+    training = ActivationTraining(step, TrainConfig(steps=1 << 30, batch_size=B), None)
     batches = list(ShuffledBatches(x, B, epochs=1))
     turn = TURNS[compute]
     copies: list[float] = []
@@ -49,7 +46,7 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
 
         def steps() -> None:
             for i in range(turn):
-                training.take(batches[i % len(batches)])
+                training.step(batches[i % len(batches)])
 
         def saving() -> None:
             start = time.perf_counter()
@@ -64,17 +61,17 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
         files = sum(p.stat().st_size for p in folder.glob("checkpoints/*/*")) / 2
         extra = run.staged_bytes
     plain, saved = (timings[name].median_ms for name in ("steps", "with a save"))
-    step = plain / turn
+    each = plain / turn
     cost = saved - plain
     spread = {name: [t.p20_ms, t.median_ms, t.p80_ms] for name, t in timings.items()}
     return {
         "compute": compute,
-        "step_ms": step,
+        "step_ms": each,
         "save_adds_ms": cost,
         "copy_ms": 1e3 * sorted(copies)[len(copies) // 2],
         "awaited_ms": 1e3 * sorted(awaited)[len(awaited) // 2],
-        "overhead_every_200": cost / (200 * step),
-        "overhead_every_1000": cost / (1000 * step),
+        "overhead_every_200": cost / (200 * each),
+        "overhead_every_1000": cost / (1000 * each),
         "checkpoint_bytes": files,
         "extra_memory_bytes": extra,
         "turns_ms": spread,

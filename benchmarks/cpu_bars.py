@@ -15,7 +15,7 @@ from benchmarks.study import B, D, F, K, bars, fused, product, ratios, stepping
 from sae_kernels.bench.inputs import activations
 from sae_kernels.functional import encode_topk
 from sae_kernels.nn import TopKConfig
-from sae_kernels.step import ComposableStep
+from sae_kernels.step import AutogradStep
 from sae_kernels.testing.dense_steps import DenseStep
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def encode(kind: str, rounds: int) -> Iterator[Record]:
 def step(kind: str, rounds: int) -> Iterator[Record]:
     """FusedStep against P, and against the dense steps."""
     x, W = activations(kind, B, D, F, K)
-    ours, composable = topk(W), partial(topk, W, make=ComposableStep)
+    ours, composable = topk(W), partial(topk, W, make=AutogradStep)
     runs: Runs = {
         "P": product(x.bfloat16(), W.bfloat16()),
         **stepping({"FusedStep bf16": ours, "composable bf16": composable()}, x, LR),

@@ -17,11 +17,12 @@ import torch
 
 from benchmarks.study import DOCS, RESULTS, commit, parser, report
 from sae_kernels.data import JointRows, ShardDataset
-from sae_kernels.demo.run import train_config
+from sae_kernels.demo.run import DEAD_AFTER_TOKENS, train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
+from sae_kernels.nn import presets
 from sae_kernels.plotting.tables import markdown
 from sae_kernels.step.compute import compute_dtype
-from sae_kernels.training import PRESETS, evaluate, train
+from sae_kernels.training import evaluate, train
 from sae_kernels.training.run_config import RunConfig, Widths
 
 LAYERS = ("encoder.layer.3", "encoder.layer.4")
@@ -60,10 +61,11 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
     d_in = second["train"].d_in
     widths = Widths([d_in] * len(sources), d_in if transcodes else None)
     demo = train_config(steps, seed).to_dict()
-    ours = {name: demo[name] for name in ("steps", "batch_size", "lr", "dead_after_tokens")}
-    settings = RunConfig.from_tables({"arch": arch, "train": {**ours, "seed": seed}}, widths)
-    config = settings.train
-    done = train(data["train"], settings.sae, config, target=target and target["train"])
+    ours = {name: demo[name] for name in ("steps", "batch_size", "lr")}
+    tables = {"arch": arch, "train": {**ours, "seed": seed}}
+    tables["objective"] = {"dead_after_tokens": DEAD_AFTER_TOKENS}
+    settings = RunConfig.from_tables(tables, widths)
+    done = train(settings.sae, data["train"], settings.train, target=target and target["train"])
     measured = evaluate(done.sae, data["held_out"], target=target and target["held_out"])
     return {
         "arch": arch,
@@ -72,7 +74,7 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
         **measured.scalars(),
         "dead_in_training": float(done.dead.float().mean()),
         "sae": done.sae.config.to_dict(),
-        "train": config.to_dict(),
+        "train": settings.train.to_dict(),
     }
 
 
@@ -108,7 +110,7 @@ def main() -> None:
     """Trains, evaluates, writes a line per architecture."""
     made = parser(__doc__, steps=800, seed=0)
     made.add_argument("acts", type=Path, nargs="?")
-    made.add_argument("--only", nargs="+", choices=PRESETS, default=list(PRESETS))
+    made.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
     made.add_argument("--page", action="store_true")
     options = made.parse_args()
     if options.acts is not None:

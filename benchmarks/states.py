@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.study import parser, report
-from sae_kernels.config import TrainConfig
 from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig
 from sae_kernels.training import evaluate, train
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "fp32 masters, fp32 moments": {},
-    "split masters, fp32 moments": {"master": "split"},
-    "fp32 masters, bf16 moments": {"states": "bfloat16"},
-    "split masters, bf16 moments": {"master": "split", "states": "bfloat16"},
+    "split masters, fp32 moments": {"master_weights": "split"},
+    "fp32 masters, bf16 moments": {"moment_dtype": "bfloat16"},
+    "split masters, bf16 moments": {"master_weights": "split", "moment_dtype": "bfloat16"},
 }
 
 
@@ -36,12 +35,12 @@ def main() -> None:
     options = made.parse_args()
     data, held_out = (ShardDataset(options.acts / side) for side in ("train", "held_out"))
     shape = TopKConfig(d_in=data.d_in, n_latents=8 * data.d_in, k=32)
-    common = {"steps": options.steps, "compute": "bfloat16", "device": "cpu"}
 
-    def fvu(layout: dict[str, str]) -> Iterator[float]:
+    def fvu(layout: dict[str, Any]) -> Iterator[float]:
         for seed in range(options.seeds):
-            config = TrainConfig(seed=seed, **common, **layout)
-            yield evaluate(train(data, shape, config).sae, held_out).fvu
+            settings = {"steps": options.steps, "seed": seed, "device": "cpu", **layout}
+            trained = train(shape, data, compute="bfloat16", **settings)
+            yield evaluate(trained.sae, held_out).fvu
 
     def records() -> Iterator[Record]:
         for name, layout in LAYOUTS.items():

@@ -21,10 +21,10 @@ from sae_kernels.runs.metrics import MetricLog
 from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from sae_kernels.bench.timing import Timing
-    from sae_kernels.nn import SAEConfig
+    from sae_kernels.config import SAEConfig
 
     Runs = dict[str, Callable[[], object]]  # what takes turns, by name
 
@@ -58,7 +58,7 @@ def report(command: str, records: Iterable[Record], out: Path | None, **facts: A
 
 
 def bars(
-    groups: dict[str, Callable[[str, int], Iterator[Record]]], about: str | None, command: str
+    groups: Mapping[str, Callable[[str, int], Iterator[Record]]], about: str | None, command: str
 ) -> None:
     """The command line of groups of bars, each a function of the inputs and the rounds."""
     made = parser(about, rounds=7, threads=2)
@@ -93,7 +93,9 @@ def fused(
     sae.W_dec.data.copy_(W)
     if bias:
         sae.b_enc.data.fill_(bias)
-    return make(sae, TrainConfig(**{"compute": "bfloat16", "auxk_alpha": 0.0, **settings}))
+    common = {"compute": "bfloat16", "auxk_alpha": 0.0}
+    own = TrainConfig.of(sae.objective_class, **{**common, **settings})
+    return make(sae, own.objective, own.optimizer)
 
 
 def stepping(steps: dict[str, Any], x: torch.Tensor, lr: float) -> Runs:

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 _FUSED = "FusedStep"
 # Two ways to keep a million latents inside 80 GB.
-LAYOUTS = {"split-master": {"master": "split"}, "encoder-copy-only": {"copies": "encoder"}}
+LAYOUTS = {
+    "split-master": {"master_weights": "split"},
+    "encoder-copy-only": {"compute_copies": "encoder"},
+}
 
 
 def fused(bench: Bench, shape: Shape, **settings: object) -> FusedStep:
     """A step on the device as a user makes it, AuxK off unless asked for."""
     sae = TopKSAE(TopKConfig(shape.D, shape.F, shape.K), device=bench.device)
     settings = {"compute": "bfloat16", "auxk_alpha": 0.0} | settings
-    return FusedStep(sae, TrainConfig(**settings))  # type: ignore[arg-type]
+    own = TrainConfig.of(sae.objective_class, **settings)
+    return FusedStep(sae, own.objective, own.optimizer)
 
 
 def graphed(step: FusedStep, x: torch.Tensor) -> Callable[[], object]:
@@ -147,10 +151,10 @@ def repeats(bench: Bench) -> Iterator[Record]:
     """Three steps twenty times from the same start: how many ends differ from the first."""
     shape = bench.cut(Shape(2048, 768, 16384, 32))
     x = torch.randn(shape.B, shape.D, device=bench.device)
-    start = fused(bench, shape).sae
+    first = fused(bench, shape)
     ends = []
     for _ in range(21):
-        trained = FusedStep(copy.deepcopy(start), TrainConfig(compute="bfloat16", auxk_alpha=0.0))
+        trained = FusedStep(copy.deepcopy(first.sae), first.objective, first.optimizer)
         for _ in range(3):
             trained(x, lr=1e-3)
         ends.append([p.detach().view(torch.int32) for p in trained.sae.parameters()])

@@ -12,8 +12,8 @@ from sae_kernels.analyze import effective_number
 from sae_kernels.bench.work import Work
 from sae_kernels.config import TrainConfig
 from sae_kernels.functional import RoutedCodes
-from sae_kernels.nn import SwitchConfig, TopKConfig
-from sae_kernels.training import PRESETS, evaluate, train
+from sae_kernels.nn import SwitchConfig, TopKConfig, preset
+from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -65,9 +65,10 @@ class Plan:
 
     def train(self) -> TrainConfig:
         """The preset's settings, without AuxK: it would be TopK's alone, and FLOPs by chance."""
+        kind = preset(self.architecture)
         given = {name: getattr(self, name) for name in ("seed", "steps", "batch_size", "lr")}
-        own = {**PRESETS[self.architecture].train, "auxk_alpha": 0.0}
-        return TrainConfig(log_every=1, **given, **own)
+        own = {**kind.preset.objective, **kind.preset.optimizer, "auxk_alpha": 0.0}
+        return TrainConfig.of(kind.sae.objective_class, log_every=1, **given, **own)
 
     def flops(self, d_in: int) -> int:
         """FLOPs of a step."""
@@ -105,7 +106,7 @@ def plans(
 def run(plan: Plan, data: RowSource, held_out: RowSource) -> Record:
     """Trains and evaluates; "seconds" are those of the steps, waiting for data included."""
     d_in, flops = data.d_in, plan.flops(data.d_in)
-    done = train(data, plan.sae(d_in), plan.train())
+    done = train(plan.sae(d_in), data, plan.train())
     measured = evaluate(done.sae, held_out)
     seconds = [line["tokens"] / line["tokens_per_second"] for line in done.metrics]
     each = [now - before for before, now in zip([0.0, *seconds], seconds, strict=False)]

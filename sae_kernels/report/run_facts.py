@@ -1,4 +1,4 @@
-"""What the page of a run says in words and single numbers."""
+"""Words and single numbers on the page of a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def facts(
     last: Mapping[str, Any],
 ) -> dict[str, str]:
     """How the run was made, by its own settings, and what its weights are."""
-    of_sae, of_training = sae.config.to_dict(), tables.get("train", {})
+    of_sae, of_training = sae.config.to_dict(), training_settings(tables)
     settings = {name: of_sae.get(name) for name in _SAE}
     settings |= {name: of_training.get(name) for name in _TRAIN}
     found = {"architecture": str(tables.get("arch", sae.config.architecture))}
@@ -62,9 +62,14 @@ def facts(
     return found | weights(sae)
 
 
+def training_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's tables say of its training, its objective and its optimizer, by name."""
+    return {k: v for n in ("train", "objective", "optimizer") for k, v in tables.get(n, {}).items()}
+
+
 def weights(sae: SparseAutoencoder) -> dict[str, str]:
     """How many weights there are, and how long the decoder's rows."""
-    norms = sae.decoder_norms()
+    norms = sae.decoder_norms().detach()
     low, median, high = (float(v) for v in (norms.min(), norms.median(), norms.max()))
     spread = f"{number(median)} (from {number(low)} to {number(high)})"
     spread = number(median) if number(low) == number(high) else spread

@@ -43,7 +43,7 @@ def test_equal_width_and_equal_flops_are_told_apart() -> None:
 
 
 def test_a_shared_expert_is_met_too_and_is_a_kind_of_its_own() -> None:
-    assert switch(64, 2, 8, shared=True).latents_met == 16
+    assert switch(64, 2, 8, shared=True).n_encoded == 16
     found = analysed(topk(16, 2), switch(64, 2, 8, shared=True), switch(64, 2, 8))
     assert shown(found) == {
         "equal width: 64 latents in all": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sae_kernels import primitives
 from sae_kernels.bench import results, workers
 from sae_kernels.bench.cases import Case, Shape, step
+from sae_kernels.bench.contestants.clock import PHASES, phase_of
 from sae_kernels.bench.providers import Provider, chosen
 from sae_kernels.bench.run import BenchRun, Settings
 
@@ -149,6 +152,12 @@ def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
         assert record["speedup_of_ours"] == pytest.approx(ours, rel=1e-3)
         default = record["median_ms"] / shipped["median_ms"]
         assert record["speedup_of_ours_default"] == pytest.approx(default, rel=1e-3)
+
+
+def test_every_operator_of_ours_counts_for_a_phase() -> None:
+    names = [module.name for module in pkgutil.iter_modules(primitives.__path__) if module.ispkg]
+    assert len(names) >= 8
+    assert {phase_of(f"sae_kernels::{name}") for name in names} < set(PHASES)
 
 
 def test_an_idle_worker_takes_no_time_of_the_processor() -> None:

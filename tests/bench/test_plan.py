@@ -28,7 +28,7 @@ from sae_kernels.bench.plan import (
 from sae_kernels.bench.plan.calibration import Observation, fit
 from sae_kernels.bench.results import Results
 from sae_kernels.cli import numbers
-from sae_kernels.config import TrainConfig
+from sae_kernels.config import OptimizerConfig
 from sae_kernels.errors import DataError
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.step import FusedStep
@@ -37,10 +37,10 @@ SMALL = Problem(d_in=4, n_latents=8, k=2, batch=16)
 SETTINGS = [  # and bytes of a weight, held and moved by an update (docs/training.md)
     ({}, "bfloat16", 14, 26),
     ({}, "float32", 12, 24),
-    ({"copies": "encoder"}, "bfloat16", 13, 25),
-    ({"master": "split"}, "bfloat16", 12, 24),
-    ({"states": "bfloat16"}, "bfloat16", 10, 18),
-    ({"master": "split", "states": "bfloat16"}, "bfloat16", 8, 16),
+    ({"compute_copies": "encoder"}, "bfloat16", 13, 25),
+    ({"master_weights": "split"}, "bfloat16", 12, 24),
+    ({"moment_dtype": "bfloat16"}, "bfloat16", 10, 18),
+    ({"master_weights": "split", "moment_dtype": "bfloat16"}, "bfloat16", 8, 16),
 ]
 H200 = device("h200")
 
@@ -61,15 +61,16 @@ def only(predictions):
 
 @pytest.mark.parametrize(("settings", "dtype", "held", "moved"), SETTINGS)
 def test_bytes_per_weight(settings, dtype, held, moved):
-    problem = Problem(4, 8, 2, 16, dtype, TrainConfig(**settings))
+    problem = Problem(4, 8, 2, 16, dtype, OptimizerConfig(**settings))
     assert problem.state_bytes == 2 * held
     assert problem.update_bytes == 2 * moved
 
 
 @pytest.mark.parametrize(("settings", "dtype", "held", "moved"), SETTINGS)
 def test_bytes_per_weight_are_those_of_the_step(settings, dtype, held, moved):
-    rows = FusedStep(TopKSAE(TopKConfig(4, 8, 2)), TrainConfig(compute=dtype, **settings)).rows
-    tensors = [t for name in ("W_enc", "W_dec") for t in rows[name] if t is not None]
+    optimizer = OptimizerConfig(compute=dtype, **settings)
+    matrices = FusedStep(TopKSAE(TopKConfig(4, 8, 2)), None, optimizer).matrices
+    tensors = [t for name in ("W_enc", "W_dec") for t in matrices[name] if t is not None]
     assert sum(t.nbytes for t in tensors) == 2 * 4 * 8 * held
 
 
@@ -213,7 +214,7 @@ def test_a_problem_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="k: expected 1 <= k <= n_latents = 8, got 9"):
         Problem(4, 8, 9, 16)
     with pytest.raises(ValueError, match="bfloat16"):
-        Problem(4, 8, 2, 16, "float32", TrainConfig(master="split"))
+        Problem(4, 8, 2, 16, "float32", OptimizerConfig(master_weights="split"))
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def trained(tmp_path: Path, data: Callable[[str], Path]) -> Callable[..., Path]:
         layers = [ShardDataset(folder) for folder in folders]
         given: dict[str, Any] = {"folder": tmp_path / f"run-{arch}", "data": table, "output": OFTEN}
         train(
-            JointRows(layers) if len(layers) > 1 else layers[0],
             config,
+            JointRows(layers) if len(layers) > 1 else layers[0],
             QUICK,
             target=None if target is None else ShardDataset(target),
             **(given | changes),
@@ -134,7 +134,7 @@ def test_what_cannot_be_known_is_left_out(
     tmp_path: Path, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train(torch.randn(200, D), ARCHITECTURES["topk"], QUICK, folder=tmp_path / "run", data=table)
+    train(ARCHITECTURES["topk"], torch.randn(200, D), QUICK, folder=tmp_path / "run", data=table)
     report = run_report(tmp_path / "run")
     assert report.latent_density is None
     assert report.measured_fvu is None
@@ -216,7 +216,7 @@ def test_latents_in_context_need_tokens_and_their_tokenizer(
     run = tmp_path / "run"
     small = TrainConfig(steps=20, batch_size=64, lr=1e-3)
     config = TopKConfig(width, 64, 2)
-    train(ShardDataset(acts), config, small, folder=run, data={"folders": [str(acts)]})
+    train(config, ShardDataset(acts), small, folder=run, data={"folders": [str(acts)]})
     named = run_report(run, tokenizer=minilm_folder())
     found = run_report(run)  # the index says which local model they came from
     assert named.examples is not None
