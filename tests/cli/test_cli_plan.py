@@ -52,7 +52,7 @@ def test_settings_of_training_count(run):
         _, found = run(*ONE, "--device", "h200", "--json", *settings).records()
         return found
 
-    plain, small = only(), only("--master", "split", "--optimizer-states", "bfloat16")
+    plain, small = only(), only("--master-weights", "split", "--optimizer-states", "bfloat16")
     weights = 24 * 1024 * 768
     assert plain["memory"]["weights and states"] - small["memory"]["weights and states"] == (
         weights * 2 * (14 - 8)
@@ -101,8 +101,8 @@ def test_this_machine_can_be_planned_for(run):
         ([*ONE, "--device", "h20"], "did you mean 'h200'"),
         ([*ONE, "--gpus", "2"], "--gpus: expected 1 with --device cpu"),
         ([*ONE, "--gpus", "8", "--device", "h200", "--batch", "4"], "--batch: expected"),
-        ([*ONE, "--master", "splitt"], "master: expected one of float32, split"),
-        ([*ONE, "--master", "split", "--compute", "float32"], "with master 'split'"),
+        ([*ONE, "--master-weights", "splitt"], "master_weights: expected one of float32, split"),
+        ([*ONE, "--master-weights", "split", "--compute", "float32"], "with master_weights 'split'"),
         ([*ONE, "--calibration", "nowhere.jsonl"], "nowhere.jsonl"),
         (["plan", "--d-in", "768"], "--n-latents"),
     ],

@@ -47,7 +47,7 @@ class Problem:
             raise ValueError(f"k: expected 1 <= k <= n_latents = {self.n_latents}, got {self.k}")
         if self.config.master_weights == "split" and self.dtype != "bfloat16":
             raise ValueError(
-                f"compute: expected 'bfloat16' with master 'split', got {self.dtype!r}"
+                f"compute: expected 'bfloat16' with master_weights 'split', got {self.dtype!r}"
             )
 
     @property
