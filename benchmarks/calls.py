@@ -43,14 +43,14 @@ def arguments(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[Any, ...]:
-    """What ``run`` of a primitive takes; ``options`` are those of its function below."""
+    """Arguments of a primitive's ``run``; ``options`` are those of its function below."""
     builder: Callable[..., tuple[Any, ...]] = globals()[f"_{primitive}"]
     with torch.device(device):
         return builder(shape, dtype, **options)
 
 
 def runnable(primitive: str, inputs: tuple[Any, ...], wanted: Sequence[str]) -> list[str]:
-    """Those of the wanted backends that can run a call with these arguments."""
+    """The wanted backends that can run a call with these arguments."""
     operator = getattr(import_module(f"sae_kernels.primitives.{primitive}"), primitive)
     like = operator.like(inputs)
     found = backends.candidates(primitive, like.device, like.dtype, inputs)
@@ -108,7 +108,7 @@ def _codes(shape: Shape, is_ragged: bool) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _bound(shape: Shape) -> torch.Tensor:
-    """What about K of a token's scores are above: they are as good as normal."""
+    """A bound that about K of a token's scores are above: they are as good as normal."""
     share = torch.tensor(1 - shape.K / shape.F, dtype=torch.float64)
     return (torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5).float()
 

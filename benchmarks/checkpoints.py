@@ -1,4 +1,4 @@
-"""What checkpoints cost: ``python -m benchmarks.checkpoints [--out FILE]``.
+"""The cost of checkpoints: ``python -m benchmarks.checkpoints [--out FILE]``.
 
 TopK steps at cpu-small through the trainer's own training and run folder: turns of some
 steps with a save at their begin, and its end awaited in them, against turns without one, in one

@@ -1,4 +1,4 @@
-"""What data from disk cost: ``python -m benchmarks.data_path [--only step] [--out FILE]``.
+"""The cost of data from disk: ``python -m benchmarks.data_path [--only step] [--out FILE]``.
 
 ``step``: TopK steps at cpu-small on batches of a data set on disk, made by the loop itself or
 ahead by a thread, over the same steps on batches that lie ready in memory; all in one process, 16

@@ -1,4 +1,4 @@
-"""What every kernel compiles to on each architecture: ``python -m benchmarks.kernel_table``.
+"""Table of every kernel as compiled for each GPU: ``python -m benchmarks.kernel_table``.
 
 `CASES` is the one table: the tests compile a sample of it and hold it to the gates, and this
 command compiles all of it and writes docs/kernels-compiled.md. No GPU takes part: Triton and its
@@ -167,7 +167,7 @@ class CompiledCase(NamedTuple):
     error: str = ""
 
     def faults(self) -> list[str]:
-        """What breaks a gate, in words."""
+        """Broken gates in words."""
         limit = SHARED_LIMIT[self.architecture]
         found = [] if self.kernels else ["launches no kernel"]
         if self.error:
@@ -204,7 +204,7 @@ def _tile(kernel: Compiled) -> str:
 
 
 def versions() -> str:
-    """What the figures depend on."""
+    """The version that the figures depend on."""
     return f"Triton {triton.__version__}"
 
 

@@ -91,7 +91,7 @@ def _plain(words: str) -> str:
 
 
 def shown(folder: Path) -> list[str]:
-    """Those of the benchmark in a folder beside the page."""
+    """The benchmark's pictures in a folder beside the page."""
     return [
         f"![{path.stem.removeprefix('bench-')}]({folder.name}/{path.name})"
         for path in sorted(folder.glob("bench-*.png"))
@@ -106,7 +106,7 @@ def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
 
 
 def _bench_files(folder: Path) -> list[Path]:
-    """Those of the bench command, each machine's own file before its further ones."""
+    """Files of the bench command, each machine's own file before its further ones."""
     return sorted(folder.glob("bench-*.jsonl"), key=lambda path: path.stem)
 
 

@@ -1,4 +1,4 @@
-"""How well the planner predicts steps that it has not seen: ``python -m benchmarks.plan_check``.
+"""The planner's error on steps that it has not seen: ``python -m benchmarks.plan_check``.
 
 Measures FusedStep on this machine's CPU at a spread of shapes, by the harness of ``sae-kernels
 bench``, fits the planner's rates to one half of them and predicts the other.
@@ -50,7 +50,7 @@ class Checked(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Error of the prediction, relative to what was measured."""
         return self.predicted / self.seconds - 1
 
 

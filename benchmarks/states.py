@@ -1,4 +1,4 @@
-"""What smaller optimizer states cost in quality: ``python -m benchmarks.states ACTS --out FILE``.
+"""Quality with smaller optimizer states: ``python -m benchmarks.states ACTS --out FILE``.
 
 ACTS holds two folders of activations, ``train`` and ``held_out``, as `sae-kernels demo` leaves
 them. The same SAE is trained with each layout of masters and moments; nothing is timed.

@@ -1,4 +1,4 @@
-"""What the studies share: the shape cpu-small, options, results as JSON lines, ratios."""
+"""Shared by the studies: the shape cpu-small, options, results as JSON lines, ratios."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def encode(kind: str, rounds: int) -> Iterator[Record]:
 
 
 def parts(kind: str, rounds: int) -> Iterator[Record]:
-    """What an encoder's time goes into, as far as it can be told from outside.
+    """The parts of an encoder's time, as far as they can be told from outside.
 
     "routing" is `route_top1` alone. "products" is torch.mm of each expert's tokens, which lie in
     order already, and its latents, into one buffer: the necessary product, and nothing selected.
@@ -141,7 +141,7 @@ def some_router(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def splits(n: int) -> dict[str, torch.Tensor]:
-    """How likely each of n experts is, by a name."""
+    """Weights of n experts, by the name of the split."""
     one = torch.zeros(n)
     one[n // 2] = 1
     return {"even": torch.ones(n), "zipf": 1 / torch.arange(1.0, n + 1), "one has all": one}

@@ -71,7 +71,7 @@ def test_case(benchmark: BenchmarkFixture, case: Case, provider: Provider, tmp_p
 
 
 def _judged(contestant: Contestant, task: Task, x: torch.Tensor, out: Path) -> gate.Deviation:
-    """Its result's error; nothing is timed before it is right."""
+    """The error of a contestant's result; nothing is timed before it is right."""
     some = x[: gate.TOKENS]
     contestant.loop(worker.gate(contestant, some, str(out)))
     given = {name: tensor.cpu() for name, tensor in contestant.tensors.items()}

@@ -48,7 +48,7 @@ def by_shape(records: Iterable[Record]) -> dict[Shape, list[Record]]:
 
 
 def experts(records: Iterable[Record], arm: str) -> list[int]:
-    """How many experts the SAEs of an arm have."""
+    """Numbers of experts that the SAEs of an arm have, ascending."""
     return sorted({record["n_experts"] for record in records if record["arm"] == arm})
 
 
@@ -88,7 +88,7 @@ def _against(value: float, base: float, arm: str) -> str:
 
 
 def cost_table(records: list[Record], k: int) -> str:
-    """What a step takes at one k, and how the experts share the work."""
+    """Costs of a step at one k, and how the experts share the work."""
     arms, rows = {"base": "TopK", "width": "width", "flops": "FLOPs"}, []
     shapes = {
         (list(arms).index(arm), n): (arm, n, k) for arm, n, at in by_shape(records) if at == k
@@ -137,7 +137,7 @@ def shown_k(records: list[Record]) -> int:
 
 
 def generated(results: Path, pictures: Path) -> str:
-    """What stands between the marks."""
+    """The text between the page's marks."""
     sections = [section(path) for path in sorted(results.glob(PATTERN))]
     shown = [
         f"![{alt}]({pictures.name}/{name}.png)\n\n{alt}; means and ranges over the seeds."

@@ -1,4 +1,4 @@
-"""What a saved SAE looks like inside: its latents' geometry, their copies, its experts' work."""
+"""Analyses of saved SAEs: geometry of latents, near-copies, and the work of experts."""
 
 from sae_kernels.analyze.analysis import Analysis, analyze
 from sae_kernels.analyze.experts import ExpertUse, effective_number, expert_use

@@ -37,12 +37,12 @@ class CosineTile(NamedTuple):
 
 
 def tile_edge(width: int) -> int:
-    """How many rows of this width a tile has."""
+    """Number of rows of this width in a tile."""
     return max(1, min(_EDGE, _BLOCK // max(1, width)))
 
 
 def n_tiles(rows: torch.Tensor) -> int:
-    """How many tiles :func:`cosine_tiles` gives."""
+    """Number of tiles that :func:`cosine_tiles` gives."""
     blocks = math.ceil(rows.shape[0] / tile_edge(rows.shape[1]))
     return blocks * (blocks + 1) // 2
 
@@ -79,7 +79,7 @@ def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Cosine
 
 
 def zero_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Which rows have no direction, bool [F].
+    """Mask of rows that are all zeros and so have no direction, bool [F].
 
     >>> zero_rows(torch.tensor([[0.0, 1e-30], [0.0, -0.0]])).tolist()
     [False, True]

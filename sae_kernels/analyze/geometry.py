@@ -1,4 +1,4 @@
-"""How latents lie among each other: nearest neighbours and duplicates, by cosine similarity."""
+"""Geometry of latents: nearest neighbours and duplicates by cosine similarity."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _raise(
 
 
 def n_duplicates(cosines: torch.Tensor, threshold: float) -> int:
-    """How many latents have a neighbour at or above the threshold."""
+    """Number of latents with a neighbour at or above the threshold."""
     return int((cosines >= threshold).sum())
 
 
@@ -154,7 +154,7 @@ def duplicate_curve(cosines: torch.Tensor, thresholds: Sequence[float] = CURVE) 
 
 
 def median(cosines: torch.Tensor) -> float:
-    """Of those that are finite; NaN if none is.
+    """Median of the cosines that are finite; NaN if none is.
 
     >>> round(median(torch.tensor([0.2, 0.4, -torch.inf])), 3)
     0.3

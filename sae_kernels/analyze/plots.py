@@ -83,7 +83,7 @@ def _title(name: str) -> str:
 
 
 def _kinds(analysis: Analysis) -> list[tuple[str, str, torch.Tensor]]:
-    """What is drawn of an SAE's latents: a name, a colour, cosines."""
+    """The cosines to draw of an SAE's latents, each with a name and a colour."""
     shape = analysis.geometry
     if analysis.n_experts == 1:
         return [("any other latent", INK, shape.nearest.cpu())]

@@ -48,7 +48,7 @@ class EnvironmentSetupError(SaeKernelsError, RuntimeError):
 
 
 def folder(name: str) -> Path:
-    """Where the environment of a peer lives, made or not.
+    """The folder of a peer's environment, made or not.
 
     Raises:
         ValueError: an unknown name.

@@ -37,7 +37,7 @@ class WrongResult(SaeKernelsError):
 
 
 class Deviation(NamedTuple):
-    """How far the result is off, relative to its largest element, and how far it may be.
+    """The error of a result and its budget, both relative to the result's largest element.
 
     The reconstruction, or codes where there is none.
     """

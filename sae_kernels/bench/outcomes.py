@@ -1,4 +1,4 @@
-"""What became of a provider in a case, and the record that is kept of it."""
+"""Outcomes: a provider's part in a case while it is measured, and the record kept of it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Outcome:
 
 
 def measured(outcomes: list[Outcome]) -> list[Outcome]:
-    """Those that still take part."""
+    """The outcomes that still take part."""
     return [outcome for outcome in outcomes if outcome.status == "measured"]
 
 
@@ -126,7 +126,7 @@ def _rates(
 
 
 def _phases(outcome: Outcome, product: Timing | None) -> Record | None:
-    """In ms; of our fused encoder what is over the product alone is the selection."""
+    """Milliseconds by phase; of our fused encoder, time over the product alone is the selection."""
     if outcome.phases is None:
         return None
     phases = {name: 1e3 * seconds for name, seconds in outcome.phases.items()}

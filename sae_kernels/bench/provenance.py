@@ -1,4 +1,4 @@
-"""Where and how a result was measured."""
+"""Provenance of a result: machine, versions, commit and command line."""
 
 from __future__ import annotations
 

@@ -53,12 +53,12 @@ class Results:
 
 
 def key(record: Record) -> Key:
-    """What tells a record from the others of its file: case, provider and dtype."""
+    """The key of a record in its file: case, provider and dtype."""
     return record["case"], record["provider"], record["dtype"]
 
 
 def measured(records: list[Record]) -> list[Record]:
-    """Those that have a time."""
+    """The records that have a time."""
     return [r for r in records if r["status"] == "measured" and r.get("median_ms")]
 
 

@@ -41,7 +41,7 @@ _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures.
+    """Settings of a run.
 
     Attributes:
         device: "cpu" or "cuda".

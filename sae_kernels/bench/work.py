@@ -19,7 +19,7 @@ _CACHE_SHARE = 0.75  # of a cache that a table may fill and still be found there
 
 
 class Rates(NamedTuple):
-    """How fast a device moves data.
+    """Rates at which a device moves data.
 
     Attributes:
         moved: bytes/s read plus written, from and to the device's memory.
@@ -32,7 +32,7 @@ class Rates(NamedTuple):
     cache_bytes: float
 
     def unit(self, table_bytes: float) -> str:
-        """Which rate rows of a table are read at: "gathered" if the cache holds it, or "moved"."""
+        """The rate that rows of a table are read at: "gathered" if the cache holds it, or "moved"."""
         return "gathered" if table_bytes <= _CACHE_SHARE * self.cache_bytes else "moved"
 
     def seconds(self, *amounts: Amount) -> float:
@@ -161,7 +161,7 @@ class Work:
 
 
 class Need(NamedTuple):
-    """What a case needs, whoever does it.
+    """FLOPs and bytes that a case needs, whoever computes it.
 
     Attributes:
         flops: multiplications and additions.
@@ -179,7 +179,7 @@ class Need(NamedTuple):
 
 
 def of_case(case: Case, dtype: str) -> Need:
-    """What an exact sparse method must do of a case in a compute dtype.
+    """The least work of an exact sparse method for a case in a compute dtype.
 
     All providers are measured by it: dense ones do more, and their rates fall short by that.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How to draw one picture and what to say about it.
+    """A picture to draw, and the words that go with it.
 
     Attributes:
         name: file stem, also the prefix of every id inside an SVG.

@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What the page shows of one latent: the words it peaks on, each with its count, and lines."""
+    """The page's card of one latent: the words it peaks on, each with its count, and lines."""
 
     example: LatentExamples
     words: list[tuple[str, int]]

@@ -1,4 +1,4 @@
-"""What a report shows: plain values, so that any trainer can fill them in."""
+"""The values that a report shows, plain ones, so that any trainer can fill them in."""
 
 from __future__ import annotations
 

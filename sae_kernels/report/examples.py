@@ -1,4 +1,4 @@
-"""Which latents a report shows, and the text on which they fire."""
+"""The latents that a report shows, and the text on which they fire."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def latent_examples(
 
 
 def _stems(example: LatentExamples) -> Counter[str]:
-    """How often the strongest words begin alike: crude, and enough to tell a subject."""
+    """Counts of how the strongest words begin: crude, and enough to tell a subject."""
     return Counter(peak_word(context).lower()[:4] for context in example.contexts)
 
 

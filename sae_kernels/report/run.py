@@ -95,7 +95,7 @@ def run_report(
 
 
 def newest_sae(folder: Path) -> Path:
-    """Where the SAE of a run lies: its result, or the newest whole checkpoint if it goes on.
+    """The folder of a run's SAE: its result, or the newest whole checkpoint if it goes on.
 
     Raises:
         DataError: there is none yet, or all checkpoints are damaged.

@@ -25,7 +25,7 @@ _SAE = ("d_in", "n_latents", "d_out", "n_layers", "k", "groups", "skip", "thresh
 def subtitle(
     sae: SparseAutoencoder, checkpoint: str | None, measured: Evaluation | None, training: bool
 ) -> str:
-    """What was trained, how far it has come and what the numbers are worth."""
+    """A sentence about what was trained, how far it has come and what the numbers are worth."""
     config = sae.config
     text = f"{config.architecture}, {config.n_latents:,} latents of {config.input_width:,} inputs"
     if checkpoint is not None:
@@ -46,7 +46,7 @@ def facts(
     activations: Activations | None,
     last: Mapping[str, Any],
 ) -> dict[str, str]:
-    """How the run was made, by its own settings, and what its weights are."""
+    """The settings of a run and facts about its weights, by name."""
     of_sae, of_training = sae.config.to_dict(), training_settings(tables)
     settings = {name: of_sae.get(name) for name in _SAE}
     settings |= {name: of_training.get(name) for name in _TRAIN}
@@ -63,12 +63,12 @@ def facts(
 
 
 def training_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's tables say of its training, its objective and its optimizer, by name."""
+    """The settings of training, objective and optimizer in a run's tables, by name."""
     return {k: v for n in ("train", "objective", "optimizer") for k, v in tables.get(n, {}).items()}
 
 
 def weights(sae: SparseAutoencoder) -> dict[str, str]:
-    """How many weights there are, and how long the decoder's rows."""
+    """Number and dtype of the weights, and the norms of decoder rows."""
     norms = sae.decoder_norms().detach()
     low, median, high = (float(v) for v in (norms.min(), norms.median(), norms.max()))
     spread = f"{number(median)} (from {number(low)} to {number(high)})"
@@ -97,7 +97,7 @@ def results(
 
 
 def dead_rule(tokens: int | None, dead_after_tokens: int | None) -> str:
-    """What the trainer counts as dead, to follow "12 of 3,072 latents".
+    """The trainer's rule for dead latents in words, to follow "12 of 3,072 latents".
 
     >>> dead_rule(50_000, 10_000_000)
     'did not fire in the last 50,000 training tokens'

@@ -138,7 +138,7 @@ _MULTIPLIES = {"aten::mm", "aten::addmm", "aten::linear", "aten::matmul"}
 
 
 class Phases:
-    """How the time of one run divides, by torch's profiler: seconds by name of :data:`PHASES`.
+    """Seconds of one run by phase (:data:`PHASES`), measured by torch's profiler.
 
     An operator counts where it was called: in the optimizer, in the backward pass, else by what it
     is. A product that reads a [B, F] matrix decodes; the others before the backward pass encode.

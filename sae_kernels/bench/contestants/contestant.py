@@ -22,7 +22,7 @@ LR = 1e-4  # where the library has no default of its own: it costs the same at a
 
 
 class Task(NamedTuple):
-    """What is to be done; the values come as JSON.
+    """A task for a contestant; the values come as JSON.
 
     Attributes:
         operation: "encode", "decode" (of given codes), "sae" (both), "step" (a training step), or
@@ -175,7 +175,7 @@ class Contestant:
 
 
 def copies(**tensors: torch.Tensor) -> Tensors:
-    """Each tensor without its graph, in memory of its own."""
+    """Copies of tensors, without their graphs."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -186,4 +186,4 @@ def fill(parameters: Tensors, tensors: Tensors) -> None:
 
 
 class Unable(Exception):
-    """What a library cannot do here, and why."""
+    """Raised for what a library cannot do here; the message says why."""

@@ -1,4 +1,4 @@
-"""What the machine can do: the product that no exact encoder can beat, and a copy of memory."""
+"""Rates of the machine: the product that no exact encoder can beat, and a copy of memory."""
 
 from __future__ import annotations
 

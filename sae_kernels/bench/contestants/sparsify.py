@@ -124,7 +124,7 @@ class _Dataset:
         return {"input_ids": torch.zeros(len(self._model.activations), dtype=torch.long)}
 
     def select(self, _: range) -> _Dataset:
-        """What is left after the steps of an earlier ``fit``."""
+        """The sequences left after the steps of an earlier ``fit``."""
         return self
 
 

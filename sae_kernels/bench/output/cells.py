@@ -32,7 +32,7 @@ def dtype(record: Record) -> str:
 
 
 class CaseTable(NamedTuple):
-    """What is shown of a case.
+    """The tables and remarks of a case.
 
     Attributes:
         name: the case's.
@@ -75,7 +75,7 @@ def who(records: list[Record], starred: list[Record]) -> list[Column]:
 
 
 def _columns(records: list[Record]) -> list[Column]:
-    """Those that hold anything."""
+    """Times, ratios and rates; columns without a single cell are left out."""
     cells: dict[str, Callable[[Record], str]] = {
         "median ms": lambda r: number(r["median_ms"]),
         "p20 to p80": lambda r: f"{number(r['p20_ms'])} to {number(r['p80_ms'])}",
@@ -102,7 +102,7 @@ def _phases(split: list[Record]) -> list[Column]:
 
 
 def libraries(provenance: Record) -> list[tuple[str, str]]:
-    """Which providers are of which package and torch, and how they differ from a plain step."""
+    """Providers by package and torch, each with how it differs from a plain step."""
     found = provenance.get("libraries")
     names: dict[str, list[str]] = {}
     for name, about in (found if isinstance(found, dict) else {}).items():

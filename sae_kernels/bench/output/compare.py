@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs say together.
+    """Two runs matched by case, provider and dtype.
 
     Attributes:
         rows: what both measured.
@@ -80,7 +80,7 @@ def compare(now: Results, stored: Results) -> Comparison:
 
 
 def _only(one: dict[Key, Record], other: dict[Key, Record], run: Results) -> dict[Key, str]:
-    """What is in one but not in the other, and its status in the other's run."""
+    """The keys of one run that the other lacks, each with its status there."""
     status = {key(r): str(r["status"]) for r in run.records}
     return {k: status.get(k, "absent") for k in one if k not in other}
 

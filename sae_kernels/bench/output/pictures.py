@@ -53,7 +53,7 @@ def draw(results: Results) -> list[Picture]:
 
 
 def drawings(results: Results) -> list[Drawing]:
-    """What can be drawn, in the order of the page."""
+    """The drawings that the results have points for, in the order of the page."""
     found = []
     if shown := series.showpiece(results):
         found.append(headline(shown))

@@ -1,4 +1,4 @@
-"""How many times as fast ours is, and how sure of that one can be."""
+"""Ratios of times to ours, with the interval that p20 and p80 allow."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def default(records: list[Record]) -> Record | None:
 
 
 def same_dtype(record: Record, records: list[Record]) -> Ratio | None:
-    """Its time by ours in its own dtype; None of a rate, which does another thing."""
+    """A record's time by ours in the same dtype; None of a rate, which does another thing."""
     base = ours(records, record["dtype"])
     return ratio(record, base) if base and _comparable(record) else None
 

@@ -1,4 +1,4 @@
-"""Which records of a run make a picture together."""
+"""The records of a run that make a picture together."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _LABELS = {"ours": "sae-kernels", "dense": "dense", "dense_compile": "dense, com
 
 
 def label(record: Record) -> str:
-    """What a picture calls a provider."""
+    """The name of a provider in pictures."""
     name: str = record["provider"]
     return f"{_LABELS.get(name, name)} {dtype(record)}"
 
 
 def title(record: Record) -> str:
-    """What was done, and the sizes."""
+    """The operation of a record and its sizes."""
     sizes = ", ".join(f"{name} {record[name]:,}" for name in "BDFK" if record.get(name))
     return f"{what(record)}: {sizes}"
 
 
 def what(record: Record) -> str:
-    """What was done."""
+    """The operation of a record in words."""
     mode, operation = record.get("mode"), record.get("operation")
     if operation == "step":
         return "Training step"

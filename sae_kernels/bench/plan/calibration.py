@@ -143,7 +143,7 @@ def observations(read: results.Results, device: Device) -> list[Observation]:
 
 
 def _measured_rates(read: results.Results) -> dict[str, float]:
-    """What the run measured of the device itself."""
+    """The rates of copies and products that a run measured, by unit."""
     copy, products = results.roofs(read)
     found = {"moved": copy, **{dtype: products.get(dtype, 0.0) for dtype in _PRODUCTS}}
     return {unit: rate for unit, rate in found.items() if rate > 0}

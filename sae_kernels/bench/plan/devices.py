@@ -53,11 +53,11 @@ class Device:
 
     @property
     def traffic(self) -> Rates:
-        """How fast it moves data."""
+        """The rates at which it moves data."""
         return Rates(self.rates["moved"], self.rates["gathered"], self.cache_bytes)
 
     def dtype(self, compute: str) -> str:
-        """What a ``compute`` setting stands for here, "auto" among others."""
+        """The dtype that a ``compute`` setting stands for here, "auto" among others."""
         if compute != "auto":
             return compute
         return "bfloat16" if self.gpu is not None or has_amx() else "float32"

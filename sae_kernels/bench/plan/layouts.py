@@ -1,4 +1,4 @@
-"""What is trained, and how it is laid out over GPUs: what each holds and what it sends.
+"""Layouts of a training over GPUs: the memory of each and the messages that it sends.
 
 G = S R GPUs: the latents are cut into S shards, and R replicas of all shards take different
 tokens. S = 1 is data-parallel, R = 1 latent-sharded. A GPU holds f = F / S latents and sees
@@ -76,7 +76,7 @@ class Problem:
 
     @property
     def _copy_bytes(self) -> int:
-        """Of the compute copies of a latent's two weights; a split master is its own copy."""
+        """Bytes of the compute copies of a latent's two weights; a split master is its own copy."""
         if self.dtype == "float32" or self.config.master_weights == "split":
             return 0
         return 4 if self.config.compute_copies == "both" else 2
@@ -87,7 +87,7 @@ class Problem:
 
 
 class Message(NamedTuple):
-    """What every GPU sends at one point of a step.
+    """Bytes that every GPU sends at one point of a step.
 
     Attributes:
         what: tokens, candidates, partial sums or gradients.
@@ -130,13 +130,13 @@ class Layout:
         return -(-problem.n_latents // self.shards)
 
     def work(self, problem: Problem) -> Work:
-        """What a GPU does in a step; of its tokens' entries its latents have their share, k / S."""
+        """The work of a GPU in a step; of its tokens' entries its latents have their share, k / S."""
         share = problem.k / self.shards
         sizes = self.tokens(problem), problem.d_in, self.latents(problem), share
         return Work(*sizes, element_bytes=problem.decoder_bytes)
 
     def gradient_rows(self, problem: Problem) -> tuple[str, float]:
-        """Which rows of gradients replicas exchange, and how many a GPU sends of each matrix.
+        """The kind of gradient rows that replicas exchange, and how many a GPU sends of each matrix.
 
         Dense: all f rows are added up in a ring. Touched: everybody collects everybody's rows that
         are not zero; it is taken where it sends less. Without replicas there is no exchange.
@@ -149,7 +149,7 @@ class Layout:
         return ("dense", dense) if dense <= touched else ("touched", touched)
 
     def messages(self, problem: Problem) -> list[Message]:
-        """What a step sends; vectors of F and D are left out."""
+        """The messages of a step; vectors of F and D are left out."""
         D, S, b = problem.d_in, self.shards, self.tokens(problem)
         rest = (S - 1) / S
         rows = self.gradient_rows(problem)[1]
@@ -178,7 +178,7 @@ class Layout:
         }
 
     def gradient_rows_held(self, problem: Problem) -> float:
-        """How many rows of gradients of each matrix a GPU writes to memory and reads again."""
+        """Number of gradient rows of each matrix that a GPU writes to memory and reads again."""
         how, _ = self.gradient_rows(problem)
         if how == "touched":
             return self.replicas * self.work(problem).used_rows

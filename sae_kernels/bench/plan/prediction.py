@@ -1,4 +1,4 @@
-"""What a run costs in each layout: the work of a step by part, and its time at given rates.
+"""The cost of a run in each layout: the work of a step by part, and its time at given rates.
 
 Every part is a sum of amounts in the units of :data:`devices.UNITS`; its time is their sum over the
 rates. That keeps the model linear in the times per unit, which is how calibration finds them.
@@ -66,7 +66,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one layout costs.
+    """The cost of one layout.
 
     Attributes:
         layout: which.
@@ -96,7 +96,7 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """Which bound rules."""
+        """The bound that rules: the part that takes longest, or "memory" if it is too little."""
         return self.seconds.bound if self.fits else "memory"
 
 
