@@ -32,7 +32,7 @@ class Rates(NamedTuple):
     cache_bytes: float
 
     def unit(self, table_bytes: float) -> str:
-        """The rate that rows of a table are read at: "gathered" if the cache holds it, or "moved"."""
+        """The rate that rows of a table are read at: "gathered" if it is in cache, or "moved"."""
         return "gathered" if table_bytes <= _CACHE_SHARE * self.cache_bytes else "moved"
 
     def seconds(self, *amounts: Amount) -> float:

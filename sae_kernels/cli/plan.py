@@ -51,7 +51,10 @@ def plan(
     moment_dtype: Annotated[
         str,
         typer.Option(
-            "--moment-dtype", "--optimizer-states", metavar="float32|bfloat16", help="Adam's moments."
+            "--moment-dtype",
+            "--optimizer-states",
+            metavar="float32|bfloat16",
+            help="Adam's moments.",
         ),
     ] = "float32",
     compute_copies: Annotated[

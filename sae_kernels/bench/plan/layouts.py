@@ -130,13 +130,13 @@ class Layout:
         return -(-problem.n_latents // self.shards)
 
     def work(self, problem: Problem) -> Work:
-        """The work of a GPU in a step; of its tokens' entries its latents have their share, k / S."""
+        """The work of a GPU in a step; its latents have their share of the entries, k / S."""
         share = problem.k / self.shards
         sizes = self.tokens(problem), problem.d_in, self.latents(problem), share
         return Work(*sizes, element_bytes=problem.decoder_bytes)
 
     def gradient_rows(self, problem: Problem) -> tuple[str, float]:
-        """The kind of gradient rows that replicas exchange, and how many a GPU sends of each matrix.
+        """The kind of gradient rows that replicas exchange, and how many a GPU sends a matrix.
 
         Dense: all f rows are added up in a ring. Touched: everybody collects everybody's rows that
         are not zero; it is taken where it sends less. Without replicas there is no exchange.
