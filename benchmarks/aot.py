@@ -62,7 +62,7 @@ class Compiled:
         return self.count(instruction) > 0
 
     def count(self, instruction: str) -> int:
-        """How many instructions start like this."""
+        """Number of instructions that start like this."""
         return sum(n for name, n in self.instructions.items() if name.startswith(instruction))
 
 

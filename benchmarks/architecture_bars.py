@@ -7,46 +7,31 @@ from one process with interleaved contestants; medians over the rounds.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.cpu_bars import B, D, F, K, Record, command_line, ratios
-from sae_kernels.bench.contestants.dense_steps import (
+from benchmarks.study import B, D, F, K, bars, fused, ratios, stepping
+from sae_kernels.bench.inputs import activations, threshold
+from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig, ReLUConfig, TopKConfig
+from sae_kernels.testing.dense_steps import (
     DenseBatchTopKStep,
     DenseJumpReLUStep,
     DenseReLUStep,
 )
-from sae_kernels.bench.inputs import activations, threshold
-from sae_kernels.config import TrainConfig
-from sae_kernels.nn import (
-    BatchTopKConfig,
-    GatedConfig,
-    JumpReLUConfig,
-    ReLUConfig,
-    SAEConfig,
-    TopKConfig,
-    build,
-)
-from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from benchmarks.study import Record, Runs
+    from sae_kernels.step import FusedStep
 
 LR = 1e-7  # so small that L0 stays what it is set to
 GROUPS_OF_LATENTS = (F // 16, F // 16, F // 8, F // 4, F // 2)
 DENSITIES = (F // 2, 4096, 2048, 1024, 512, 128, 32)
-
-
-def fused(config: SAEConfig, W: torch.Tensor, **settings: Any) -> FusedStep:
-    """A step on these encoder and decoder rows."""
-    sae = build(config)
-    sae.W_enc.data.copy_(W)
-    sae.W_dec.data.copy_(W)
-    alone = {"loss": "fvu", "sparsity": "none", "sparsity_coefficient": 0.0, "target_l0": None}
-    given = {"compute": "bfloat16", "auxk_alpha": 0.0, **alone, **settings}
-    train = TrainConfig.of(sae.objective_class, **given)
-    return FusedStep(sae, train.objective, train.optimizer)
+L0: dict[str, Any] = {"sparsity": "l0", "sparsity_coefficient": 1e-3}
+L1: dict[str, Any] = {"sparsity": "l1", "sparsity_coefficient": 1e-3}
 
 
 def steps(kind: str, rounds: int) -> Iterator[Record]:
@@ -54,23 +39,19 @@ def steps(kind: str, rounds: int) -> Iterator[Record]:
     x, W = activations(kind, B, D, F, K)
     edge = threshold(x, W, K)
     jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
-    l0 = {"sparsity": "l0", "sparsity_coefficient": 1e-3}
-    l1 = {"sparsity": "l1", "sparsity_coefficient": 1e-3}
+    groups = GROUPS_OF_LATENTS
     made = {
         "TopK": fused(TopKConfig(D, F, K), W),
         "BatchTopK": fused(BatchTopKConfig(D, F, K), W),
-        "JumpReLU, L0 penalty": fused(jump, W, **l0),
-        "JumpReLU, tanh penalty": fused(jump, W, sparsity="tanh", sparsity_coefficient=1e-3),
-        "ReLU, L1": _biased(fused(ReLUConfig(D, F), W, **l1), edge),
-        "Gated": _biased(fused(GatedConfig(D, F), W, **l1), edge),
-        "Matryoshka of 5, TopK": fused(TopKConfig(D, F, K, groups=GROUPS_OF_LATENTS), W),
-        "Matryoshka of 5, BatchTopK": fused(BatchTopKConfig(D, F, K, groups=GROUPS_OF_LATENTS), W),
+        "JumpReLU, L0 penalty": fused(jump, W, **L0),
+        "JumpReLU, tanh penalty": fused(jump, W, **{**L0, "sparsity": "tanh"}),
+        "ReLU, L1": fused(ReLUConfig(D, F), W, bias=-edge, **L1),
+        "Gated": fused(GatedConfig(D, F), W, bias=-edge, **L1),
+        "Matryoshka of 5, TopK": fused(TopKConfig(D, F, K, groups=groups), W),
+        "Matryoshka of 5, BatchTopK": fused(BatchTopKConfig(D, F, K, groups=groups), W),
         "multi-TopK": fused(TopKConfig(D, F, K), W, multi_topk=True),
     }
-    contestants: dict[str, Callable[[], object]] = {
-        name: (lambda step=step: step(x, lr=LR)) for name, step in made.items()
-    }
-    yield from ratios(f"steps {kind}", contestants, "TopK", rounds)
+    yield from ratios(f"steps {kind}", stepping(made, x, LR), "TopK", rounds)
 
 
 def dense(kind: str, rounds: int) -> Iterator[Record]:
@@ -79,21 +60,17 @@ def dense(kind: str, rounds: int) -> Iterator[Record]:
     edge = threshold(x, W, K)
     window = {"threshold": edge, "bandwidth": 0.1 * edge}
     jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
-    ours = {
-        "BatchTopK": fused(BatchTopKConfig(D, F, K), W),
-        "JumpReLU": fused(jump, W, sparsity="l0", sparsity_coefficient=1e-3),
+    cases: dict[str, tuple[FusedStep, Any]] = {
+        "BatchTopK": (fused(BatchTopKConfig(D, F, K), W), DenseBatchTopKStep),
+        "JumpReLU": (fused(jump, W, **L0), partial(DenseJumpReLUStep, **window)),
     }
-    for name, step in ours.items():
-        contestants: dict[str, Callable[[], object]] = {
-            "FusedStep bf16": lambda step=step: step(x, lr=LR)
+    for name, (ours, theirs) in cases.items():
+        runs: Runs = {
+            **stepping({"FusedStep bf16": ours}, x, LR),
+            "dense fp32": partial(theirs(W, W, K, "fused", False), x),
+            "dense autocast bf16": partial(theirs(W, W, K, "fused", True), x),
         }
-        for cast, label in ((False, "dense fp32"), (True, "dense autocast bf16")):
-            if name == "BatchTopK":
-                slow: Any = DenseBatchTopKStep(W, W, K, "fused", cast)
-            else:
-                slow = DenseJumpReLUStep(W, W, K, "fused", cast, **window)
-            contestants[label] = lambda slow=slow: slow(x)
-        yield from ratios(f"{name} {kind}", contestants, "FusedStep bf16", rounds)
+        yield from ratios(f"{name} {kind}", runs, "FusedStep bf16", rounds)
 
 
 def density(kind: str, rounds: int) -> Iterator[Record]:
@@ -103,41 +80,30 @@ def density(kind: str, rounds: int) -> Iterator[Record]:
         slow = DenseReLUStep(W, W, K, "fused", cast)
         for l0 in DENSITIES:
             edge = threshold(x, W, l0)
-            step = fused(ReLUConfig(D, F), W, compute=dtype, sparsity="l1")
-            _biased(step, edge)
+            step = fused(ReLUConfig(D, F), W, bias=-edge, compute=dtype, sparsity="l1")
             slow.b_enc.data.fill_(-edge)
-            contestants: dict[str, Callable[[], object]] = {
-                f"dense {dtype}": lambda slow=slow: slow(x),
-                "FusedStep": lambda step=step: step(x, lr=LR),
-                "FusedStep, dense pass": lambda step=step: _forced(step, x, dense=True),
+            runs: Runs = {
+                f"dense {dtype}": partial(slow, x),
+                "FusedStep": partial(step, x, lr=LR),
+                "FusedStep, dense pass": partial(_forced, step, x, dense=True),
             }
             if l0 < F // 2:  # there its entries would be gigabytes
-                contestants["FusedStep, sparse pass"] = lambda step=step: _forced(
-                    step, x, dense=False
-                )
-            case = f"ReLU {kind} {dtype} L0={l0}"
-            yield from ratios(case, contestants, f"dense {dtype}", rounds)
+                runs["FusedStep, sparse pass"] = partial(_forced, step, x, dense=False)
+            yield from ratios(f"ReLU {kind} {dtype} L0={l0}", runs, f"dense {dtype}", rounds)
 
 
 def crosscoder(kind: str, rounds: int) -> Iterator[Record]:
     """A crosscoder of two layers against one layer, both BatchTopK ranked by decoder norms."""
     x, W = activations(kind, B, D, F, K)
-    both = torch.cat([x, x.flip(1)], dim=1)
     rows = torch.cat([W, W.flip(1)], dim=1) / 2**0.5
     options: dict[str, Any] = {"unit_norm_decoder": False, "decoder_norm": "sum"}
     one = fused(BatchTopKConfig(D, F, K, True, **options), W)
     two = fused(BatchTopKConfig(D, F, K, True, n_layers=2, **options), rows)
-    contestants: dict[str, Callable[[], object]] = {
-        "one layer": lambda: one(x, lr=LR),
-        "two layers": lambda: two(both, lr=LR),
+    runs: Runs = {
+        "one layer": partial(one, x, lr=LR),
+        "two layers": partial(two, torch.cat([x, x.flip(1)], dim=1), lr=LR),
     }
-    yield from ratios(f"crosscoder {kind}", contestants, "one layer", rounds)
-
-
-def _biased(step: FusedStep, edge: float) -> FusedStep:
-    """Moves the encoder's bias so that what is above the edge fires."""
-    step.sae.b_enc.data.fill_(-edge)
-    return step
+    yield from ratios(f"crosscoder {kind}", runs, "one layer", rounds)
 
 
 def _forced(step: FusedStep, x: torch.Tensor, *, dense: bool) -> object:
@@ -149,4 +115,4 @@ GROUPS = {"steps": steps, "dense": dense, "density": density, "crosscoder": cros
 
 
 if __name__ == "__main__":
-    command_line(GROUPS, __doc__, "benchmarks.architecture_bars")
+    bars(GROUPS, __doc__, "architecture_bars")

@@ -5,8 +5,8 @@ Data is random and never zero: kernels on zeros draw less power, so they run at 
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,22 +23,17 @@ if TYPE_CHECKING:
     from sae_kernels.bench.cases import Shape
 
 GPU_BACKENDS = ("cuda", "triton", "gluon")
-_FOLDER = Path(primitives.__file__).parent
 
 
 def kernels() -> list[tuple[str, str]]:
     """Every (primitive, backend) that is written for GPUs."""
-    return [
-        (name, backend)
-        for name in primitives.NAMES
-        for backend in GPU_BACKENDS
-        if (_FOLDER / name / f"{backend}.py").exists()
-    ]
+    every = ((primitive, backend) for primitive in primitives.NAMES for backend in GPU_BACKENDS)
+    return [each for each in every if find_spec("sae_kernels.primitives.{}.{}".format(*each))]
 
 
 def implementation(primitive: str, backend: str) -> Any:
     """The module whose ``run`` takes these arguments."""
-    return importlib.import_module(f"sae_kernels.primitives.{primitive}.{backend}")
+    return import_module(f"sae_kernels.primitives.{primitive}.{backend}")
 
 
 def arguments(
@@ -48,15 +43,16 @@ def arguments(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[Any, ...]:
-    """What ``run`` of a primitive takes; ``options`` are those of the builders below."""
+    """Arguments of a primitive's ``run``; ``options`` are those of its function below."""
+    builder: Callable[..., tuple[Any, ...]] = globals()[f"_{primitive}"]
     with torch.device(device):
-        return BUILDERS[primitive](shape, dtype, **options)
+        return builder(shape, dtype, **options)
 
 
 def runnable(primitive: str, inputs: tuple[Any, ...], wanted: Sequence[str]) -> list[str]:
-    """Those of the wanted backends that can run a call with these arguments."""
-    folder = importlib.import_module(f"sae_kernels.primitives.{primitive}")
-    like = getattr(folder, primitive).like(inputs)
+    """The wanted backends that can run a call with these arguments."""
+    operator = getattr(import_module(f"sae_kernels.primitives.{primitive}"), primitive)
+    like = operator.like(inputs)
     found = backends.candidates(primitive, like.device, like.dtype, inputs)
     return [name for name, reason in found if name in wanted and reason is None]
 
@@ -112,7 +108,7 @@ def _codes(shape: Shape, is_ragged: bool) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _bound(shape: Shape) -> torch.Tensor:
-    """What about K of a token's scores are above: they are as good as normal."""
+    """A bound that about K of a token's scores are above: they are as good as normal."""
     share = torch.tensor(1 - shape.K / shape.F, dtype=torch.float64)
     return (torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5).float()
 
@@ -252,21 +248,3 @@ def _auxk(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
 def _pick_dead(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
     after = 10_000_000
     return torch.randint(0, 4 * after // 3, (shape.F,)), after, min(4096, shape.F)
-
-
-BUILDERS: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "auxk": _auxk,
-    "code_grad": _code_grad,
-    "decode": _decode,
-    "decode_residual": _decode_residual,
-    "pick_dead": _pick_dead,
-    "route_top1": _route_top1,
-    "row_grad": _row_grad,
-    "row_sqnorm": _row_sqnorm,
-    "row_update": _row_update,
-    "select_batch_topk": _select_batch_topk,
-    "select_threshold": _select_threshold,
-    "select_topk": _select_topk,
-    "select_topk_routed": _select_topk_routed,
-    "transpose_codes": _transpose_codes,
-}

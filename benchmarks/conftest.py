@@ -16,10 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every case of the presets, whose operation is the test's."""
-    if "case" not in metafunc.fixturenames:
-        return
-    presets = metafunc.config.getoption("--preset") or ["tiny"]
-    is_step = metafunc.function.__name__ == "test_step"
-    found = [case for case in cases.chosen(presets) if (case.mode == "step") == is_step]
-    metafunc.parametrize("case", found, ids=lambda case: case.name)
+    """Every case of the presets."""
+    if "case" in metafunc.fixturenames:
+        found = cases.chosen(metafunc.config.getoption("--preset") or ["tiny"])
+        metafunc.parametrize("case", found, ids=lambda case: case.name)

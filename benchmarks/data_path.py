@@ -1,4 +1,4 @@
-"""What data from disk cost: ``python -m benchmarks.data_path [--only step] [--out FILE]``.
+"""The cost of data from disk: ``python -m benchmarks.data_path [--only step] [--out FILE]``.
 
 ``step``: TopK steps at cpu-small on batches of a data set on disk, made by the loop itself or
 ahead by a thread, over the same steps on batches that lie ready in memory; all in one process, 16
@@ -10,82 +10,67 @@ of them go by.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.cpu_bars import B, D, F, K, record
+from benchmarks.study import B, D, F, K, fused, parser, record, report
 from sae_kernels.bench.inputs import activations
-from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.data import Prefetched, ShardDataset, ShardWriter, ShuffledBatches
 from sae_kernels.data.shard_index import Index, Shard
-from sae_kernels.nn import TopKConfig, TopKObjective, TopKSAE
-from sae_kernels.step import FusedStep
+from sae_kernels.nn import TopKConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import argparse
+    from collections.abc import Iterable, Iterator
+
+    from benchmarks.study import Record, Runs
+    from sae_kernels.step import FusedStep
 
 WINDOW = 65536  # rows, as ShuffledBatches makes them
 TURN = 16  # steps
 
 
-def step(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+def step(options: argparse.Namespace) -> Iterator[Record]:
     """Steps on data from disk over steps on batches in memory."""
     x, W = activations("zipf", WINDOW, D, F, K)
-    sae = TopKSAE(TopKConfig(D, F, K))
-    sae.W_enc.data.copy_(W)
-    sae.W_dec.data.copy_(W)
-    fused = FusedStep(sae, TopKObjective(auxk_alpha=0.0))
-    ready = list(ShuffledBatches(x, B, epochs=1))
+    ours = fused(TopKConfig(D, F, K), W, compute="auto")
+    ready = list(ShuffledBatches(x, B, epochs=1))[:TURN]
     with tempfile.TemporaryDirectory(dir=options.data) as base:
-        folders = [Path(base, name) for name in ("warm", "cold")]
-        for folder in folders:
+        runs: Runs = {"memory": partial(turn, ours, ready)}
+        threads = []
+        for name in ("warm", "cold"):
+            folder = Path(base, name)
             with ShardWriter(folder, D, rows_per_shard=16384) as writer:
                 for _ in range(options.windows):
                     writer.write(x)
-        contestants: dict[str, Callable[[], object]] = {}
-        contestants["memory"] = lambda: run(fused, iter(ready[:TURN]))
-        threads = []
-        for folder in folders:
             plain = ShuffledBatches(ShardDataset(folder), B, reuse=True)  # as the trainer has it
-            ahead = Prefetched(ShuffledBatches(ShardDataset(folder), B))
-            threads.append(ahead)
-            drops = folder if folder.name == "cold" else None
-            for name, stream in (("disk", plain), ("disk, thread", ahead)):
-                contestants[f"{name}, {folder.name}"] = turn(fused, stream, drops)
-        for name, timing in (times := interleaved(contestants, options.rounds)).items():
-            ratio = timing.median_ms / times["memory"].median_ms
+            threads.append(ahead := Prefetched(ShuffledBatches(ShardDataset(folder), B)))
+            drops = folder if name == "cold" else None
+            runs[f"disk, {name}"] = partial(turn, ours, plain, drops)
+            runs[f"disk, thread, {name}"] = partial(turn, ours, ahead, drops)
+        for name, timing in (times := interleaved(runs, options.rounds)).items():
             each = {"steps": TURN, "windows": options.windows}
-            yield record("step", name, timing, ratio, "memory") | each
+            yield record("step", name, timing, times["memory"], "memory") | each
         for ahead in threads:
             ahead.close()
 
 
-def turn(
-    fused: FusedStep, stream: Iterator[torch.Tensor], drops: Path | None
-) -> Callable[[], object]:
-    """Some steps; the files are dropped from the page cache first if a folder is given."""
-
-    def steps() -> None:
-        for path in () if drops is None else drops.glob("*.safetensors"):
-            drop(path)
-        run(fused, islice(stream, TURN))
-
-    return steps
-
-
-def run(fused: FusedStep, batches: Iterator[torch.Tensor]) -> None:
-    for x in batches:
-        fused(x, lr=1e-4)
+def turn(ours: FusedStep, batches: Iterable[torch.Tensor], drops: Path | None = None) -> None:
+    """Some steps; a folder's files are dropped from the page cache first if one is given."""
+    for path in () if drops is None else drops.glob("*.safetensors"):
+        drop(path)
+    for x in islice(batches, TURN):
+        ours(x, lr=1e-4)
 
 
 def drop(path: Path) -> None:
@@ -95,7 +80,7 @@ def drop(path: Path) -> None:
     os.close(descriptor)
 
 
-def large(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+def large(options: argparse.Namespace) -> Iterator[Record]:
     """Opening 100 GB, and memory while 20 GB stream by."""
     with tempfile.TemporaryDirectory(dir=options.data) as base:
         folder = Path(base)
@@ -157,25 +142,12 @@ CASES = {"step": step, "large": large}
 
 def main() -> None:
     """Prints a JSON line per result and, with --out, writes them to a file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--windows", type=int, default=4, help="windows of 65536 rows on disk")
-    parser.add_argument("--gigabytes", type=float, default=20.0, help="that stream by")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, help="where to put the data; default: as tempfile")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__, rounds=7, windows=4, gigabytes=20.0, threads=2)
+    made.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    made.add_argument("--data", type=Path, help="where to put the data; default: as tempfile")
+    options = made.parse_args()
     torch.set_num_threads(options.threads)
-    lines = [json.dumps({"provenance": provenance("python -m benchmarks.data_path")})]
-    print(lines[0])
-    for name in options.only:
-        for entry in CASES[name](options):
-            lines.append(json.dumps(entry))
-            print(lines[-1], flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join(lines) + "\n")
+    report("data_path", (r for name in options.only for r in CASES[name](options)), options.out)
 
 
 if __name__ == "__main__":

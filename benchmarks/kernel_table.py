@@ -1,4 +1,4 @@
-"""What every kernel compiles to on each architecture: ``python -m benchmarks.kernel_table``.
+"""Table of every kernel as compiled for each GPU: ``python -m benchmarks.kernel_table``.
 
 `CASES` is the one table: the tests compile a sample of it and hold it to the gates, and this
 command compiles all of it and writes docs/kernels-compiled.md. No GPU takes part: Triton and its
@@ -13,20 +13,21 @@ import os
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 
 from benchmarks import calls
 from benchmarks.aot import ARCHITECTURES, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compiled_for
+from benchmarks.study import DOCS
 from sae_kernels.bench.cases import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels-compiled.md"
+PAGE = DOCS / "kernels-compiled.md"
 WIDTHS = (768, 1152, 2304, 2688, 3584, 4096, 4608, 5120)
 SAMPLED_WIDTHS = (768, 2304, 4096)
 _REGISTERS = 65536  # of a multiprocessor: a block that wants more is never launched
@@ -42,10 +43,11 @@ shared memory per block. It says that a kernel fits the architecture, not that i
 and shared memory within the architecture, its matrix instruction in products, 16-byte loads in
 gathers and streams.
 """
-COLUMNS = "| call | sm | kernel | warps | stages | tile | registers | spilled | shared |"
+COLUMNS = """| call | sm | kernel | warps | stages | tile | registers | spilled | shared |
+|---|---:|---|---:|---:|---|---:|---:|---:|"""
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
     """One call to compile.
 
     Attributes:
@@ -89,16 +91,16 @@ def _short(value: object) -> str:
 
 def _widths(
     primitive: str, backend: str, *, K: int = 32, widths: Iterable[int] = WIDTHS, **settings: Any
-) -> Iterator[Case]:
+) -> Iterator[KernelCase]:
     for D in widths:
-        yield Case(primitive, backend, D, K, **settings)
+        yield KernelCase(primitive, backend, D, K, **settings)
 
 
-def _routed(primitive: str) -> Iterator[Case]:
+def _routed(primitive: str) -> Iterator[KernelCase]:
     for dtype in (torch.bfloat16, torch.float32):
         for E in (8, 32):
             options, matrix = (("experts", E),), dtype != torch.float32
-            yield Case(primitive, "triton", 768, 32, options, dtype, matrix, F=65536)
+            yield KernelCase(primitive, "triton", 768, 32, options, dtype, matrix, F=65536)
 
 
 _FP32 = torch.float32
@@ -107,7 +109,7 @@ _PENALTY = (("norm", "none"), ("penalties", 4))  # of a crosscoder
 _SPLIT = (("split", True),)
 _GROUPS, _RAGGED = (("groups", 4),), (("ragged", True),)
 _LEAN = (("split", True), ("states", torch.bfloat16))
-CASES: tuple[Case, ...] = (
+CASES: tuple[KernelCase, ...] = (
     # As many latents as AuxK takes by default.
     *_widths("auxk", "triton", widths=(768, 2304), matrix=True, F=8192),
     *_widths("code_grad", "triton"),
@@ -156,16 +158,16 @@ CASES: tuple[Case, ...] = (
 )
 
 
-class Row(NamedTuple):
+class CompiledCase(NamedTuple):
     """A case on one architecture: what its call launched, and the error that ended it early."""
 
-    case: Case
+    case: KernelCase
     architecture: int
     kernels: tuple[Compiled, ...]
     error: str = ""
 
     def faults(self) -> list[str]:
-        """What breaks a gate, in words."""
+        """Broken gates in words."""
         limit = SHARED_LIMIT[self.architecture]
         found = [] if self.kernels else ["launches no kernel"]
         if self.error:
@@ -190,25 +192,23 @@ class Row(NamedTuple):
         """The rows of the page."""
         return [
             f"| {self.case.call} | {self.architecture} | {kernel.name.strip('_')} "
-            f"| {kernel.warps} | {kernel.stages} | {self._tile(kernel)} | {kernel.registers} "
+            f"| {kernel.warps} | {kernel.stages} | {_tile(kernel)} | {kernel.registers} "
             f"| {kernel.spill_bytes} | {kernel.shared_bytes} |"
             for kernel in self.kernels
         ]
 
-    def _tile(self, kernel: Compiled) -> str:
-        constants = kernel.constants.items()
-        return (
-            " ".join(f"{n}={_short(v)}" for n, v in constants if n not in ("D", "K", "WIDTH"))
-            or "-"
-        )
+
+def _tile(kernel: Compiled) -> str:
+    tile = {n: v for n, v in kernel.constants.items() if n not in ("D", "K", "WIDTH")}
+    return " ".join(f"{n}={_short(v)}" for n, v in tile.items()) or "-"
 
 
 def versions() -> str:
-    """What the figures depend on."""
+    """The version that the figures depend on."""
     return f"Triton {triton.__version__}"
 
 
-def compile_case(case: Case, architecture: int) -> Row:
+def compile_case(case: KernelCase, architecture: int) -> CompiledCase:
     """Calls the implementation as a user would, on small tensors of the real widths."""
     torch.set_num_threads(1)
     shape = Shape(case.B, case.D, case.F, case.K)
@@ -220,31 +220,19 @@ def compile_case(case: Case, architecture: int) -> Row:
             module.run(*inputs)
         except Exception as raised:  # one case must not hide what became of the others
             error = f"{type(raised).__name__}: {raised}"
-    return Row(case, architecture, tuple(kernels), error)
+    return CompiledCase(case, architecture, tuple(kernels), error)
 
 
-def compile_all(cases: Iterable[Case], workers: int | None = None) -> list[Row]:
+def compile_all(cases: Iterable[KernelCase], workers: int | None = None) -> list[CompiledCase]:
     """Every case on each of its architectures, in processes of their own and a fresh cache."""
     jobs = [(case, architecture) for case in cases for architecture in case.architectures]
-    with tempfile.TemporaryDirectory() as cache:
-        before = os.environ.get("TRITON_CACHE_DIR")
-        os.environ["TRITON_CACHE_DIR"] = cache  # the processes inherit it
-        try:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-                return list(pool.map(compile_case, *zip(*jobs, strict=True)))
-        finally:
-            os.environ.pop("TRITON_CACHE_DIR")
-            if before is not None:
-                os.environ["TRITON_CACHE_DIR"] = before
-
-
-def section(rows: list[Row]) -> str:
-    """The rows of one primitive and backend."""
-    case = rows[0].case
-    rule = "|" + "|".join("---:" if i in (1, 3, 4, 6, 7, 8) else "---" for i in range(9)) + "|"
-    lines = [f"## {case.primitive}, {case.backend}", "", COLUMNS, rule]
-    return "\n".join(lines + [line for row in rows for line in row.lines()])
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),  # the processes inherit it
+        ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool,
+    ):
+        return list(pool.map(compile_case, *zip(*jobs, strict=True)))
 
 
 def sections(page: str) -> dict[str, str]:
@@ -262,19 +250,15 @@ def main() -> None:
     head = HEAD.format(versions=versions())
     old = PAGE.read_text() if PAGE.exists() else ""
     kept = sections(old) if old.startswith(head) else {}
-    rows = compile_all(case for case in CASES if case.primitive in chosen or not kept)
-    new: dict[str, list[Row]] = {}
-    for row in rows:
-        new.setdefault(f"{row.case.primitive}, {row.case.backend}", []).append(row)
+    new: dict[str, list[str]] = {}
+    for row in compile_all(case for case in CASES if case.primitive in chosen or not kept):
+        title = f"{row.case.primitive}, {row.case.backend}"
+        new.setdefault(title, [f"## {title}", "", COLUMNS]).extend(row.lines())
         for fault in row.faults():
-            print(
-                f"{row.case.primitive} {row.case.backend} {row.case.call} "
-                f"sm_{row.architecture}: {fault}"
-            )
-    known = {f"{case.primitive}, {case.backend}" for case in CASES}
-    whole = {**kept, **{title: section(group) for title, group in new.items()}}
-    texts = [whole[title] for title in sorted(whole) if title in known]
-    PAGE.write_text("\n\n".join([head.strip(), *texts]) + "\n")
+            print(f"{title} {row.case.call} sm_{row.architecture}: {fault}")
+    whole = kept | {title: "\n".join(lines) for title, lines in new.items()}
+    known = sorted({f"{case.primitive}, {case.backend}" for case in CASES} & whole.keys())
+    PAGE.write_text("\n\n".join([head.strip(), *(whole[title] for title in known)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sae_kernels.bench.output import cells, plots
+from benchmarks.study import DOCS, RESULTS, commit
+from sae_kernels.bench.output import cells, pictures
 from sae_kernels.bench.output.table import machine
 from sae_kernels.bench.results import read
+from sae_kernels.plotting.tables import Column, markdown, rows
 
-ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-PICTURES = PAGE.parent / "pictures"
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.study import Record
+
+PAGE, PICTURES = DOCS / "benchmarks.md", DOCS / "pictures"
 
 HEAD = """# Benchmarks
 
@@ -22,39 +26,37 @@ Contestants take turns every round, figures are medians with the 20th and 80th p
 the ratios within a case mean something. Files called bench-... are of `sae-kernels bench`, each
 contestant in a process of its own ([benchmarking.md](benchmarking.md)). The others are of a single
 process; P in them is `torch.mm(x_bf16, W_bf16.t(), out=preallocated)`, the one product that is
-necessary. The dense steps are in `sae_kernels/bench/contestants/dense_steps.py`.
+necessary. The dense steps are in `sae_kernels/testing/dense_steps.py`.
 """
 
 
 def section(path: Path) -> str:
-    """One results file as Markdown."""
+    """A results file of a study as Markdown."""
     first, *records = (json.loads(line) for line in path.read_text().splitlines())
     facts = first["provenance"]
-    versions = f"Python {facts['python']}, torch {facts['torch']}"
-    lines = [
-        f"## {path.stem}",
-        "",
+    versions = f"Python {facts['python']}, torch {facts['torch']}, allocator {facts['malloc']}"
+    about = (
         f"{facts['cpu']}, ISA {facts['isa']}, {facts['threads']} threads, {versions}, "
-        f"allocator {facts['malloc']}, commit {facts['commit']}"
-        f"{' with changes' if facts['dirty'] else ''}, {facts['time'][:10]}: "
-        f"`{facts['command']}`",
-    ]
-    for case, group in itertools.groupby(records, key=lambda record: record["case"]):
-        lines += ["", *table(case, list(group))]
-    return "\n".join(lines)
+        f"{commit(facts)}: `{facts['command']}`"
+    )
+    groups = itertools.groupby(records, key=lambda record: record["case"])
+    tables = [table(case, list(group)) for case, group in groups]
+    return "\n\n".join([f"## {path.stem}", about, *tables])
 
 
-def table(case: str, records: list[dict[str, Any]]) -> list[str]:
+def table(case: str, records: list[Record]) -> str:
     """One case as a table."""
-    return [
-        f"| {case} | median ms | p20 to p80 | ratio to {records[0]['base']} |",
-        "|---|---:|---:|---:|",
-        *(
-            f"| {r['provider']} | {r['median_ms']:.1f} | {r['p20_ms']:.1f} to {r['p80_ms']:.1f} "
-            f"| {r['ratio']:.2f} |"
-            for r in records
-        ),
-    ]
+    head = (case, "median ms", "p20 to p80", f"ratio to {records[0]['base']}")
+    cells_of = (
+        [
+            r["provider"],
+            f"{r['median_ms']:.1f}",
+            f"{r['p20_ms']:.1f} to {r['p80_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in records
+    )
+    return markdown(head, cells_of)
 
 
 def bench_section(path: Path) -> str:
@@ -68,24 +70,17 @@ def bench_section(path: Path) -> str:
     ]
     libraries = cells.libraries(facts)
     blocks.append("\n".join(f"- {names}: {_plain(about)}" for names, about in libraries))
-    for case, records in results.cases().items():
-        columns = [*cells.who(records), *cells.times(records), *cells.work(records)]
-        split, remarks = cells.phases(records), cells.remarks(records)
-        blocks += [f"### {case}", *map(_markdown, filter(None, (columns, split)))]
-        blocks.append("\n".join(f"- {_plain(line)}" for line in remarks))
+    for case in cells.cases(results):
+        tables = filter(None, (case.who + case.columns, case.phases))
+        blocks += [f"### {case.name}", *map(_markdown, tables)]
+        blocks.append("\n".join(f"- {_plain(line)}" for line in case.remarks))
     return "\n\n".join(filter(None, blocks))
 
 
-def _markdown(columns: list[cells.Column]) -> str:
-    if not columns[0].cells:
-        return ""
-    rows = zip(*(column.cells for column in columns), strict=True)
-    lines = [
-        [" ".join(column.heading.split()) for column in columns],
-        ["---" if column.words else "---:" for column in columns],
-        *([_plain(cell.strip()) for cell in row] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _markdown(columns: list[Column]) -> str:
+    plain = [[_plain(cell.strip()) for cell in row] for row in rows(columns)]
+    heads = [" ".join(column.heading.split()) for column in columns]
+    return markdown(heads, plain, words=sum(column.words for column in columns)) if plain else ""
 
 
 def _plain(words: str) -> str:
@@ -95,8 +90,8 @@ def _plain(words: str) -> str:
     return words
 
 
-def pictures(folder: Path) -> list[str]:
-    """Those of the benchmark in a folder beside the page."""
+def shown(folder: Path) -> list[str]:
+    """The benchmark's pictures in a folder beside the page."""
     return [
         f"![{path.stem.removeprefix('bench-')}]({folder.name}/{path.name})"
         for path in sorted(folder.glob("bench-*.png"))
@@ -107,11 +102,11 @@ def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
     """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
     sections = [bench_section(path) for path in _bench_files(folder)]
     sections += [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
-    return "\n\n".join([HEAD.strip(), *pictures(pictures_folder), *sections]) + "\n"
+    return "\n\n".join([HEAD.strip(), *shown(pictures_folder), *sections]) + "\n"
 
 
 def _bench_files(folder: Path) -> list[Path]:
-    """Those of the bench command, each machine's own file before its further ones."""
+    """Files of the bench command, each machine's own file before its further ones."""
     return sorted(folder.glob("bench-*.jsonl"), key=lambda path: path.stem)
 
 
@@ -119,7 +114,7 @@ def draw(folder: Path, pictures_folder: Path) -> None:
     """Draws what the bench results allow, each picture from the first file that has it."""
     drawn: dict[str, bytes] = {}
     for path in _bench_files(folder):
-        drawn = {f"bench-{p.name}.png": p.png for p in plots.draw(read(path))} | drawn
+        drawn = {f"bench-{p.name}.png": p.png for p in pictures.draw(read(path))} | drawn
     for name, png in drawn.items():
         (pictures_folder / name).write_bytes(png)
 

@@ -1,35 +1,22 @@
-"""How well the planner predicts steps that it has not seen: ``python -m benchmarks.plan_check``.
+"""The planner's error on steps that it has not seen: ``python -m benchmarks.plan_check``.
 
-Measures FusedStep on this machine's CPU at a spread of shapes, fits the planner's rates to one half
-of them and predicts the other. Each step is timed right after one that is not: in training a step
-finds in the caches what its own predecessor left there, and here another one's would be.
+Measures FusedStep on this machine's CPU at a spread of shapes, by the harness of ``sae-kernels
+bench``, fits the planner's rates to one half of them and predicts the other.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from sae_kernels.bench.cases import Case, Shape
-from sae_kernels.bench.contestants.clock import WallClock
+from benchmarks.study import parser
+from sae_kernels.bench.cases import Shape, step
 from sae_kernels.bench.plan import calibration, device
-from sae_kernels.bench.plan.fit import fit
-from sae_kernels.bench.provenance import provenance
-from sae_kernels.bench.results import Results, Writer
-from sae_kernels.bench.timing import interleaved
-from sae_kernels.config import OptimizerConfig
-from sae_kernels.nn import TopKObjective, TopKSAE
-from sae_kernels.step import FusedStep
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from sae_kernels.bench.contestants.clock import Clock
-    from sae_kernels.bench.results import Record
+from sae_kernels.bench.providers import chosen
+from sae_kernels.bench.results import Results
+from sae_kernels.bench.run import Settings, measure
 
 # Both halves span the range; no shape of one is near a shape of the other.
 SEEN = (
@@ -49,8 +36,8 @@ UNSEEN = (
     Shape(512, 384, 49152, 16),
     Shape(2048, 768, 24576, 32),
 )
-DTYPES = ("bfloat16", "float32")
 TOLERANCE = 0.3  # of the planner's promise
+_BUDGET_S = 3600.0
 
 
 class Checked(NamedTuple):
@@ -63,30 +50,14 @@ class Checked(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
+        """Error of the prediction, relative to what was measured."""
         return self.predicted / self.seconds - 1
-
-
-def measured(shape: Shape, rounds: int) -> Iterator[Record]:
-    """A record a dtype."""
-    torch.manual_seed(0)
-    x = torch.randn(shape.B, shape.D)
-    steps = {dtype: _step(shape, x, dtype) for dtype in DTYPES}
-    clock = WallClock()
-    twice = {dtype: _twice(step, clock) for dtype, step in steps.items()}
-    for dtype, timing in interleaved(twice, rounds, clock).items():
-        yield {
-            **Case("step", "step", shape, "uniform").facts(),
-            **{"provider": "ours", "dtype": dtype, "as_shipped": True},
-            **{"status": "measured", "reason": None, "rounds": rounds},
-            **{name: round(ms, 4) for name, ms in timing._asdict().items()},
-        }
 
 
 def checked(seen: Results, unseen: Results) -> list[Checked]:
     """Predictions of one half from a fit to the other."""
     cpu = device("cpu")
-    rates = fit(calibration.observations(seen, cpu), cpu.rates)
+    rates = calibration.fit(calibration.observations(seen, cpu), cpu.rates)
     return [
         Checked(
             record["case"],
@@ -116,45 +87,20 @@ def report(found: list[Checked]) -> str:
     )
 
 
-def _step(shape: Shape, x: torch.Tensor, dtype: str) -> Callable[[], object]:
-    optimizer = OptimizerConfig(compute="bfloat16" if dtype == "bfloat16" else "float32")
-    sae = TopKSAE(shape.D, shape.F, k=shape.K)
-    step = FusedStep(sae, TopKObjective(auxk_alpha=0.0), optimizer)
-    return lambda: step(x, lr=1e-4)
-
-
-def _twice(run: Callable[[], object], clock: Clock) -> Callable[[], object]:
-    """Runs twice and has the clock start over in between."""
-
-    def twice() -> None:
-        run()
-        clock.start()
-        run()
-
-    return twice
-
-
 def main() -> int:
     """Measures, checks and, with --out, stores; 1 if the promise is not kept."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser(__doc__, rounds=7, threads=torch.get_num_threads()).parse_args()
     torch.set_num_threads(options.threads)
-    where = provenance("python -m benchmarks.plan_check")
-    halves = []
-    for shapes in (SEEN, UNSEEN):
-        records = []
-        for shape in shapes:
-            records += list(measured(shape, options.rounds))
-            print(*(f"{r['case']} {r['dtype']}: {r['median_ms']:.1f} ms" for r in records[-2:]))
-        halves.append(Results(where, records))
-    found = checked(*halves)
-    if options.out:
-        with Writer(options.out, where) as writer:
-            for record in halves[0].records + halves[1].records:
-                writer.write(record)
+    ours = [provider for provider in chosen([], "cpu") if provider.name == "ours"]
+    settings = Settings(threads=options.threads, rounds=options.rounds, budget_s=_BUDGET_S)
+    cases = [step(shape, "uniform") for shape in (*SEEN, *UNSEEN)]
+    command = "python -m benchmarks.plan_check"
+    results, interrupted = measure(cases, ours, settings, options.out, command=command)
+    if interrupted:
+        return 130
+    half = len(SEEN) * len(ours)
+    parts = results.records[:half], results.records[half:]
+    found = checked(*(Results(results.provenance, records) for records in parts))
     print(report(found))
     return int(max(abs(check.error) for check in found) > TOLERANCE)
 

@@ -9,26 +9,25 @@ docs/architectures.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_kernels.bench.provenance import provenance
+from benchmarks.study import DOCS, RESULTS, commit, parser, report
 from sae_kernels.data import JointRows, ShardDataset
-from sae_kernels.demo.run import train_config
+from sae_kernels.demo.run import DEAD_AFTER_TOKENS, train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
 from sae_kernels.nn import presets
+from sae_kernels.plotting.tables import markdown
 from sae_kernels.step.compute import compute_dtype
 from sae_kernels.training import evaluate, train
 from sae_kernels.training.run_config import RunConfig, Widths
 
 LAYERS = ("encoder.layer.3", "encoder.layer.4")
 TOKENS = {"train": 200_000, "held_out": 24_000}
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-RESULTS = Path(__file__).parent / "results"
+PAGE = DOCS / "architectures.md"
 MARK = "<!-- written by benchmarks.quality -->"
 
 
@@ -61,14 +60,12 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
     target = second if transcodes else None
     d_in = second["train"].d_in
     widths = Widths([d_in] * len(sources), d_in if transcodes else None)
-    demo = train_config(steps, seed)
-    assert demo.objective is not None
-    ours = {name: getattr(demo, name) for name in ("steps", "batch_size", "lr")}
-    objective = {"dead_after_tokens": demo.objective.dead_after_tokens}
-    tables = {"arch": arch, "objective": objective, "train": {**ours, "seed": seed}}
+    demo = train_config(steps, seed).to_dict()
+    ours = {name: demo[name] for name in ("steps", "batch_size", "lr")}
+    tables = {"arch": arch, "train": {**ours, "seed": seed}}
+    tables["objective"] = {"dead_after_tokens": DEAD_AFTER_TOKENS}
     settings = RunConfig.from_tables(tables, widths)
-    config = settings.train
-    done = train(settings.sae, data["train"], config, target=target and target["train"])
+    done = train(settings.sae, data["train"], settings.train, target=target and target["train"])
     measured = evaluate(done.sae, data["held_out"], target=target and target["held_out"])
     return {
         "arch": arch,
@@ -77,32 +74,29 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
         **measured.scalars(),
         "dead_in_training": float(done.dead.float().mean()),
         "sae": done.sae.config.to_dict(),
-        "train": config.to_dict(),
+        "train": settings.train.to_dict(),
     }
 
 
 def table(path: Path) -> str:
     """One results file as Markdown."""
     first, *lines = (json.loads(line) for line in path.read_text().splitlines())
-    facts = first["provenance"]
-    rows = [
-        f"Held-out documents; {lines[0]['steps']} steps of {lines[0]['train']['batch_size']} "
-        f"tokens, {lines[0]['sae']['n_latents']} latents, seed {lines[0]['seed']}; "
-        f"{facts['cpu']}, torch {facts['torch']}, commit {facts['commit']}"
-        f"{' with changes' if facts['dirty'] else ''}, {facts['time'][:10]}: "
+    facts, line = first["provenance"], lines[0]
+    about = (
+        f"Held-out documents; {line['steps']} steps of {line['train']['batch_size']} "
+        f"tokens, {line['sae']['n_latents']} latents, seed {line['seed']}; "
+        f"{facts['cpu']}, torch {facts['torch']}, {commit(facts)}: "
         f"`{facts['command']}`. Transcoders predict layer 4 from layer 3, "
-        "crosscoders reconstruct both; the others reconstruct layer 4.",
-        "",
-        "| architecture | FVU | L0 | dead in training | bits a token |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for line in lines:
-        bits = line.get("bits_per_token")
-        rows.append(
-            f"| {line['arch']} | {line['fvu']:.4f} | {line['l0']:.1f} | "
-            f"{100 * line['dead_in_training']:.1f} % | {'' if bits is None else f'{bits:.0f}'} |"
-        )
-    return "\n".join(rows)
+        "crosscoders reconstruct both; the others reconstruct layer 4."
+    )
+    head = ("architecture", "FVU", "L0", "dead in training", "bits a token")
+    return f"{about}\n\n{markdown(head, map(_cells, lines))}"
+
+
+def _cells(line: dict[str, Any]) -> list[str]:
+    bits, dead = line.get("bits_per_token"), f"{100 * line['dead_in_training']:.1f} %"
+    measures = [f"{line['fvu']:.4f}", f"{line['l0']:.1f}", dead]
+    return [line["arch"], *measures, "" if bits is None else f"{bits:.0f}"]
 
 
 def write_page() -> None:
@@ -114,23 +108,16 @@ def write_page() -> None:
 
 def main() -> None:
     """Trains, evaluates, writes a line per architecture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("acts", type=Path, nargs="?")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", action="store_true")
-    options = parser.parse_args()
+    made = parser(__doc__, steps=800, seed=0)
+    made.add_argument("acts", type=Path, nargs="?")
+    made.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
+    made.add_argument("--page", action="store_true")
+    options = made.parse_args()
     if options.acts is not None:
         if not options.acts.exists():
             fill(options.acts)
-        lines: list[dict[str, Any]] = [{"provenance": provenance("python -m benchmarks.quality")}]
-        for arch in options.only:
-            lines.append(run(options.acts, arch, options.steps, options.seed))
-            print({k: lines[-1][k] for k in ("arch", "fvu", "l0", "dead_in_training")}, flush=True)
-            if options.out is not None:
-                options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        records = (run(options.acts, arch, options.steps, options.seed) for arch in options.only)
+        report("quality", records, options.out)
     if options.page:
         write_page()
 

@@ -1,4 +1,4 @@
-"""What smaller optimizer states cost in quality: ``python -m benchmarks.states ACTS --out FILE``.
+"""Quality with smaller optimizer states: ``python -m benchmarks.states ACTS --out FILE``.
 
 ACTS holds two folders of activations, ``train`` and ``held_out``, as `sae-kernels demo` leaves
 them. The same SAE is trained with each layout of masters and moments; nothing is timed.
@@ -6,16 +6,19 @@ them. The same SAE is trained with each layout of masters and moments; nothing i
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sae_kernels.bench.provenance import provenance
-from sae_kernels.config import OptimizerConfig, TrainConfig
+from benchmarks.study import parser, report
 from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig
 from sae_kernels.training import evaluate, train
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.study import Record
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "fp32 masters, fp32 moments": {},
@@ -27,25 +30,24 @@ LAYOUTS: dict[str, dict[str, str]] = {
 
 def main() -> None:
     """Trains, evaluates on held-out activations, writes a line per layout."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("acts", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+    made = parser(__doc__, steps=600, seeds=3)
+    made.add_argument("acts", type=Path)
+    options = made.parse_args()
     data, held_out = (ShardDataset(options.acts / side) for side in ("train", "held_out"))
     shape = TopKConfig(d_in=data.d_in, n_latents=8 * data.d_in, k=32)
-    facts = provenance("python -m benchmarks.states")
-    lines: list[dict[str, object]] = [{"provenance": facts, "sae": shape.to_dict()}]
-    for name, layout in LAYOUTS.items():
-        fvu = []
+
+    def fvu(layout: dict[str, Any]) -> Iterator[float]:
         for seed in range(options.seeds):
-            optimizer = OptimizerConfig(compute="bfloat16", **layout)  # type: ignore[arg-type]
-            config = TrainConfig(steps=options.steps, device="cpu", seed=seed, optimizer=optimizer)
-            fvu.append(evaluate(train(shape, data, config).sae, held_out).fvu)
-        lines.append({"layout": name, "fvu": fvu, "mean_fvu": statistics.mean(fvu)})
-        print(f"{name:30} {statistics.mean(fvu):.5f}  {min(fvu):.5f} to {max(fvu):.5f}")
-    options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            settings = {"steps": options.steps, "seed": seed, "device": "cpu", **layout}
+            trained = train(shape, data, compute="bfloat16", **settings)
+            yield evaluate(trained.sae, held_out).fvu
+
+    def records() -> Iterator[Record]:
+        for name, layout in LAYOUTS.items():
+            found = list(fvu(layout))
+            yield {"layout": name, "fvu": found, "mean_fvu": statistics.mean(found)}
+
+    report("states", records(), options.out, sae=shape.to_dict())
 
 
 if __name__ == "__main__":

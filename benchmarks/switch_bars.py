@@ -7,24 +7,23 @@ the tokens that the busiest expert has, next to an even 1/E.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.architecture_bars import LR, fused
-from benchmarks.cpu_bars import B, D, F, K, Record, command_line, ratios, record
-from sae_kernels.bench.contestants.dense_steps import DenseSwitchStep
+from benchmarks.architecture_bars import LR
+from benchmarks.study import B, D, F, K, bars, fused, product, ratios, record, stepping
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.functional import Routing, encode_topk, route_top1
 from sae_kernels.nn import SwitchConfig, TopKConfig
+from sae_kernels.testing.dense_steps import DenseSwitchStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sae_kernels.step import FusedStep
-
-    Contestants = dict[str, Callable[[], object]]
+    from benchmarks.study import Record, Runs
 
 EXPERTS = (2, 8, 32, 128)
 STEP_EXPERTS = (8, 32)
@@ -36,18 +35,20 @@ DENSE_ROUNDS = 7  # their steps take seconds
 def encode(kind: str, rounds: int) -> Iterator[Record]:
     """Switch encoders, routing included, and TopK's against the product."""
     x, W = _operands(kind)
-    contestants: Contestants = {"P": _product(x, W), "TopK": lambda: encode_topk(x, W, None, K)}
+
+    def switch_encode(router: tuple[torch.Tensor, torch.Tensor]) -> object:
+        return encode_topk(x, W, None, K, routing=route_top1(x, *router))
+
+    runs: Runs = {"P": product(x, W), "TopK": partial(encode_topk, x, W, None, K)}
     for n in EXPERTS:
         router = some_router(x, n)
         load = float(route_top1(x, *router).load().max())
-        contestants[f"Switch E={n}, load {load:.2f}"] = lambda router=router: encode_topk(
-            x, W, None, K, routing=route_top1(x, *router)
-        )
-    yield from ratios(f"Switch encode {kind} bf16", contestants, "P", rounds)
+        runs[f"Switch E={n}, load {load:.2f}"] = partial(switch_encode, router)
+    yield from ratios(f"Switch encode {kind} bf16", runs, "P", rounds)
 
 
 def parts(kind: str, rounds: int) -> Iterator[Record]:
-    """What an encoder's time goes into, as far as it can be told from outside.
+    """The parts of an encoder's time, as far as they can be told from outside.
 
     "routing" is `route_top1` alone. "products" is torch.mm of each expert's tokens, which lie in
     order already, and its latents, into one buffer: the necessary product, and nothing selected.
@@ -59,26 +60,25 @@ def parts(kind: str, rounds: int) -> Iterator[Record]:
     for n in STEP_EXPERTS:
         router = some_router(x, n)
         routing = route_top1(x, *router)
-        contestants: Contestants = {
-            "P": _product(x, W),
-            "routing": lambda router=router: route_top1(x, *router),
+        runs: Runs = {
+            "P": product(x, W),
+            "routing": partial(route_top1, x, *router),
             "products": _products(x, W, routing),
-            "k=1": lambda routing=routing: encode_topk(x, W, None, 1, routing=routing),
-            f"k={K}": lambda routing=routing: encode_topk(x, W, None, K, routing=routing),
+            **{f"k={k}": partial(encode_topk, x, W, None, k, routing=routing) for k in (1, K)},
         }
-        yield from ratios(f"Switch encode in parts {kind} E={n}", contestants, "P", rounds)
+        yield from ratios(f"Switch encode in parts {kind} E={n}", runs, "P", rounds)
 
 
 def uneven(kind: str, rounds: int) -> Iterator[Record]:
     """Encoders whose tokens are split badly, against TopK's; the routing is made by hand."""
     x, W = _operands(kind)
     for n in STEP_EXPERTS:
-        contestants: Contestants = {"TopK": lambda: encode_topk(x, W, None, K)}
+        runs: Runs = {"TopK": partial(encode_topk, x, W, None, K)}
         for name, weights in splits(n).items():
             routing = by_hand(B, weights)
             name = f"{name}, load {float(routing.load().max()):.2f}"
-            contestants[name] = lambda routing=routing: encode_topk(x, W, None, K, routing=routing)
-        yield from ratios(f"Switch encode uneven {kind} E={n}", contestants, "TopK", rounds)
+            runs[name] = partial(encode_topk, x, W, None, K, routing=routing)
+        yield from ratios(f"Switch encode uneven {kind} E={n}", runs, "TopK", rounds)
 
 
 def steps(kind: str, rounds: int) -> Iterator[Record]:
@@ -93,18 +93,12 @@ def steps(kind: str, rounds: int) -> Iterator[Record]:
         },
         "Adam lazy": {"TopK": fused(topk, W, **lazy), "Switch E=8": switch(x, W, 8, **lazy)},
     }
-    contestants: Contestants = {
-        f"{adam}: {name}": lambda step=step: step(x, lr=LR)
-        for adam, made in cases.items()
-        for name, step in made.items()
-    }
-    times = interleaved(contestants, rounds)
+    every = {f"{adam}: {name}": step for adam, made in cases.items() for name, step in made.items()}
+    times = interleaved(stepping(every, x, LR), rounds)
     for adam, made in cases.items():
-        base = times[f"{adam}: TopK"].median_ms
         for name in made:
-            timing = times[f"{adam}: {name}"]
-            ratio = timing.median_ms / base
-            yield record(f"Switch step {kind}, {adam}", name, timing, ratio, "TopK")
+            timing, base = times[f"{adam}: {name}"], times[f"{adam}: TopK"]
+            yield record(f"Switch step {kind}, {adam}", name, timing, base, "TopK")
 
 
 def dense(kind: str, rounds: int) -> Iterator[Record]:
@@ -116,23 +110,20 @@ def dense(kind: str, rounds: int) -> Iterator[Record]:
     router = {"W_router": some_router(x, 8)[0], "balance_coefficient": LB_ALPHA}
     for clipped, clip_norm in ((", clipped", 1.0), ("", None)):
         settings = {"loss": "mse", "clip_norm": clip_norm, "balance_coefficient": LB_ALPHA}
-        ours = switch(x, W, 8, **settings)
-        options = router | {"clip_norm": clip_norm}
-        cast = DenseSwitchStep(W, W, K, "fused", autocast=True, **options)
-        contestants: Contestants = {
-            "FusedStep bf16": lambda ours=ours: ours(x, lr=LR),
-            "dense autocast bf16, fused Adam": lambda cast=cast: cast(x),
+        theirs = partial(DenseSwitchStep, W, W, K, clip_norm=clip_norm, **router)
+        runs: Runs = {
+            **stepping({"FusedStep bf16": switch(x, W, 8, **settings)}, x, LR),
+            "dense autocast bf16, fused Adam": partial(theirs("fused", autocast=True), x),
         }
         if clipped:
-            shipped = DenseSwitchStep(W, W, K, "default", autocast=False, **options)
-            contestants["dense fp32, default Adam"] = lambda shipped=shipped: shipped(x)
+            runs["dense fp32, default Adam"] = partial(theirs("default", autocast=False), x)
         case, n = f"Switch step {kind} E=8, dense{clipped}", min(rounds, DENSE_ROUNDS)
-        yield from ratios(case, contestants, "FusedStep bf16", n, untimed=1)
+        yield from ratios(case, runs, "FusedStep bf16", n, untimed=1)
 
 
 def switch(
     x: torch.Tensor, W: torch.Tensor, n: int, *, shared: bool = False, **settings: Any
-) -> FusedStep:
+) -> Any:
     """A step of an SAE of n experts, one of them shared or all routed to."""
     config = SwitchConfig(D, F, K, n_experts=n, shared_expert=shared)
     step = fused(config, W, **{"balance_coefficient": BALANCE, **settings})
@@ -150,7 +141,7 @@ def some_router(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def splits(n: int) -> dict[str, torch.Tensor]:
-    """How likely each of n experts is, by a name."""
+    """Weights of n experts, by the name of the split."""
     one = torch.zeros(n)
     one[n // 2] = 1
     return {"even": torch.ones(n), "zipf": 1 / torch.arange(1.0, n + 1), "one has all": one}
@@ -177,11 +168,6 @@ def _operands(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x.bfloat16(), W.bfloat16()
 
 
-def _product(x: torch.Tensor, W: torch.Tensor) -> Callable[[], object]:
-    out = torch.empty(B, F, dtype=torch.bfloat16)
-    return lambda: torch.mm(x, W.t(), out=out)
-
-
 def _products(x: torch.Tensor, W: torch.Tensor, routing: Routing) -> Callable[[], object]:
     bounds = routing.starts.tolist()
     n = len(bounds) - 1
@@ -199,4 +185,4 @@ GROUPS = {"encode": encode, "parts": parts, "uneven": uneven, "steps": steps, "d
 
 
 if __name__ == "__main__":
-    command_line(GROUPS, __doc__, "benchmarks.switch_bars")
+    bars(GROUPS, __doc__, "switch_bars")

@@ -19,7 +19,6 @@ from sae_kernels.bench.contestants import worker
 from sae_kernels.bench.contestants.clock import PeakMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -34,32 +33,25 @@ PROVIDERS = [
     for provider in providers.chosen(["dense"], DEVICE)
     if provider.module in ("ours", "dense")
 ]
-both = pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.key)
 
 
-@both
-def test_step(benchmark: BenchmarkFixture, case: Case, provider: Provider, tmp_path: Path) -> None:
-    """A training step."""
-    _run(benchmark, case, provider, tmp_path)
-
-
-@both
-def test_operator(
-    benchmark: BenchmarkFixture, case: Case, provider: Provider, tmp_path: Path
-) -> None:
-    """An operator alone."""
-    _run(benchmark, case, provider, tmp_path)
-
-
-def _run(benchmark: BenchmarkFixture, case: Case, provider: Provider, folder: Path) -> None:
-    options = inputs.write(case, folder / "inputs")
-    tensors = load_file(folder / "inputs", device=DEVICE)
+@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.key)
+def test_case(benchmark: BenchmarkFixture, case: Case, provider: Provider, tmp_path: Path) -> None:
+    """A training step, or an operator alone."""
+    options = inputs.write(case, tmp_path / "inputs")
+    tensors = load_file(tmp_path / "inputs", device=DEVICE)
     x = tensors.pop("x")
     task = provider.task(case, DEVICE, options)
     module = importlib.import_module(f"sae_kernels.bench.contestants.{provider.module}")
     contestant = module.contestant(task, tensors)
-    error = _judged(contestant, task, x, folder / "came")
+    error = _judged(contestant, task, x, tmp_path / "came")
     peak = PeakMemory(x.device)
+
+    def waited() -> None:  # until the device is done: pytest-benchmark's clock is the host's
+        run(x)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
     with torch.set_grad_enabled(case.mode != "inference"), task.autocast():
         run = contestant.step if case.mode == "step" else contestant.once
         run(x)
@@ -75,22 +67,11 @@ def _run(benchmark: BenchmarkFixture, case: Case, provider: Provider, folder: Pa
             max_error=error.error,
             error_budget=error.budget,
         )
-        benchmark(_waiting(run), x)
+        benchmark(waited)
 
 
-def _waiting(run: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], None]:
-    """The same, until the device is done: pytest-benchmark's clock is the host's."""
-
-    def waited(x: torch.Tensor) -> None:
-        run(x)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return waited
-
-
-def _judged(contestant: Contestant, task: Task, x: torch.Tensor, out: Path) -> gate.Error:
-    """Its result's error; nothing is timed before it is right."""
+def _judged(contestant: Contestant, task: Task, x: torch.Tensor, out: Path) -> gate.Deviation:
+    """The error of a contestant's result; nothing is timed before it is right."""
     some = x[: gate.TOKENS]
     contestant.loop(worker.gate(contestant, some, str(out)))
     given = {name: tensor.cpu() for name, tensor in contestant.tensors.items()}

@@ -18,7 +18,7 @@ import triton.language as tl
 from benchmarks import calls, kernel_table
 from benchmarks.aot import ARCHITECTURES, compiled_for
 from benchmarks.gpu_check.gather import gather_sum
-from benchmarks.kernel_table import CASES, PAGE, Case, Row
+from benchmarks.kernel_table import CASES, PAGE, CompiledCase, KernelCase
 from sae_kernels import gpu
 
 pytestmark = pytest.mark.skipif(
@@ -29,34 +29,34 @@ REST = [case for case in CASES if not case.sampled]
 
 
 @functools.cache
-def compiled(which: tuple[Case, ...]) -> dict[tuple[Case, int], Row]:
+def compiled(which: tuple[KernelCase, ...]) -> dict[tuple[KernelCase, int], CompiledCase]:
     """All of them, once a session, on all cores."""
     return {(row.case, row.architecture): row for row in kernel_table.compile_all(which)}
 
 
-def name(value: Case | int) -> str:
+def name(value: KernelCase | int) -> str:
     if isinstance(value, int):
         return f"sm_{value}"
     return f"{value.primitive}-{value.backend}-{value.call}".replace(" ", "-")
 
 
-def on_every_architecture(cases: list[Case]) -> pytest.MarkDecorator:
+def on_every_architecture(cases: list[KernelCase]) -> pytest.MarkDecorator:
     pairs = [(case, architecture) for case in cases for architecture in case.architectures]
     return pytest.mark.parametrize(("case", "architecture"), pairs, ids=name)
 
 
 @on_every_architecture(SAMPLE)
-def test_passes_the_gates_and_is_on_the_page(case: Case, architecture: int) -> None:
+def test_passes_the_gates_and_is_on_the_page(case: KernelCase, architecture: int) -> None:
     check(compiled(tuple(SAMPLE))[case, architecture])
 
 
 @pytest.mark.slow
 @on_every_architecture(REST)
-def test_the_rest_too(case: Case, architecture: int) -> None:
+def test_the_rest_too(case: KernelCase, architecture: int) -> None:
     check(compiled(tuple(REST))[case, architecture])
 
 
-def check(row: Row) -> None:
+def check(row: CompiledCase) -> None:
     assert row.faults() == []
     page = PAGE.read_text()
     if kernel_table.versions() not in page.partition("##")[0]:
@@ -95,7 +95,10 @@ def test_the_gather_that_floors_are_measured_with_is_a_good_one(architecture: in
     table, indices = torch.empty(64, 768, dtype=torch.bfloat16), torch.zeros(16, 64).int()
     with compiled_for(architecture) as kernels:
         gather_sum(table, indices, torch.empty(16, 768))
-    assert Row(Case("decode", "triton", 768, 64), architecture, tuple(kernels)).faults() == []
+    assert (
+        CompiledCase(KernelCase("decode", "triton", 768, 64), architecture, tuple(kernels)).faults()
+        == []
+    )
 
 
 @triton.jit
@@ -112,15 +115,15 @@ def test_the_gates_can_fail(architecture: int) -> None:
     # Sums of 64 x 256 numbers in one warp are 512 registers a thread: there are 255.
     with compiled_for(architecture) as kernels:
         _sum_of_tiles[(1,)](torch.empty(64, 256), torch.empty(64, 256), 2, N=256, num_warps=1)
-    case = Case("decode", "triton", 256, 64, matrix=True)
-    faults = Row(case, architecture, tuple(kernels)).faults()
+    case = KernelCase("decode", "triton", 256, 64, matrix=True)
+    faults = CompiledCase(case, architecture, tuple(kernels)).faults()
     assert any("spills" in fault for fault in faults)
     assert any(f"no {kernel_table.MATRIX_INSTRUCTION[architecture]}" in f for f in faults)
     (kernel,) = kernels
     wasteful = dataclasses.replace(
         kernel, warps=32, registers=128, shared_bytes=1 << 20, instructions=Counter({"LDG.E": 1})
     )
-    faults = Row(case, architecture, (wasteful,)).faults()
+    faults = CompiledCase(case, architecture, (wasteful,)).faults()
     for what in ("registers", "bytes of", "16-byte"):
         assert any(what in fault for fault in faults), what
-    assert Row(case, architecture, ()).faults()[0] == "launches no kernel"
+    assert CompiledCase(case, architecture, ()).faults()[0] == "launches no kernel"

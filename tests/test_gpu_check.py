@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import calls, floors
+from benchmarks import calls
 from benchmarks.calls import GPU_BACKENDS
-from benchmarks.floors import Rates
-from benchmarks.gpu_check import correctness, measure, page
+from benchmarks.gpu_check import correctness, floors, measure, page
 from benchmarks.gpu_check.__main__ import STAGES, summary, verdict
 from benchmarks.gpu_check.bars import BARS, Bar
+from sae_kernels import primitives
 from sae_kernels.bench import timing
 from sae_kernels.bench.cases import Shape
+from sae_kernels.bench.work import Rates
 
 ROOT = Path(__file__).parent.parent
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -76,7 +77,7 @@ def test_every_group_of_measurements_ran(dry) -> None:
     ran = {r["group"] for r in records if r["kind"] in ("time", "rate", "check")}
     assert ran == set(measure.GROUPS)
     checked = {r["kernel"] for r in records if r["kind"] == "check"}
-    assert checked == {*calls.BUILDERS, "FusedStep"}
+    assert checked == {*primitives.NAMES, "FusedStep"}
 
 
 def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
@@ -282,7 +283,7 @@ def test_made_up_codes_are_distinct_latents_of_the_popularity(popularity: str) -
 
 
 def test_every_kernel_for_gpus_has_arguments_to_be_called_with() -> None:
-    assert {primitive for primitive, _ in calls.kernels()} <= calls.BUILDERS.keys()
+    assert {primitive for primitive, _ in calls.kernels()} <= set(primitives.NAMES)
     assert {backend for _, backend in calls.kernels()} <= set(GPU_BACKENDS)
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     {"nn", "formats", "testing"},
     {"step"},
     {"data", "runs"},
-    {"training", "harvest"},
+    {"training", "harvest", "plotting"},
     {"cli", "bench", "demo", "report", "analyze", "__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -86,7 +86,7 @@ def test_the_walk_sees_imports() -> None:
     assert "primitives.checks" in inside(Path("functional/encode.py"))
     assert "backends._C" not in inside(Path("backends/cpu.py"))
     assert "_C" in inside(Path("backends/cpu.py"))
-    assert "report.style.CSS" in inside(Path("report/page.py"))
+    assert "plotting.page" in inside(Path("report/page.py"))
     assert "primitives.terms.Term" not in inside(Path("backends/cpu.py")), "for type checkers only"
 
 

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.switch_frontier import pictures, tables
 from benchmarks.switch_frontier.__main__ import main
-from benchmarks.switch_frontier.flops import ADAM, step_flops
 from benchmarks.switch_frontier.runs import ARMS, curve, plans
+from sae_kernels.bench.work import ADAM_FLOPS, Work
 from sae_kernels.data import ShardWriter
 
 if TYPE_CHECKING:
@@ -114,12 +114,13 @@ def test_settings_that_cannot_be_stop_before_the_first_run(
 
 def test_equal_flops_are_equal_but_for_router_and_adam() -> None:
     B, F, k = 1024, 3072, 32
-    base = step_flops(B, D, F, 1, k)
+    base = Work(B, D, F, k).step
     for n in (2, 8):
-        wide = step_flops(B, D, n * F, n, k)
-        router = 2 * 2 * B * D * n + ADAM * D * n
-        assert wide - base == router + ADAM * 2 * (n - 1) * F * D
-        assert base - step_flops(B, D, F, n, k) == 2 * B * D * F * (n - 1) // n - router
+        wide = Work(B, D, n * F, k, n_experts=n).step
+        router = 2 * 2 * B * D * n + ADAM_FLOPS * D * n
+        assert wide - base == router + ADAM_FLOPS * 2 * (n - 1) * F * D
+        narrow = Work(B, D, F, k, n_experts=n).step
+        assert base - narrow == 2 * B * D * F * (n - 1) // n - router
 
 
 def test_the_runs_of_a_seed_come_together() -> None:
@@ -133,9 +134,10 @@ def test_pictures_of_one_arm_and_of_both(results: Path) -> None:
     records = tables.read(results)[1]
     one = [record for record in records if record["arm"] != "flops"]
     both, alone = pictures.draw(records), pictures.draw(one)
-    assert set(both) == set(alone) == set(tables.SHOWN)
-    for name, png in both.items():
-        assert _width(png) > _width(alone[name]), name
+    assert [p.name for p in both] == [p.name for p in alone]
+    assert {p.name for p in both} == set(tables.SHOWN)
+    for wide, narrow in zip(both, alone, strict=True):
+        assert _width(wide.png) > _width(narrow.png), wide.name
 
 
 def test_drawing_needs_no_training(results: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.gpu_check import bars, compared, correctness, measure, sanitizer
+from sae_kernels import machine
 from sae_kernels.bench import provenance
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def where(commit: str | None, dry: bool) -> Record:
     """The first line of the results: what ran where."""
     facts = provenance.provenance("python -m benchmarks.gpu_check")
     if not dry:
-        facts |= provenance.gpu_provenance(torch.device("cuda"))
+        facts |= machine.gpu(torch.device("cuda"))
     if commit:
         facts |= {"commit": commit, "dirty": None}
     return {"provenance": {**facts, "dry": dry}}

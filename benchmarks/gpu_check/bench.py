@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from benchmarks import calls
-from benchmarks.floors import Rates
 from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
 from sae_kernels.bench.contestants.clock import PeakMemory, clock_of
 from sae_kernels.bench.timing import Timing, interleaved
+from sae_kernels.bench.work import Rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

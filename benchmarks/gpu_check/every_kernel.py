@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import calls
+from sae_kernels import primitives
 from sae_kernels.bench.cases import Shape
 
 _SHAPES = (Shape(67, 200, 1031, 5), Shape(33, 768, 4099, 32))
@@ -19,7 +20,7 @@ def main() -> None:
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     wanted = calls.GPU_BACKENDS if on_gpu else ("cpu",)
-    for primitive in calls.BUILDERS:
+    for primitive in primitives.NAMES:
         for shape in _SHAPES:
             inputs = calls.arguments(primitive, shape, device="cuda" if on_gpu else "cpu")
             for backend in calls.runnable(primitive, inputs, wanted):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import calls, floors
+from benchmarks import calls
+from benchmarks.gpu_check import floors
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, gather_rate, rates
+from sae_kernels import machine
 from sae_kernels.bench.cases import GPU_YARDSTICKS, Shape
-from sae_kernels.bench.provenance import nvidia_smi
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional import decode
 
@@ -28,7 +29,7 @@ _ROW_BYTES = (1536, 2048, 4096, 4608, 8192)
 def device_rates(bench: Bench) -> Iterator[Record]:
     """What the floors are computed from, and the product at every yardstick."""
     found = rates(bench)
-    yield {"kind": "rate", "what": "memory, read plus written", "bytes_per_s": found.memory}
+    yield {"kind": "rate", "what": "memory, read plus written", "bytes_per_s": found.moved}
     for row_bytes in _ROW_BYTES:
         rate = gather_rate(bench, row_bytes)
         yield {"kind": "rate", "what": f"gather of {row_bytes}-byte rows", "bytes_per_s": rate}
@@ -36,7 +37,7 @@ def device_rates(bench: Bench) -> Iterator[Record]:
         B, D, F, _ = bench.shape(name)
         ms = bench.time({PRODUCT: product(bench, bench.shape(name))})[PRODUCT].median_ms
         yield {"kind": "rate", "what": f"product {name}", "flops": 2e3 * B * D * F / ms}
-    yield {"kind": "clocks", "what": "right after the products", **nvidia_smi()}
+    yield {"kind": "clocks", "what": "right after the products", **machine.nvidia_smi()}
 
 
 def product(bench: Bench, shape: Shape) -> Callable[[], object]:
@@ -150,12 +151,12 @@ def rows(bench: Bench) -> Iterator[Record]:
             floors.row_update,
             popularity=popularity,
         )
-    for name, state_bytes, options in (
+    for name, weight_bytes, options in (
         ("split master", 24, {"split": True}),
         ("bf16 moments", 18, {"states": torch.bfloat16}),
         ("split master, bf16 moments", 16, {"split": True, "states": torch.bfloat16}),
     ):
-        floor = functools.partial(floors.row_update, state_bytes=state_bytes)
+        floor = functools.partial(floors.row_update, weight_bytes=weight_bytes)
         case = f"row_update gpu-small {name}"
         yield from _each_backend(bench, case, "row_update", "gpu-small", floor, **options)
 

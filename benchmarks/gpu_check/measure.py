@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from benchmarks.calls import BUILDERS, GPU_BACKENDS
+from benchmarks.calls import GPU_BACKENDS
 from benchmarks.gpu_check import epilogue, kernels, steps
 from benchmarks.gpu_check.bench import Bench, Record
+from sae_kernels import primitives
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def _selection(name: str) -> dict[str, Group]:
 # By importance: whether it is right, then what was never measured, then what others can be told.
 # What may fail alone is a group alone.
 GROUPS: dict[str, Group] = {
-    **{f"repeats-{name}": _group(kernels.repeats, name) for name in BUILDERS},
+    **{f"repeats-{name}": _group(kernels.repeats, name) for name in primitives.NAMES},
     "repeats-step": _group(steps.repeats),
     "rates": _group(kernels.device_rates),
     **_selection("gpu-small"),

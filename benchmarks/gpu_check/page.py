@@ -116,7 +116,7 @@ def run(result: Result) -> list[str]:
     ]
     timed = [record for record in records if record["kind"] == "time"]
     for case, group in itertools.groupby(timed, key=lambda record: record["case"]):
-        lines += ["", *table(str(case), list(group))]
+        lines += ["", table(str(case), list(group))]
     return lines
 
 

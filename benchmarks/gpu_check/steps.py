@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import floors
+from benchmarks.gpu_check import floors
 from benchmarks.gpu_check.bench import Bench, Record, check, compared, rates
 from benchmarks.gpu_check.kernels import PRODUCT, product
 from sae_kernels.bench.cases import Shape
-from sae_kernels.bench.contestants.dense_steps import DenseStep
 from sae_kernels.config import TrainConfig
-from sae_kernels.nn import TopKConfig, TopKObjective, TopKSAE
+from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.step import FusedStep
+from sae_kernels.testing.dense_steps import DenseStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,8 +31,8 @@ def fused(bench: Bench, shape: Shape, **settings: object) -> FusedStep:
     """A step on the device as a user makes it, AuxK off unless asked for."""
     sae = TopKSAE(TopKConfig(shape.D, shape.F, shape.K), device=bench.device)
     settings = {"compute": "bfloat16", "auxk_alpha": 0.0} | settings
-    config = TrainConfig.of(TopKObjective, **settings)
-    return FusedStep(sae, config.objective, config.optimizer)
+    own = TrainConfig.of(sae.objective_class, **settings)
+    return FusedStep(sae, own.objective, own.optimizer)
 
 
 def graphed(step: FusedStep, x: torch.Tensor) -> Callable[[], object]:
@@ -152,10 +152,9 @@ def repeats(bench: Bench) -> Iterator[Record]:
     shape = bench.cut(Shape(2048, 768, 16384, 32))
     x = torch.randn(shape.B, shape.D, device=bench.device)
     first = fused(bench, shape)
-    start = first.sae
     ends = []
     for _ in range(21):
-        trained = FusedStep(copy.deepcopy(start), first.objective, first.optimizer)
+        trained = FusedStep(copy.deepcopy(first.sae), first.objective, first.optimizer)
         for _ in range(3):
             trained(x, lr=1e-3)
         ends.append([p.detach().view(torch.int32) for p in trained.sae.parameters()])

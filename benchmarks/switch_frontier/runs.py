@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.switch_frontier.flops import step_flops
 from sae_kernels.analyze import effective_number
+from sae_kernels.bench.work import Work
 from sae_kernels.config import TrainConfig
 from sae_kernels.functional import RoutedCodes
 from sae_kernels.nn import SwitchConfig, TopKConfig, preset
@@ -18,10 +18,10 @@ from sae_kernels.training import evaluate, train
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from benchmarks.study import Record
     from sae_kernels.data.batches import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
 
-Record = dict[str, Any]
 ARMS = ("width", "flops")
 POINTS = 24  # of a curve
 _HELD_OUT_BATCH = 4096
@@ -65,14 +65,15 @@ class Plan:
 
     def train(self) -> TrainConfig:
         """The preset's settings, without AuxK: it would be TopK's alone, and FLOPs by chance."""
-        given = {name: getattr(self, name) for name in ("seed", "steps", "batch_size", "lr")}
         kind = preset(self.architecture)
+        given = {name: getattr(self, name) for name in ("seed", "steps", "batch_size", "lr")}
         own = {**kind.preset.objective, **kind.preset.optimizer, "auxk_alpha": 0.0}
         return TrainConfig.of(kind.sae.objective_class, log_every=1, **given, **own)
 
     def flops(self, d_in: int) -> int:
-        """Of a step."""
-        return step_flops(self.batch_size, d_in, self.n_latents, self.n_experts, self.k)
+        """FLOPs of a step."""
+        sizes = self.batch_size, d_in, self.n_latents, self.k
+        return int(Work(*sizes, n_experts=self.n_experts).step)
 
     def made(self, record: Record) -> bool:
         """Whether a record is of this run."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.study import DOCS, RESULTS, commit
+from sae_kernels.plotting.tables import markdown
 from sae_kernels.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
-    from benchmarks.switch_frontier.runs import Record
+    from benchmarks.study import Record
 
-ROOT = Path(__file__).parent.parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "switch.md"
-PICTURES = PAGE.parent / "pictures"
+PAGE, PICTURES = DOCS / "switch.md", DOCS / "pictures"
 PATTERN = "switch-frontier-*.jsonl"
 BEGIN = "<!-- Written by `python -m benchmarks.switch_frontier --page` from here on -->"
 END = "<!-- to here; do not edit -->"
@@ -48,7 +48,7 @@ def by_shape(records: Iterable[Record]) -> dict[Shape, list[Record]]:
 
 
 def experts(records: Iterable[Record], arm: str) -> list[int]:
-    """How many experts the SAEs of an arm have."""
+    """Numbers of experts that the SAEs of an arm have, ascending."""
     return sorted({record["n_experts"] for record in records if record["arm"] == arm})
 
 
@@ -62,64 +62,54 @@ def mean(records: list[Record], name: str) -> float:
     return statistics.fmean(r[name] for r in records) if records else float("nan")
 
 
-def fvu_table(records: list[Record], arm: str) -> list[str]:
+def fvu_table(records: list[Record], arm: str) -> str:
     """FVU on held-out tokens by experts and k, and how much above TopK's it is.
 
     Example:
         >>> base = {"arm": "base", "n_experts": 1, "n_latents": 8, "k": 2, "fvu": 0.1}
         >>> ours = base | {"arm": "width", "n_experts": 4, "fvu": 0.105}
-        >>> fvu_table([base, ours], "width")[2:]
+        >>> fvu_table([base, ours], "width").splitlines()[2:]
         ['| TopK | 8 | 0.1000 |', '| 4 experts | 8 | 0.1050 (+5.0 %) |']
     """
     found, columns = by_shape(records), ks(records)
-    lines = [
-        f"| FVU | F |{''.join(f' k = {k} |' for k in columns)}",
-        f"|---|---:|{'---:|' * len(columns)}",
-    ]
+    rows = []
     for one, n in [("base", 1), *((arm, n) for n in experts(records, arm))]:
         cells, latents = [], 0
         for k in columns:
             runs, base = found.get((one, n, k), []), found.get(("base", 1, k), [])
             latents = runs[0]["n_latents"] if runs else latents
             cells.append(_against(mean(runs, "fvu"), mean(base, "fvu"), one) if runs else "")
-        name = "TopK" if one == "base" else f"{n} experts"
-        lines.append(f"| {name} | {latents:,} | {' | '.join(cells)} |")
-    return lines
+        rows.append(["TopK" if one == "base" else f"{n} experts", f"{latents:,}", *cells])
+    return markdown(["FVU", "F", *(f"k = {k}" for k in columns)], rows)
 
 
 def _against(value: float, base: float, arm: str) -> str:
     return f"{value:.4f}" if arm == "base" else f"{value:.4f} ({100 * (value / base - 1):+.1f} %)"
 
 
-def cost_table(records: list[Record], k: int) -> list[str]:
-    """What a step takes at one k, and how the experts share the work."""
-    lines = [
-        f"| k = {k} | F | GFLOP a step | ms a step | seconds in all | dead on held-out tokens "
-        "| busiest expert | effective experts |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for (arm, n, _), runs in sorted(_at(records, k).items(), key=_order):
-        name = "TopK" if arm == "base" else f"{n} experts, equal {_WORDS[arm]}"
-        gflops = mean(runs, "flops") / runs[0]["steps"] / 1e9
-        shares = f"{100 * mean(runs, 'largest_load'):.1f} % | {mean(runs, 'effective_experts'):.2f}"
-        lines.append(
-            f"| {name} | {runs[0]['n_latents']:,} | {gflops:.2f} | {mean(runs, 'step_ms'):.1f} "
-            f"| {mean(runs, 'seconds'):.1f} | {100 * mean(runs, 'dead_fraction'):.1f} % "
-            f"| {shares if arm != 'base' else ' | '} |"
+def cost_table(records: list[Record], k: int) -> str:
+    """Costs of a step at one k, and how the experts share the work."""
+    arms, rows = {"base": "TopK", "width": "width", "flops": "FLOPs"}, []
+    shapes = {
+        (list(arms).index(arm), n): (arm, n, k) for arm, n, at in by_shape(records) if at == k
+    }
+    for (_, n), shape in sorted(shapes.items()):
+        runs, is_topk = by_shape(records)[shape], shape[0] == "base"
+        load, effective = (mean(runs, name) for name in ("largest_load", "effective_experts"))
+        rows.append(
+            [
+                "TopK" if is_topk else f"{n} experts, equal {arms[shape[0]]}",
+                f"{runs[0]['n_latents']:,}",
+                f"{mean(runs, 'flops') / runs[0]['steps'] / 1e9:.2f}",
+                f"{mean(runs, 'step_ms'):.1f}",
+                f"{mean(runs, 'seconds'):.1f}",
+                f"{100 * mean(runs, 'dead_fraction'):.1f} %",
+                *(("", "") if is_topk else (f"{100 * load:.1f} %", f"{effective:.2f}")),
+            ]
         )
-    return lines
-
-
-_WORDS = {"width": "width", "flops": "FLOPs"}
-
-
-def _at(records: list[Record], k: int) -> dict[Shape, list[Record]]:
-    return {shape: runs for shape, runs in by_shape(records).items() if shape[2] == k}
-
-
-def _order(item: tuple[Shape, list[Record]]) -> tuple[int, int]:
-    arm, n, _ = item[0]
-    return ("base", *TITLES).index(arm), n
+    costs = ("GFLOP a step", "ms a step", "seconds in all")
+    shares = ("dead on held-out tokens", "busiest expert", "effective experts")
+    return markdown((f"k = {k}", "F", *costs, *shares), rows)
 
 
 def section(path: Path) -> str:
@@ -130,13 +120,13 @@ def section(path: Path) -> str:
         f"{first['steps']} steps of {first['batch_size']:,} tokens, learning rate {first['lr']:g}, "
         f"d_in {first['d_in']}, means over seeds {', '.join(map(str, seeds))}; FVU on held-out "
         f"tokens, in brackets against TopK's. {facts['cpu']}, ISA {facts['isa']}, "
-        f"{facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
-        f"{' with changes' if facts['dirty'] else ''}, {facts['time'][:10]}: `{facts['command']}`"
+        f"{facts['threads']} threads, torch {facts['torch']}, {commit(facts)}: "
+        f"`{facts['command']}`"
     ]
     for arm, title in TITLES.items():
         if experts(records, arm):
-            blocks += [f"{title}.", "\n".join(fvu_table(records, arm))]
-    blocks.append("\n".join(cost_table(records, shown_k(records))))
+            blocks += [f"{title}.", fvu_table(records, arm)]
+    blocks.append(cost_table(records, shown_k(records)))
     return "\n\n".join(blocks)
 
 
@@ -147,7 +137,7 @@ def shown_k(records: list[Record]) -> int:
 
 
 def generated(results: Path, pictures: Path) -> str:
-    """What stands between the marks."""
+    """The text between the page's marks."""
     sections = [section(path) for path in sorted(results.glob(PATTERN))]
     shown = [
         f"![{alt}]({pictures.name}/{name}.png)\n\n{alt}; means and ranges over the seeds."

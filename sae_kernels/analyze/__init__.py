@@ -1,18 +1,17 @@
-"""What a saved SAE looks like inside: its latents' geometry, their copies, its experts' work."""
+"""Analyses of saved SAEs: geometry of latents, near-copies, and the work of experts."""
 
 from sae_kernels.analyze.analysis import Analysis, analyze
 from sae_kernels.analyze.experts import ExpertUse, effective_number, expert_use
 from sae_kernels.analyze.geometry import Geometry, geometry
 from sae_kernels.analyze.groups import Groups
 from sae_kernels.analyze.output import write_analyses
-from sae_kernels.analyze.plots import Picture, check_drawable, draw
+from sae_kernels.analyze.plots import check_drawable, draw
 
 __all__ = [
     "Analysis",
     "ExpertUse",
     "Geometry",
     "Groups",
-    "Picture",
     "analyze",
     "check_drawable",
     "draw",

@@ -26,7 +26,7 @@ Side = Literal["decoder", "encoder"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """What was found of one SAE.
+    """The analyses of one SAE.
 
     Attributes:
         name: what tables and pictures call it.
@@ -51,7 +51,7 @@ class Analysis:
 
     @property
     def shared(self) -> int:
-        """How many experts are everyone's: 0, or 1, which is the first."""
+        """Number of shared experts: 0, or 1, which is the first."""
         return int(getattr(self.config, "shared_expert", False))
 
     def dead(self) -> torch.Tensor | None:

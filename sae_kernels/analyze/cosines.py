@@ -16,7 +16,7 @@ _EDGE = 1024
 _BLOCK = 1 << 22
 
 
-class Tile(NamedTuple):
+class CosineTile(NamedTuple):
     """The cosines of some rows to some that do not come before them.
 
     Attributes:
@@ -37,17 +37,17 @@ class Tile(NamedTuple):
 
 
 def tile_edge(width: int) -> int:
-    """How many rows of this width a tile has."""
+    """Number of rows of this width in a tile."""
     return max(1, min(_EDGE, _BLOCK // max(1, width)))
 
 
 def n_tiles(rows: torch.Tensor) -> int:
-    """How many tiles :func:`cosine_tiles` gives."""
+    """Number of tiles that :func:`cosine_tiles` gives."""
     blocks = math.ceil(rows.shape[0] / tile_edge(rows.shape[1]))
     return blocks * (blocks + 1) // 2
 
 
-def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Tile]:
+def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[CosineTile]:
     """Every pair of rows once, with its cosine, in fp32.
 
     Args:
@@ -75,11 +75,11 @@ def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Tile]:
                 cosines.masked_fill_(seen, -math.inf)
             cosines[left_zero] = -math.inf
             cosines[:, right_zero] = -math.inf
-            yield Tile(i, j, cosines)
+            yield CosineTile(i, j, cosines)
 
 
 def zero_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Which rows have no direction, bool [F].
+    """Mask of rows that are all zeros and so have no direction, bool [F].
 
     >>> zero_rows(torch.tensor([[0.0, 1e-30], [0.0, -0.0]])).tolist()
     [False, True]

@@ -1,4 +1,4 @@
-"""What each expert of a Switch SAE does on data: its load, how well it works, what it is for."""
+"""Measures of each expert of a Switch SAE on data: load, reconstruction and specialisation."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Moments:
         self.square.index_add_(0, experts, rows.square().sum(1))
 
     def mean(self) -> torch.Tensor:
-        """Of all tokens, [D]."""
+        """Mean of all tokens, [D]."""
         return self.total.sum(0) / self.counts.sum()
 
     def offsets(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which of several SAEs to compare with which: those of equal width, and those of equal FLOPs."""
+"""Groups of SAEs to compare: those of equal width, and those of equal FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How latents lie among each other: nearest neighbours and duplicates, by cosine similarity."""
+"""Geometry of latents: nearest neighbours and duplicates by cosine similarity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae_kernels.analyze.groups import Groups
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sae_kernels.analyze.cosines import Tile
+    from sae_kernels.analyze.cosines import CosineTile
 
 CURVE = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -125,7 +125,9 @@ def geometry(
     return Geometry(within, across, zero_rows(rows), threshold, groups.labels, spanning)
 
 
-def _raise(within: torch.Tensor, across: torch.Tensor, tile: Tile, experts: torch.Tensor) -> None:
+def _raise(
+    within: torch.Tensor, across: torch.Tensor, tile: CosineTile, experts: torch.Tensor
+) -> None:
     """A pair's cosine counts for both of its rows."""
     m, n = tile.cosines.shape
     one, other = slice(tile.first, tile.first + m), slice(tile.second, tile.second + n)
@@ -137,7 +139,7 @@ def _raise(within: torch.Tensor, across: torch.Tensor, tile: Tile, experts: torc
 
 
 def n_duplicates(cosines: torch.Tensor, threshold: float) -> int:
-    """How many latents have a neighbour at or above the threshold."""
+    """Number of latents with a neighbour at or above the threshold."""
     return int((cosines >= threshold).sum())
 
 
@@ -152,7 +154,7 @@ def duplicate_curve(cosines: torch.Tensor, thresholds: Sequence[float] = CURVE) 
 
 
 def median(cosines: torch.Tensor) -> float:
-    """Of those that are finite; NaN if none is.
+    """Median of the cosines that are finite; NaN if none is.
 
     >>> round(median(torch.tensor([0.2, 0.4, -torch.inf])), 3)
     0.3

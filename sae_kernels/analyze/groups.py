@@ -6,7 +6,7 @@ import torch
 
 
 class Groups:
-    """Which of n things hang together, by the pairs seen so far.
+    """Groups of n things that hang together, by the pairs seen so far.
 
     Attributes:
         labels: int64 [n], the lowest number of each thing's group.
@@ -40,7 +40,7 @@ class Groups:
         return self.labels.bincount(minlength=len(self.labels))
 
     def spanning(self, parts: torch.Tensor) -> torch.Tensor:
-        """Which groups hold things of more than one part, bool [n], at their labels.
+        """Mask of groups that hold things of more than one part, bool [n], at their labels.
 
         >>> groups = Groups(4)
         >>> groups.join(torch.tensor([0, 2]), torch.tensor([1, 3]))

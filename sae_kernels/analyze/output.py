@@ -34,7 +34,7 @@ def write_analyses(analyses: Sequence[Analysis], folder: str | Path, **made: Any
     """
     values = {**made, "saes": [analysis.values() for analysis in analyses]}
     files: dict[str, Callable[[Path], object]] = {ANALYSIS_FILE: json_writer(jsonable(values))}
-    files |= {f"{name}.png": _bytes_writer(png) for name, png in draw(analyses)}
+    files |= {f"{picture.name}.png": _bytes_writer(picture.png) for picture in draw(analyses)}
     publish_all(folder, files)
     return [Path(folder) / name for name in files]
 

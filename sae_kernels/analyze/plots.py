@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from sae_kernels.analyze.frontier import frontiers
 from sae_kernels.analyze.geometry import CURVE, duplicate_curve, median
-from sae_kernels.report.plotstyle import BLUE, INK, MUTED, ORANGE, count_axis, house_style
-from sae_kernels.report.units import number, percent
+from sae_kernels.plotting import figure as figures
+from sae_kernels.plotting.axes import count_axis, percent_axis
+from sae_kernels.plotting.figure import Drawing, Picture
+from sae_kernels.plotting.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE
+from sae_kernels.plotting.units import number, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from sae_kernels.analyze.analysis import Analysis
     from sae_kernels.analyze.frontier import Frontier
@@ -26,25 +29,12 @@ if TYPE_CHECKING:
 
 _WIDTH, _PANEL = 6.0, 2.3  # inches; of a figure, and the height of a panel
 _BINS, _TITLE = 50, 60
-_COLOURS = (INK, BLUE, ORANGE, "#007a5a", "#a3437c", MUTED)  # of lines that are compared
-
-
-class Picture(NamedTuple):
-    """A PNG file.
-
-    Attributes:
-        name: file stem.
-        png: its bytes, the image on white.
-    """
-
-    name: str
-    png: bytes
+_COLOURS = (INK, BLUE, ORANGE, GREEN, PURPLE, MUTED)  # of lines that are compared
 
 
 def check_drawable() -> None:
     """Raises ImportError at once if :func:`draw` would later."""
-    with house_style("the pictures of an analysis"):
-        pass
+    figures.render([], "the pictures of an analysis")
 
 
 def draw(analyses: Sequence[Analysis]) -> list[Picture]:
@@ -58,36 +48,32 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
     lowest = min(float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if _any(c))
     highest = max(max(duplicate_curve(cosines)) for cosines in kinds)
-    with house_style("the pictures of an analysis"):
-        pictures = [
-            _picture("neighbours", analyses, partial(neighbours_panel, low=lowest)),
-            _picture("duplicates", analyses, partial(duplicates_panel, high=highest)),
-        ]
-        if used:
-            pictures.append(_picture("experts", used, load_panel))
-        if compared:
-            pictures.append(_picture("frontiers", compared, frontier_panel))
-        return pictures
+    drawings = [
+        _drawing("neighbours", analyses, partial(neighbours_panel, low=lowest)),
+        _drawing("duplicates", analyses, partial(duplicates_panel, high=highest)),
+    ]
+    if used:
+        drawings.append(_drawing("experts", used, load_panel))
+    if compared:
+        drawings.append(_drawing("frontiers", compared, frontier_panel))
+    return figures.render(drawings, "the pictures of an analysis")
 
 
 def _any(cosines: torch.Tensor) -> bool:
     return bool(cosines.isfinite().any())
 
 
-def _picture(name: str, shown: Sequence[Named], panel: Callable[[Axes, Named], None]) -> Picture:
+def _drawing(name: str, shown: Sequence[Named], panel: Callable[[Axes, Named], None]) -> Drawing:
     """A panel for each SAE or frontier, one below the other."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, 0.3 + _PANEL * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, each in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
-        panel(axes, each)
-        # A name is no formula, whatever signs are in it.
-        axes.set_title(_title(each.name), parse_math=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=200, facecolor="white")
-    return Picture(name, png.getvalue())
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(_WIDTH, 0.3 + _PANEL * len(shown))
+        for axes, each in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+            panel(axes, each)
+            # A name is no formula, whatever signs are in it.
+            axes.set_title(_title(each.name), parse_math=False)
+
+    return Drawing(name, draw)
 
 
 def _title(name: str) -> str:
@@ -97,7 +83,7 @@ def _title(name: str) -> str:
 
 
 def _kinds(analysis: Analysis) -> list[tuple[str, str, torch.Tensor]]:
-    """What is drawn of an SAE's latents: a name, a colour, cosines."""
+    """The cosines to draw of an SAE's latents, each with a name and a colour."""
     shape = analysis.geometry
     if analysis.n_experts == 1:
         return [("any other latent", INK, shape.nearest.cpu())]
@@ -108,6 +94,7 @@ def _kinds(analysis: Analysis) -> list[tuple[str, str, torch.Tensor]]:
 
 
 def neighbours_panel(axes: Axes, analysis: Analysis, low: float) -> None:
+    """A histogram of each latent's largest cosine to another row."""
     edges = torch.linspace(low, 1, _BINS + 1, dtype=torch.float64)
     for name, colour, cosines in _kinds(analysis):
         counts = torch.histc(cosines[cosines.isfinite()].double(), _BINS, low, 1)
@@ -125,6 +112,7 @@ def neighbours_panel(axes: Axes, analysis: Analysis, low: float) -> None:
 
 
 def duplicates_panel(axes: Axes, analysis: Analysis, high: float) -> None:
+    """The share of latents with a neighbour at or above each cosine."""
     threshold = analysis.geometry.threshold
     axes.axvline(threshold, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     for name, colour, cosines in _kinds(analysis):
@@ -134,12 +122,13 @@ def duplicates_panel(axes: Axes, analysis: Analysis, high: float) -> None:
         axes.plot(CURVE, duplicate_curve(cosines), label=label, **look)
     axes.set_xlim(min(CURVE[0], threshold) - 0.01, 1)
     axes.set_ylim(0, max(1.35 * high, 0.01))
-    _percent_axis(axes, "latents")
+    percent_axis(axes, "latents")
     axes.set_xlabel("with a neighbour at or above this cosine")
     _legend(axes)
 
 
 def load_panel(axes: Axes, analysis: Analysis) -> None:
+    """The share of tokens that each expert has."""
     from matplotlib.ticker import MaxNLocator
 
     use = analysis.use
@@ -148,7 +137,7 @@ def load_panel(axes: Axes, analysis: Analysis) -> None:
     experts = range(analysis.shared, analysis.shared + n)
     axes.bar(experts, use.load.tolist(), color=BLUE, width=0.8)
     axes.axhline(1 / n, color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)))
-    _percent_axis(axes, "tokens")
+    percent_axis(axes, "tokens")
     even = f"as even as {number(use.effective_experts)} equally busy ones"
     axes.set_xlabel(f"expert (dashed: 1/{n}; {even})")
     axes.set_xlim(experts[0] - 0.6, experts[-1] + 0.6)
@@ -170,13 +159,6 @@ def frontier_panel(axes: Axes, frontier: Frontier) -> None:
     axes.set_xlabel("L0")
     axes.set_ylabel("FVU")
     _legend(axes)
-
-
-def _percent_axis(axes: Axes, what: str) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
-    axes.set_ylabel(what)
 
 
 def _legend(axes: Axes) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels.analyze.geometry import median, n_duplicates
-from sae_kernels.report.units import number, percent
+from sae_kernels.plotting.units import number, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What is measured: the one registry of cases, for the command, the suites and the pictures."""
+"""The registry of cases, for the command, the suites and the pictures."""
 
 from __future__ import annotations
 

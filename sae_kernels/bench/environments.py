@@ -48,7 +48,7 @@ class EnvironmentSetupError(SaeKernelsError, RuntimeError):
 
 
 def folder(name: str) -> Path:
-    """Where the environment of a peer lives, made or not.
+    """The folder of a peer's environment, made or not.
 
     Raises:
         ValueError: an unknown name.
@@ -57,8 +57,11 @@ def folder(name: str) -> Path:
         >>> folder("sae_lens").parts[-2:]
         ('peers', 'sae_lens')
     """
-    _check(name)
-    return _cache() / "peers" / name
+    if name not in PEERS:
+        raise ValueError(f"no peer {name!r}; {name_hint(name, PEERS)}")
+    chosen = os.environ.get("SAE_KERNELS_CACHE_DIR")
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae-kernels"
+    return (Path(chosen).expanduser().absolute() if chosen else shared) / "peers" / name
 
 
 def python_of(name: str) -> Path | None:
@@ -97,33 +100,18 @@ def setup(names: Iterable[str], show: Callable[[str], None]) -> None:
         show(f"{name}: ready after {time.monotonic() - began:.0f} s, with torch {torch_version}")
 
 
-def _check(name: str) -> None:
-    if name not in PEERS:
-        raise ValueError(f"no peer {name!r}; {name_hint(name, PEERS)}")
-
-
-def _cache() -> Path:
-    chosen = os.environ.get("SAE_KERNELS_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae-kernels"
-
-
 def _python(where: Path) -> Path:
     return where / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def _passes(name: str) -> list[tuple[Path, list[str]]]:
+def _passes(name: str) -> dict[Path, list[str]]:
     """The files that pip installs from, in order, each with its options."""
-    alone = REQUIREMENTS / f"{name}.no-deps.txt"
-    return [
-        (REQUIREMENTS / f"{name}.txt", []),
-        *([(alone, ["--no-deps"])] if alone.exists() else []),
-    ]
+    files = {REQUIREMENTS / f"{name}.txt": [], REQUIREMENTS / f"{name}.no-deps.txt": ["--no-deps"]}
+    return {path: options for path, options in files.items() if path.exists()}
 
 
 def _pins(name: str) -> str:
-    return "".join(path.read_text() for path, _ in _passes(name))
+    return "".join(path.read_text() for path in _passes(name))
 
 
 def _ready(where: Path, name: str) -> bool:
@@ -132,38 +120,31 @@ def _ready(where: Path, name: str) -> bool:
 
 
 def _make(where: Path, name: str) -> str:
-    """Makes an environment; returns its torch's version."""
-    _clear(where)
+    """Makes an environment, in the place of an older one of ours; returns its torch's version."""
+    if where.exists():
+        if any(where.iterdir()) and not (where / "pyvenv.cfg").exists():
+            raise EnvironmentSetupError(
+                f"{where}: expected an environment of ours or nothing, got other files; move them "
+                "or choose another SAE_KERNELS_CACHE_DIR"
+            )
+        shutil.rmtree(where)
     where.parent.mkdir(parents=True, exist_ok=True)
     # -I: what PYTHONPATH offers here is not in the environment.
     python = [str(_python(where)), "-I"]
-    _run(name, [sys.executable, "-I", "-m", "venv", str(where)])
-    for path, options in _passes(name):
-        pip = ["-m", "pip", "install", "--no-input", "--quiet", *options, "-r", str(path)]
-        _run(name, [*python, *pip])
-    said = _run(name, [*python, "-c", f"import torch, {name}; print(torch.__version__)"])
+    _run(name, sys.executable, "-I", "-m", "venv", str(where))
+    for path, options in _passes(name).items():
+        pip = ("-m", "pip", "install", "--no-input", "--quiet", *options, "-r", str(path))
+        _run(name, *python, *pip)
+    said = _run(name, *python, "-c", f"import torch, {name}; print(torch.__version__)")
     (where / _MARKER).write_text(_pins(name))  # last: until here it does not count
     return said.split()[-1]
 
 
-def _clear(where: Path) -> None:
-    """Removes an environment of ours, and nothing else."""
-    if not where.exists():
-        return
-    if any(where.iterdir()) and not (where / "pyvenv.cfg").exists():
-        raise EnvironmentSetupError(
-            f"{where}: expected an environment of ours or nothing, got other files; move them or "
-            "choose another SAE_KERNELS_CACHE_DIR"
-        )
-    shutil.rmtree(where)
-
-
-def _run(name: str, command: list[str]) -> str:
+def _run(name: str, *command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise EnvironmentSetupError(
-            f"{name}: {_reason(done.stderr) or _reason(done.stdout) or 'no reason given'}"
-        )
+        why = _reason(done.stderr) or _reason(done.stdout) or "no reason given"
+        raise EnvironmentSetupError(f"{name}: {why}")
     return done.stdout
 
 

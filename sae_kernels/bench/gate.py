@@ -36,8 +36,8 @@ class WrongResult(SaeKernelsError):
     """A contestant's result is not what it should be."""
 
 
-class Error(NamedTuple):
-    """How far the result is off, relative to its largest element, and how far it may be.
+class Deviation(NamedTuple):
+    """The error of a result and its budget, both relative to the result's largest element.
 
     The reconstruction, or codes where there is none.
     """
@@ -46,7 +46,7 @@ class Error(NamedTuple):
     budget: float
 
 
-def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Error:
+def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Deviation:
     """Judges what a contestant's worker left.
 
     Args:
@@ -76,14 +76,14 @@ def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Error:
     off = (2 * u + x.shape[1] * _U32) * terms + u * h.abs()
     if task.operation == "product":
         _within("product", came["codes"], h, off)
-        return _error(came["codes"], h, off)
+        return _deviation(came["codes"], h, off)
     kept = came["codes"] != 0
     _selection(task, h, off, kept, came.get("threshold"))
     exact = torch.where(kept, h, 0)
     off = torch.where(kept, 2 * off, 0)  # as much again for a scale that was folded
     _within("code", came["codes"], exact, off)
     if "x_hat" not in came:
-        return _error(came["codes"], exact, off)
+        return _deviation(came["codes"], exact, off)
     if "moved" in came:
         _movement(task, x.double(), exact[:, used], weights, came["moved"])
     return _reconstruction(exact[:, used], off[:, used], came, weights, u)
@@ -113,14 +113,14 @@ def _selection(
 
 def _reconstruction(
     codes: torch.Tensor, off: torch.Tensor, came: Tensors, weights: Tensors, u: float
-) -> Error:
+) -> Deviation:
     W, b = weights["W_dec"], weights["b_dec"]
     exact = codes @ W + b
     n = int((codes != 0).sum(1).max()) + 1
     terms = codes.abs() @ W.abs() + b.abs()
     budget = off @ W.abs() + (2 * u + n * _U32) * terms + 2 * u * exact.abs()
     _within("reconstruction", came["x_hat"], exact, budget)
-    return _error(came["x_hat"], exact, budget)
+    return _deviation(came["x_hat"], exact, budget)
 
 
 def _within(what: str, came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> None:
@@ -134,9 +134,9 @@ def _within(what: str, came: torch.Tensor, exact: torch.Tensor, budget: torch.Te
         )
 
 
-def _error(came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> Error:
+def _deviation(came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> Deviation:
     scale = float(exact.abs().max())
-    return Error(float((came - exact).abs().max()) / scale, float(budget.max()) / scale)
+    return Deviation(float((came - exact).abs().max()) / scale, float(budget.max()) / scale)
 
 
 def _movement(

@@ -1,4 +1,4 @@
-"""Who takes part: ours, plain torch, the peers' packages, and the product that is necessary."""
+"""Providers: ours, plain torch, the peers' packages, and the one product that is necessary."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Provider(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name and dtype."""
+        """Name and dtype, unique among providers."""
         return f"{self.name} {self.dtype}"
 
     @property
@@ -64,7 +64,7 @@ class Provider(NamedTuple):
         return None
 
     def task(self, case: Case, device: str, options: dict[str, float]) -> Task:
-        """What it is told to do of a case; ``options`` are those of the case's data."""
+        """The task it gets for a case, with the options of the case's data."""
         return Task(
             self.operation or case.operation,
             "inference" if self.operation else case.mode,
@@ -80,34 +80,29 @@ def _both(name: str, module: str, *dtypes: str, **options: Any) -> list[Provider
     return [Provider(name, dtype, module, options) for dtype in dtypes]
 
 
-def _theirs(name: str) -> list[Provider]:
-    """In fp32, which is what most of them do by default, and in bf16, which is fastest."""
-    return _both(name, name, "float32", "bfloat16")
-
-
-def _ours(name: str, **options: Any) -> list[Provider]:
-    return _both(name, "ours", "bfloat16", "float32", **options)
-
-
+_OURS, _THEIRS = ("bfloat16", "float32"), ("float32", "bfloat16")  # what is shipped comes first
 _ENCODING = ("encode", "sae", "step")
-_RATES = [
-    *(
-        Provider("product", dtype, "rates", {}, operations=_ENCODING, operation="product")
-        for dtype in ("bfloat16", "float32")
-    ),
-    Provider("copy", "int8", "rates", {}, operation="copy"),
-]
 # In the order in which tables show them.
 GROUPS: dict[str, list[Provider]] = {
-    "ours": [*_ours("ours"), *_RATES],
-    "ours-reference": _ours("ours-reference", backend="reference"),
-    "ours-triton": [p._replace(devices=("cuda",)) for p in _ours("ours-triton", backend="triton")],
-    "dense": _theirs("dense"),
-    "dense_compile": [Provider("dense_compile", "bfloat16", "dense", {"compile": 1})],
+    "ours": [
+        *_both("ours", "ours", *_OURS),
+        *(
+            provider._replace(operations=_ENCODING, operation="product")
+            for provider in _both("product", "rates", *_OURS)
+        ),
+        Provider("copy", "int8", "rates", {}, operation="copy"),
+    ],
+    "ours-reference": _both("ours-reference", "ours", *_OURS, backend="reference"),
+    "ours-triton": [
+        provider._replace(devices=("cuda",))
+        for provider in _both("ours-triton", "ours", *_OURS, backend="triton")
+    ],
+    "dense": _both("dense", "dense", *_THEIRS),
+    "dense_compile": _both("dense_compile", "dense", "bfloat16", compile=1),
     "cusparse": [
         Provider("cusparse", "float32", "cusparse", {}, operations=("decode",), devices=("cuda",))
     ],
-    **{peer: _theirs(peer) for peer in environments.PEERS},
+    **{peer: _both(peer, peer, *_THEIRS) for peer in environments.PEERS},
 }
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark measured, as JSON lines: where and how, and a record for each contestant.
+"""Results of a benchmark as JSON lines: where and how, then a record for each contestant.
 
 A record is what one provider did of one case in one dtype. ``status`` says whether it was measured;
 if not, ``reason`` says why. Numbers that there are none of are null. The first line is the
@@ -53,12 +53,12 @@ class Results:
 
 
 def key(record: Record) -> Key:
-    """What tells a record from the others of its file: case, provider and dtype."""
+    """The key of a record in its file: case, provider and dtype."""
     return record["case"], record["provider"], record["dtype"]
 
 
 def measured(records: list[Record]) -> list[Record]:
-    """Those that have a time."""
+    """The records that have a time."""
     return [r for r in records if r["status"] == "measured" and r.get("median_ms")]
 
 
@@ -119,24 +119,22 @@ def read(path: str | Path) -> Results:
         raise DataError(f"{path}: expected a file of benchmark results, got {error}") from error
     *lines, last = text.split("\n")
     notes: list[str] = []
-    if _is_object(last):  # whole but for the end of its line
-        lines.append(last)
-    elif last.strip() and lines:
-        notes.append(f"{path}, line {len(lines) + 1} is cut off and was left out")
+    try:
+        if last:  # whole but for the end of its line
+            lines += [last] if isinstance(_parsed(last), dict) else []
+    except ValueError:
+        if last.strip() and lines:
+            notes.append(f"{path}, line {len(lines) + 1} is cut off and was left out")
     if not lines:
         raise DataError(f"{path}, line 1: expected the provenance, got {_short(text)}")
-    first, *records = (_line(path, i, line) for i, line in enumerate(lines, 1))
-    return Results(first["provenance"], records, notes)
-
-
-def _line(path: Path, i: int, text: str) -> Record:
-    try:
-        found = _parsed(text)
-        (_check_provenance if i == 1 else _check_record)(found)
-    except ValueError as error:
-        raise DataError(f"{path}, line {i}: {error}") from None
-    record: Record = found
-    return record
+    found = []
+    for i, line in enumerate(lines, 1):
+        try:
+            found.append(_parsed(line))
+            _check(found[-1], first=i == 1)
+        except ValueError as error:
+            raise DataError(f"{path}, line {i}: {error}") from None
+    return Results(found[0]["provenance"], found[1:], notes)
 
 
 def _parsed(text: str) -> Any:
@@ -146,35 +144,27 @@ def _parsed(text: str) -> Any:
         raise ValueError(f"expected a JSON object, got {_short(text)}") from None
 
 
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(_parsed(text), dict)
-    except ValueError:
-        return False
-
-
-def _check_provenance(found: Any) -> None:
-    if not isinstance(found, dict) or not isinstance(found.get("provenance"), dict):
-        raise ValueError(
-            'expected {"provenance": {...}}, as sae-kernels bench writes first, '
-            f"got {_short(json.dumps(found))}"
-        )
-
-
-def _check_record(found: Any) -> None:
+def _check(found: Any, *, first: bool) -> None:
+    """Refuses a line that is not the provenance, where that comes first, or not a record."""
+    if first:
+        if not isinstance(found, dict) or not isinstance(found.get("provenance"), dict):
+            raise ValueError(
+                'expected {"provenance": {...}}, as sae-kernels bench writes first, '
+                f"got {_short(json.dumps(found))}"
+            )
+        return
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {_short(json.dumps(found))}")
-    for name in _TEXTS:
-        if not isinstance(found.get(name), str):
-            raise ValueError(f"{name}: expected a text, got {_short(repr(found.get(name)))}")
-    for name in _KINDS:
-        if not isinstance(found.get(name), str | None):
-            raise ValueError(f"{name}: expected a text or null, got {_short(repr(found[name]))}")
-    phases = found.get("phases_ms") or {}
-    if not isinstance(phases, dict):
-        raise ValueError(f"phases_ms: expected an object or null, got {_short(str(phases))}")
+    for names, kinds, words in (
+        (_TEXTS, str, "a text"),
+        (_KINDS, str | None, "a text or null"),
+        (("phases_ms",), dict | None, "an object or null"),
+    ):
+        for name in names:
+            if not isinstance(found.get(name), kinds):
+                raise ValueError(f"{name}: expected {words}, got {_short(repr(found.get(name)))}")
     numbers = {name: found.get(name) for name in _NUMBERS}
-    for name, value in {**numbers, **phases}.items():
+    for name, value in {**numbers, **(found.get("phases_ms") or {})}.items():
         if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
             raise ValueError(f"{name}: expected a finite number or null, got {_short(repr(value))}")
     for name in _TIMES if found["status"] == "measured" else ():

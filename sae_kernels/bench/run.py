@@ -1,10 +1,11 @@
-"""One run: workers are started, judged and timed in turns, and each case's records handed on."""
+"""A run of the benchmark: workers are started, judged and timed in turns, case by case."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from sae_kernels.bench import inputs
-from sae_kernels.bench.contestants.contestant import Unable
-from sae_kernels.bench.entrants import Entrant, records
-from sae_kernels.bench.gate import TOKENS, WrongResult, judge
+from sae_kernels.bench.gate import TOKENS, judge
+from sae_kernels.bench.outcomes import Outcome, measured, records
+from sae_kernels.bench.provenance import provenance
+from sae_kernels.bench.results import Results, Writer
 from sae_kernels.bench.timing import in_turn
-from sae_kernels.bench.workers import Failed, Worker
+from sae_kernels.bench.workers import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from sae_kernels.bench.results import Record
     from sae_kernels.data.batches import RowSource
 
+    Show = Callable[[str, int, int | None], None]  # told a stage, what is done of it, its total
+
 _LEAST_ROUNDS = 3
 _TURN_S = 0.03  # a turn of a short operation repeats it for so long
 _MOST_REPEATS = 50
@@ -37,7 +41,7 @@ _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures.
+    """Settings of a run.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -54,13 +58,54 @@ class Settings:
     data: RowSource | None = None
 
 
-class Run:
-    """Measures cases with providers.
+def measure(
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    settings: Settings,
+    out: Path | None = None,
+    tell: Callable[[Record], None] = lambda line: None,
+    show: Show = lambda stage, done, total: None,
+    command: str = "sae-kernels",
+) -> tuple[Results, bool]:
+    """Measures cases; every line goes out as soon as its case is done.
+
+    Args:
+        cases, providers, settings: what, who and how.
+        out: a file for the lines.
+        tell: takes each line, provenance first.
+        show: takes the progress.
+        command: what was run, without its arguments.
+
+    Returns:
+        All that was measured, and whether Ctrl-C ended it.
+    """
+    facts, interrupted = provenance(command, settings.threads, settings.device), False
+    facts |= {"rounds": settings.rounds, "budget_s": settings.budget_s}
+    found: list[Record] = []
+    with BenchRun(providers, settings, show) as run, ExitStack() as files:
+        try:
+            for several in run.records(cases):
+                if not found:  # by now it is known what every contestant runs on
+                    facts["libraries"] = run.libraries
+                    tell({"provenance": facts})
+                    writer = None if out is None else files.enter_context(Writer(out, facts))
+                for record in several:
+                    found.append(record)
+                    tell(record)
+                    if writer is not None:
+                        writer.write(record)
+        except KeyboardInterrupt:
+            interrupted = True
+    return Results(facts, found), interrupted
+
+
+class BenchRun:
+    """Measures cases with providers, each in a process of its own.
 
     Args:
         providers: who takes part, in the order of the tables.
         settings: how.
-        show: told what is going on: stage, done, total.
+        show: told what is going on.
 
     Attributes:
         libraries: package, torch version and differences of each provider seen, by its key.
@@ -70,14 +115,14 @@ class Run:
         self,
         providers: Sequence[Provider],
         settings: Settings,
-        show: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+        show: Show = lambda stage, done, total: None,
     ) -> None:
         self.providers, self.settings, self._show = providers, settings, show
         self.libraries: dict[str, dict[str, str]] = {}
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, WorkerProcess] = {}
         self._ends = time.monotonic() + settings.budget_s
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> BenchRun:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,136 +137,108 @@ class Run:
         """
         for i, case in enumerate(cases):
             self._show("cases", i, len(cases))
-            entrants = [Entrant(provider) for provider in self.providers]
+            outcomes = [Outcome(provider) for provider in self.providers]
             left = self._ends - time.monotonic()
             interrupted = None
-            if left <= 0:
-                _all_out(entrants, "skipped", f"the {self.settings.budget_s:.0f} s were over")
-            else:
-                try:
-                    self._measure(case, entrants, time.monotonic() + left / (len(cases) - i))
-                except KeyboardInterrupt as error:
-                    interrupted = error
-                    untimed = [e for e in entrants if not e.seconds]
-                    _all_out(untimed, "skipped", "interrupted")
-            yield records(case, entrants)
+            try:
+                if left > 0:
+                    self._measure(case, outcomes, time.monotonic() + left / (len(cases) - i))
+            except KeyboardInterrupt as error:
+                interrupted = error
+            why = f"the {self.settings.budget_s:.0f} s were over" if left <= 0 else "interrupted"
+            for outcome in measured(outcomes):
+                if not outcome.seconds:
+                    outcome.end("skipped", why)
+            yield records(case, outcomes)
             if interrupted is not None:
                 raise interrupted
         self._show("cases", len(cases), len(cases))
 
-    def _measure(self, case: Case, entrants: list[Entrant], deadline: float) -> None:
+    def _measure(self, case: Case, outcomes: list[Outcome], deadline: float) -> None:
         with tempfile.TemporaryDirectory(prefix="sae-kernels-bench-") as folder:
-            path = Path(folder) / "inputs.safetensors"
+            path, out = Path(folder, "inputs.safetensors"), Path(folder, "came")
             options = inputs.write(case, path, self.settings.data)
-            tasks = self._start(case, entrants, path, options)
+            tasks = self._start(case, outcomes, path, options)
             given = load_file(path)
-            for entrant in _still_in(entrants):
+            for outcome in measured(outcomes):
                 self._show(f"{case.name}: check", 0, None)
-                self._gate(entrant, tasks[entrant.provider.key], given, Path(folder) / "came")
-            self._time(case, entrants, deadline)
-            for entrant in _still_in(entrants):
-                self._guarded(entrant, self._split)
+                with outcome.guarded():
+                    self._judge(outcome, tasks[outcome.provider.key], given, out)
+            self._time(case, outcomes, deadline)
+            for outcome in measured(outcomes):
+                if outcome.provider.operation is None:
+                    # Apart from the times: a profiler takes time itself.
+                    with outcome.guarded():
+                        outcome.phases = self._worker(outcome).ask(do="phases")["measured"]
             for worker in self._workers.values():
                 if worker.alive:
                     worker.tell(do="end")
 
     def _start(
-        self, case: Case, entrants: list[Entrant], path: Path, options: dict[str, float]
+        self, case: Case, outcomes: list[Outcome], path: Path, options: dict[str, float]
     ) -> dict[str, Task]:
-        """Sets all of them up at once: nothing is timed yet."""
-        tasks, told = {}, []
-        for entrant in entrants:
-            provider = entrant.provider
+        """Sets all contestants up at once: nothing is timed yet."""
+        tasks = {}
+        for outcome in outcomes:
+            provider = outcome.provider
             why = provider.unable(case, self.settings.device)
             if why is not None:
-                entrant.out("unable", why)
+                outcome.end("unable", why)
                 continue
             task = tasks[provider.key] = provider.task(case, self.settings.device, options)
-            self._worker(entrant).tell(do="start", task=task._asdict(), inputs=str(path))
-            told.append(entrant)
-        for entrant in told:
+            self._worker(outcome).tell(do="start", task=task._asdict(), inputs=str(path))
+        for outcome in measured(outcomes):
             self._show(f"{case.name}: start", 0, None)
-            self._guarded(entrant, self._started)
+            with outcome.guarded():
+                self.libraries[outcome.provider.key] = self._worker(outcome).answer()
         return tasks
 
-    def _worker(self, entrant: Entrant) -> Worker:
-        key = entrant.provider.key
+    def _worker(self, outcome: Outcome) -> WorkerProcess:
+        key = outcome.provider.key
         worker = self._workers.get(key)
         if worker is None or not worker.alive:
             if worker is not None:
                 worker.close()
-            worker = self._workers[key] = Worker(entrant.provider, self.settings.threads)
+            worker = self._workers[key] = WorkerProcess(outcome.provider, self.settings.threads)
         return worker
 
-    def _started(self, entrant: Entrant) -> None:
-        entrant.about = self._worker(entrant).answer()
-        self.libraries[entrant.provider.key] = entrant.about
-
-    def _gate(
-        self, entrant: Entrant, task: Task, given: dict[str, torch.Tensor], out: Path
+    def _judge(
+        self, outcome: Outcome, task: Task, given: dict[str, torch.Tensor], out: Path
     ) -> None:
-        if task.operation == "copy":
-            return
+        if task.operation != "copy":
+            self._worker(outcome).ask(do="gate", tokens=TOKENS, out=str(out))
+            outcome.error = judge(task, given["x"][:TOKENS], load_file(out), given)
 
-        def gate(entrant: Entrant) -> None:
-            self._worker(entrant).ask(do="gate", tokens=TOKENS, out=str(out))
-            entrant.error = judge(task, given["x"][:TOKENS], load_file(out), given)
-
-        self._guarded(entrant, gate)
-
-    def _time(self, case: Case, entrants: list[Entrant], deadline: float) -> None:
+    def _time(self, case: Case, outcomes: list[Outcome], deadline: float) -> None:
         """Rounds of turns, as many as the time allows; the first runs of each do not count."""
-        for entrant in _still_in(entrants):
+        for outcome in measured(outcomes):
             self._show(f"{case.name}: warm up", 0, None)
-            self._guarded(entrant, self._warm_up)
+            with outcome.guarded():
+                self._warm_up(outcome)
         for round_ in range(self.settings.rounds):
             self._show(f"{case.name}: rounds", round_, self.settings.rounds)
             began = time.monotonic()
-            for entrant in in_turn(_still_in(entrants), round_):
-                self._guarded(entrant, self._turn)
+            for outcome in in_turn(measured(outcomes), round_):
+                with outcome.guarded():
+                    self._turn(outcome)
             took = time.monotonic() - began
             # Another round, and the phases after it.
             if round_ + 1 >= _LEAST_ROUNDS and time.monotonic() + 2 * took > deadline:
                 break
 
-    def _warm_up(self, entrant: Entrant) -> None:
-        """The memory of a run, and about how long one takes."""
-        worker = self._worker(entrant)
-        if entrant.provider.options.get("compile"):  # which takes memory of its own
+    def _warm_up(self, outcome: Outcome) -> None:
+        """Finds the memory of a run, and about how long one takes."""
+        worker = self._worker(outcome)
+        if outcome.provider.options.get("compile"):  # which takes memory of its own
             worker.ask(do="time", untimed=1, times=0)
         answer = worker.ask(do="peak")
-        entrant.peak_bytes, entrant.last = answer["measured"], answer["seconds"]
+        outcome.peak_bytes, outcome.last = answer["measured"], answer["seconds"]
 
-    def _turn(self, entrant: Entrant) -> None:
-        """What is timed follows an untimed run, unless it is long: caches were others'."""
+    def _turn(self, outcome: Outcome) -> None:
+        """Times a turn, after an untimed run unless it is long: caches were others'."""
         time.sleep(_REST_S)
-        untimed = int(entrant.last < _LONG_S)
-        times = max(1, min(_MOST_REPEATS, round(_TURN_S / max(entrant.last, 1e-6))))
-        answer = self._worker(entrant).ask(do="time", untimed=untimed, times=times)
-        entrant.last = statistics.median(answer["seconds"])
-        entrant.seconds.append(entrant.last)
-
-    def _split(self, entrant: Entrant) -> None:
-        """The phases, which are measured apart: a profiler takes time itself."""
-        if entrant.provider.operation is None:
-            entrant.phases = self._worker(entrant).ask(do="phases")["measured"]
-
-    def _guarded(self, entrant: Entrant, do: Callable[[Entrant], object]) -> None:
-        """A contestant that cannot, fails or is wrong is out; the others go on."""
-        try:
-            do(entrant)
-        except Unable as answer:
-            entrant.out("unable", str(answer))
-        except WrongResult as error:
-            entrant.out("refused", str(error))
-        except Failed as error:
-            entrant.out("failed", str(error))
-
-
-def _still_in(entrants: list[Entrant]) -> list[Entrant]:
-    return [entrant for entrant in entrants if entrant.status == "measured"]
-
-
-def _all_out(entrants: list[Entrant], status: str, reason: str) -> None:
-    for entrant in _still_in(entrants):
-        entrant.out(status, reason)
+        untimed = int(outcome.last < _LONG_S)
+        times = max(1, min(_MOST_REPEATS, round(_TURN_S / max(outcome.last, 1e-6))))
+        answer = self._worker(outcome).ask(do="time", untimed=untimed, times=times)
+        outcome.last = statistics.median(answer["seconds"])
+        outcome.seconds.append(outcome.last)

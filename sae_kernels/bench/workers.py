@@ -30,11 +30,11 @@ class Failed(Exception):
     """The contestant raised, died or did not answer in time."""
 
 
-class Worker:
+class WorkerProcess:
     """A process that holds one contestant.
 
     Args:
-        provider: whose.
+        provider: the contestant's.
         threads: of its products and kernels.
     """
 
@@ -54,7 +54,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process's number."""
         return self._process.pid
 
     @property
@@ -63,7 +63,7 @@ class Worker:
         return self._process.poll() is None
 
     def tell(self, **command: Any) -> None:
-        """Sends a command; :meth:`answer` has what comes of it."""
+        """Sends a command, to which :meth:`answer` has the answer."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(command) + "\n")

@@ -143,19 +143,19 @@ def _measure(
 ) -> None:
     from rich.console import Console
 
-    from sae_kernels.bench import session
+    from sae_kernels.bench import run
     from sae_kernels.bench.output import compare, page, table
     from sae_kernels.gpu import training_device
 
     training_device(settings.device)  # says what is missing
     with output.progress() as show:
-        done = session.measure(chosen, who, settings, out, output.record, show)
+        results, interrupted = run.measure(chosen, who, settings, out, output.record, show)
     if not output.as_json:
         console = Console()
-        table.show(done.results, console)
+        table.show(results, console)
         if stored is not None:
-            compare.show(done.results, stored, console)
-    if plot is not None and done.results.records:
-        output.text(f"report: {page.write(done.results, plot)}")
-    if done.interrupted:
+            compare.show(results, stored, console)
+    if plot is not None and results.records:
+        output.text(f"report: {page.write(results, plot)}")
+    if interrupted:
         raise KeyboardInterrupt

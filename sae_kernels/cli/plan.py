@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from sae_kernels.bench import plan as planning
-from sae_kernels.bench.plan import numbers
+from sae_kernels.cli import numbers
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
 from sae_kernels.config import OptimizerConfig
-from sae_kernels.report.units import number
+from sae_kernels.plotting.units import number
 
 ONE_DEVICE_ONLY = (
     "predictions: this package trains on one device, several GPUs are not implemented; no part of "
@@ -49,7 +49,13 @@ def plan(
         str, typer.Option(metavar="float32|split", help="How W_enc and W_dec are held.")
     ] = "float32",
     moment_dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16", help="Of Adam's moments.")
+        str,
+        typer.Option(
+            "--moment-dtype",
+            "--optimizer-states",
+            metavar="float32|bfloat16",
+            help="Adam's moments.",
+        ),
     ] = "float32",
     compute_copies: Annotated[
         str, typer.Option(metavar="both|encoder", help="Which have a compute copy.")

@@ -1,4 +1,4 @@
-"""What the demo's page says."""
+"""The demo's page."""
 
 from __future__ import annotations
 

@@ -1,15 +1,13 @@
 """The page a training run leaves behind: figures, headline numbers and latents in context."""
 
-from .data import Context, CurvePoint, LatentExamples, RunReport
-from .figures import RenderedFigure, draw_figures
-from .page import render_page, write_report
+from .data import CurvePoint, LatentExamples, RunReport, TokenContext
+from .page import draw_figures, render_page, write_report
 
 __all__ = [
-    "Context",
     "CurvePoint",
     "LatentExamples",
-    "RenderedFigure",
     "RunReport",
+    "TokenContext",
     "draw_figures",
     "render_page",
     "write_report",

@@ -1,4 +1,4 @@
-"""What a report shows: plain values, so that any trainer can fill them in."""
+"""The values that a report shows, plain ones, so that any trainer can fill them in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class Context:
+class TokenContext:
     """A window of tokens around one token on which a latent fires strongly.
 
     Attributes:
@@ -66,7 +66,7 @@ class LatentExamples:
     latent: int
     density: float
     max_activation: float
-    contexts: list[Context]
+    contexts: list[TokenContext]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Which latents a report shows, and the text on which they fire."""
+"""The latents that a report shows, and the text on which they fire."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .contexts import peak_word
-from .data import Context, LatentExamples
+from .data import LatentExamples, TokenContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +96,7 @@ def latent_examples(
 
 
 def _stems(example: LatentExamples) -> Counter[str]:
-    """How often the strongest words begin alike: crude, and enough to tell a subject."""
+    """Counts of how the strongest words begin: crude, and enough to tell a subject."""
     return Counter(peak_word(context).lower()[:4] for context in example.contexts)
 
 
@@ -163,10 +163,10 @@ def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
 
 def _context(
     codes: _Codes, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
-) -> Context:
+) -> TokenContext:
     """The tokens of the same document around a row."""
     start, stop = max(0, peak - radius), peak + radius + 1
     same = (documents[start:stop] == documents[peak]).nonzero().flatten() + start
     first, last = int(same[0]), int(same[-1]) + 1
     activations = codes.activations(latent, first, last)
-    return Context(text[first:last], activations, peak - first)
+    return TokenContext(text[first:last], activations, peak - first)

@@ -1,37 +1,26 @@
-"""What is drawn in each figure, on matplotlib's object interface."""
+"""The figures of a report: training curves and histograms of its latents."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from .plotstyle import BLUE, INK, ORANGE, count_axis, line, log_ticks, step_axis
-from .units import number, percent
+from sae_kernels.plotting.axes import count_axis, line, log_ticks, percent_axis, step_axis
+from sae_kernels.plotting.figure import Drawing
+from sae_kernels.plotting.style import BLUE, INK, ORANGE
+from sae_kernels.plotting.units import number, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from matplotlib.figure import Figure
     from torch import Tensor
 
     from .data import RunReport
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How to draw one figure and what to say about it (see ``RenderedFigure``)."""
-
-    name: str
-    alt: str
-    caption: str
-    draw: Callable[[Figure], None]
-
-
 def drawings(report: RunReport) -> list[Drawing]:
-    """List the figures for which a report has data, in the order of the page."""
+    """The figures for which a report has data, in the order of the page."""
     cosine = report.decoder_cosine.detach().double().cpu()
     density = report.latent_density
     density = None if density is None else density.detach().double().cpu()
@@ -48,12 +37,12 @@ def _reconstruction_drawing(report: RunReport) -> Drawing:
     )
     return Drawing(
         "reconstruction",
+        lambda figure: _reconstruction(figure, report),
         f"Loss and FVU against training step. Final FVU {number(last.fvu)}"
         + ("." if fvu is None else f", {report.measured_on} FVU {number(fvu)}."),
         "FVU is the fraction of variance unexplained: 0 is a perfect reconstruction, "
         "1 no better than the mean."
         + (f" The dashed line is {dashed}." if 0 < (fvu or 0) < math.inf else ""),
-        lambda figure: _reconstruction(figure, report),
     )
 
 
@@ -61,21 +50,21 @@ def _sparsity_drawing(report: RunReport) -> Drawing:
     last = report.curve[-1]
     return Drawing(
         "sparsity",
+        lambda figure: _sparsity(figure, report),
         f"L0 and dead latents against training step. Final L0 {number(last.l0)}, "
         f"dead {percent(last.dead_fraction)}.",
         "L0 is how many latents fire on a token. Dead latents are capacity paid for and not used.",
-        lambda figure: _sparsity(figure, report),
     )
 
 
 def _density_drawing(report: RunReport, density: Tensor) -> Drawing:
     return Drawing(
         "density",
+        lambda figure: _density(figure, density, report.measured_on),
         f"Histogram of how often each latent fires on {report.measured_on} tokens; "
         f"{_never(report)}.",
         "A latent far to the left is rare and specific; one near 100\u202f% fires on almost "
         "everything and is seldom interpretable.",
-        lambda figure: _density(figure, density, report.measured_on),
     )
 
 
@@ -84,11 +73,11 @@ def _cosine_drawing(report: RunReport, density: Tensor | None, cosine: Tensor) -
     never = "" if density is None else f"; {_never(report)}"
     return Drawing(
         "decoder_cosine",
+        lambda figure: _cosine(figure, density, cosine),
         f"Histogram of each latent's largest decoder cosine to another latent, median "
         f"{number(median)}{never}.",
         "Latents near 1 are near-copies of another latent: the dictionary spends two entries on "
         "one direction.",
-        lambda figure: _cosine(figure, density, cosine),
     )
 
 
@@ -114,20 +103,18 @@ def _reconstruction(figure: Figure, report: RunReport) -> None:
             f"{report.measured_on} {number(measured)}", loc="right", color=ORANGE,
             fontsize="medium", fontweight="normal",
         )  # fmt: skip
-    log_ticks(bottom)
+    log_ticks(bottom.yaxis)
     step_axis(bottom, steps)
 
 
 def _sparsity(figure: Figure, report: RunReport) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     top, bottom = figure.subplots(2, 1, sharex=True)
     steps = [p.step for p in report.curve]
     line(top, steps, [p.l0 for p in report.curve], number)
     top.set_title("L0, latents per token")
     line(bottom, steps, [p.dead_fraction for p in report.curve], percent)
     bottom.set_title("Dead latents, share of dictionary")
-    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
+    percent_axis(bottom)
     for axes in (top, bottom):
         axes.set_ylim(0, max(axes.get_ylim()[1], 1e-3))
     step_axis(bottom, steps)

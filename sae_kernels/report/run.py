@@ -20,7 +20,7 @@ from sae_kernels.training.evaluate import evaluate
 from .data import CurvePoint, RunReport
 from .examples import decoder_cosine, latent_examples
 from .run_data import FirstRows, opened, tokens_of
-from .run_facts import dead_rule, facts, results, subtitle
+from .run_facts import dead_rule, facts, results, subtitle, training_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def run_report(
             few = FirstRows(source, max(1, int(_MAX_CODES / max(1.0, measured.l0))))
             examples = latent_examples(sae, few, to_tokens)
     training = activations is not None and activations.training
-    settings = tables.get("train", {})
+    settings = training_settings(tables)
     return RunReport(
         title=f"Run {folder.resolve().name}",
         subtitle=subtitle(sae, None if path.name == SAE_FOLDER else path.name, measured, training),
@@ -95,7 +95,7 @@ def run_report(
 
 
 def newest_sae(folder: Path) -> Path:
-    """Where the SAE of a run lies: its result, or the newest whole checkpoint if it goes on.
+    """The folder of a run's SAE: its result, or the newest whole checkpoint if it goes on.
 
     Raises:
         DataError: there is none yet, or all checkpoints are damaged.

@@ -48,7 +48,7 @@ class Activations(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Which tokens these are, as the page calls them."""
+        """The name of these tokens on the page."""
         return "training" if self.training else "evaluation"
 
     def source(self) -> RowSource:

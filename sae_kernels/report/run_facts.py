@@ -1,11 +1,11 @@
-"""What the page of a run says in words and single numbers."""
+"""Words and single numbers on the page of a run."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-from .units import number
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ _SAE = ("d_in", "n_latents", "d_out", "n_layers", "k", "groups", "skip", "thresh
 def subtitle(
     sae: SparseAutoencoder, checkpoint: str | None, measured: Evaluation | None, training: bool
 ) -> str:
-    """What was trained, how far it has come and what the numbers are worth."""
+    """A sentence about what was trained, how far it has come and what the numbers are worth."""
     config = sae.config
     text = f"{config.architecture}, {config.n_latents:,} latents of {config.input_width:,} inputs"
     if checkpoint is not None:
@@ -46,8 +46,8 @@ def facts(
     activations: Activations | None,
     last: Mapping[str, Any],
 ) -> dict[str, str]:
-    """How the run was made, by its own settings, and what its weights are."""
-    of_sae, of_training = sae.config.to_dict(), tables.get("train", {})
+    """The settings of a run and facts about its weights, by name."""
+    of_sae, of_training = sae.config.to_dict(), training_settings(tables)
     settings = {name: of_sae.get(name) for name in _SAE}
     settings |= {name: of_training.get(name) for name in _TRAIN}
     found = {"architecture": str(tables.get("arch", sae.config.architecture))}
@@ -62,9 +62,14 @@ def facts(
     return found | weights(sae)
 
 
+def training_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of training, objective and optimizer in a run's tables, by name."""
+    return {k: v for n in ("train", "objective", "optimizer") for k, v in tables.get(n, {}).items()}
+
+
 def weights(sae: SparseAutoencoder) -> dict[str, str]:
-    """How many weights there are, and how long the decoder's rows."""
-    norms = sae.decoder_norms()
+    """Number and dtype of the weights, and the norms of decoder rows."""
+    norms = sae.decoder_norms().detach()
     low, median, high = (float(v) for v in (norms.min(), norms.median(), norms.max()))
     spread = f"{number(median)} (from {number(low)} to {number(high)})"
     spread = number(median) if number(low) == number(high) else spread
@@ -92,7 +97,7 @@ def results(
 
 
 def dead_rule(tokens: int | None, dead_after_tokens: int | None) -> str:
-    """What the trainer counts as dead, to follow "12 of 3,072 latents".
+    """The trainer's rule for dead latents in words, to follow "12 of 3,072 latents".
 
     >>> dead_rule(50_000, 10_000_000)
     'did not fire in the last 50,000 training tokens'

@@ -14,7 +14,7 @@ from plausible import PROVENANCE, record, run
 from rich.console import Console
 
 from benchmarks import page as benchmarks_page
-from sae_kernels.bench.output import page, plots, ratios, series, table
+from sae_kernels.bench.output import page, pictures, ratios, series, table
 from sae_kernels.bench.output.compare import compare
 from sae_kernels.bench.output.compare import show as show_comparison
 from sae_kernels.bench.results import Results, Writer, read, roofs
@@ -204,11 +204,11 @@ def test_between_machines_only_ratios_count() -> None:
 
 def test_a_picture_is_drawn_only_of_what_varies() -> None:
     everything = ["headline", "speed-F", "speed-B", "speed-K", "crossover", "memory-F", "roofline"]
-    assert [d.name for d in plots.drawings(run())] == [*everything, "phases"]
-    assert plots.drawings(Results(PROVENANCE, [])) == []
-    assert plots.drawings(Results(PROVENANCE, [record()])) == []
+    assert [d.name for d in pictures.drawings(run())] == [*everything, "phases"]
+    assert pictures.drawings(Results(PROVENANCE, [])) == []
+    assert pictures.drawings(Results(PROVENANCE, [record()])) == []
     two = Results(PROVENANCE, [record(), record("dense", median_ms=800.0)])
-    assert [d.name for d in plots.drawings(two)] == ["headline", "roofline"]
+    assert [d.name for d in pictures.drawings(two)] == ["headline", "roofline"]
 
 
 def test_lines_hold_one_dtype_and_all_else_equal() -> None:

@@ -15,7 +15,7 @@ import sae_kernels.bench
 from sae_kernels.bench import environments
 from sae_kernels.bench.cases import Shape, step
 from sae_kernels.bench.providers import GROUPS
-from sae_kernels.bench.run import Run, Settings
+from sae_kernels.bench.run import BenchRun, Settings
 from sae_kernels.testing.budgets import assert_within, rounding
 
 B, D, F, K = 64, 32, 128, 4
@@ -196,9 +196,9 @@ def test_what_it_has_not_is_said(run: Any) -> None:
 
 def test_the_harness_lets_it_through_its_gate(run: Any) -> None:
     name, _ = run
-    with Run(GROUPS[name], Settings(threads=2, rounds=3)) as session:
-        (records,) = session.records([step(Shape(B, D, F, K), "zipf")])
-        said = session.libraries
+    with BenchRun(GROUPS[name], Settings(threads=2, rounds=3)) as bench:
+        (records,) = bench.records([step(Shape(B, D, F, K), "zipf")])
+        said = bench.libraries
     peer = environments.PEERS[name]
     for provider, record in zip(GROUPS[name], records, strict=True):
         assert (record["status"], record["reason"]) == ("measured", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sae_kernels import primitives
 from sae_kernels.bench import results, workers
 from sae_kernels.bench.cases import Case, Shape, step
+from sae_kernels.bench.contestants.clock import PHASES, phase_of
 from sae_kernels.bench.providers import Provider, chosen
-from sae_kernels.bench.run import Run, Settings
+from sae_kernels.bench.run import BenchRun, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +54,7 @@ STEPS = [step(CASE.shape, "zipf", name) for name in ("topk", "batch_topk", "jump
 def planted() -> Iterator[None]:
     """Lets worker processes import the contestants of this folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
         yield
 
 
@@ -60,8 +63,8 @@ def provider(module: str, name: str = "planted", **options: Any) -> Provider:
 
 
 def run(*providers: Provider, case: Case = CASE) -> dict[str, results.Record]:
-    with Run(providers, SETTINGS) as session:
-        (records,) = session.records([case])
+    with BenchRun(providers, SETTINGS) as bench:
+        (records,) = bench.records([case])
     return {record["provider"]: record for record in records}
 
 
@@ -75,8 +78,8 @@ def everything(planted: None) -> dict[str, list[results.Record]]:
     """Ours and dense torch in every operator and architecture, by case."""
     cases = [*OPERATORS, *STEPS]
     who = chosen(["dense"], "cpu")
-    with Run(who, SETTINGS) as session:
-        return dict(zip((c.name for c in cases), session.records(cases), strict=True))
+    with BenchRun(who, SETTINGS) as bench:
+        return dict(zip((c.name for c in cases), bench.records(cases), strict=True))
 
 
 def test_a_planted_delay_is_measured() -> None:
@@ -151,13 +154,19 @@ def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
         assert record["speedup_of_ours_default"] == pytest.approx(default, rel=1e-3)
 
 
+def test_every_operator_of_ours_counts_for_a_phase() -> None:
+    names = [module.name for module in pkgutil.iter_modules(primitives.__path__) if module.ispkg]
+    assert len(names) >= 8
+    assert {phase_of(f"sae_kernels::{name}") for name in names} < set(PHASES)
+
+
 def test_an_idle_worker_takes_no_time_of_the_processor() -> None:
     """Its threads sleep after a parallel kernel: under 2 % of a core."""
     two = Settings(threads=2, rounds=3)
-    with Run([p for p in chosen([], "cpu") if p.name == "ours"], two) as session:
-        generator = session.records([step(Shape(512, 128, 2048, 16), "uniform")])
+    with BenchRun([p for p in chosen([], "cpu") if p.name == "ours"], two) as bench:
+        generator = bench.records([step(Shape(512, 128, 2048, 16), "uniform")])
         next(generator)
-        (worker, *_) = session._workers.values()
+        (worker, *_) = bench._workers.values()
         before = _cpu_seconds(worker.pid)
         time.sleep(1.0)
         assert _cpu_seconds(worker.pid) - before < 0.02
@@ -169,9 +178,9 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def test_what_does_not_fit_the_budget_is_skipped_and_said_so() -> None:
-    with Run([provider("slow")], Settings(threads=1, budget_s=1e-3)) as session:
+    with BenchRun([provider("slow")], Settings(threads=1, budget_s=1e-3)) as bench:
         time.sleep(0.01)
-        (records,) = session.records([CASE])
+        (records,) = bench.records([CASE])
     assert [record["status"] for record in records] == ["skipped"]
     assert "over" in records[0]["reason"]
 

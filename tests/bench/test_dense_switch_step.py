@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from sae_kernels.bench.contestants.dense_steps import DenseSwitchStep
-from sae_kernels.config import OptimizerConfig
+from sae_kernels.config import TrainConfig
 from sae_kernels.functional import load_balance
-from sae_kernels.nn import SwitchConfig, SwitchObjective, SwitchSAE
+from sae_kernels.nn import SwitchConfig, SwitchSAE
 from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import assert_within, gamma
+from sae_kernels.testing.dense_steps import DenseSwitchStep
 
 B, D, F, K, E = 64, 16, 96, 5, 4
 ALPHA = 3.0  # of its training script
@@ -48,9 +48,15 @@ def test_loss_and_gradients_are_the_modules_in_fp64() -> None:
 def test_a_step_of_ours_has_the_same_loss() -> None:
     for make in (FusedStep, AutogradStep):
         sae, dense, x = both()
-        objective = SwitchObjective(loss="mse", balance_coefficient=ALPHA, auxk_alpha=0.0)
-        optimizer = OptimizerConfig(clip_norm=1.0, compute="float32")
-        ours = make(sae, objective, optimizer)(x, lr=1e-4).loss
+        config = TrainConfig.of(
+            sae.objective_class,
+            loss="mse",
+            clip_norm=1.0,
+            balance_coefficient=ALPHA,
+            auxk_alpha=0.0,
+            compute="float32",
+        )
+        ours = make(sae, config.objective, config.optimizer)(x, lr=1e-4).loss
         # Pre-activations, probabilities and residuals, and the mean of their squares over tokens.
         relative = 2 * gamma(B + 3 * D + K + E, torch.float32)
         assert_within(make.__name__, dense(x), ours, relative * float(ours.detach()))

@@ -22,15 +22,15 @@ from sae_kernels.bench.plan import (
     devices,
     fastest,
     layouts,
-    numbers,
     predict,
-    step,
+    prediction,
 )
-from sae_kernels.bench.plan.fit import Observation, fit
+from sae_kernels.bench.plan.calibration import Observation, fit
 from sae_kernels.bench.results import Results
+from sae_kernels.cli import numbers
 from sae_kernels.config import OptimizerConfig
 from sae_kernels.errors import DataError
-from sae_kernels.nn import TopKSAE
+from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.step import FusedStep
 
 SMALL = Problem(d_in=4, n_latents=8, k=2, batch=16)
@@ -68,9 +68,9 @@ def test_bytes_per_weight(settings, dtype, held, moved):
 
 @pytest.mark.parametrize(("settings", "dtype", "held", "moved"), SETTINGS)
 def test_bytes_per_weight_are_those_of_the_step(settings, dtype, held, moved):
-    step = FusedStep(TopKSAE(4, 8, k=2), optimizer=OptimizerConfig(compute=dtype, **settings))
-    held_by_step = [step.matrices[name] for name in ("W_enc", "W_dec")]
-    tensors = [t for matrix in held_by_step for t in matrix if t is not None]
+    optimizer = OptimizerConfig(compute=dtype, **settings)
+    matrices = FusedStep(TopKSAE(TopKConfig(4, 8, 2)), None, optimizer).matrices
+    tensors = [t for name in ("W_enc", "W_dec") for t in matrices[name] if t is not None]
     assert sum(t.nbytes for t in tensors) == 2 * 4 * 8 * held
 
 
@@ -86,7 +86,8 @@ def test_memory_of_one_device_by_hand():
 
 def test_a_mixed_layout_by_hand():
     mixed = Layout(shards=2, replicas=2)  # 8 tokens and 4 latents a GPU
-    assert (mixed.tokens(SMALL), mixed.latents(SMALL), mixed.kept(SMALL)) == (8, 4, 8)
+    work = mixed.work(SMALL)
+    assert (work.B, work.F, work.B * work.K) == (8, 4, 8)
     assert messages(mixed, SMALL) == {
         "tokens": 8 * 4 * 2 / 2,
         "candidates": 2 * 8 * 2 * 8 / 2,
@@ -110,7 +111,7 @@ def test_few_touched_rows_are_exchanged_in_place_of_all():
 def test_parts_of_a_step_by_hand():
     rates = dict.fromkeys(devices.UNITS, 1.0)
     slow = dataclasses.replace(H200, rates=rates)
-    times = step.step_time(step.work(SMALL, Layout(1, 1), slow), rates)
+    times = prediction.step_time(prediction.amounts(SMALL, Layout(1, 1), slow), rates)
     assert times.product == 2 * 16 * 4 * 8
     assert times.decode == times.code_gradients == 16 * 2 * 4 * 2
     assert times.latent_order == 16 * 2 * 4 * (2 + 4)
@@ -123,8 +124,8 @@ def test_parts_of_a_step_by_hand():
 def test_sources_that_overflow_the_cache_are_read_from_memory():
     slow = dataclasses.replace(H200, rates={**H200.rates, "gathered": 2.0, "moved": 1.0})
     found = {
-        cache: step.step_time(
-            step.work(SMALL, Layout(1, 1), dataclasses.replace(slow, cache_bytes=cache)),
+        cache: prediction.step_time(
+            prediction.amounts(SMALL, Layout(1, 1), dataclasses.replace(slow, cache_bytes=cache)),
             slow.rates,
         )
         for cache in (1, 2**20)
@@ -256,7 +257,9 @@ def planted(rates: dict[str, float], shapes=SHAPES) -> list[dict[str, object]]:
     for shape in shapes:
         for dtype in ("bfloat16", "float32"):
             problem = Problem(shape.D, shape.F, shape.K, shape.B, dtype)
-            times = step.step_time(step.work(problem, Layout(1, 1), cpu_device), rates)
+            times = prediction.step_time(
+                prediction.amounts(problem, Layout(1, 1), cpu_device), rates
+            )
             records.append(record(shape, dtype, 1e3 * times.total))
     return records
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels.report import Context, CurvePoint, LatentExamples, RunReport
+from sae_kernels.report import CurvePoint, LatentExamples, RunReport, TokenContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ def make_report() -> Callable[..., RunReport]:
     def make(**changes: Any) -> RunReport:
         density = torch.logspace(-6, -0.01, N_LATENTS)
         density[torch.arange(N_NEVER) * 13] = 0
-        context = Context(["the", "river", "##bank", "was"], [0.0, 1.5, 6.0, 0.0], 2)
+        context = TokenContext(["the", "river", "##bank", "was"], [0.0, 1.5, 6.0, 0.0], 2)
         fields: dict[str, Any] = {
             "title": "A run",
             "subtitle": "of a test",

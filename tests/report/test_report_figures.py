@@ -9,9 +9,9 @@ import re
 import pytest
 import torch
 
+from sae_kernels.plotting.style import BLUE, ORANGE, STYLE
 from sae_kernels.report import CurvePoint, draw_figures
 from sae_kernels.report.plots import drawings
-from sae_kernels.report.plotstyle import BLUE, ORANGE, STYLE
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sae_kernels.report import Context, CurvePoint, LatentExamples, write_report
+from sae_kernels.plotting.units import duration, number, percent, rate
+from sae_kernels.report import CurvePoint, LatentExamples, TokenContext, write_report
 from sae_kernels.report.contexts import peak_word
-from sae_kernels.report.units import duration, number, percent, rate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +89,7 @@ def test_page_is_self_contained(make_report, tmp_path: Path):
 
 def test_hostile_text_is_escaped_everywhere(make_report, tmp_path: Path):
     bad = '<script>alert("x")</script>'
-    context = Context([bad, bad, "\ud800", "\n"], [1.0, 2.0, 0.5, 0.0], 1)
+    context = TokenContext([bad, bad, "\ud800", "\n"], [1.0, 2.0, 0.5, 0.0], 1)
     report = make_report(
         title=bad, subtitle=bad, facts={bad: bad}, metrics={bad: 1.0}, command=bad,
         examples=[LatentExamples(3, 0.1, 2.0, [context])],
@@ -121,11 +121,11 @@ def test_tokens_join_shade_and_mark_the_peak(make_report, tmp_path: Path):
     ],
 )
 def test_peak_word(tokens, peak, word):
-    assert peak_word(Context(tokens, [1.0] * len(tokens), peak)) == word
+    assert peak_word(TokenContext(tokens, [1.0] * len(tokens), peak)) == word
 
 
 def test_tokens_that_bring_their_own_space_get_no_second_one(make_report, tmp_path: Path):
-    context = Context([" the", " cat", "fish", " sat"], [0.0, 1.0, 0.0, 0.0], 1)
+    context = TokenContext([" the", " cat", "fish", " sat"], [0.0, 1.0, 0.0, 0.0], 1)
     report = make_report(examples=[LatentExamples(1, 0.1, 1.0, [context])])
     html = write_report(report, tmp_path).read_text(encoding="utf-8")
     row = re.search(r'<span class="line">.*?</li>', html)
@@ -135,7 +135,7 @@ def test_tokens_that_bring_their_own_space_get_no_second_one(make_report, tmp_pa
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_show_as_missing(make_report, tmp_path: Path, value: float):
-    context = Context(["a", "b"], [value, 1.0], 0)
+    context = TokenContext(["a", "b"], [value, 1.0], 0)
     report = make_report(
         metrics={"fvu": value, "l0": value, "dead_fraction": value, "seconds": value},
         measured_fvu=value,
@@ -182,9 +182,9 @@ def test_missing_matplotlib_names_the_extra_and_writes_nothing(make_report, tmp_
 
 def test_bad_fields_are_refused(make_report):
     with pytest.raises(ValueError, match="2 tokens but 1 activations"):
-        Context(["a", "b"], [1.0], 0)
+        TokenContext(["a", "b"], [1.0], 0)
     with pytest.raises(ValueError, match="peak 1 is outside"):
-        Context(["a"], [1.0], 1)
+        TokenContext(["a"], [1.0], 1)
     with pytest.raises(ValueError, match=r"must both be \[F\], got \[3\] and \[500\]"):
         make_report(latent_density=torch.zeros(3))
 

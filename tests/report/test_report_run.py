@@ -143,7 +143,7 @@ def test_what_cannot_be_known_is_left_out(
     assert len(report.decoder_cosine) == F
     page = write_report(report, tmp_path / "page")
     html = page.read_text(encoding="utf-8")
-    assert "Last batch's FVU" in html
+    assert "Last batch&#39;s FVU" in html
     assert "The run in three pictures" in html
     assert "What the latents respond to" not in html
     assert "never fired" not in html

@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """Measures from a start to a stop."""
+    """Measures the time from a start to a stop."""
 
     def start(self) -> None:
-        """Begins."""
+        """Begins a measurement."""
 
     def stop(self) -> Reading:
-        """Ends; the answer may be asked for later."""
+        """Ends it; the seconds may be asked for later."""
 
 
 class WallClock:
-    """For runs on the CPU: the machine's clock."""
+    """The machine's clock, for runs on the CPU."""
 
     def start(self) -> None:
-        """Begins."""
+        """Notes the time."""
         self._start = time.perf_counter()
 
     def stop(self) -> Reading:
-        """Ends."""
+        """The seconds since the start."""
         seconds = time.perf_counter() - self._start
         return lambda: seconds
 
 
 class CudaClock:
-    """For runs on a GPU: its own events, with nothing of an earlier run left in its L2 cache.
+    """A GPU's own events, with nothing of an earlier run left in its L2 cache.
 
     Writing the large buffer empties the cache, and takes the device long enough for the host to
     have queued the run by the time it starts: what is measured is the device and not the launch,
@@ -87,7 +87,7 @@ class PeakMemory:
         self._device, self._before = device, 0
 
     def start(self) -> None:
-        """Begins."""
+        """Notes the memory that is taken now."""
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -103,7 +103,7 @@ class PeakMemory:
             self._before = -1
 
     def stop(self) -> int | None:
-        """Ends; None where it is unknown."""
+        """The most bytes taken since, on top of that; None where it is unknown."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self._before
@@ -118,30 +118,30 @@ def _status(name: str) -> int:
 
 
 PHASES = ("product", "selection", "decode", "backward", "optimizer", "other")
-# Operators by what they do in a step; of ours, whose fused ones have no torch name.
-_OURS = {
-    "select_topk": "product",
-    "select_batch_topk": "product",
-    "select_threshold": "product",
-    "decode": "decode",
-    "decode_residual": "decode",
-    "code_grad": "backward",
-    "transpose_codes": "backward",
-    "row_grad": "backward",
-    "row_sqnorm": "optimizer",
-    "row_update": "optimizer",
+# The phase that an operator begins, by how its name begins; of ours, whose fused ones have no torch
+# name, the selection is all counted as "product", which it hides behind.
+RULES = {
+    "Optimizer.step": "optimizer",
+    "autograd::engine": "backward",
+    **dict.fromkeys(("aten::topk", "aten::sort", "aten::kthvalue", "aten::scatter"), "selection"),
+    **dict.fromkeys(("sae_kernels::select_", "sae_kernels::route_"), "product"),
+    "sae_kernels::decode": "decode",
+    "sae_kernels::code_grad": "backward",
+    "sae_kernels::transpose_codes": "backward",
+    "sae_kernels::row_grad": "backward",
+    "sae_kernels::auxk": "backward",
+    "sae_kernels::row_": "optimizer",
+    "sae_kernels::pick_dead": "optimizer",
 }
 _MOST_EVENTS = 100_000
-_SELECTS = {"aten::topk", "aten::sort", "aten::kthvalue", "aten::scatter", "aten::scatter_"}
-_MULTIPLIES = {"aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::embedding_bag"}
+_MULTIPLIES = {"aten::mm", "aten::addmm", "aten::linear", "aten::matmul"}
 
 
 class Phases:
-    """How the time of one run divides, by torch's profiler: seconds by name of :data:`PHASES`.
+    """Seconds of one run by phase (:data:`PHASES`), measured by torch's profiler.
 
     An operator counts where it was called: in the optimizer, in the backward pass, else by what it
     is. A product that reads a [B, F] matrix decodes; the others before the backward pass encode.
-    Our fused selection is all counted as "product", which it hides behind.
     """
 
     def __init__(self, device: torch.device, n_latents: int) -> None:
@@ -152,7 +152,7 @@ class Phases:
         self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
 
     def start(self) -> None:
-        """Begins."""
+        """Begins to record."""
         self._profile.__enter__()
         self._began = time.perf_counter()
 
@@ -171,37 +171,32 @@ class Phases:
         found = dict.fromkeys(PHASES, 0.0)
         for event in self._profile.events() or []:
             phase = self._phase(event)
-            if phase is not None:
-                found[phase] += self._seconds(event)
+            if phase is not None and not self._is_inside_another(event):
+                time_us = event.device_time_total if self._on_gpu else event.cpu_time_total
+                found[phase] += float(time_us) / 1e6
         found["other"] = max(0.0, whole - sum(found.values()))
         return found
 
-    def _seconds(self, event: Any) -> float:
-        total = event.device_time_total if self._on_gpu else event.cpu_time_total
-        return float(total) / 1e6
+    def _is_inside_another(self, event: Any) -> bool:
+        above = event.cpu_parent
+        while above is not None and self._phase(above) is None:
+            above = above.cpu_parent
+        return above is not None
 
     def _phase(self, event: Any) -> str | None:
-        """The phase of an event that begins one; None inside another's or in none."""
-        above = event.cpu_parent
-        while above is not None:
-            if self._own(above) is not None:
-                return None
-            above = above.cpu_parent
-        own: str | None = self._own(event)
-        return own
-
-    def _own(self, event: Any) -> str | None:
-        name = event.name
-        if name.startswith("Optimizer.step"):
-            return "optimizer"
-        if name.startswith("autograd::engine"):
-            return "backward"
-        if name in _SELECTS:
-            return "selection"
-        if name in _MULTIPLIES:
+        if event.name == "aten::embedding_bag":
+            return "decode"
+        if event.name in _MULTIPLIES:
             sizes = [shape for shape in event.input_shapes if len(shape) == 2]
             reads_codes = any(shape[1] == self._n_latents for shape in sizes[:1])
-            bag = name == "aten::embedding_bag"
-            return "decode" if bag or reads_codes else "product"
-        library, _, operator = name.partition("::")
-        return _OURS.get(operator) if library == "sae_kernels" else None
+            return "decode" if reads_codes else "product"
+        return phase_of(event.name)
+
+
+def phase_of(operator: str) -> str | None:
+    """The phase that an operator begins whatever its operands; None of one that no rule is for.
+
+    >>> phase_of("sae_kernels::row_grad"), phase_of("sae_kernels::row_update")
+    ('backward', 'optimizer')
+    """
+    return next((phase for begin, phase in RULES.items() if operator.startswith(begin)), None)

@@ -1,4 +1,4 @@
-"""What every contestant is, whoever's code it runs.
+"""The interface of a contestant, whoever's code it runs.
 
 This folder is also imported alone, in the environments of other packages: nothing in it may import
 sae_kernels but the modules that run ours, and no module may import more than it runs.
@@ -6,6 +6,7 @@ sae_kernels but the modules that run ours, and no module may import more than it
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 Tensors = dict[str, torch.Tensor]
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 LR = 1e-4  # where the library has no default of its own: it costs the same at any
 
 
 class Task(NamedTuple):
-    """What is to be done; the values come as JSON.
+    """A task for a contestant; the values come as JSON.
 
     Attributes:
         operation: "encode", "decode" (of given codes), "sae" (both), "step" (a training step), or
@@ -53,6 +55,9 @@ class Task(NamedTuple):
 class Contestant:
     """Does a task, once for every batch that it is handed.
 
+    The methods here do so with a module ``sae`` of the library whose codes are dense [B, F];
+    subclasses say what is different.
+
     Args:
         task: what to do.
         tensors: of the device, fp32: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] to start
@@ -66,25 +71,28 @@ class Contestant:
     """
 
     latents_first = True
+    sae: Any
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         self.task, self.tensors = task, tensors
 
     def encode(self, x: torch.Tensor) -> Any:
-        """Codes of x [B, D], in the library's own form."""
-        raise Unable("it does not encode")
+        """Codes of x [B, D], selected as in training, in the library's own form."""
+        return self.sae.encode(x)
 
     def decode(self) -> torch.Tensor:
         """Reconstruction [B, D] of the given codes."""
-        raise Unable("it does not decode")
+        x_hat: torch.Tensor = self.sae.decode(self.given)
+        return x_hat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction [B, D] of x."""
-        raise Unable("it does not reconstruct")
+        """Reconstruction [B, D] of x [B, D]."""
+        x_hat: torch.Tensor = self.sae(x)
+        return x_hat
 
     def parameters(self) -> list[torch.Tensor]:
-        """What has a gradient."""
-        return []
+        """The tensors that have gradients."""
+        return list(self.sae.parameters())
 
     def train(self, batches: Iterator[torch.Tensor]) -> None:
         """Trains on the batches by the library's own loop: one step for each, all alike."""
@@ -92,15 +100,17 @@ class Contestant:
             self.step(x)
 
     def step(self, x: torch.Tensor) -> object:
-        """A training step, for libraries whose loop is their user's."""
+        """A training step on x [B, D], for libraries whose loop is their user's."""
         raise Unable("it does not train")
 
     def dense(self, codes: Any) -> torch.Tensor:
         """Codes as a matrix [B, F]."""
-        raise NotImplementedError
+        matrix: torch.Tensor = codes
+        return matrix
 
+    @functools.cached_property
     def given(self) -> torch.Tensor:
-        """The given codes as a matrix [B, F]."""
+        """The given codes as a matrix [B, F]; made in the first, untimed run."""
         values, indices = self.tensors["values"], self.tensors["indices"]
         codes = values.new_zeros(len(values), len(self.tensors["W_enc"]))
         return codes.scatter_(1, indices, values)
@@ -111,11 +121,12 @@ class Contestant:
         A library that scales codes by decoder norms has them folded here: what counts is that the
         plain formula on these weights gives its reconstruction. Default: those it was given.
         """
-        return copies(**{name: self.tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
+        return copies(**{name: self.tensors[name] for name in WEIGHTS})
 
     def encoder(self) -> torch.Tensor:
         """The encoder's parameter: [F, D] or, where not ``latents_first``, [D, F]."""
-        raise NotImplementedError
+        W_enc: torch.Tensor = self.sae.W_enc
+        return W_enc
 
     def trained(self) -> torch.Tensor:
         """A copy of the encoder's rows [F, D] as they are trained, nothing folded."""
@@ -164,9 +175,15 @@ class Contestant:
 
 
 def copies(**tensors: torch.Tensor) -> Tensors:
-    """Each without its graph, in memory of its own."""
+    """Copies of tensors, without their graphs."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def fill(parameters: Tensors, tensors: Tensors) -> None:
+    """Copies weights into a library's parameters, or views of them, of the same shapes."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+
+
 class Unable(Exception):
-    """What a library cannot do here, and why."""
+    """Raised for what a library cannot do here; the message says why."""

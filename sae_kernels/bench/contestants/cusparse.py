@@ -14,7 +14,7 @@ DIFFERS = "decoding alone: the CSR matrix is built beforehand, and the product i
 
 
 class CuSparse(Contestant):
-    """Decodes."""
+    """A sparse product of the given codes; it does nothing but decode."""
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)

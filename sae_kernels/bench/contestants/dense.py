@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 
+from sae_kernels.testing.dense_steps import (
+    DenseBatchTopKStep,
+    DenseJumpReLUStep,
+    DenseReLUStep,
+    DenseStep,
+)
+
 from .contestant import Contestant, Task, Tensors, copies
-from .dense_steps import DenseBatchTopKStep, DenseJumpReLUStep, DenseReLUStep, DenseStep
 
 PACKAGE = "torch"
 DIFFERS = (
@@ -41,45 +47,39 @@ class Dense(Contestant):
         built = torch.compile if compiler else (lambda part: part)
         self._encode, self._decode = built(self._encoded), built(self._decoded)
         self._forward = built(lambda x: self._decoded(self._encoded(x)))
-        if task.operation == "decode":
-            self._given = self.given()
 
     def _encoded(self, x: torch.Tensor) -> torch.Tensor:
         step = self.dense_step
-        return step._codes(torch.nn.functional.linear(x - step.b_dec, step.W_enc, step.b_enc))
+        return step.codes(torch.nn.functional.linear(x - step.b_dec, step.W_enc, step.b_enc))
 
     def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
         return codes @ self.dense_step.W_dec + self.dense_step.b_dec
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes, dense."""
+        """Codes [B, F]."""
         codes: torch.Tensor = self._encode(x)
         return codes
 
     def decode(self) -> torch.Tensor:
         """Reconstruction of the given codes, which are dense as this way has them."""
-        x_hat: torch.Tensor = self._decode(self._given)
+        x_hat: torch.Tensor = self._decode(self.given)
         return x_hat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction."""
+        """Reconstruction [B, D] of x."""
         x_hat: torch.Tensor = self._forward(x)
         return x_hat
 
     def parameters(self) -> list[torch.Tensor]:
-        """All four, and thresholds."""
+        """Both matrices and biases, and thresholds."""
         return self.dense_step.parameters
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
-        """The dense step."""
+        """One call of the dense step."""
         return self.dense_step(x)
 
-    def dense(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes as they are."""
-        return codes
-
     def weights(self) -> Tensors:
-        """The step's."""
+        """The step's weights, and thresholds where it has them."""
         step = self.dense_step
         found = copies(W_enc=step.W_enc, b_enc=step.b_enc, W_dec=step.W_dec, b_dec=step.b_dec)
         if isinstance(step, DenseJumpReLUStep):
@@ -87,7 +87,7 @@ class Dense(Contestant):
         return found
 
     def encoder(self) -> torch.Tensor:
-        """The step's."""
+        """The step's encoder [F, D]."""
         return self.dense_step.W_enc
 
 

@@ -48,49 +48,37 @@ class Ours(Contestant):
             tensors["values"], tensors["indices"].to(torch.int32), tensors["W_enc"].shape[0]
         )
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
-        """Codes."""
-        return self.sae.encode(x)
-
     def decode(self) -> torch.Tensor:
         """Reconstruction of the given codes."""
         return functional.decode(self.codes, self.sae.W_dec, self.sae.b_dec, backend=self.backend)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction."""
+        """Reconstruction [B, D] of x."""
         x_hat: torch.Tensor = self.sae(x).x_hat
         return x_hat
 
-    def parameters(self) -> list[torch.Tensor]:
-        """All of the module's."""
-        return list(self.sae.parameters())
-
     def step(self, x: torch.Tensor) -> object:
-        """FusedStep."""
+        """One call of FusedStep."""
         return self.fused(x, lr=LR)
 
     @functools.cached_property
     def fused(self) -> FusedStep:
-        """The step, with its states."""
+        """The step with its optimizer states, made when training begins."""
         objective = _objective(self.task, self.sae)
         return FusedStep(self.sae, objective, OptimizerConfig(compute=self.task.dtype))  # type: ignore[arg-type]
 
     def dense(self, codes: SparseCodes) -> torch.Tensor:
-        """Codes as a matrix."""
+        """Codes as a matrix [B, F]."""
         return codes.to_dense()
 
     def weights(self) -> Tensors:
-        """The module's, and thresholds where it has them."""
+        """The module's weights, and its thresholds where it has them."""
         sae: Any = self.sae
         names = (name for name in self.tensors if hasattr(sae, name))
         found = copies(**{name: getattr(sae, name).float() for name in names})
         if self.task.architecture == "jumprelu":
             found |= copies(threshold=sae.thresholds())
         return found
-
-    def encoder(self) -> torch.Tensor:
-        """The module's."""
-        return self.sae.W_enc
 
 
 def _config(task: Task, tensors: Tensors) -> SAEConfig:

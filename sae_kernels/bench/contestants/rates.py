@@ -1,4 +1,4 @@
-"""What the machine can do: the product that no exact encoder can beat, and a copy of memory."""
+"""Rates of the machine: the product that no exact encoder can beat, and a copy of memory."""
 
 from __future__ import annotations
 
@@ -34,15 +34,11 @@ class Product(Contestant):
             torch.mm(operand, self.W.T, out=out)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """All pre-activations."""
+        """All pre-activations [B, F]."""
         return x.to(self.W.dtype) @ self.W.T
 
-    def dense(self, codes: torch.Tensor) -> torch.Tensor:
-        """They are one."""
-        return codes
-
     def weights(self) -> Tensors:
-        """Without biases, which the product has not."""
+        """The given weights without biases, which the product has not."""
         weights = super().weights()
         return {**weights, "b_enc": weights["b_enc"].zero_(), "b_dec": weights["b_dec"].zero_()}
 
@@ -59,5 +55,5 @@ class Copy(Contestant):
 
 
 def contestant(task: Task, tensors: Tensors) -> Contestant:
-    """The one that the operation names."""
+    """The contestant that the operation names."""
     return {"product": Product, "copy": Copy}[task.operation](task, tensors)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from .contestant import Contestant, Task, Tensors, Unable, copies
+from .contestant import WEIGHTS, Contestant, Task, Tensors, Unable, copies, fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
 PACKAGE = "sae-lens"
 DIFFERS = (
@@ -35,32 +35,16 @@ class SAELens(Contestant):
         super().__init__(task, tensors)
         if task.architecture not in _SAES:
             raise Unable(f"no adapter for {task.architecture} SAEs of sae-lens")
-        self.sae = _sae(task, tensors)
-        _fill(self.sae, tensors)
-        if task.operation == "decode":
-            self._given = self.given()
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes, dense, selected as in training."""
-        codes: torch.Tensor = self.sae.encode(x)
-        return codes
-
-    def decode(self) -> torch.Tensor:
-        """Reconstruction of the given codes, which are dense as its decoder has them."""
-        x_hat: torch.Tensor = self.sae.decode(self._given)
-        return x_hat
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Encode and decode."""
-        x_hat: torch.Tensor = self.sae(x)
-        return x_hat
-
-    def parameters(self) -> list[torch.Tensor]:
-        """The module's."""
-        return list(self.sae.parameters())
+        n_latents, d_in = tensors["W_enc"].shape
+        saes, name = import_module("sae_lens.saes"), _SAES[task.architecture]
+        config = getattr(saes, f"{name}Config")
+        shape = {"d_in": d_in, "d_sae": n_latents, "k": task.k}
+        self.sae = getattr(saes, name)(config(**shape, device=task.device))
+        parameters = {name: getattr(self.sae, name) for name in WEIGHTS}
+        fill(parameters | {"W_enc": self.sae.W_enc.T}, tensors)
 
     def train(self, batches: Iterator[torch.Tensor]) -> None:
-        """``fit``."""
+        """Trains by ``SAETrainer.fit``."""
         settings = import_module("sae_lens.config").SAETrainerConfig(
             total_training_samples=_FOREVER,
             train_batch_size_samples=len(self.tensors["values"]),
@@ -72,12 +56,8 @@ class SAELens(Contestant):
         with suppress(StopIteration):  # fit asks for the next batch whatever comes
             trainer(settings, self.sae, batches).fit()
 
-    def dense(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes as they are."""
-        return codes
-
     def weights(self) -> Tensors:
-        """The module's, with the decoder norms that scale its codes in the encoder."""
+        """The module's weights, with the decoder norms that scale its codes in the encoder."""
         sae = self.sae
         norms = sae.W_dec.norm(dim=1)
         return copies(
@@ -86,26 +66,6 @@ class SAELens(Contestant):
             W_dec=sae.W_dec / norms[:, None],
             b_dec=sae.b_dec,
         )
-
-    def encoder(self) -> torch.Tensor:
-        """The module's."""
-        columns: torch.Tensor = self.sae.W_enc
-        return columns
-
-
-def _sae(task: Task, tensors: Tensors) -> Any:
-    n_latents, d_in = tensors["W_enc"].shape
-    saes, name = import_module("sae_lens.saes"), _SAES[task.architecture]
-    config = getattr(saes, f"{name}Config")
-    return getattr(saes, name)(config(d_in=d_in, d_sae=n_latents, k=task.k, device=task.device))
-
-
-@torch.no_grad()
-def _fill(sae: Any, tensors: Tensors) -> None:
-    sae.W_enc.copy_(tensors["W_enc"].T)
-    sae.b_enc.copy_(tensors["b_enc"])
-    sae.W_dec.copy_(tensors["W_dec"])
-    sae.b_dec.copy_(tensors["b_dec"])
 
 
 contestant = SAELens

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .contestant import Contestant, Task, Tensors, Unable, copies
+from .contestant import Contestant, Task, Tensors, Unable, copies, fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Sparsify(Contestant):
         self._model = _Model(tensors["b_dec"])
         self._trainer = _trainer(task, tensors, self._model)
         self.sae = self._trainer.saes[_LAYER]
-        _fill(self.sae, tensors)
+        fill(self._parameters(), tensors)
         if (task.device, task.dtype, task.mode) == ("cpu", "bfloat16", "step"):
             autocast = torch.autocast("cpu", torch.bfloat16)
             self.sae.forward = autocast(self.sae.forward)  # as its decorator does on a GPU
@@ -59,33 +59,31 @@ class Sparsify(Contestant):
         x_hat: torch.Tensor = self.sae.decode(values, indices)
         return x_hat
 
-    def parameters(self) -> list[torch.Tensor]:
-        """The module's."""
-        return list(self.sae.parameters())
-
     def train(self, batches: Iterator[torch.Tensor]) -> None:
-        """``fit``: it sets b_dec to the mean of the first batch."""
+        """Trains by ``fit``, which sets b_dec to the mean of the first batch."""
         self._trainer.dataset = _Dataset(batches, self._model)
         with suppress(_OutOfBatchesError):
             self._trainer.fit()
 
     def dense(self, codes: Any) -> torch.Tensor:
-        """Codes as a matrix."""
+        """Codes as a matrix [B, F]."""
         values, indices, scores = codes
         return torch.zeros_like(scores).scatter(1, indices, values)
 
     def weights(self) -> Tensors:
-        """The module's, decoder rows at norm 1, which every step of its trainer begins with."""
-        sae = self.sae
-        sae.set_decoder_norm_to_unit_norm()
-        return copies(
-            W_enc=sae.encoder.weight, b_enc=sae.encoder.bias, W_dec=sae.W_dec, b_dec=sae.b_dec
-        )
+        """The module's weights, decoder rows at norm 1, which every step of its trainer begins
+        with."""
+        self.sae.set_decoder_norm_to_unit_norm()
+        return copies(**self._parameters())
 
     def encoder(self) -> torch.Tensor:
-        """The module's."""
-        rows: torch.Tensor = self.sae.encoder.weight
-        return rows
+        """The encoder's weight [F, D]."""
+        return self._parameters()["W_enc"]
+
+    def _parameters(self) -> Tensors:
+        encoder, sae = self.sae.encoder, self.sae
+        weights = {"W_enc": encoder.weight, "b_enc": encoder.bias}
+        return {**weights, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
 
 
 class _Model(nn.Module):
@@ -100,7 +98,7 @@ class _Model(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """The part that has the layers."""
+        """The part of the model that has the layers."""
         return self
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -126,7 +124,7 @@ class _Dataset:
         return {"input_ids": torch.zeros(len(self._model.activations), dtype=torch.long)}
 
     def select(self, _: range) -> _Dataset:
-        """What is left after the steps of an earlier ``fit``."""
+        """The sequences left after the steps of an earlier ``fit``."""
         return self
 
 
@@ -150,14 +148,6 @@ def _trainer(task: Task, tensors: Tensors, model: _Model) -> Any:
         sae, batch_size=1, hookpoints=[_LAYER], log_to_wandb=False, save_every=_FOREVER
     )
     return sparsify.Trainer(config, _Dataset(iter(()), model), model)
-
-
-@torch.no_grad()
-def _fill(sae: Any, tensors: Tensors) -> None:
-    sae.encoder.weight.copy_(tensors["W_enc"])
-    sae.encoder.bias.copy_(tensors["b_enc"])
-    sae.W_dec.copy_(tensors["W_dec"])
-    sae.b_dec.copy_(tensors["b_dec"])
 
 
 contestant = Sparsify

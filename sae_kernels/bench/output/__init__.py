@@ -1,1 +1,1 @@
-"""What is shown of results: tables, comparisons, pictures, a report."""
+"""Results shown: tables, comparisons, pictures and a page."""

@@ -1,4 +1,4 @@
-"""A case as columns of text, whatever they are then shown in."""
+"""Cases as columns of text, for terminals, HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from sae_kernels.bench.contestants.clock import PHASES
 from sae_kernels.bench.output.ratios import as_shipped, headline, same_dtype
 from sae_kernels.bench.results import measured
-from sae_kernels.report.units import number, percent
+from sae_kernels.plotting.tables import Column
+from sae_kernels.plotting.units import number, percent, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sae_kernels.bench.results import Record
+    from sae_kernels.bench.results import Record, Results
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -24,83 +25,84 @@ LEGEND = (
 )
 
 
-class Column(NamedTuple):
-    """A column: its heading, of a line or two, its cells, and whether they are words."""
-
-    heading: str
-    cells: list[str]
-    words: bool = False
-
-
 def dtype(record: Record) -> str:
     """The short name of its dtype."""
     name: str = record["dtype"]
     return _DTYPES.get(name, name)
 
 
-def size(n_bytes: float) -> str:
-    """A number of bytes with its unit.
+class CaseTable(NamedTuple):
+    """The tables and remarks of a case.
 
-    >>> size(3 * 2**19), size(300 * 2**30)
-    ('1.50 MiB', '300 GiB')
+    Attributes:
+        name: the case's.
+        who: provider and dtype of each measured record; a star is at those to be quoted.
+        columns: how long each took, how many times as fast ours is, what each used and achieved.
+        phases: provider, dtype and milliseconds of each phase; no columns if none was split.
+        remarks: those without a time and their reasons, a line each.
     """
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if n_bytes >= 2**power:
-            return f"{number(n_bytes / 2**power)} {unit}"
-    return f"{number(n_bytes)} B"
+
+    name: str
+    who: list[Column]
+    columns: list[Column]
+    phases: list[Column]
+    remarks: list[str]
 
 
-def who(records: list[Record]) -> list[Column]:
-    """Provider and dtype; a star is at those whose ratio is to be quoted."""
-    starred = [id(record) for record in headline(records)]
-    shown = measured(records)
-    names = [("* " if id(r) in starred else "  ") + r["provider"] for r in shown]
-    return [Column("  provider", names, True), Column("dtype", [dtype(r) for r in shown], True)]
-
-
-def times(records: list[Record]) -> list[Column]:
-    """How long each took, and how many times as fast ours is."""
-    return _filled(
-        records,
-        {
-            "median ms": lambda r: number(r["median_ms"]),
-            "p20 to p80": lambda r: f"{number(r['p20_ms'])} to {number(r['p80_ms'])}",
-            "ours,\nsame dtype": lambda r: _text(same_dtype(r, records)),
-            "ours,\nas shipped": lambda r: _text(as_shipped(r, records)),
-        },
-    )
-
-
-def work(records: list[Record]) -> list[Column]:
-    """What each used and achieved."""
-    return _filled(
-        records,
-        {
-            "peak": lambda r: _if(r, "peak_bytes", size),
-            "GB/s": lambda r: _if(r, "gbps", number),
-            "GFLOP/s": lambda r: _if(r, "gflops", number),
-            "roofline": lambda r: _if(r, "of_roofline", lambda x: percent(x, 2)),
-            "max error": lambda r: _if(r, "max_error", lambda x: f"{x:.1e}"),
-        },
-    )
-
-
-def phases(records: list[Record]) -> list[Column]:
-    """Provider, dtype and milliseconds of each phase; no columns if none was split."""
-    split = [record for record in measured(records) if record.get("phases_ms")]
-    if not split:
-        return []
-    names = [Column("provider", [r["provider"] for r in split], True)]
-    names.append(Column("dtype", [dtype(r) for r in split], True))
-    known = [p for p in PHASES if any(p in r["phases_ms"] for r in split)]
-    known += sorted({p for r in split for p in r["phases_ms"]} - set(PHASES))
-    return names + [
-        Column(phase, [_if(r["phases_ms"], phase, number) for r in split]) for phase in known
+def cases(results: Results) -> list[CaseTable]:
+    """Every case of a run."""
+    return [
+        CaseTable(
+            name,
+            who(measured(records), headline(records)),
+            _columns(records),
+            _phases([record for record in measured(records) if record.get("phases_ms")]),
+            [
+                f"{record['provider']} {dtype(record)} {record['status']}: {_reason(record)}"
+                for record in records
+                if not measured([record])
+            ],
+        )
+        for name, records in results.cases().items()
     ]
 
 
+def who(records: list[Record], starred: list[Record]) -> list[Column]:
+    """Provider and dtype of records, some with a star."""
+    marked = {id(record) for record in starred}
+    names = [("* " if id(r) in marked else "  ") + r["provider"] for r in records]
+    return [Column("  provider", names, True), Column("dtype", [dtype(r) for r in records], True)]
+
+
+def _columns(records: list[Record]) -> list[Column]:
+    """Times, ratios and rates; columns without a single cell are left out."""
+    cells: dict[str, Callable[[Record], str]] = {
+        "median ms": lambda r: number(r["median_ms"]),
+        "p20 to p80": lambda r: f"{number(r['p20_ms'])} to {number(r['p80_ms'])}",
+        "ours,\nsame dtype": lambda r: str(same_dtype(r, records) or ""),
+        "ours,\nas shipped": lambda r: str(as_shipped(r, records) or ""),
+        "peak": lambda r: _if(r, "peak_bytes", size),
+        "GB/s": lambda r: _if(r, "gbps", number),
+        "GFLOP/s": lambda r: _if(r, "gflops", number),
+        "roofline": lambda r: _if(r, "of_roofline", lambda x: percent(x, 2)),
+        "max error": lambda r: _if(r, "max_error", lambda x: f"{x:.1e}"),
+    }
+    columns = [Column(name, [text(r) for r in measured(records)]) for name, text in cells.items()]
+    return [column for column in columns if any(column.cells)]
+
+
+def _phases(split: list[Record]) -> list[Column]:
+    if not split:
+        return []
+    provider = Column("provider", [r["provider"] for r in split], True)
+    known = [p for p in PHASES if any(p in r["phases_ms"] for r in split)]
+    known += sorted({p for r in split for p in r["phases_ms"]} - set(PHASES))
+    times = [Column(phase, [_if(r["phases_ms"], phase, number) for r in split]) for phase in known]
+    return [provider, Column("dtype", [dtype(r) for r in split], True), *times]
+
+
 def libraries(provenance: Record) -> list[tuple[str, str]]:
-    """Which providers are of which package and torch, and how they differ from a plain step."""
+    """Providers by package and torch, each with how it differs from a plain step."""
     found = provenance.get("libraries")
     names: dict[str, list[str]] = {}
     for name, about in (found if isinstance(found, dict) else {}).items():
@@ -112,28 +114,8 @@ def libraries(provenance: Record) -> list[tuple[str, str]]:
     return [(", ".join(same), text) for text, same in names.items()]
 
 
-def remarks(records: list[Record]) -> list[str]:
-    """Those without a time and their reasons, a line each."""
-    return [
-        f"{record['provider']} {dtype(record)} {record['status']}: {_reason(record)}"
-        for record in records
-        if not measured([record])
-    ]
-
-
 def _reason(record: Record) -> str:
     return " ".join(str(record.get("reason") or "no reason was given").split())
-
-
-def _filled(records: list[Record], cells: dict[str, Callable[[Record], str]]) -> list[Column]:
-    """The columns that hold anything."""
-    shown = measured(records)
-    columns = [Column(heading, [text(r) for r in shown]) for heading, text in cells.items()]
-    return [column for column in columns if any(column.cells)]
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def _if(record: Record, name: str, text: Callable[[float], str]) -> str:

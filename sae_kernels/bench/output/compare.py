@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sae_kernels.bench.output.cells import Column, dtype
+from sae_kernels.bench.output.cells import who
 from sae_kernels.bench.output.ratios import Ratio, ratio, same_dtype
-from sae_kernels.bench.output.table import print_columns, say
 from sae_kernels.bench.results import key, measured
-from sae_kernels.report.units import number
+from sae_kernels.plotting import tables
+from sae_kernels.plotting.tables import Column, say
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,7 @@ _MACHINE = ("cpu", "device", "isa", "threads", "malloc", "torch", "triton", "cup
 
 
 @dataclass(frozen=True)
-class Row:
+class Change:
     """A case, provider and dtype that both runs measured.
 
     Attributes:
@@ -43,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs say together.
+    """Two runs matched by case, provider and dtype.
 
     Attributes:
         rows: what both measured.
@@ -51,7 +52,7 @@ class Comparison:
         differs: what of machine and libraries is not the same, as "threads 2, was 4".
     """
 
-    rows: list[Row]
+    rows: list[Change]
     only_now: dict[Key, str]
     only_stored: dict[Key, str]
     differs: list[str]
@@ -64,53 +65,46 @@ def compare(now: Results, stored: Results) -> Comparison:
         for name in _MACHINE
         if now.provenance.get(name) != stored.provenance.get(name)
     ]
-    new, old = ({key(r): r for r in run.records} for run in (now, stored))
-    both = [k for k in new if _measured(new, k) and _measured(old, k)]
-    cases = now.cases(), stored.cases()
-    return Comparison(
-        [
-            _row(new[k], old[k], cases[0][k[0]], cases[1][k[0]], same_machine=not differs)
-            for k in both
-        ],
-        {k: _status(old, k) for k in new if _measured(new, k) and k not in both},
-        {k: _status(new, k) for k in old if _measured(old, k) and k not in both},
-        differs,
-    )
+    new, old = ({key(r): r for r in measured(run.records)} for run in (now, stored))
+    rows = []
+    for k, record in new.items():
+        if k not in old:
+            continue
+        before = same_dtype(old[k], stored.cases()[k[0]])
+        beside = same_dtype(record, now.cases()[k[0]])
+        speedup = (beside, before) if beside and before else None
+        compared = speedup if differs else (_time(record), _time(old[k]))
+        changed = compared is not None and _apart(*compared)
+        rows.append(Change(record, old[k], ratio(record, old[k]), speedup, changed))
+    return Comparison(rows, _only(new, old, stored), _only(old, new, now), differs)
+
+
+def _only(one: dict[Key, Record], other: dict[Key, Record], run: Results) -> dict[Key, str]:
+    """The keys of one run that the other lacks, each with its status there."""
+    status = {key(r): str(r["status"]) for r in run.records}
+    return {k: status.get(k, "absent") for k in one if k not in other}
 
 
 def show(now: Results, stored: Results, console: Console) -> None:
     """Prints how a run differs from a stored one; a star marks what changed."""
     found = compare(now, stored)
     if found.differs:
-        say(
-            console,
-            f"not the same machine or torch ({'; '.join(found.differs)}): only ratios mean much",
-        )
+        differs = "; ".join(found.differs)
+        say(console, f"not the same machine or torch ({differs}): only ratios mean much")
     for case in now.cases():
         rows = [row for row in found.rows if row.now["case"] == case]
         if rows:
             console.print()
             say(console, case, "bold")
-            print_columns(*_columns(rows), console)
-    starred = sum(row.changed for row in found.rows)
+            starred = [row.now for row in rows if row.changed]
+            tables.show(who([row.now for row in rows], starred), _columns(rows), console)
+    starred = [row.now for row in found.rows if row.changed]
     console.print()
-    say(console, f"* {starred} of {len(found.rows)} changed: by more than 10 % and than p20 to p80")
+    n = f"{len(starred)} of {len(found.rows)}"
+    say(console, f"* {n} changed: by more than 10 % and than p20 to p80")
     for when, missing in (("now", found.only_now), ("in the stored run", found.only_stored)):
         for (case, provider, kind), status in missing.items():
             say(console, f"measured only {when}: {case} {provider} {kind} (the other: {status})")
-
-
-def _row(
-    now: Record, stored: Record, beside: list[Record], before: list[Record], *, same_machine: bool
-) -> Row:
-    time = ratio(now, stored)
-    ratios = same_dtype(now, beside), same_dtype(stored, before)
-    speedup = (ratios[0], ratios[1]) if ratios[0] and ratios[1] else None
-    if same_machine:
-        changed = _apart(_time(now), _time(stored))
-    else:
-        changed = speedup is not None and _apart(*speedup)
-    return Row(now, stored, time, speedup, changed)
 
 
 def _time(record: Record) -> Ratio:
@@ -123,22 +117,9 @@ def _apart(a: Ratio, b: Ratio) -> bool:
     return disjoint and not 1 / NOISE <= a.value / b.value <= NOISE
 
 
-def _measured(records: dict[Key, Record], k: Key) -> bool:
-    return k in records and bool(measured([records[k]]))
-
-
-def _status(records: dict[Key, Record], k: Key) -> str:
-    return str(records[k]["status"]) if k in records else "absent"
-
-
-def _columns(rows: list[Row]) -> tuple[list[Column], list[Column]]:
-    names = [("* " if row.changed else "  ") + row.now["provider"] for row in rows]
-    who = [
-        Column("  provider", names, True),
-        Column("dtype", [dtype(row.now) for row in rows], True),
-    ]
+def _columns(rows: list[Change]) -> list[Column]:
     speedups = [row.speedup for row in rows]
-    return who, [
+    return [
         Column("median ms", [number(row.now["median_ms"]) for row in rows]),
         Column("was", [number(row.stored["median_ms"]) for row in rows]),
         Column("change", [_percent(row.time.value) for row in rows]),

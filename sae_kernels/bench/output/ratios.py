@@ -1,11 +1,11 @@
-"""How many times as fast ours is, and how sure of that one can be."""
+"""Ratios of times to ours, with the interval that p20 and p80 allow."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.bench.results import measured
-from sae_kernels.report.units import number
+from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from sae_kernels.bench.results import Record
@@ -58,8 +58,9 @@ def ratio(record: Record, base: Record) -> Ratio:
 
 def ours(records: list[Record], dtype: str) -> Record | None:
     """Our own measured record of a case in a dtype."""
-    found = [r for r in measured(records) if r["provider"] == "ours" and r["dtype"] == dtype]
-    return found[0] if found else None
+    return next(
+        (r for r in measured(records) if (r["provider"], r["dtype"]) == ("ours", dtype)), None
+    )
 
 
 def default(records: list[Record]) -> Record | None:
@@ -69,7 +70,7 @@ def default(records: list[Record]) -> Record | None:
 
 
 def same_dtype(record: Record, records: list[Record]) -> Ratio | None:
-    """Its time by ours in its own dtype; None of a rate, which does another thing."""
+    """A record's time by ours in the same dtype; None of a rate, which does another thing."""
     base = ours(records, record["dtype"])
     return ratio(record, base) if base and _comparable(record) else None
 
@@ -87,19 +88,17 @@ def headline(records: list[Record]) -> list[Record]:
     It is the one in our default dtype; without it one in another dtype in which ours ran too.
     """
     base = default(records)
+
+    def fitness(record: Record) -> int:
+        same = base is not None and record["dtype"] == base["dtype"]
+        return 2 if same else int(ours(records, record["dtype"]) is not None)
+
     found: dict[str, Record] = {}
     for record in filter(_comparable, records):
         best = found.setdefault(record["provider"], record)
-        if _fitness(record, base, records) > _fitness(best, base, records):
-            found[record["provider"]] = record
+        found[record["provider"]] = max(best, record, key=fitness)
     return list(found.values())
 
 
 def _comparable(record: Record) -> bool:
     return record["provider"] not in RATES and bool(measured([record]))
-
-
-def _fitness(record: Record, base: Record | None, records: list[Record]) -> int:
-    if base and record["dtype"] == base["dtype"]:
-        return 2
-    return 1 if ours(records, record["dtype"]) else 0

@@ -1,4 +1,4 @@
-"""Which records of a run make a picture together."""
+"""The records of a run that make a picture together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sae_kernels.bench.results import Record, Results
 
 Lines = dict[str, list["Record"]]
-"""Records of each provider in the order of an axis; at least two each."""
+"""Records of each provider in the order of an axis; at least two of each."""
 
 _SAME = ("operation", "mode", "architecture", "popularity", "B", "D", "F", "K")
 _LABELS = {"ours": "sae-kernels", "dense": "dense", "dense_compile": "dense, compiled",
@@ -21,19 +21,19 @@ _LABELS = {"ours": "sae-kernels", "dense": "dense", "dense_compile": "dense, com
 
 
 def label(record: Record) -> str:
-    """What a picture calls a provider."""
+    """The name of a provider in pictures."""
     name: str = record["provider"]
     return f"{_LABELS.get(name, name)} {dtype(record)}"
 
 
 def title(record: Record) -> str:
-    """What was done, and the sizes."""
+    """The operation of a record and its sizes."""
     sizes = ", ".join(f"{name} {record[name]:,}" for name in "BDFK" if record.get(name))
     return f"{what(record)}: {sizes}"
 
 
 def what(record: Record) -> str:
-    """What was done."""
+    """The operation of a record in words."""
     mode, operation = record.get("mode"), record.get("operation")
     if operation == "step":
         return "Training step"
@@ -82,8 +82,19 @@ def showpiece(results: Results) -> list[Record]:
     Of equals the largest product. Of the rates the product in our default dtype is with them.
     Empty if no case has two records of which one is ours.
     """
-    cases = [_contestants(measured(records)) for records in results.cases().values()]
-    return max((rs for rs in cases if len(rs) > 1), key=_worth, default=[])
+    found = []
+    for records in results.cases().values():
+        if base := default(records):
+            rates = ("product", base["dtype"])
+            found.append(
+                [
+                    record
+                    for record in measured(records)
+                    if record["provider"] not in RATES
+                    or (record["provider"], record["dtype"]) == rates
+                ]
+            )
+    return max((several for several in found if len(several) > 1), key=_worth, default=[])
 
 
 def split(results: Results) -> list[Record]:
@@ -93,19 +104,6 @@ def split(results: Results) -> list[Record]:
         for records in results.cases().values()
     ]
     return max(found, key=lambda rs: (len(rs), _worth(rs) if rs else ()), default=[])
-
-
-def _contestants(records: list[Record]) -> list[Record]:
-    base = default(records)
-    return [
-        record
-        for record in records
-        if base is not None
-        and (
-            record["provider"] not in RATES
-            or (record["provider"] == "product" and record["dtype"] == base["dtype"])
-        )
-    ]
 
 
 def _by_label(records: list[Record], axis: str) -> Lines:
@@ -121,11 +119,8 @@ def _interest(sweep: Lines, axis: str) -> tuple[bool, int, int]:
     return first.get("operation") == "step", len(sizes), len(sweep)
 
 
-def _product(record: Record) -> float:
-    return float(math.prod(record.get(size) or 0 for size in "BDF"))
-
-
 def _worth(records: list[Record]) -> tuple[bool, int, float]:
     first = records[0]
     providers = {record["provider"] for record in records}
-    return first.get("operation") == "step", len(providers), _product(first)
+    product = float(math.prod(first.get(size) or 0 for size in "BDF"))
+    return first.get("operation") == "step", len(providers), product

@@ -1,14 +1,15 @@
-"""Results as tables on a terminal, as wide as it is: what does not fit goes below, uncut."""
+"""Results on a terminal, as wide as it is."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from sae_kernels.bench.output import cells
+from sae_kernels.plotting import tables
+from sae_kernels.plotting.tables import say
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from sae_kernels.bench.results import Record, Results
 
@@ -17,10 +18,17 @@ def show(results: Results, console: Console) -> None:
     """Prints every case: times and ratios, what was used and achieved, and the phases."""
     say(console, machine(results.provenance))
     say(console, cells.LEGEND)
-    for case, records in results.cases().items():
+    for case in cells.cases(results):
         console.print()
-        say(console, case, "bold")
-        _case(records, console)
+        say(console, case.name, "bold")
+        if case.columns:
+            tables.show(case.who, case.columns, console)
+        if case.phases:
+            console.print()
+            say(console, "phases, ms")
+            tables.show(case.phases[:2], case.phases[2:], console)
+        for line in case.remarks:
+            say(console, line)
     for note in results.notes or ([] if results.records else ["nothing was measured"]):
         say(console, note)
 
@@ -31,57 +39,3 @@ def machine(provenance: Record) -> str:
     place = [str(provenance[name]) for name in ("device", "cpu") if provenance.get(name)]
     facts = [f"{name} {provenance[name]}" for name in named if provenance.get(name)]
     return ", ".join([*place, *facts]) + (" with changes" if provenance.get("dirty") else "")
-
-
-def columns_table(columns: list[cells.Column]) -> Table:
-    """Columns as a table that folds cells where the terminal is too narrow, and cuts none."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for column in columns:
-        # Words in brackets in a stranger's file are not to be taken for markup.
-        heading = Text(column.heading)
-        table.add_column(heading, justify="left" if column.words else "right", overflow="fold")
-    for row in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*map(Text, row), style="bold" if row[0].startswith("* ") else None)
-    return table
-
-
-def say(console: Console, line: str, style: str = "") -> None:
-    """A line as it is, wrapped at words."""
-    from rich.text import Text
-
-    console.print(Text(line, style, overflow="fold"))
-
-
-def print_columns(who: list[cells.Column], columns: list[cells.Column], console: Console) -> None:
-    """One table where the terminal is wide enough, otherwise several that begin alike."""
-    part: list[cells.Column] = []
-    for column in columns:
-        if part and _width([*who, *part, column], console) > console.width:
-            console.print(columns_table([*who, *part]), "")
-            part = []
-        part.append(column)
-    console.print(columns_table([*who, *part]))
-
-
-def _width(columns: list[cells.Column], console: Console) -> int:
-    from rich.measure import Measurement
-
-    unbounded = console.options.update(width=10_000)
-    return Measurement.get(console, unbounded, columns_table(columns)).maximum
-
-
-def _case(records: list[Record], console: Console) -> None:
-    columns = [*cells.times(records), *cells.work(records)]
-    if columns:
-        print_columns(cells.who(records), columns, console)
-    split = cells.phases(records)
-    if split:
-        console.print()
-        say(console, "phases, ms")
-        print_columns(split[:2], split[2:], console)
-    for line in cells.remarks(records):
-        say(console, line)

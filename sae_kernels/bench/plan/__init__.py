@@ -1,4 +1,4 @@
-"""What a run would cost on one device or on many, from roofline formulas and stored results.
+"""Predicts what a run costs on one device or on many, from roofline formulas and results.
 
     problem = Problem(d_in=16384, n_latents=2**24, k=128, batch=131072)
     h200 = device("h200")
@@ -10,10 +10,8 @@ Formulas, sources and what is not known: docs/planning.md.
 
 from .calibration import Calibration, calibrated
 from .devices import NAMES, Device, device
-from .layouts import Layout, Message, layouts
-from .predict import Prediction, default_batch, fastest, predict
-from .problem import Problem
-from .step import StepTime
+from .layouts import Layout, Message, Problem, layouts
+from .prediction import Prediction, StepTime, default_batch, fastest, predict
 
 __all__ = [
     "NAMES",

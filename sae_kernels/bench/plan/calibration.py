@@ -1,12 +1,19 @@
-"""Rates of a device from stored results: its own product and copy, then a fit to steps of ours."""
+"""Rates of a device from stored results: its own product and copy, then a fit to steps of ours.
+
+A step's time is linear in the time per unit of work, so the fit is least squares on relative
+errors with no time below 0. A unit that the steps say little about is drawn to its nominal rate: a
+step is taken to be off by 10 %, a nominal rate by a factor of two, so that the pull is 0.1.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 import sae_kernels
@@ -15,19 +22,26 @@ from sae_kernels.bench import results
 from sae_kernels.errors import DataError
 
 from .devices import isa
-from .fit import Observation, fit
-from .layouts import Layout
-from .problem import Problem
-from .step import work
+from .layouts import Layout, Problem
+from .prediction import amounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .devices import Device
-    from .step import Amount
 
 _PRODUCTS = ("bfloat16", "float32")
 _SHAPE = ("B", "D", "F", "K")
+
+
+PULL = 0.1
+
+
+class Observation(NamedTuple):
+    """A step that was measured: its work by unit, and its seconds."""
+
+    amounts: dict[str, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -116,25 +130,20 @@ def foreign(provenance: Mapping[str, Any], device: Device) -> str | None:
 
 
 def observations(read: results.Results, device: Device) -> list[Observation]:
-    """The measured TopK steps of ours in results."""
-    return [
-        Observation(units(work(_problem(record), Layout(1, 1), device)), record["median_ms"] / 1e3)
-        for record in results.measured(read.records)
-        if _is_step_of_ours(record)
-    ]
-
-
-def units(amounts: Sequence[Amount]) -> dict[str, float]:
-    """Work by unit, whatever the part."""
-    total: dict[str, float] = {}
-    for _, unit, amount in amounts:
-        if amount:
-            total[unit] = total.get(unit, 0.0) + amount
-    return total
+    """The measured TopK steps of ours in results, each with its work by unit."""
+    found = []
+    for record in filter(_is_step_of_ours, results.measured(read.records)):
+        B, D, F, K = (record[name] for name in _SHAPE)
+        problem, work = Problem(D, F, K, batch=B, dtype=record["dtype"]), dict[str, float]()
+        for _, unit, amount in amounts(problem, Layout(1, 1), device):
+            if amount:
+                work[unit] = work.get(unit, 0.0) + amount
+        found.append(Observation(work, record["median_ms"] / 1e3))
+    return found
 
 
 def _measured_rates(read: results.Results) -> dict[str, float]:
-    """What the run measured of the device itself."""
+    """The rates of copies and products that a run measured, by unit."""
     copy, products = results.roofs(read)
     found = {"moved": copy, **{dtype: products.get(dtype, 0.0) for dtype in _PRODUCTS}}
     return {unit: rate for unit, rate in found.items() if rate > 0}
@@ -147,6 +156,51 @@ def _is_step_of_ours(record: results.Record) -> bool:
     return fits and kind == ("ours", "step", "topk")
 
 
-def _problem(record: results.Record) -> Problem:
-    B, D, F, K = (record[name] for name in _SHAPE)
-    return Problem(D, F, K, batch=B, dtype=record["dtype"])
+def fit(
+    seen: Sequence[Observation], nominal: Mapping[str, float], pull: float = PULL
+) -> dict[str, float]:
+    """Rates of the units that occur, by least squares; infinite where a unit costs nothing.
+
+    Minimises over times t >= 0 per unit, of nominal t0, ``sum_i (work_i t / seconds_i - 1)^2 +
+    pull^2 sum_u (t_u / t0_u - 1)^2``.
+
+    Args:
+        seen: steps.
+        nominal: rates, of all units that occur.
+        pull: how much a nominal rate counts beside a step; near 0 it decides nothing that the steps
+            decide.
+
+    Example:
+        >>> steps = [Observation({"moved": 6e9}, 2.0), Observation({"moved": 3e9}, 1.0)]
+        >>> round(fit(steps, {"moved": 1e9}, pull=1e-6)["moved"] / 3e9, 6)
+        1.0
+    """
+    names = sorted({unit for step in seen for unit in step.amounts})
+    if not names:
+        return {}
+    shares = [
+        [step.amounts.get(unit, 0.0) / nominal[unit] / step.seconds for unit in names]
+        for step in seen
+    ]
+    rows = np.vstack([np.array(shares), pull * np.eye(len(names))])
+    aims = np.concatenate([np.ones(len(seen)), np.full(len(names), pull)])
+    times = _nonnegative(rows, aims)
+    return {
+        unit: nominal[unit] / float(time) if time > 0 else float("inf")
+        for unit, time in zip(names, times, strict=True)
+    }
+
+
+def _nonnegative(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:
+    """The least-squares solution without a negative part, of all sets of parts above 0 the best.
+
+    There are few units, so that all sets can be tried.
+    """
+    best, least = np.zeros(rows.shape[1]), float(aims @ aims)
+    for chosen in itertools.product((False, True), repeat=rows.shape[1]):
+        tried = np.zeros_like(best)
+        tried[list(chosen)] = np.linalg.lstsq(rows[:, chosen], aims, rcond=None)[0]
+        error = float(np.square(rows @ tried - aims).sum())
+        if error < least and (tried >= 0).all():
+            best, least = tried, error
+    return best

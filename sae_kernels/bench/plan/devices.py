@@ -1,4 +1,4 @@
-"""What a device does in a second: nominal rates with their sources, until results replace them."""
+"""Nominal rates of devices, with their sources; results replace them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sae_kernels.backends import cpu
+from sae_kernels.bench.work import Rates
 from sae_kernels.errors import name_hint
 
 # The units in which a step's work is counted; a device has a rate for each.
@@ -50,8 +51,13 @@ class Device:
     gpu: str | None
     source: str
 
+    @property
+    def traffic(self) -> Rates:
+        """The rates at which it moves data."""
+        return Rates(self.rates["moved"], self.rates["gathered"], self.cache_bytes)
+
     def dtype(self, compute: str) -> str:
-        """What a ``compute`` setting stands for here, "auto" among others."""
+        """The dtype that a ``compute`` setting stands for here, "auto" among others."""
         if compute != "auto":
             return compute
         return "bfloat16" if self.gpu is not None or has_amx() else "float32"
@@ -65,17 +71,22 @@ _GPU_SOURCE = (
 
 def _gpu(
     name: str,
-    *,
     tensor: float,
     fp32: float,
-    memory: float,
     cache: float,
+    memory: float,
     links: tuple[float, float],
-    memory_gib: float,
-    cache_mib: float,
+    room: tuple[float, float],
 ) -> Device:
-    """A GPU by its data sheet: flop/s and bytes/s; links to the node and to the network."""
-    node, network = links
+    """A GPU by its data sheet.
+
+    Args:
+        name: as ``--device`` has it; in capitals a word of its name in results.
+        tensor, fp32: flop/s.
+        cache, memory: bytes/s.
+        links: bytes/s to the node and to the network.
+        room: GiB of memory and MiB of cache.
+    """
     rates = {
         "bfloat16": 0.8 * tensor,
         "float32": 0.8 * fp32,
@@ -84,29 +95,18 @@ def _gpu(
         "candidates": 3e10,
         "latents": 5e9,
         "steps": 5e3,
-        "node": 0.8 * node,
-        "network": 0.8 * network,
+        "node": 0.8 * links[0],
+        "network": 0.8 * links[1],
     }
-    memory_bytes, cache_bytes = memory_gib * 2**30, cache_mib * 2**20
-    return Device(name, rates, memory_bytes, cache_bytes, 8, name.upper(), _GPU_SOURCE)
+    return Device(name, rates, room[0] * 2**30, room[1] * 2**20, 8, name.upper(), _GPU_SOURCE)
 
 
-_HOPPER = {"tensor": 989e12, "fp32": 67e12, "cache": 5.5e12}
 _GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("h200", **_HOPPER, memory=4.8e12, links=(450e9, 50e9), memory_gib=140, cache_mib=60),
-        _gpu("h100", **_HOPPER, memory=3.35e12, links=(450e9, 50e9), memory_gib=79, cache_mib=50),
-        _gpu(
-            "a100",
-            tensor=312e12,
-            fp32=19.5e12,
-            cache=4e12,
-            memory=2.04e12,
-            links=(300e9, 25e9),
-            memory_gib=79,
-            cache_mib=40,
-        ),
+        _gpu("h200", 989e12, 67e12, 5.5e12, 4.8e12, (450e9, 50e9), (140, 60)),
+        _gpu("h100", 989e12, 67e12, 5.5e12, 3.35e12, (450e9, 50e9), (79, 50)),
+        _gpu("a100", 312e12, 19.5e12, 4e12, 2.04e12, (300e9, 25e9), (79, 40)),
     )
 }
 NAMES = (*_GPUS, "cpu")
@@ -134,15 +134,17 @@ def device(name: str) -> Device:
 def this_cpu() -> Device:
     """This machine's processor, on torch's number of threads."""
     threads = torch.get_num_threads()
-    return Device(
-        name="cpu",
-        rates=_cpu_rates(threads, has_amx()),
-        memory_bytes=_memory_bytes(),
-        cache_bytes=math.inf,
-        node=1,
-        gpu=None,
-        source=f"those of a core of one Xeon with AVX-512, times {threads} threads",
-    )
+    per_core = {
+        "bfloat16": 0.8e12 if has_amx() else 0.15e12,
+        "float32": 0.15e12,
+        "gathered": 25e9,
+        "moved": 16e9,
+        "candidates": 4e7,
+        "latents": 1e7,
+    }
+    rates = {unit: threads * rate for unit, rate in per_core.items()} | {"steps": 1e3}
+    source = f"those of a core of one Xeon with AVX-512, times {threads} threads"
+    return Device("cpu", rates, _memory_bytes(), math.inf, 1, None, source)
 
 
 def has_amx() -> bool:
@@ -151,21 +153,9 @@ def has_amx() -> bool:
 
 
 def isa() -> str | None:
-    """Of the host kernels; None where they are not built."""
+    """The instruction set of the host kernels; None where they are not built."""
     built = cpu.reason(torch.device("cpu"), torch.float32) is None
     return cpu.isa() if built else None
-
-
-def _cpu_rates(threads: int, amx: bool) -> dict[str, float]:
-    per_core = {
-        "bfloat16": 0.8e12 if amx else 0.15e12,
-        "float32": 0.15e12,
-        "gathered": 25e9,
-        "moved": 16e9,
-        "candidates": 4e7,
-        "latents": 1e7,
-    }
-    return {unit: threads * rate for unit, rate in per_core.items()} | {"steps": 1e3}
 
 
 def _memory_bytes() -> float:

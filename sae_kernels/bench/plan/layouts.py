@@ -1,4 +1,4 @@
-"""How a run is laid out over GPUs: what each holds and what it sends.
+"""Layouts of a training over GPUs: the memory of each and the messages that it sends.
 
 G = S R GPUs: the latents are cut into S shards, and R replicas of all shards take different
 tokens. S = 1 is data-parallel, R = 1 latent-sharded. A GPU holds f = F / S latents and sees
@@ -11,18 +11,83 @@ them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .problem import Problem
+from sae_kernels.bench.work import Work, update_bytes
+from sae_kernels.config import OptimizerConfig
 
 _RESIDUAL = 4  # fp32: x_hat, residual, and gradients that are exchanged
 _ENTRY = 8  # a candidate: fp32 value, int32 latent
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A TopK SAE to be trained, and what a weight of it costs.
+
+    Attributes:
+        d_in, n_latents, k: D, F and K of a TopK SAE.
+        batch: tokens of a step on all GPUs together.
+        dtype: of the products, "bfloat16", "float16" or "float32".
+        config: master, states, copies and adam count here.
+
+    Raises:
+        ValueError: k > n_latents, or a split master without bf16.
+    """
+
+    d_in: int
+    n_latents: int
+    k: int
+    batch: int
+    dtype: str = "bfloat16"
+    config: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.n_latents:
+            raise ValueError(f"k: expected 1 <= k <= n_latents = {self.n_latents}, got {self.k}")
+        if self.config.master_weights == "split" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"compute: expected 'bfloat16' with master_weights 'split', got {self.dtype!r}"
+            )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of the encoder's operands."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Bytes of an element of W_dec as the kernels read it."""
+        reads_master = (
+            self.config.master_weights == "float32" and self.config.compute_copies == "encoder"
+        )
+        return 4 if reads_master else self.element_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Held for a latent's two weights: masters, moments and copies (docs/training.md)."""
+        return 2 * (4 + 2 * self._moment_bytes) + self._copy_bytes
+
+    @property
+    def update_bytes(self) -> int:
+        """Read and written by an update of a latent's two weights."""
+        alone = update_bytes(self.element_bytes, moment_bytes=self._moment_bytes, copied=False)
+        return 2 * alone + self._copy_bytes
+
+    @property
+    def _copy_bytes(self) -> int:
+        """Bytes of the compute copies of a latent's two weights; a split master is its own copy."""
+        if self.dtype == "float32" or self.config.master_weights == "split":
+            return 0
+        return 4 if self.config.compute_copies == "both" else 2
+
+    @property
+    def _moment_bytes(self) -> int:
+        return 4 if self.config.moment_dtype == "float32" else 2
+
+
 class Message(NamedTuple):
-    """What every GPU sends at one point of a step.
+    """Bytes that every GPU sends at one point of a step.
 
     Attributes:
         what: tokens, candidates, partial sums or gradients.
@@ -44,12 +109,12 @@ class Layout:
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """Number of GPUs."""
         return self.shards * self.replicas
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The layout in words."""
         if self.gpus == 1:
             return "one device"
         if self.shards == 1:
@@ -57,36 +122,34 @@ class Layout:
         return "latent-sharded" if self.replicas == 1 else f"{self.shards} x {self.replicas}"
 
     def tokens(self, problem: Problem) -> int:
-        """That a GPU sees, b."""
+        """Tokens that a GPU sees, b."""
         return -(-problem.batch // self.replicas)
 
     def latents(self, problem: Problem) -> int:
-        """That a GPU holds, f."""
+        """Latents that a GPU holds, f."""
         return -(-problem.n_latents // self.shards)
 
-    def kept(self, problem: Problem) -> float:
-        """Entries that a GPU's latents have in a step: of its tokens, those that won there."""
-        return self.tokens(problem) * problem.k / self.shards
-
-    def touched(self, problem: Problem) -> float:
-        """The most latents of a GPU that fire in a step of its replica."""
-        return min(self.latents(problem), self.kept(problem))
+    def work(self, problem: Problem) -> Work:
+        """The work of a GPU in a step; its latents have their share of the entries, k / S."""
+        share = problem.k / self.shards
+        sizes = self.tokens(problem), problem.d_in, self.latents(problem), share
+        return Work(*sizes, element_bytes=problem.decoder_bytes)
 
     def gradient_rows(self, problem: Problem) -> tuple[str, float]:
-        """Which rows of gradients replicas exchange, and how many a GPU sends of each matrix.
+        """The kind of gradient rows that replicas exchange, and how many a GPU sends a matrix.
 
         Dense: all f rows are added up in a ring. Touched: everybody collects everybody's rows that
         are not zero; it is taken where it sends less. Without replicas there is no exchange.
         """
         R = self.replicas
         dense = 2 * (R - 1) / R * self.latents(problem)
-        touched = (R - 1) * self.touched(problem)
+        touched = (R - 1) * self.work(problem).used_rows
         if R == 1:
             return "none", 0.0
         return ("dense", dense) if dense <= touched else ("touched", touched)
 
     def messages(self, problem: Problem) -> list[Message]:
-        """What a step sends; vectors of F and D are left out."""
+        """The messages of a step; vectors of F and D are left out."""
         D, S, b = problem.d_in, self.shards, self.tokens(problem)
         rest = (S - 1) / S
         rows = self.gradient_rows(problem)[1]
@@ -115,10 +178,10 @@ class Layout:
         }
 
     def gradient_rows_held(self, problem: Problem) -> float:
-        """How many rows of gradients of each matrix a GPU writes to memory and reads again."""
+        """Number of gradient rows of each matrix that a GPU writes to memory and reads again."""
         how, _ = self.gradient_rows(problem)
         if how == "touched":
-            return self.replicas * self.touched(problem)
+            return self.replicas * self.work(problem).used_rows
         return self.latents(problem) if how == "dense" else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What SAE trainers do today, in plain torch: dense steps, written from the formulas."""
+"""Dense training steps in plain torch, as SAE trainers take them today: twins of FusedStep."""
 
 from __future__ import annotations
 
@@ -63,17 +63,18 @@ class DenseStep:
             self._constrain_decoder()
         return loss.detach()
 
+    def codes(self, h: torch.Tensor) -> torch.Tensor:
+        """Codes [B, F] of pre-activations [B, F]."""
+        values, indices = h.relu().topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(h).scatter(1, indices, values)
+
     def _dense_loss(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             h = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
-            codes = self._codes(h)
+            codes = self.codes(h)
             x_hat = codes @ self.W_dec + self.b_dec
             penalty = self._penalty(h, codes)
         return (x_hat.float() - x).square().sum() / (x - x.mean(0)).square().sum() + penalty
-
-    def _codes(self, h: torch.Tensor) -> torch.Tensor:
-        values, indices = h.relu().topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(h).scatter(1, indices, values)
 
     def _penalty(self, _h: torch.Tensor, _codes: torch.Tensor) -> torch.Tensor | float:
         return 0.0
@@ -88,20 +89,22 @@ class DenseStep:
 
 
 class DenseBatchTopKStep(DenseStep):
-    """The same with the k B largest of the whole batch."""
+    """The same step with the k B largest codes of the whole batch."""
 
-    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+    def codes(self, h: torch.Tensor) -> torch.Tensor:
+        """Codes [B, F]: the k B largest of the batch."""
         flat = h.relu().flatten()
         values, places = flat.topk(self.k * h.shape[0], sorted=False)
         return torch.zeros_like(flat).scatter(0, places, values).view_as(h)
 
 
 class DenseReLUStep(DenseStep):
-    """ReLU and an L1 penalty."""
+    """The same step with ReLU and an L1 penalty."""
 
     coefficient = 1e-3
 
-    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+    def codes(self, h: torch.Tensor) -> torch.Tensor:
+        """Codes [B, F]: all positive pre-activations."""
         return h.relu()
 
     def _penalty(self, _h: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | float:
@@ -109,7 +112,7 @@ class DenseReLUStep(DenseStep):
 
 
 class DenseJumpReLUStep(DenseStep):
-    """JumpReLU with the rectangle estimator and an L0 penalty on pre-activations.
+    """The same step with JumpReLU's rectangle estimator and an L0 penalty on pre-activations.
 
     Args:
         threshold, bandwidth: of the estimator; the logarithms of the thresholds are trained.
@@ -125,7 +128,8 @@ class DenseJumpReLUStep(DenseStep):
         self.log_threshold = start.detach().requires_grad_()
         self.optimizer.add_param_group({"params": [self.log_threshold]})
 
-    def _codes(self, h: torch.Tensor) -> torch.Tensor:
+    def codes(self, h: torch.Tensor) -> torch.Tensor:
+        """Codes [B, F]: pre-activations above their threshold."""
         return jumprelu(h, self.log_threshold.exp(), self.bandwidth)
 
     def _penalty(self, h: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | float:
@@ -157,18 +161,22 @@ class DenseSwitchStep(DenseStep):
         **options: Any,
     ) -> None:
         super().__init__(*others, **options)
-        self.clip_norm = clip_norm
-        self.balance_coefficient = balance_coefficient
+        self.clip_norm, self.balance_coefficient = clip_norm, balance_coefficient
         self.W_router = W_router.clone().requires_grad_()
         self.b_router = torch.zeros_like(self.b_dec).requires_grad_()
         router = [self.W_router, self.b_router]
         self.parameters += router
         self.optimizer.add_param_group({"params": router})
 
+    def codes(self, h: torch.Tensor) -> torch.Tensor:
+        """Codes [B, F]: the k largest of what the gates leave."""
+        values, indices = h.topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(h).scatter(1, indices, values)
+
     def _dense_loss(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             z = torch.nn.functional.linear(x - self.b_dec, self.W_enc).relu()
-            codes = self._codes(z * self._gates(self._probabilities(x)))
+            codes = self.codes(z * self._gates(self._probabilities(x)))
             x_hat = codes @ self.W_dec + self.b_dec
             balance = self._load_balance(self._probabilities(x))
         error = (x_hat.to(x.dtype) - x).square().sum(1).mean()
@@ -181,10 +189,6 @@ class DenseSwitchStep(DenseStep):
         n_experts, n_latents = p.shape[1], self.W_enc.shape[0]
         chosen = torch.nn.functional.one_hot(p.argmax(1), n_experts)
         return (chosen * p).repeat_interleave(n_latents // n_experts, 1)
-
-    def _codes(self, h: torch.Tensor) -> torch.Tensor:
-        values, indices = h.topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(h).scatter(1, indices, values)
 
     def _load_balance(self, p: torch.Tensor) -> torch.Tensor:
         n_experts = p.shape[1]

@@ -9,7 +9,7 @@ MISSING = "n/a"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format ``value`` to ``digits`` significant digits, with thousands separators.
+    """A value to ``digits`` significant digits, with thousands separators.
 
     >>> number(0.08713), number(12288), number(float("nan"))
     ('0.0871', '12,288', 'n/a')
@@ -27,7 +27,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(fraction: float | None, digits: int = 3) -> str:
-    """Format a fraction (1.0 is the whole) as a percentage."""
+    """A fraction (1.0 is the whole) as a percentage."""
     if fraction is None or not math.isfinite(fraction):
         return MISSING
     text = number(100 * fraction, digits)
@@ -36,7 +36,7 @@ def percent(fraction: float | None, digits: int = 3) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format a number of seconds as seconds, minutes or hours."""
+    """A number of seconds as seconds, minutes or hours."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 100:
@@ -48,7 +48,7 @@ def duration(seconds: float | None) -> str:
 
 
 def rate(per_second: float | None) -> str:
-    """Format a number of tokens per second with an SI prefix; empty if unknown."""
+    """A number of tokens per second with an SI prefix; empty if unknown."""
     if per_second is None or not math.isfinite(per_second) or per_second <= 0:
         return ""
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -58,10 +58,34 @@ def rate(per_second: float | None) -> str:
 
 
 def parse(text: str | None) -> float | None:
-    """Read a plain number or a number of seconds; None for anything else.
+    """A plain number or a number of seconds, read from text; None for anything else.
 
     >>> parse("20,000,000"), parse("61.5 s"), parse("20 M")
     (20000000.0, 61.5, None)
     """
     match = re.fullmatch(r"\s*(\d[\d,_ ]*(?:\.\d+)?)(?:\s*s)?\s*", text or "")
     return float(re.sub(r"[,_ ]", "", match[1])) if match else None
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes with its unit.
+
+    >>> size(3 * 2**19), size(300 * 2**30)
+    ('1.50 MiB', '300 GiB')
+    """
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n_bytes >= 2**power:
+            return f"{number(n_bytes / 2**power)} {unit}"
+    return f"{number(n_bytes)} B"
+
+
+def si(value: float) -> str:
+    """A number in thousands, millions or billions.
+
+    >>> si(500), si(20_000), si(2.5e6)
+    ('500', '20k', '2.5M')
+    """
+    for power, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:g}{prefix}"
+    return f"{value:g}"

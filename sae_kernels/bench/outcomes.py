@@ -1,0 +1,136 @@
+"""Outcomes: a provider's part in a case while it is measured, and the record kept of it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sae_kernels.bench.contestants.contestant import Unable
+from sae_kernels.bench.contestants.rates import COPIED_BYTES
+from sae_kernels.bench.gate import WrongResult
+from sae_kernels.bench.timing import Timing, summary
+from sae_kernels.bench.work import of_case
+from sae_kernels.bench.workers import Failed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sae_kernels.bench.cases import Case
+    from sae_kernels.bench.gate import Deviation
+    from sae_kernels.bench.providers import Provider
+    from sae_kernels.bench.results import Record
+
+_STATUS: dict[type[Exception], str] = {
+    Unable: "unable", WrongResult: "refused", Failed: "failed",
+}  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """A provider in a case: what is known of it so far.
+
+    Attributes:
+        provider: who.
+        status: "measured" while it takes part; "unable", "refused", "failed" or "skipped" after.
+        reason: why it takes no further part.
+        error: how far its result was off.
+        seconds: of each of its turns.
+        last: seconds of its last run.
+        peak_bytes: the most memory that a run took on top of what was there, if known.
+        phases: seconds by phase of one run.
+    """
+
+    provider: Provider
+    status: str = "measured"
+    reason: str | None = None
+    error: Deviation | None = None
+    seconds: list[float] = field(default_factory=list)
+    last: float = 0.0
+    peak_bytes: int | None = None
+    phases: dict[str, float] | None = None
+
+    def end(self, status: str, reason: str) -> None:
+        """Ends its part in the case."""
+        self.status, self.reason = status, reason
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Ends its part, and nothing else, where it cannot do what is asked, fails or is wrong."""
+        try:
+            yield
+        except tuple(_STATUS) as error:
+            self.end(_STATUS[type(error)], str(error))
+
+    @property
+    def timing(self) -> Timing | None:
+        """The summary of its turns, if it still takes part and had any."""
+        return summary(self.seconds) if self.status == "measured" and self.seconds else None
+
+
+def measured(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes that still take part."""
+    return [outcome for outcome in outcomes if outcome.status == "measured"]
+
+
+def records(case: Case, outcomes: list[Outcome]) -> list[Record]:
+    """The records of a case, one for each provider and dtype."""
+    times = {o.provider.key: o.timing for o in outcomes}
+    shipped = next(
+        (o.timing for o in outcomes if o.provider.name == "ours" and o.provider.as_shipped), None
+    )
+    found = []
+    for outcome in outcomes:
+        provider, timing = outcome.provider, outcome.timing
+        record: Record = {
+            **case.facts(),
+            "provider": provider.name,
+            "dtype": provider.dtype,
+            "as_shipped": provider.as_shipped,
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "rounds": len(outcome.seconds),
+            "peak_bytes": outcome.peak_bytes,
+            "max_error": outcome.error.error if outcome.error else None,
+            "error_budget": outcome.error.budget if outcome.error else None,
+        }
+        if timing is not None:
+            record |= _rounded(timing._asdict())
+        if timing is not None and provider.operation is None:
+            ours, product = (times.get(f"{name} {provider.dtype}") for name in ("ours", "product"))
+            record |= {"speedup_of_ours": _ratio(timing, ours)}
+            record |= {"speedup_of_ours_default": _ratio(timing, shipped)}
+            record |= _rates(case, provider.dtype, timing, product, times.get("copy int8"))
+            record |= {"phases_ms": _phases(outcome, product)}
+        found.append(record)
+    return found
+
+
+def _rounded(values: dict[str, float]) -> Record:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def _ratio(timing: Timing, base: Timing | None) -> float | None:
+    return None if base is None else round(timing.median_ms / base.median_ms, 4)
+
+
+def _rates(
+    case: Case, dtype: str, timing: Timing, product: Timing | None, copy: Timing | None
+) -> Record:
+    need, seconds = of_case(case, dtype), timing.median_ms / 1e3
+    rates: Record = {"gflops": need.flops / seconds / 1e9, "gbps": need.moved / seconds / 1e9}
+    if product is not None and copy is not None:
+        floor = need.floor_ms(product.median_ms, 2e3 * COPIED_BYTES / copy.median_ms)
+        rates |= {"floor_ms": floor, "of_roofline": floor / timing.median_ms}
+    return _rounded(rates)
+
+
+def _phases(outcome: Outcome, product: Timing | None) -> Record | None:
+    """Milliseconds by phase; of our fused encoder, time over the product alone is the selection."""
+    if outcome.phases is None:
+        return None
+    phases = {name: 1e3 * seconds for name, seconds in outcome.phases.items()}
+    if outcome.provider.module == "ours" and product is not None:
+        alone = min(product.median_ms, phases["product"])
+        phases |= {"product": alone, "selection": phases["product"] - alone}
+    return _rounded(phases)
