@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+SCALER_FILE = "activation_scaler.json"
 _MAKERS: dict[str, Callable[..., SAEConfig]] = {
     "standard": ReLUConfig,
     "topk": TopKConfig,
@@ -136,7 +137,7 @@ def _activation_scale(path: Path, normalisation: object) -> float:
             f"{path}: normalize_activations: expected 'none', got {normalisation!r:.40}: this SAE "
             "normalises every activation by itself, which none here does"
         )
-    scaler = path.with_name("activation_scaler.json")
+    scaler = path.with_name(SCALER_FILE)
     factor = read_settings(scaler).get("scaling_factor") if scaler.is_file() else None
     if factor is None:
         raise DataError(

@@ -27,6 +27,8 @@ from sae_kernels.io.tensor_files import (
 from sae_kernels.nn import TopKConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sae_kernels.nn import SAEConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
@@ -61,7 +63,12 @@ def read_sparsify(folder: str | Path) -> Weights:
     return Weights(config, from_foreign(weights, config, names, found), {})
 
 
-def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> None:
+def write_sparsify(
+    folder: str | Path,
+    config: SAEConfig,
+    tensors: Tensors,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a TopK SAE or (skip) transcoder for sparsify, complete or not at all.
 
     Groups of a Matryoshka SAE matter to training alone and are not part of the format.
@@ -69,6 +76,7 @@ def write_sparsify(folder: str | Path, config: SAEConfig, tensors: Tensors) -> N
     Args:
         folder: made when missing; its two files are replaced.
         config, tensors: the SAE, by our names, as `Weights` has them.
+        metadata: has no place in the format, and is left out.
 
     Raises:
         ValueError: an SAE that sparsify cannot hold; the message says why.

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
 from sae_kernels.errors import DataError
+from sae_kernels.io import hub
 from sae_kernels.io.files import json_writer, publish_all
+from sae_kernels.io.hub import HubPlace
 from sae_kernels.io.tensor_files import check_integers, read_settings, stored_safetensors
 from sae_kernels.nn.registry import architecture, build
 from sae_kernels.primitives.checks import OPERAND_DTYPES
@@ -128,21 +130,17 @@ def _files(name: str, revision: str | None, local_files_only: bool) -> tuple[Pat
         paths = folder / CONFIG_FILE, folder / WEIGHTS_FILE
         for path in paths:
             if not path.is_file():
-                raise DataError(f"{path}: expected the file of a saved SAE, it is not there")
+                raise DataError(
+                    f"{path}: expected the file of a saved SAE, it is not there; "
+                    "sae_kernels.load reads the folders of other tools"
+                )
         return paths
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise DataError(f"{name}: expected a folder with a saved SAE or a hub name owner/repo")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        config, weights = (
-            Path(hf_hub_download(name, file, revision=revision, local_files_only=local_files_only))
-            for file in (CONFIG_FILE, WEIGHTS_FILE)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    place = HubPlace.of(name)
+    if place is None or place.inside:
         raise DataError(
-            f"{name}: no such folder, and the Hugging Face hub did not give it ({reason})"
-        ) from error
+            f"{name}: expected a folder with a saved SAE or a hub name owner/repo; "
+            "sae_kernels.load reads other files too"
+        )
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    config, weights = hub.download(place.repository, files, revision, local_files_only)
     return config, weights

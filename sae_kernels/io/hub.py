@@ -1,0 +1,111 @@
+"""Files from the Hugging Face hub: what a repository holds, and some of it on this disk."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+class HubPlace(NamedTuple):
+    """A repository on the hub and a folder (or a file) in it.
+
+    Attributes:
+        repository: ``owner/repo``.
+        inside: path in the repository; empty for its root.
+    """
+
+    repository: str
+    inside: str
+
+    @classmethod
+    def of(cls, name: str) -> HubPlace | None:
+        """The place that ``owner/repo`` or ``owner/repo/folder`` names; None for a path on disk."""
+        if name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") < 1:
+            return None
+        owner, repository, *inside = name.rstrip("/").split("/")
+        return cls(f"{owner}/{repository}", "/".join(inside))
+
+
+@contextmanager
+def _asking(repository: str) -> Iterator[None]:
+    """Turns what the hub client raises into one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        said = str(error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        raise DataError(
+            f"{repository}: no such folder, and the Hugging Face hub did not give it ({reason})"
+        ) from error
+
+
+class Listing(NamedTuple):
+    """A repository at one moment.
+
+    Attributes:
+        commit: which moment; ask for files with it, and they are all of the same.
+        files: the paths of all files.
+    """
+
+    commit: str
+    files: list[str]
+
+
+def listing(repository: str, revision: str | None = None) -> Listing:
+    """What a repository holds, as the hub says.
+
+    Raises:
+        DataError: the hub cannot be reached, or has no such repository or revision.
+    """
+    import huggingface_hub
+
+    with _asking(repository):
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision)
+    return Listing(info.sha or revision or "main", [f.rfilename for f in info.siblings or []])
+
+
+def cached_folder(repository: str, revision: str | None = None) -> Path:
+    """What the cache on this disk holds of a repository, without asking the hub.
+
+    Raises:
+        DataError: it holds nothing of it.
+    """
+    import huggingface_hub
+
+    with _asking(repository):
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, local_files_only=True
+        )
+    return Path(folder)
+
+
+def download(
+    repository: str,
+    files: Iterable[str],
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> list[Path]:
+    """The files of a repository on this disk, in the order in which they are asked for.
+
+    Args:
+        repository: ``owner/repo``.
+        files: paths inside it.
+        revision: a branch, a tag or a commit; None is the newest.
+        local_files_only: take what the cache holds, and never ask the hub.
+
+    Raises:
+        DataError: a file cannot be had, with the hub's reason.
+    """
+    import huggingface_hub
+
+    options = {"revision": revision, "local_files_only": local_files_only}
+    with _asking(repository):
+        return [Path(huggingface_hub.hf_hub_download(repository, f, **options)) for f in files]
