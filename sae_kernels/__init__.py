@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sae_kernels import step as step
     from sae_kernels import testing as testing
     from sae_kernels import training as training
+    from sae_kernels.backends import use as use_backend  # noqa: F401
     from sae_kernels.codes import SparseCodes as SparseCodes
     from sae_kernels.config import OptimizerConfig as OptimizerConfig
     from sae_kernels.config import TrainConfig as TrainConfig
@@ -74,8 +75,6 @@ if TYPE_CHECKING:
     from sae_kernels.training import train as train
     from sae_kernels.training import train_many as train_many
     from sae_kernels.training.evaluate import evaluate as evaluate
-
-    use_backend = backends.use
 
 # The same for whoever runs the package: each room, and what the front door offers of it.
 _OFFERED: dict[str, tuple[str, ...]] = {

@@ -16,6 +16,7 @@ from sae_kernels.primitives.transpose_codes import transpose_codes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from scipy.sparse import csr_array
 
 _Codes = TypeVar("_Codes", bound="SparseCodes")
 
@@ -148,6 +149,89 @@ class SparseCodes:
         where = torch.stack([self.tokens.flatten().long(), self.indices.long().flatten()])
         size = (math.prod(self.batch_shape), self.n_latents)
         return torch.sparse_coo_tensor(where, self.values.flatten(), size, check_invariants=True)
+
+    def to_scipy(self) -> csr_array:
+        """The same as a SciPy array in rows, ``scipy.sparse.csr_array`` [tokens, F] on the CPU.
+
+        Leading dimensions are flattened. An entry of value 0 is a dropped one and is left out; each
+        row is sorted by latent. Values keep their dtype, fp32 or fp64, and have no gradient.
+
+        Raises:
+            ImportError: SciPy is not installed.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 0.0, 1.0]]), k=3)
+            >>> array = codes.to_scipy()
+            >>> array.shape, array.indices.tolist(), array.data.tolist()
+            ((1, 4), [1, 3], [3.0, 1.0])
+        """
+        try:
+            from scipy.sparse import csr_array
+        except ImportError as error:
+            raise ImportError(
+                "to_scipy: expected SciPy, it is not installed; pip install scipy"
+            ) from error
+        values = self.values.detach().flatten().cpu()
+        indices, tokens = self.indices.flatten().cpu(), self.tokens.flatten().cpu().long()
+        kept = values != 0
+        n_tokens = math.prod(self.batch_shape)
+        starts = torch.zeros(n_tokens + 1, dtype=torch.int64)
+        starts[1:] = torch.bincount(tokens[kept], minlength=n_tokens).cumsum(0)
+        parts = (values[kept].numpy(), indices[kept].numpy(), starts.numpy())
+        array = csr_array(parts, shape=(n_tokens, self.n_latents))
+        array.sort_indices()
+        return array
+
+    def columns(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """The values of some latents, dense, ``to_dense()[..., latents]`` without the rest.
+
+        Memory goes with tokens times the latents asked for; [..., F] never exists.
+
+        Args:
+            latents: n numbers from 0 to F - 1, in any order; one may come twice. A tensor of them
+                is read by the host.
+
+        Returns:
+            [..., n] in the dtype of ``values``, with zeros where a token does not have the latent;
+            differentiable in ``values``.
+
+        Raises:
+            TypeError: no list of whole numbers.
+            ValueError: a latent that is not there.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 0.0, 1.0]]), k=2)
+            >>> codes.columns([3, 0]).tolist()
+            [[1.0, 0.0]]
+        """
+        wanted = self._checked(latents)
+        n, n_tokens = wanted.shape[0], math.prod(self.batch_shape)
+        distinct, places = wanted.unique(return_inverse=True)
+        width = distinct.shape[0]
+        column = torch.full((self.n_latents,), -1, device=wanted.device)
+        column[distinct] = torch.arange(width, device=wanted.device)
+        at = column[self.indices.flatten().long()]
+        # Whatever was not asked for lands in one place behind all others, and is cut off.
+        where = torch.where(at < 0, n_tokens * width, self.tokens.flatten().long() * width + at)
+        dense = self.values.new_zeros(n_tokens * width + 1).scatter(0, where, self.values.flatten())
+        return dense[:-1].view(n_tokens, width)[:, places].view(*self.batch_shape, n)
+
+    def _checked(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Numbers of latents as int64 [n] on the device of the codes."""
+        given = torch.as_tensor(latents)
+        given = given.long() if given.numel() == 0 else given
+        if given.dim() != 1 or given.dtype in (torch.bool, *checks.OPERAND_DTYPES):
+            raise TypeError(
+                f"latents: expected a list of whole numbers, got {given.dtype} of shape "
+                f"{list(given.shape)}; of a mask give mask.nonzero().flatten()"
+            )
+        wrong = given[(given < 0) | (given >= self.n_latents)]
+        if wrong.numel():
+            raise ValueError(
+                f"latents: expected numbers from 0 to {self.n_latents - 1} (n_latents - 1), got "
+                f"{int(wrong[0])}"
+            )
+        return given.to(self.indices.device, torch.int64)
 
     def latent_order(self, *, drop_zeros: bool = True, backend: str | None = None) -> LatentOrder:
         """The entries by latent; ``drop_zeros`` leaves out dropped entries (codes after ReLU)."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sae_kernels.codes import SparseCodes
+from sae_kernels.functional.layout import warn_if_copied
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
@@ -27,7 +28,8 @@ def decode(
 
     Args:
         codes: of any leading shape; indices outside [0, F) raise IndexError.
-        W_dec: [F, D_out]; D_out need not be d_in (transcoders).
+        W_dec: [F, D_out], row after row: a transposed view is copied at every call, which a
+            warning says once. D_out need not be d_in (transcoders).
         b_dec: [D_out] or None.
         group_ends: int32 [G], ascending, the last being F: returns the G prefix reconstructions
             of a Matryoshka SAE (arXiv 2503.17547), shape [G, ..., D_out].
@@ -44,6 +46,7 @@ def decode(
         [[1.0, 7.0]]
     """
     checks.shape("W_dec", W_dec, [codes.n_latents, "D"], "one row per latent of the codes")
+    warn_if_copied("W_dec", W_dec, stacklevel=3)
     dtype = compute_dtype or autocast_dtype(W_dec) or W_dec.dtype
     flat = codes.flat()
     out = _Decode.apply(

@@ -106,6 +106,11 @@ def download(
     """
     import huggingface_hub
 
-    options = {"revision": revision, "local_files_only": local_files_only}
     with _asking(repository):
-        return [Path(huggingface_hub.hf_hub_download(repository, f, **options)) for f in files]
+        paths = [
+            huggingface_hub.hf_hub_download(
+                repository, file, revision=revision, local_files_only=local_files_only
+            )
+            for file in files
+        ]
+    return [Path(path) for path in paths]

@@ -18,10 +18,10 @@ from sae_kernels import functional
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.hooks import TrainingHooks
 from sae_kernels.nn.initialise import geometric_median, initial_weights
+from sae_kernels.nn.saving import Saving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Prefixes
@@ -42,7 +42,7 @@ class SAEOutput(NamedTuple):
     codes: SparseCodes
 
 
-class SparseAutoencoder(TrainingHooks, nn.Module):
+class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
     """The base of all architectures.
 
     Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
@@ -342,37 +342,6 @@ class SparseAutoencoder(TrainingHooks, nn.Module):
         copy.load_state_dict(weights, assign=True)
         copy.metadata, copy.is_fresh = dict(self.metadata), self.is_fresh
         return copy
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``sae.safetensors``, the scale folded into the weights."""
-        from sae_kernels.nn import (
-            pretrained,  # and safetensors with it: not for whoever only trains
-        )
-
-        pretrained.save(self.folded(), folder)
-
-    @classmethod
-    def from_pretrained(
-        cls: type[_SAE],
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> _SAE:
-        """Reads what :meth:`save_pretrained` wrote, from a folder or a Hugging Face repository.
-
-        On the base class it gives whatever architecture was saved; on an architecture's own class
-        another one is an error. The module is in evaluation mode.
-        """
-        from sae_kernels.nn import pretrained
-
-        sae = pretrained.load(name_or_path, revision=revision, local_files_only=local_files_only)
-        if not isinstance(sae, cls):
-            raise TypeError(
-                f"{name_or_path}: expected a {cls.__name__}, got a {type(sae).__name__}; load it "
-                "with SparseAutoencoder.from_pretrained"
-            )
-        return sae.eval()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         kept = {name: getattr(self, name).data for name in self.keeps_dtype}

@@ -1,4 +1,4 @@
-"""This package's own folder: ``config.json`` and ``sae.safetensors``; no pickle anywhere."""
+"""This package's own folder: ``config.json``, ``sae.safetensors`` and a card; no pickle."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from sae_kernels.io import hub
 from sae_kernels.io.files import json_writer, publish_all
 from sae_kernels.io.hub import HubPlace
 from sae_kernels.io.tensor_files import check_integers, read_settings, stored_safetensors
+from sae_kernels.nn.card import CARD_FILE, MARK, card
 from sae_kernels.nn.registry import architecture, build
 from sae_kernels.primitives.checks import OPERAND_DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.nn.base import SparseAutoencoder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
+_CARD_START = 4096  # characters, among which the mark stands
 
 
 class Described(NamedTuple):
@@ -38,12 +42,61 @@ class Described(NamedTuple):
     metadata: dict[str, Any]
 
 
-def save(sae: SparseAutoencoder, folder: str | Path) -> None:
-    """Writes both files, each complete or not at all: a failed save leaves what was there."""
+def save(sae: SparseAutoencoder, folder: str | Path, name: str | None = None) -> None:
+    """Writes all files, each complete or not at all: a failed save leaves what was there.
+
+    A README.md that is there and is not a card of ours stays.
+
+    Args:
+        sae: what to save, as it is.
+        folder: made when missing.
+        name: how the card says to load it; None is the folder's name.
+    """
     weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
-    save_weights = functools.partial(save_file, weights)
-    config = json_writer(config_values(sae.config, sae.metadata))
-    publish_all(folder, {WEIGHTS_FILE: save_weights, CONFIG_FILE: config})
+    files: dict[str, Callable[[Path], object]] = {
+        WEIGHTS_FILE: functools.partial(save_file, weights),
+        CONFIG_FILE: json_writer(config_values(sae.config, sae.metadata)),
+    }
+    if _is_ours(Path(folder, CARD_FILE)):
+        text = card(sae, name or Path(folder).name or "path/to/this/folder")
+        files[CARD_FILE] = lambda path: path.write_text(text, encoding="utf-8")
+    publish_all(folder, files)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a card may be written here: nothing is there, or a card of ours."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return MARK in file.read(_CARD_START)
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def upload(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Uploads all files of a folder to the hub, in one commit, whose address it returns."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repository, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repository,
+        folder_path=str(folder),
+        revision=revision,
+        commit_message=commit_message,
+    )
+    return str(commit.commit_url)
 
 
 def config_values(config: SAEConfig, metadata: dict[str, Any]) -> dict[str, Any]:

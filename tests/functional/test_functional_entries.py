@@ -225,7 +225,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 @forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_of_latents_is_indexing(form: str, dtype: torch.dtype, either_backend: str) -> None:
+def test_gather_by_latent_is_indexing(form: str, dtype: torch.dtype, either_backend: str) -> None:
     codes = codes_of_every_form(either_backend)[form]
     vector = torch.randn(F, dtype=dtype)
     came = gather_by_latent(vector, codes, backend=either_backend)

@@ -1,0 +1,108 @@
+"""Saving, loading and publishing, as every SAE has them; the files are `nn.pretrained`'s."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, TypeVar, cast
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sae_kernels.nn.base import SparseAutoencoder
+
+_SAE = TypeVar("_SAE", bound="Saving")
+
+
+class Saving:
+    """What an SAE does with files; safetensors is imported when they are asked for."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json``, ``sae.safetensors`` and a model card, ``README.md``.
+
+        The scale of activations is folded into the weights. Files that are there are replaced, but
+        not a README.md that somebody else wrote.
+
+        Args:
+            folder: made when missing.
+
+        Raises:
+            OSError: something could not be written; what was there before is still there.
+            ValueError, TypeError: metadata that JSON cannot hold.
+        """
+        from sae_kernels.nn import pretrained
+
+        pretrained.save(cast("SparseAutoencoder", self).folded(), folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a sparse autoencoder",
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes to a repository on the Hugging Face hub.
+
+        Args:
+            repo_id: ``owner/repo``; made when there is none.
+            private: whether a new repository is private; None is the account's default.
+            token: of an account that may write there; None is the one that is logged in.
+            revision: the branch to commit to, made when missing; None is the main one.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refused it.
+        """
+        from sae_kernels.nn import pretrained
+
+        sae = cast("SparseAutoencoder", self).folded()
+        with tempfile.TemporaryDirectory() as folder:
+            pretrained.save(sae, folder, name=repo_id)
+            return pretrained.upload(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_SAE],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> _SAE:
+        """Reads what :meth:`save_pretrained` wrote, from a folder or a Hugging Face repository.
+
+        On the base class it gives whatever architecture was saved; on an architecture's own class
+        another one is an error. :func:`sae_kernels.load` reads the files of other tools too.
+
+        Args:
+            name_or_path: a folder, or ``owner/repo``.
+            revision: branch, tag or commit of a repository.
+            local_files_only: read the hub's cache and never ask the network.
+
+        Returns:
+            The module in evaluation mode.
+
+        Raises:
+            DataError: files missing or damaged, or an unknown architecture.
+            TypeError: an SAE of another class.
+        """
+        from sae_kernels.nn import pretrained
+
+        sae = pretrained.load(name_or_path, revision=revision, local_files_only=local_files_only)
+        if not isinstance(sae, cls):
+            raise TypeError(
+                f"{name_or_path}: expected a {cls.__name__}, got a {type(sae).__name__}; load it "
+                "with SparseAutoencoder.from_pretrained"
+            )
+        sae.eval()
+        return sae
