@@ -1,42 +1,44 @@
 """``sae-kernels convert``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite
 from sae_kernels.cli.output import Output
-from sae_kernels.errors import DataError, name_hint
-
-if TYPE_CHECKING:
-    from sae_kernels.formats import Weights
-
-FORMATS = ("native", "saelens", "sparsify", "dictionary_learning", "gemma_scope")
-WRITTEN = FORMATS[:4]
+from sae_kernels.errors import DataError
 
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A folder of a saved SAE, or its weights file.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="A folder of a saved SAE, its weights file, or a hub name."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the copy.")],
-    to: Annotated[str, typer.Option(metavar="|".join(WRITTEN), help="Format of the copy.")],
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Format of the copy, as native or saelens.")
+    ],
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="|".join(FORMATS), help="Format of SRC, if files mislead."),
+        typer.Option("--from", metavar="FORMAT", help="Format of SRC, if files mislead."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Rewrite an SAE in another tool's format; the function stays the same."""
+    """Rewrite an SAE in another tool's format; the function stays the same.
+
+    docs/formats.md has the formats; a wrong name lists them.
+    """
     from sae_kernels import formats
 
-    _check("--to", to, WRITTEN)
+    formats.known(to, "--to", written=True)
     if from_ is not None:
-        _check("--from", from_, FORMATS)
+        formats.known(from_, "--from")
     check_free(out, overwrite)
     others = [name for name in formats.present(out) if name != to]
     if others:
@@ -44,12 +46,12 @@ def convert(
             f"{out}: expected no SAE of another format, got {others[0]}; choose another folder, "
             "or the two would be mixed"
         )
-    kind = formats.detect(source) if from_ is None and Path(source).exists() else from_ or "native"
-    weights = formats.read(source, kind)
-    _write(weights, out, to)
+    found = formats.locate(source, from_)
+    weights = formats.read(*found)
+    formats.write(out, weights, to)
     config, tensors, _ = weights
     values = {
-        "from": kind,
+        "from": found.format,
         "to": to,
         "architecture": config.architecture,
         "d_in": config.d_in,
@@ -61,26 +63,5 @@ def convert(
     output.record(values)
     output.text(
         f"{config.architecture}, {config.d_in:,} to {config.n_latents:,} latents in "
-        f"{values['dtype']}: {out} ({to}, from {kind})"
+        f"{values['dtype']}: {out} ({to}, from {found.format})"
     )
-
-
-def _write(weights: "Weights", out: Path, to: str) -> None:
-    from sae_kernels import formats, nn
-
-    config, tensors, metadata = weights
-    if to == "saelens":
-        formats.write_saelens(out, config, tensors, metadata)
-    elif to == "sparsify":
-        formats.write_sparsify(out, config, tensors)
-    elif to == "dictionary_learning":
-        formats.write_dictionary_learning(out, config, tensors, metadata)
-    else:
-        sae = nn.from_weights(config, tensors)
-        sae.metadata = metadata
-        sae.save_pretrained(out)
-
-
-def _check(option: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ValueError(f"{option}: got {given!r}; {name_hint(given, known)}")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    sae: Annotated[str, typer.Argument(help="A folder of a saved SAE, or a hub name.")],
+    sae: Annotated[
+        str, typer.Argument(help="A folder of a saved SAE of any format, or a hub name.")
+    ],
     data: Annotated[
         list[Path] | None,
         typer.Argument(help="A folder of activations; a crosscoder's several, in order."),
@@ -51,14 +53,13 @@ def evaluate(
 ) -> None:
     """Measure an SAE, on stored activations, in the language model it came from, or both."""
     _check(data, verify, {"--model": model, "--layer": layer, "--text": text})
-    from sae_kernels import training
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels import formats, training
 
     output = Output(as_json)
     opened = Data.open(data, target) if data else None
     if opened is not None and verify:
         opened.verify()
-    loaded = SparseAutoencoder.from_pretrained(sae)
+    loaded = formats.load(sae)
     values: dict[str, Any] = {}
     rows: list[tuple[str, str]] = []
     if opened is not None:

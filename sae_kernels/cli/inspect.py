@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _SHOWN = (
-    "a run, a checkpoint, a folder of activations, a saved SAE (native, saelens, sparsify, "
-    "dictionary_learning or gemma_scope) or a .safetensors file"
+    "a run, a checkpoint, a folder of activations, a saved SAE of any format (docs/formats.md) or "
+    "a .safetensors file"
 )
 
 
@@ -139,8 +139,9 @@ def _sae(path: Path, kind: str, verify: bool) -> dict[str, Any]:
     if kind == "native":
         from sae_kernels.io.files import read_json
 
-        header = _header(path / native.WEIGHTS_FILE)
-        own = read_json(path / native.CONFIG_FILE)
+        folder = path.parent if path.is_file() else path
+        header = _header(folder / native.WEIGHTS_FILE)
+        own = read_json(folder / native.CONFIG_FILE)
         return {"kind": "sae", "format": kind, "config": own, **header, **_no(verify)}
     config, tensors, metadata = formats.read(path, kind)
     return {

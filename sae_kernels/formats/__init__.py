@@ -9,7 +9,7 @@ from sae_kernels.formats.native import read_native, write_native
 from sae_kernels.formats.saelens import read_saelens
 from sae_kernels.formats.saelens_writer import write_saelens
 from sae_kernels.formats.sparsify import read_sparsify, write_sparsify
-from sae_kernels.formats.table import FORMATS, Format, detect, present, read, write
+from sae_kernels.formats.table import FORMATS, Format, detect, known, present, read, write
 
 __all__ = [
     "FORMATS",
@@ -17,6 +17,7 @@ __all__ = [
     "Found",
     "Weights",
     "detect",
+    "known",
     "load",
     "locate",
     "present",

@@ -49,6 +49,7 @@ def card(sae: SparseAutoencoder, name: str = "path/to/this/folder") -> str:
     """
     metadata = dict(sae.metadata)
     trained = metadata.pop("trained", {})
+    metadata.pop("sae_kernels_version", None)  # the card says whose it is
     figures = trained if isinstance(trained, dict) else {"trained": trained}
     config, defaults = sae.config, _defaults(sae)
     kind = "transcoder" if config.transcodes else "sparse autoencoder"

@@ -124,6 +124,7 @@ def load(
     with torch.device("meta"):
         sae = build(config)
     _check_dtypes(sae, weights, weights_path)
+    _check_finite(weights, weights_path)
     sae.load_state_dict(weights, assign=True)
     sae.metadata = metadata
     return sae
@@ -155,14 +156,16 @@ def _weights(config: SAEConfig, path: Path) -> dict[str, torch.Tensor]:
     expected = {name: list(size) for name, size in config.shapes().items()}
     if expected != came:
         raise DataError(f"{path}: expected tensors {expected}, got {came!s:.500}")
-    weights = stored.load()
+    return stored.load()
+
+
+def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise DataError(
                 f"{path}: expected finite weights, {name} holds NaN or infinity; "
                 "use an earlier checkpoint"
             )
-    return weights
 
 
 def _check_dtypes(sae: SparseAutoencoder, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from sae_kernels._version import __version__
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.runs.folder import SAE_FOLDER
 from sae_kernels.runs.interrupts import Interrupts
@@ -131,6 +133,7 @@ class TrainingRun(Generic[Batch]):
             start = time.perf_counter()
             if self.error is None:
                 self.training.finalize()
+                self.training.sae.metadata |= self._provenance()
             self.seconds += time.perf_counter() - start
             self._leave()
             dead = self.training.training_step.dead.mask().cpu()
@@ -151,6 +154,22 @@ class TrainingRun(Generic[Batch]):
         self.training.close()
         if self.folder is not None:
             self.training.sae.save_pretrained(self.folder.path / SAE_FOLDER)
+
+    def _provenance(self) -> dict[str, Any]:
+        """What a saved SAE says of its training; the same after a resume, so it has no times."""
+        last = self.lines[-1] if self.lines else {}
+        figures = {name: last.get(name) for name in ("fvu", "l0", "dead_fraction")}
+        data = getattr(getattr(self.training, "source", None), "fingerprint", None)
+        return {
+            "trained": {
+                "tokens": self.training.tokens,
+                "steps": self.training.made,
+                # JSON has no NaN, which a skipped step may leave here.
+                **{k: v for k, v in figures.items() if v is not None and math.isfinite(v)},
+            },
+            "sae_kernels_version": __version__,
+            **({} if data is None else {"data": data}),
+        }
 
     def _summary(self, result: TrainingResult) -> dict[str, Any]:
         config = self.training.sae.config

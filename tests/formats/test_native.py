@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats import native
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import TopKConfig, TopKSAE, pretrained
 from sae_kernels.testing import assert_bitwise
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def test_round_trip_is_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     for name, tensor in sae.state_dict().items():
         assert_bitwise(name, again.state_dict()[name], tensor)
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
+        "README.md",
         "config.json",
         "sae.safetensors",
     ]
@@ -102,7 +102,7 @@ def test_config_is_readable_json_with_the_version(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "sae.safetensors"])
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    _fails(folder, str(folder / name), "expected the file of a saved SAE, it is not there")
+    _fails(folder, str(folder / name), "expected the file of a saved SAE", "sae_kernels.load")
 
 
 def test_every_truncation_is_noticed(folder: Path) -> None:
@@ -198,8 +198,11 @@ def test_wrong_weights(folder: Path, damage: Callable[..., Any], parts: list[str
 
 CONFIGS: dict[str, tuple[Any, list[str]]] = {
     "unknown-key": ({"n_latent": 20}, ["unknown key 'n_latent'", "did you mean 'n_latents'?"]),
-    "architecture": ({"architecture": "gate"}, ["expected architecture topk,", "got 'gate'"]),
-    "no-architecture": ({"architecture": None}, ["expected architecture topk,", "got None"]),
+    "architecture": (
+        {"architecture": "gate"},
+        ["expected one of topk, ", "gated", "got 'gate'", "sae_kernels.nn.register"],
+    ),
+    "no-architecture": ({"architecture": None}, ["expected one of topk, ", "got None"]),
     "k-too-large": ({"k": 21}, ["k: expected at most n_latents = 20, got 21"]),
     "k-a-string": ({"k": "3"}, ["k: expected a positive integer, got '3'"]),
     "scale-a-string": ({"activation_scale": "1"}, ["activation_scale: expected a positive"]),
@@ -278,7 +281,7 @@ def test_a_failed_save_leaves_the_old_files_and_no_litter(
         raise OSError(28, "No space left on device")
 
     target = {
-        "weights": (native, "save_file"),
+        "weights": (pretrained, "save_file"),
         "config": (json, "dumps"),
         "replace": (os, "replace"),
     }
@@ -292,7 +295,7 @@ def test_a_failed_save_leaves_the_old_files_and_no_litter(
 def test_saving_over_an_older_sae_replaces_it(folder: Path) -> None:
     TopKSAE(TopKConfig(3, 8, 2)).save_pretrained(folder)
     assert TopKSAE.from_pretrained(folder).config == TopKConfig(3, 8, 2)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_saving_where_a_file_is(tmp_path: Path) -> None:
