@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -237,3 +239,107 @@ def test_codes_are_compared_by_identity() -> None:
     assert codes == codes
     assert codes != copy.deepcopy(codes)
     assert len({codes, copy.deepcopy(codes)}) == 2
+
+
+def some_codes(form: str, leading: tuple[int, ...], dtype: torch.dtype) -> SparseCodes:
+    """Codes of either form with dropped entries and NaN among them."""
+    if form == "ragged":
+        codes = ragged(leading)
+        codes = codes.with_values(codes.values.to(dtype))
+    else:
+        codes = SparseCodes.from_dense(torch.randn(*leading, F, dtype=dtype), 5)
+    values = codes.values.flatten().clone()
+    values[::4], values[1::7] = 0.0, torch.nan
+    return codes.with_values(values.view(codes.values.shape))
+
+
+LEADING = [(6,), (2, 3), (), (0,), (2, 0)]
+forms = pytest.mark.parametrize("form", ["k", "ragged"])
+
+
+@forms
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "latents", [[3], [], [16, 0, 3], [5, 5, 2, 5], list(range(F))], ids=lambda c: f"{len(c)}"
+)
+def test_columns_are_those_of_the_dense_tensor(
+    form: str, leading: tuple[int, ...], dtype: torch.dtype, latents: list[int]
+) -> None:
+    codes = some_codes(form, leading, dtype)
+    wanted = torch.tensor(latents, dtype=torch.int64)
+    expected = codes.to_dense()[..., wanted]
+    for given in (latents, tuple(latents), wanted, wanted.int()):
+        columns = codes.columns(given)
+        assert columns.shape == (*leading, len(latents))
+        assert columns.dtype == dtype
+        assert_bitwise("columns", columns, expected)
+
+
+@forms
+def test_gradients_of_columns_are_those_of_the_dense_tensor(form: str) -> None:
+    codes = some_codes(form, (2, 3), torch.float64)
+    weights = torch.randn(2, 3, 4, dtype=torch.float64)
+    latents = [2, 9, 9, 0]
+    grads = []
+    for pick in (
+        lambda codes: codes.columns(latents),
+        lambda codes: codes.to_dense()[..., latents],
+    ):
+        leaf = codes.values.clone().requires_grad_()
+        (weights * pick(codes.with_values(leaf))).sum().backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    assert bool(grads[0].any())
+    assert_bitwise("gradient", *grads)
+
+
+def test_columns_never_make_the_dense_tensor() -> None:
+    codes = SparseCodes.from_dense(torch.randn(64, 4096), 8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        codes.columns([1, 2, 3])
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 64 * 4096, "bytes; the dense tensor has four times as many"
+
+
+@pytest.mark.parametrize(
+    ("latents", "error", "message"),
+    [
+        ([0, -1], ValueError, f"latents: expected numbers from 0 to {F - 1} .*, got -1"),
+        ([F], ValueError, f"latents: expected numbers from 0 to {F - 1} .*, got {F}"),
+        (torch.tensor([3, 99]), ValueError, "got 99"),
+        ([0.5], TypeError, "expected a list of whole numbers, got torch.float32"),
+        (torch.zeros(F, dtype=torch.bool), TypeError, r"mask.nonzero\(\).flatten\(\)"),
+        ([[1, 2]], TypeError, r"got torch.int64 of shape \[1, 2\]"),
+        (3, TypeError, r"of shape \[\]"),
+    ],
+)
+def test_columns_that_are_not_there(latents: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ragged().columns(latents)
+
+
+@forms
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scipy_holds_what_is_not_dropped(
+    form: str, leading: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    pytest.importorskip("scipy", reason="scipy is not a dependency")
+    codes = some_codes(form, leading, dtype)
+    array = codes.to_scipy()
+    dense = codes.to_dense().reshape(-1, F)
+    assert array.shape == dense.shape
+    assert torch.equal(
+        torch.tensor(array.toarray()).nan_to_num(nan=-99.0), dense.nan_to_num(nan=-99.0)
+    )
+    assert array.nnz == int((codes.values != 0).sum())
+    assert array.has_canonical_format
+    codes.values.requires_grad_()
+    assert codes.to_scipy().nnz == array.nnz, "values that have a gradient"
+
+
+def test_scipy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(ImportError, match=r"^to_scipy: expected SciPy.*pip install scipy$"):
+        ragged().to_scipy()

@@ -7,14 +7,13 @@ SAE's exponential is rounded.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sae_kernels.errors import DataError
-from sae_kernels.formats import Weights
 from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
@@ -24,6 +23,9 @@ from sae_kernels.nn import (
     TopKConfig,
 )
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
+
+if TYPE_CHECKING:
+    from sae_kernels.formats import Weights
 
 B, D, F, K = 8, 6, 16, 3
 F64 = torch.float64

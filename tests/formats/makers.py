@@ -34,7 +34,7 @@ def sparsify(folder: Path) -> None:
 
 
 def dictionary_learning(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     t = exact_tensors(ReLUConfig(D, F))
     linear = {"encoder.weight": t["W_enc"], "decoder.weight": t["W_dec"].T}
     torch.save(linear | {"encoder.bias": t["b_enc"], "bias": t["b_dec"]}, folder / "ae.pt")
@@ -52,7 +52,7 @@ def dictionary_learning_switch(folder: Path) -> None:
 
 
 def gemma_scope(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     t = exact_tensors(JumpReLUConfig(D, F, log_threshold=False))
     np.savez(
         folder / "params.npz",

@@ -1,0 +1,213 @@
+"""``sk.load``: anybody's SAE from a folder, a file or the hub, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from foreign import D, refuses
+from makers import MAKE, SWITCH, dictionary_learning_switch, gemma_scope, saelens, sparsify
+
+import sae_kernels as sk
+from sae_kernels.testing import assert_bitwise
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WEIGHTS = {
+    "native": "sae.safetensors",
+    "saelens": "sae_weights.safetensors",
+    "sparsify": "sae.safetensors",
+    "dictionary_learning": "ae.pt",
+    "gemma_scope": "params.npz",
+}
+
+
+def assert_loaded(sae: sk.SparseAutoencoder, folder: Path) -> None:
+    """The module in evaluation mode that the reader's tensors make."""
+    config, tensors, _ = sk.formats.read(folder)
+    assert sae.config == config
+    assert type(sae) is type(sk.nn.build(config))
+    assert not sae.training
+    assert not sae.is_fresh
+    for name, tensor in sae.state_dict().items():
+        assert_bitwise(name, tensor.reshape(-1), tensors[name].reshape(-1))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_folder_and_its_weights_file(tmp_path: Path, name: str, caplog: Any, capsys: Any) -> None:
+    folder = tmp_path / "sae"
+    MAKE[name](folder)
+    with caplog.at_level(logging.INFO, logger="sae_kernels"):
+        sae = sk.load(folder)
+    assert_loaded(sae, folder)
+    assert name in caplog.text
+    assert_loaded(sk.load(str(folder / WEIGHTS[name])), folder)
+    assert_loaded(sk.load(folder, format=name), folder)
+    assert_loaded(sk.load(tmp_path), folder)  # the only one below
+    assert sae.metadata.get("format") == (None if name == "native" else name)
+    assert capsys.readouterr() == ("", "")
+    with torch.no_grad():
+        assert sae(torch.ones(3, D)).x_hat.isfinite().all()
+
+
+def test_the_fork_of_dictionary_learning(tmp_path: Path) -> None:
+    dictionary_learning_switch(tmp_path)
+    sae = sk.load(tmp_path)
+    assert isinstance(sae, sk.SwitchSAE)
+    assert sae.config.n_experts == SWITCH.n_experts
+
+
+def test_dtype_and_device(tmp_path: Path) -> None:
+    gemma_scope(tmp_path)
+    sae = sk.load(tmp_path, dtype=torch.bfloat16, device="meta")
+    assert sae.W_enc.dtype == sae.b_dec.dtype == torch.bfloat16
+    assert sae.threshold.dtype == torch.float32, "a threshold keeps its precision"
+    assert sae.W_enc.device.type == "meta"
+
+
+def test_what_is_loaded_goes_on_training_and_is_saved_with_its_origin(tmp_path: Path) -> None:
+    saelens(tmp_path / "theirs")
+    run = sk.train(sk.load(tmp_path / "theirs"), torch.randn(64, D), steps=2, batch_size=16)
+    run.sae.save_pretrained(tmp_path / "ours")
+    again = sk.load(tmp_path / "ours")
+    assert again.metadata["format"] == "saelens"
+    assert again.metadata["trained"]["steps"] == 2
+    assert "saelens" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_several_are_listed(tmp_path: Path) -> None:
+    for layer in range(14):
+        sparsify(tmp_path / f"layer_{layer:02}")
+    refuses(
+        lambda: sk.load(tmp_path),
+        f"{tmp_path}: expected one SAE, got a folder with 14 of them: layer_00, layer_01, ",
+        "layer_11, ...; name one",
+    )
+    shutil.rmtree(tmp_path / "layer_13")
+    saelens(tmp_path / "layer_13" / "deep")
+    refuses(lambda: sk.load(tmp_path), "with 14 of them")
+    assert_loaded(sk.load(tmp_path, format="saelens"), tmp_path / "layer_13" / "deep")
+
+
+def test_nothing_and_two_in_one(tmp_path: Path) -> None:
+    refuses(lambda: sk.load(tmp_path), str(tmp_path), "expected the files of a saved SAE: config")
+    refuses(lambda: sk.load(tmp_path / "no"), "a hub name owner/repo, there is nothing")
+    refuses(lambda: sk.load("nowhere"), "nowhere: expected a folder", "owner/repo")
+    refuses(lambda: sk.load(tmp_path, format="saelen"), "'saelen'", "did you mean 'saelens'?")
+    refuses(lambda: sk.load(tmp_path, format="saelens"), "cfg.json", "it is not there")
+    (tmp_path / "notes.txt").write_text("x")
+    refuses(lambda: sk.load(tmp_path / "notes.txt"), "expected the files of a saved SAE")
+    MAKE["native"](tmp_path)
+    MAKE["saelens"](tmp_path)
+    refuses(lambda: sk.load(tmp_path), "native and saelens and sparsify", "which format")
+    assert isinstance(sk.load(tmp_path, format="saelens"), sk.TopKSAE)
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    MAKE["native"](tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "spiral"}))
+    known = ", ".join(sk.nn.architectures())
+    refuses(lambda: sk.load(tmp_path), str(path), known, "'spiral'", "sae_kernels.nn.register")
+
+
+def test_from_pretrained_says_who_reads_the_others(tmp_path: Path) -> None:
+    saelens(tmp_path)
+    refuses(lambda: sk.SparseAutoencoder.from_pretrained(tmp_path), "sae_kernels.load")
+
+
+class Hub:
+    """The hub's client over a folder: what it was asked for, in order."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.asked: list[str] = []
+
+    def model_info(self, repository: str, revision: str | None = None) -> Any:
+        assert repository == "owner/repo"
+        files = sorted(p for p in self.root.rglob("*") if p.is_file())
+        names = [SimpleNamespace(rfilename=p.relative_to(self.root).as_posix()) for p in files]
+        return SimpleNamespace(sha=f"commit of {revision}", siblings=names)
+
+    def hf_hub_download(self, repository: str, file: str, *, revision: str, **_: Any) -> str:
+        assert (repository, revision) == ("owner/repo", "commit of v2")
+        self.asked.append(file)
+        return str(self.root / file)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fake = Hub(tmp_path / "repository")
+    fake.root.mkdir()
+    (fake.root / "README.md").write_text("a model card")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: fake)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fake.hf_hub_download)
+    return fake
+
+
+SETTINGS = {"saelens": "cfg.json", "sparsify": "cfg.json"}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_repository_gives_the_settings_first_and_no_other_file(hub: Hub, name: str) -> None:
+    MAKE[name](hub.root)
+    assert_loaded(sk.load("owner/repo", revision="v2"), hub.root)
+    settings = [] if name == "gemma_scope" else [SETTINGS.get(name, "config.json")]
+    assert hub.asked == [*settings, WEIGHTS[name]]
+
+
+def test_one_of_several_in_a_repository(hub: Hub) -> None:
+    for layer in range(3):
+        gemma_scope(hub.root / f"layer_{layer}" / "width_16k" / "average_l0_71")
+    sparsify(hub.root / "other")
+    refuses(
+        lambda: sk.load("owner/repo", revision="v2"),
+        "owner/repo: expected one SAE, got a folder with 4 of them: ",
+        "layer_0/width_16k/average_l0_71, ",
+    )
+    inside = "layer_1/width_16k/average_l0_71"
+    for name in (f"owner/repo/{inside}", f"owner/repo/{inside}/params.npz", "owner/repo/layer_1/"):
+        hub.asked.clear()
+        assert_loaded(sk.load(name, revision="v2"), hub.root / inside)
+        assert hub.asked == [f"{inside}/params.npz"]
+    assert isinstance(sk.load("owner/repo", format="sparsify", revision="v2"), sk.TopKSAE)
+    refuses(lambda: sk.load("owner/repo/none", revision="v2"), "expected the files of a saved SAE")
+
+
+def test_a_checkpoint_of_dictionary_learning_in_a_repository(hub: Hub) -> None:
+    MAKE["dictionary_learning"](hub.root / "trainer_0")
+    (hub.root / "trainer_0" / "checkpoints").mkdir()
+    file = "trainer_0/checkpoints/ae_100.pt"
+    (hub.root / "trainer_0" / "ae.pt").rename(hub.root / file)
+    sae = sk.load(f"owner/repo/{file}", revision="v2")
+    assert isinstance(sae, sk.ReLUSAE)
+    assert hub.asked == ["trainer_0/config.json", file]
+
+
+def test_a_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no route to the host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=offline))
+    refuses(lambda: sk.load("owner/repo"), "owner/repo", "(no route to the host)")
+
+
+def test_the_cache_is_read_without_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    commit = "0" * 40
+    saelens(cache / "models--owner--repo" / "snapshots" / commit / "layer_3")
+    (cache / "models--owner--repo" / "refs").mkdir()
+    (cache / "models--owner--repo" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    for name in ("owner/repo", "owner/repo/layer_3"):
+        assert isinstance(sk.load(name, local_files_only=True), sk.TopKSAE)
+    refuses(lambda: sk.load("owner/repo/no", local_files_only=True), "owner/repo/no", "cache")
+    refuses(lambda: sk.load("owner/other", local_files_only=True), "owner/other")
