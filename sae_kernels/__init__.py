@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sae_kernels import harvest as harvest
     from sae_kernels import io as io
     from sae_kernels import nn as nn
+    from sae_kernels import plotting as plotting
     from sae_kernels import primitives as primitives
     from sae_kernels import report as report
     from sae_kernels import runs as runs
@@ -114,6 +115,7 @@ _OFFERED: dict[str, tuple[str, ...]] = {
         "TopKObjective",
         "TopKSAE",
     ),
+    "plotting": (),
     "primitives": (),
     "report": (),
     "runs": (),

@@ -41,7 +41,7 @@ def test_figures_are_those_of_the_last_line(tmp_path: Path) -> None:
 
 def test_a_resumed_run_leaves_the_same_files(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "acts", D) as writer:
-        writer.append(torch.randn(256, D))
+        writer.write(torch.randn(256, D))
     data = ShardDataset(tmp_path / "acts")
     config = sk.TopKConfig(D, F, k=4)
     straight = sk.train(config, data, folder=tmp_path / "straight", **SETTINGS)
