@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import pickle
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sae_kernels import SparseCodes
 from sae_kernels.codes import joint_latent_order
@@ -269,8 +272,8 @@ def test_columns_are_those_of_the_dense_tensor(
     codes = some_codes(form, leading, dtype)
     wanted = torch.tensor(latents, dtype=torch.int64)
     expected = codes.to_dense()[..., wanted]
-    for given in (latents, tuple(latents), wanted, wanted.int()):
-        columns = codes.columns(given)
+    for form_of_list in (latents, tuple(latents), wanted, wanted.int()):
+        columns = codes.columns(form_of_list)
         assert columns.shape == (*leading, len(latents))
         assert columns.dtype == dtype
         assert_bitwise("columns", columns, expected)
@@ -343,3 +346,27 @@ def test_scipy_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
     with pytest.raises(ImportError, match=r"^to_scipy: expected SciPy.*pip install scipy$"):
         ragged().to_scipy()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_columns_and_scipy_agree_with_the_dense_tensor(data: st.DataObject) -> None:
+    n_latents = data.draw(st.integers(1, 12))
+    kept = data.draw(st.lists(st.sets(st.integers(0, n_latents - 1)), max_size=6))
+    values = data.draw(
+        st.lists(
+            st.sampled_from([0.0, -1.5, 2.0, torch.inf]),
+            min_size=sum(map(len, kept)),
+            max_size=sum(map(len, kept)),
+        )
+    )
+    indices = [latent for row in kept for latent in sorted(row)]
+    offsets = torch.tensor([0, *map(len, kept)]).cumsum(0).int()
+    codes = SparseCodes(
+        torch.tensor(values, dtype=torch.float32), torch.tensor(indices).int(), n_latents, offsets
+    )
+    latents = data.draw(st.lists(st.integers(0, n_latents - 1), max_size=8))
+    dense = codes.to_dense()
+    assert torch.equal(codes.columns(latents), dense[:, torch.tensor(latents).long()])
+    if importlib.util.find_spec("scipy"):  # not a dependency
+        assert torch.equal(torch.tensor(codes.to_scipy().toarray()), dense)
