@@ -173,3 +173,24 @@ def test_weights_of_several_dtypes_are_written_in_the_widest(tmp_path: Path, nam
     came = read(tmp_path).tensors
     assert {t.dtype for t in came.values()} == {torch.float32}
     assert all(torch.equal(came[n], tensors[n]) for n in tensors)
+
+
+@pytest.mark.parametrize("to", [name for name, format in formats.FORMATS.items() if format.write])
+def test_write_makes_the_format_that_is_named(tmp_path: Path, to: str) -> None:
+    config: SAEConfig = TOPK
+    if to == "dictionary_learning":
+        config = SwitchConfig(D, F, k=2, n_experts=4, encoder_bias=False)
+    tensors = exact_tensors(config)
+    if to == "dictionary_learning":
+        tensors["b_enc"].zero_()
+    formats.write(tmp_path / "sae", formats.Weights(config, tensors, {"layer": 3}), to)
+    assert detect(tmp_path / "sae") == to
+    came = read(tmp_path / "sae").tensors
+    assert all(torch.equal(came[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("to", ["gemma_scope", "sparsfy", ""])
+def test_a_format_that_is_not_written(tmp_path: Path, to: str) -> None:
+    weights = formats.Weights(TOPK, exact_tensors(TOPK), {})
+    refuses(lambda: formats.write(tmp_path / "sae", weights, to), f"to: got {to!r}")
+    assert not (tmp_path / "sae").exists()
