@@ -45,6 +45,7 @@ def on_every_architecture(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("case", "architecture"), pairs, ids=name)
 
 
+@pytest.mark.full
 @on_every_architecture(SAMPLE)
 def test_passes_the_gates_and_is_on_the_page(case: Case, architecture: int) -> None:
     check(compiled(tuple(SAMPLE))[case, architecture])
@@ -90,6 +91,7 @@ def test_every_kernel_that_triton_compiles_is_in_the_table() -> None:
     assert {(case.primitive, case.backend) for case in SAMPLE} == written
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_gather_that_floors_are_measured_with_is_a_good_one(architecture: int) -> None:
     table, indices = torch.empty(64, 768, dtype=torch.bfloat16), torch.zeros(16, 64).int()
@@ -107,6 +109,7 @@ def _sum_of_tiles(x, out, n, N: tl.constexpr):
     tl.store(out + at, total)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_gates_can_fail(architecture: int) -> None:
     # Sums of 64 x 256 numbers in one warp are 512 registers a thread: there are 255.

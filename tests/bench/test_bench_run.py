@@ -51,7 +51,7 @@ STEPS = [step(CASE.shape, "zipf", name) for name in ("topk", "batch_topk", "jump
 def planted() -> Iterator[None]:
     """Lets worker processes import the contestants of this folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
         yield
 
 
@@ -98,6 +98,7 @@ def test_the_contestant_without_a_fault_is_accepted(wrong: dict[str, results.Rec
     assert wrong["none"]["status"] == "measured"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "status", "words"),
     [
@@ -123,6 +124,7 @@ def test_a_library_that_is_not_there_is_said_to_be_missing() -> None:
     assert "no_such_module" in record["reason"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", [*OPERATORS, *STEPS], ids=lambda case: case.name)
 def test_everything_passes_the_gate_and_is_timed(
     case: Case, everything: dict[str, list[results.Record]]
@@ -136,6 +138,7 @@ def test_everything_passes_the_gate_and_is_timed(
         assert record["provider"] == "copy" or record["max_error"] <= record["error_budget"]
 
 
+@pytest.mark.full
 def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
     everything: dict[str, list[results.Record]],
 ) -> None:
@@ -151,6 +154,7 @@ def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
         assert record["speedup_of_ours_default"] == pytest.approx(default, rel=1e-3)
 
 
+@pytest.mark.full
 def test_an_idle_worker_takes_no_time_of_the_processor() -> None:
     """Its threads sleep after a parallel kernel: under 2 % of a core."""
     two = Settings(threads=2, rounds=3)
@@ -176,6 +180,7 @@ def test_what_does_not_fit_the_budget_is_skipped_and_said_so() -> None:
     assert "over" in records[0]["reason"]
 
 
+@pytest.mark.full
 def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
     """Interrupted in the second case: the first is in the file, the exit code is that of Ctrl-C."""
     out = tmp_path / "results.jsonl"

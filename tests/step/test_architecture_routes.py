@@ -93,6 +93,7 @@ def _assert_same_rest(fused: FusedStep, composable: ComposableStep) -> None:
         assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-5)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_each_step_is_the_oracles(name: str) -> None:
     _follow(ARCHITECTURES[name], 15)
@@ -129,6 +130,7 @@ def _trained(case: Architecture, route: type[FusedStep | ComposableStep], steps:
     return torch.stack(fvu)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [
