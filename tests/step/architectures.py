@@ -18,12 +18,15 @@ from sae_kernels.nn import (
     TopKConfig,
 )
 from sae_kernels.nn import build as build_sae
-from sae_kernels.step import FusedStep
+from sae_kernels.step import FusedStep, dense_pass
 from sae_kernels.step.dense_pass import can_be_dense
+from tests.step.harness import ROUTES
 
 if TYPE_CHECKING:
+    import pytest
     from torch import Tensor
 
+    from sae_kernels.step import ComposableStep
     from tests.step.harness import Route
 
 D, D_OUT, D_LAYER, F, B = 11, 7, 5, 37, 13
@@ -231,3 +234,15 @@ def set_dense(step: object, dense: bool) -> None:
     """Takes FusedStep's choice of a pass from it."""
     assert isinstance(step, FusedStep)
     step.dense_next = dense
+
+
+def route_of(
+    case: Architecture, way: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> FusedStep | ComposableStep:
+    """FusedStep made to take one of its passes, or the composable route."""
+    step: Any = build(case, ROUTES["composable" if way == "composable" else "fused"], backend)
+    if way != "composable":
+        set_dense(step, way != "sparse")
+    if way == "dense-tiles":  # five latents each, and two
+        monkeypatch.setattr(dense_pass, "_TILE_BYTES", 4 * B * 5)
+    return step

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_architecture_gradients import assert_result, counted
 
 from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.step import ComposableStep, FusedStep
@@ -22,8 +21,8 @@ from tests.step.architectures import (
     build,
 )
 from tests.step.clear_batches import clear_batch
-from tests.step.dense_steps import expected
-from tests.step.harness import ROUTES, load, state, tokens
+from tests.step.dense_steps import assert_result, expected
+from tests.step.harness import ROUTES, counted, load, state, tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

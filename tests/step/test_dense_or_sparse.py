@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_architecture_gradients import assert_result
 
 from sae_kernels.config import TrainConfig
 from sae_kernels.nn import ReLUConfig, ReLUSAE
@@ -17,7 +16,7 @@ from sae_kernels.step.dense_pass import DENSE_FROM
 from sae_kernels.testing import assert_bitwise, assert_within
 from tests.step.architectures import ARCHITECTURES, B, F, batch, build
 from tests.step.clear_batches import clear_batch
-from tests.step.dense_steps import expected
+from tests.step.dense_steps import assert_result, expected
 from tests.step.harness import state
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_architecture_gradients import route_of
 from torch import Tensor
 
 from sae_kernels.config import TrainConfig
@@ -15,7 +14,7 @@ from sae_kernels.nn import ReLUConfig, ReLUSAE
 from sae_kernels.step import ComposableStep, FusedStep
 from sae_kernels.step.sparsity import SparsitySchedule
 from sae_kernels.testing.dense import decoder_norm
-from tests.step.architectures import ARCHITECTURES, B, batch
+from tests.step.architectures import ARCHITECTURES, B, batch, route_of
 from tests.step.harness import ROUTES
 
 L0 = torch.tensor(5.0)
