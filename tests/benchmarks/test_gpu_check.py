@@ -23,7 +23,7 @@ from benchmarks.gpu_check.bars import BARS, Bar
 from sae_kernels.bench import timing
 from sae_kernels.bench.cases import Shape
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 Record = dict[str, Any]
 
