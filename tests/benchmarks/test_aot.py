@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,6 +21,9 @@ from benchmarks.aot import ARCHITECTURES, compiled_for
 from benchmarks.gpu_check.gather import gather_sum
 from benchmarks.kernel_table import CASES, PAGE, Case, Row
 from sae_kernels import gpu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 pytestmark = pytest.mark.skipif(
     gpu.interpreted(), reason="compiles kernels: TRITON_INTERPRET must not be set"
