@@ -52,8 +52,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_configure() -> None:
-    """A shell's background job ignores Ctrl-C, and so would every process that a test starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs tests that are named whatever their tier, and lets Ctrl-C end what a test starts."""
+    if config.option.markexpr == tiers.FAST and all("::" in name for name in config.args):
+        config.option.markexpr = ""
+    # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

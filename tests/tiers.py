@@ -19,6 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+FAST = "not full and not slow"  # what pyproject gives -m
 Row = tuple[tuple[int, str], ...]  # a case: axes by number, each with its value's id
 
 
