@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
+import interpreter
 import pytest
 import tiers
 import torch
@@ -38,6 +39,8 @@ if DEVICE.type != "cpu":
     # What torch asks for before it calls cuBLAS repeatable, which poisoned memory turns on.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_default_device(DEVICE)
+if gpu.interpreted():
+    interpreter.round_alike()
 PLAIN = DEVICE.type == "cpu" and not gpu.interpreted()
 
 # CI must not fail by chance: the same examples every time. A nightly run may ask for "random".
