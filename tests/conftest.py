@@ -14,10 +14,17 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Two test processes share the cores: threads that spin while they wait would take them from the
+# other. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
+import interpreter
 import pytest
+import tiers
 import torch
 
 from sae_kernels import backends, gpu
@@ -32,6 +39,8 @@ if DEVICE.type != "cpu":
     # What torch asks for before it calls cuBLAS repeatable, which poisoned memory turns on.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_default_device(DEVICE)
+if gpu.interpreted():
+    interpreter.round_alike()
 PLAIN = DEVICE.type == "cpu" and not gpu.interpreted()
 
 # CI must not fail by chance: the same examples every time. A nightly run may ask for "random".
@@ -46,10 +55,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_configure() -> None:
-    """A shell's background job ignores Ctrl-C, and so would every process that a test starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs tests that are named whatever their tier, and lets Ctrl-C end what a test starts."""
+    if config.option.markexpr == tiers.FAST and all("::" in name for name in config.args):
+        config.option.markexpr = ""
+    # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process a core, up to four; none beside this one where files or tests are named."""
+    named = all(Path(argument.partition("::")[0]).is_file() for argument in config.args)
+    return 0 if named else min(4, os.cpu_count() or 1)
 
 
 def pytest_report_header() -> str:
@@ -105,13 +123,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", backends_for(primitives), indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out, on other kernels than the host's, the tests that are not about kernels."""
-    if PLAIN:
-        return
-    kept = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    """Sorts the cases into tiers, and leaves out, on other kernels than the host's, other tests."""
+    if not PLAIN:
+        kept = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+    tiers.mark(items)
 
 
 @pytest.fixture

@@ -62,8 +62,9 @@ def test_from_dense_refuses_k_out_of_range(k: int) -> None:
 
 
 def test_gradients_pass_through_both_conversions() -> None:
-    dense = torch.randn(4, F, dtype=torch.float64, requires_grad=True)
-    codes = SparseCodes.from_dense(dense, 3)
+    dense = torch.randn(4, F, dtype=torch.float64)
+    dense[1] -= 9  # what is kept of it is negative
+    codes = SparseCodes.from_dense(dense.requires_grad_(), 3)
     again = codes.to_dense()
     kept = again != 0
     assert kept.sum(1).tolist() == [3] * 4
@@ -92,6 +93,15 @@ def test_latent_order_of_any_leading_shape(either_backend: str) -> None:
         assert codes.indices.flatten()[entries].tolist() == [latent] * entries.numel()
         assert order.rows[part].tolist() == (entries // 4).tolist()
         assert entries.tolist() == sorted(entries.tolist())
+
+
+def test_every_group_of_latents_has_rows_of_its_own(either_backend: str) -> None:
+    indices = torch.tensor([[0, 2], [3, 1]], dtype=torch.int32)
+    codes = SparseCodes(torch.ones(2, 2), indices, 4)
+    ends = torch.tensor([2, 2, 4], dtype=torch.int32)  # latents 0 and 1, none, 2 and 3
+    order = codes.latent_order(backend=either_backend).by_group(indices, ends, 2)
+    assert order.entries.tolist() == [0, 3, 1, 2]
+    assert order.rows.tolist() == [0, 1, 2 * 2 + 0, 2 * 2 + 1]
 
 
 def test_a_joint_order_adds_up_like_the_single_ones(either_backend: str) -> None:

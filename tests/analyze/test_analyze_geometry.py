@@ -138,6 +138,12 @@ def test_norms_do_not_matter_however_far_apart():
     assert ((scaled - cosines).abs() <= budget(rows) + 2 * torch.finfo(torch.float32).eps).all()
 
 
+def test_a_pair_at_the_threshold_itself_counts():
+    (tile,) = cosine_tiles(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+    for threshold, first, second in ((1.0, [0], [1]), (0.0, [0, 0, 1], [1, 2, 2])):
+        assert [t.tolist() for t in tile.pairs(threshold)] == [first, second]
+
+
 def test_tiles_hold_every_pair_once_whatever_their_edge():
     rows = random_rows(13, 5)
     for edge in (1, 4, 13, 100):

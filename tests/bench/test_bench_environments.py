@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -113,6 +112,7 @@ def test_an_unknown_name_makes_nothing(cache: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.full
 def test_what_pip_cannot_install_is_one_line(cache: Path) -> None:
     require("sparsify", "./nowhere/at-all")
     with pytest.raises(EnvironmentSetupError) as caught:
@@ -125,6 +125,7 @@ def test_what_pip_cannot_install_is_one_line(cache: Path) -> None:
     assert environments.python_of("sparsify") is None
 
 
+@pytest.mark.full
 def test_what_cannot_be_imported_is_one_line(cache: Path) -> None:
     require("sparsify", "# nothing")
     with pytest.raises(EnvironmentSetupError, match="ModuleNotFoundError: No module named 'torch'"):
@@ -133,25 +134,22 @@ def test_what_cannot_be_imported_is_one_line(cache: Path) -> None:
 
 
 def test_an_interrupted_setup_is_begun_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require("sparsify", "# nothing")
-    real = subprocess.run
+    where = environments.folder("sparsify")
 
-    def interrupted(command: list[str], **options: object) -> object:
-        if "pip" in command:
+    def interrupted(name: str, command: list[str]) -> str:
+        if "venv" not in command:
             raise KeyboardInterrupt
-        return real(command, **options)  # type: ignore[call-overload]
+        where.mkdir()
+        (where / "pyvenv.cfg").touch()
+        return ""
 
-    with monkeypatch.context() as patched:
-        patched.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(environments, "_run", interrupted)
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             environments.setup(["sparsify"], lambda _: None)
-    where = environments.folder("sparsify")
-    assert (where / "pyvenv.cfg").exists()
-    assert environments.python_of("sparsify") is None
-    (where / "left over").touch()
-    with pytest.raises(EnvironmentSetupError, match="torch"):
-        environments.setup(["sparsify"], lambda _: None)
-    assert not (where / "left over").exists()
+        assert environments.python_of("sparsify") is None
+        assert [path.name for path in where.iterdir()] == ["pyvenv.cfg"]
+        (where / "left over").touch()
 
 
 def test_a_strangers_folder_is_left_alone(cache: Path) -> None:

@@ -231,6 +231,7 @@ def test_the_roofs_are_the_best_of_the_run() -> None:
     assert found == (pytest.approx(2 * 2**28 / 0.064), {"float32": pytest.approx(7.73094113e12)})
 
 
+@pytest.mark.full
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = run()

@@ -101,6 +101,7 @@ def test_the_contestant_without_a_fault_is_accepted(wrong: dict[str, results.Rec
     assert wrong["none"]["status"] == "measured"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "status", "words"),
     [
@@ -126,6 +127,7 @@ def test_a_library_that_is_not_there_is_said_to_be_missing() -> None:
     assert "no_such_module" in record["reason"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", [*OPERATORS, *STEPS], ids=lambda case: case.name)
 def test_everything_passes_the_gate_and_is_timed(
     case: Case, everything: dict[str, list[results.Record]]
@@ -139,6 +141,7 @@ def test_everything_passes_the_gate_and_is_timed(
         assert record["provider"] == "copy" or record["max_error"] <= record["error_budget"]
 
 
+@pytest.mark.full
 def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
     everything: dict[str, list[results.Record]],
 ) -> None:
@@ -160,6 +163,7 @@ def test_every_operator_of_ours_counts_for_a_phase() -> None:
     assert {phase_of(f"sae_kernels::{name}") for name in names} < set(PHASES)
 
 
+@pytest.mark.full
 def test_an_idle_worker_takes_no_time_of_the_processor() -> None:
     """Its threads sleep after a parallel kernel: under 2 % of a core."""
     two = Settings(threads=2, rounds=3)
@@ -185,6 +189,7 @@ def test_what_does_not_fit_the_budget_is_skipped_and_said_so() -> None:
     assert "over" in records[0]["reason"]
 
 
+@pytest.mark.full
 def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
     """Interrupted in the second case: the first is in the file, the exit code is that of Ctrl-C."""
     out = tmp_path / "results.jsonl"

@@ -93,6 +93,7 @@ def test_env_as_json(run, monkeypatch):
     assert "secret" not in ran.out
 
 
+@pytest.mark.full
 def test_env_without_the_compiled_module_says_how_to_get_it(run, monkeypatch):
     def missing():
         raise RuntimeError("_C cannot be loaded; build it")

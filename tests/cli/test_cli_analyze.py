@@ -42,6 +42,7 @@ def test_two_side_by_side(run, saved, switch, data, tmp_path):
     assert [each["name"] for each in values["saes"]] == ["saved", "routed"]
 
 
+@pytest.mark.full
 def test_json_lines_are_those_of_the_file(run, saved, switch, data, tmp_path):
     out = tmp_path / "out"
     ran = run("analyze", saved, switch, "--data", data, "--out", out, "--json")

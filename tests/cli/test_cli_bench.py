@@ -13,6 +13,7 @@ from sae_kernels.data import ShardWriter
 TINY = ["--preset", "tiny", "--only", "step", "--rounds", "3", "--threads", "1"]
 
 
+@pytest.mark.full
 def test_a_run_is_written_shown_drawn_and_compared(run, tmp_path):
     out, plot = tmp_path / "one.jsonl", tmp_path / "report"
     (first, *records) = run("bench", *TINY, "--against", "dense", "--out", out, "--json").records()
@@ -53,6 +54,7 @@ def test_a_dry_run_says_who_cannot_and_why(run, monkeypatch, tmp_path):
     } | set(environments.PEERS)
 
 
+@pytest.mark.full
 def test_stored_activations_take_the_place_of_random_ones(run, tmp_path):
     with ShardWriter(tmp_path / "acts", 24, rows_per_shard=256) as writer:
         writer.write(torch.randn(300, 24, generator=torch.Generator().manual_seed(0)))

@@ -110,6 +110,7 @@ def dataset(tmp_path):
     return folder
 
 
+@pytest.mark.full
 def test_a_dataset_in_the_place_of_text(run, model, dataset, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="needs sae-kernels[datasets]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

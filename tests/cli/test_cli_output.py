@@ -56,6 +56,7 @@ def on_a_terminal(columns: int, **environment: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, 140])
 def test_a_terminal_shows_one_line_with_the_numbers_and_the_time_left(columns: int) -> None:
@@ -70,6 +71,7 @@ def test_a_terminal_shows_one_line_with_the_numbers_and_the_time_left(columns: i
     assert ("━" in last) == (columns == 140)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("no_color", [True, False])
 def test_no_color_is_honoured(no_color: bool) -> None:

@@ -17,6 +17,7 @@ COMMAND = [sys.executable, "-m", "sae_kernels"]
 FOREVER = ["--steps", "100000000", "--batch-size", "64", "--k", "2", "--log-every", "1"]
 
 
+@pytest.mark.full
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     ran = subprocess.run(
         [*COMMAND, "eval", "sae", tmp_path], capture_output=True, text=True, timeout=120
@@ -26,6 +27,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     assert re.fullmatch(r"sae-kernels: .* is not a data set.*\n", ran.stderr)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_keeps_what_was_learnt(data, tmp_path):
     out = tmp_path / "run"
@@ -49,6 +51,7 @@ def test_ctrl_c_keeps_what_was_learnt(data, tmp_path):
     assert metrics.read_text().endswith("}\n")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("no_color", [True, False])
 def test_a_terminal_gets_bars_and_no_color_is_honoured(data, tmp_path, no_color):

@@ -39,6 +39,7 @@ def test_the_page_goes_to_the_run_or_where_it_is_wanted(run, trained, tmp_path):
     assert "Measured on 50 tokens" in (tmp_path / "page" / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_the_command_on_the_page_repeats_the_run(run, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("report", trained)
@@ -50,6 +51,7 @@ def test_the_command_on_the_page_repeats_the_run(run, trained, tmp_path, monkeyp
     assert weights[0] == weights[1]
 
 
+@pytest.mark.full
 def test_other_data_are_measured_instead(run, trained, tmp_path):
     with ShardWriter(tmp_path / "new", 8) as writer:
         writer.write(torch.randn(100, 8))

@@ -91,6 +91,7 @@ def test_interrupted_and_resumed_is_the_same_run(
     assert_same_run(tmp_path / "straight", out)
 
 
+@pytest.mark.full
 @needs_signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_process_that_is_signalled_can_be_resumed(
@@ -307,6 +308,7 @@ STREAM = ["--steps", 9, "--batch-size", 24, "--n-latents", 32, "--context-length
 STREAM += ["--log-every", 1, "--checkpoint-every", 4]
 
 
+@pytest.mark.sampled(1)
 @needs_signals
 @pytest.mark.parametrize(
     ("arch", "layers"),
@@ -346,6 +348,7 @@ def test_a_stream_from_a_model(
     assert_same_run(straight, tmp_path / "again")
 
 
+@pytest.mark.full
 @needs_signals
 def test_a_stream_from_a_dataset(
     run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -78,6 +78,7 @@ def test_train_then_eval(run, model, text, tmp_path):
     assert _spliced(run, result["sae"], model, text)["kl"] > 0
 
 
+@pytest.mark.full
 def test_what_is_learnt_is_what_eval_measures(run, model, text, tmp_path):
     def kl(steps):
         out = tmp_path / str(steps)
@@ -89,6 +90,7 @@ def test_what_is_learnt_is_what_eval_measures(run, model, text, tmp_path):
     assert kl(60) < 0.5 * kl(1)
 
 
+@pytest.mark.full
 def test_jumprelu_from_a_file_of_settings(run, model, text, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(

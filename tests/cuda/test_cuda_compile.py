@@ -81,6 +81,7 @@ def compile_for(nvcc: str, unit: Path, architecture: str) -> dict[str, Usage]:
     return usage
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_and_each_fits_a_multiprocessor(
     nvcc: str, unit: Path, architecture: str
@@ -97,6 +98,7 @@ def test_no_kernel_spills_and_each_fits_a_multiprocessor(
     assert usage["select_tile"].registers <= REGISTERS // (6 * 128)
 
 
+@pytest.mark.full
 def test_scores_are_read_16_bytes_at_a_time(nvcc: str, unit: Path) -> None:
     out = unit.with_suffix(".ptx")
     flags = ("-std=c++17", "-arch=compute_90", "-ptx", f"-I{FOLDER}")
@@ -107,6 +109,7 @@ def test_scores_are_read_16_bytes_at_a_time(nvcc: str, unit: Path) -> None:
     assert len(re.findall(r"ld\.global(?:\.nc)?\.v4\.(?:f32|b32|u32)", body)) == 2 * 16 // 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_nvrtc_compiles_the_same_sources_and_flushes_nothing(architecture: str) -> None:
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc

@@ -46,6 +46,7 @@ def test_kernels_of_the_module_come_first(module: Any) -> None:
     assert cuda.route() == f"ahead of time ({module.build_info()['cuda_archs']})"
 
 
+@pytest.mark.full
 def test_without_a_route_each_is_told_its_remedy() -> None:
     # A None in sys.modules makes any import of the name fail.
     done = subprocess.run(
@@ -56,6 +57,7 @@ def test_without_a_route_each_is_told_its_remedy() -> None:
     assert "`pip install cupy-cuda13x`" in done.stdout
 
 
+@pytest.mark.full
 def test_without_the_module_cupy_is_the_route() -> None:
     cupy = pytest.importorskip("cupy")
     done = subprocess.run(

@@ -40,6 +40,7 @@ def results() -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_noticed(
     name: str, on_host: OnHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

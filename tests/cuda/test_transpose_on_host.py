@@ -10,7 +10,7 @@ import torch
 from sae_kernels.primitives.transpose_codes import cuda as sort
 from sae_kernels.primitives.transpose_codes import transpose_codes
 from sae_kernels.testing import assert_bitwise
-from tests.primitives.test_transpose_codes import SHAPES, expected, make
+from tests.primitives.transposing import SHAPES, expected, make
 
 if TYPE_CHECKING:
     from tests.cuda.conftest import OnHost

@@ -32,6 +32,7 @@ def outcomes() -> dict[str, tuple[str, float]]:
     return result
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", hostile_shards.CASES)
 def test_forged_ones_are_refused(name: str, outcomes: dict[str, tuple[str, float]]) -> None:
     result, seconds = outcomes[name]
@@ -41,6 +42,7 @@ def test_forged_ones_are_refused(name: str, outcomes: dict[str, tuple[str, float
     assert seconds < 1
 
 
+@pytest.mark.full
 def test_flipped_bits_are_found_or_change_nothing(outcomes: dict[str, tuple[str, float]]) -> None:
     flips = {name: result for name, result in outcomes.items() if name.startswith("flip")}
     assert len(flips) == hostile_shards.FLIPS

@@ -217,6 +217,7 @@ next(kept)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("depth", [1, 4])
 def test_a_forgotten_one_lets_the_process_end_silently(depth: int) -> None:
     code = FORGOTTEN.format(depth=depth)
@@ -230,6 +231,7 @@ def test_a_forgotten_one_lets_the_process_end_silently(depth: int) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.full
 def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
     code = """
 import threading

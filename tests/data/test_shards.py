@@ -325,7 +325,7 @@ def test_each_epoch_covers_each_row_once(n: int, batch_size: int) -> None:
     epochs = [list(chain(*part)) for part in (names[:per_epoch], names[per_epoch:])]
     for epoch in epochs:
         assert sorted(epoch) == list(range(n))
-    if n > 8:
+    if n >= 7:  # also those of one block, whose rows alone can change places
         assert epochs[0] != epochs[1] != list(range(n))
 
 

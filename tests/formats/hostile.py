@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-FLIPS = 200  # of each file
+FLIPS = 60  # of each file; many more with -m slow
 
 
 class Case(NamedTuple):

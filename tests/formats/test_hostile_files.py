@@ -59,15 +59,18 @@ def _check(results: list[dict[str, Any]]) -> None:
     assert not large, large
 
 
+@pytest.mark.full
 def test_every_case_is_read_or_refused_soon_and_in_little_memory(results: Any) -> None:
     _check(results)
 
 
+@pytest.mark.full
 def test_what_is_no_sae_is_refused(results: Any) -> None:
     read = [r["case"] for r in results if r["must_fail"] and r["came"] == "read"]
     assert not read, read
 
 
+@pytest.mark.full
 def test_messages_are_one_short_line_and_name_the_file(results: Any) -> None:
     for result in results:
         if result["came"] == "refused":
@@ -77,6 +80,7 @@ def test_messages_are_one_short_line_and_name_the_file(results: Any) -> None:
             assert len(message) < 1200, result
 
 
+@pytest.mark.full
 def test_no_refusal_is_a_want_of_memory(results: Any) -> None:
     """The limit on the address space must not be what refuses."""
     for result in results:
@@ -85,6 +89,7 @@ def test_no_refusal_is_a_want_of_memory(results: Any) -> None:
         assert "alloc" not in message, result
 
 
+@pytest.mark.full
 def test_the_corpus_reaches_every_format(results: Any) -> None:
     counts = Counter((r["case"].split(": ")[0], r["came"]) for r in results)
     for format in FORMATS:

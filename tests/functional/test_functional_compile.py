@@ -146,6 +146,7 @@ def assert_like_eager(sae: Ragged, compiled: Any, n_tokens: int) -> None:
         assert_within(f"{name} of {n_tokens} tokens", ours[name], expected, slack)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ENCODERS)
 def test_ragged_codes_compile_once_for_all_numbers_of_tokens_and_entries(name: str) -> None:
     # Dynamo takes an operator whose output's size depends on data into a graph only where it is
@@ -165,6 +166,7 @@ def test_ragged_codes_compile_once_for_all_numbers_of_tokens_and_entries(name: s
     assert compiles == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["batch_topk", "jumprelu and step"])
 def test_where_the_graph_breaks_at_ragged_codes_the_result_is_the_same(name: str) -> None:
     # Then what runs an operator must not be compiled in pieces: kernels have been given addresses.
@@ -175,6 +177,7 @@ def test_where_the_graph_breaks_at_ragged_codes_the_result_is_the_same(name: str
             assert_like_eager(sae, compiled, n_tokens)
 
 
+@pytest.mark.full
 def test_a_number_of_latents_may_change_too() -> None:
     def total(x: torch.Tensor, W: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         codes = encode_jumprelu(x, W, None, threshold, bandwidth=1.0)
@@ -347,6 +350,7 @@ def check_operators(case: Case) -> None:
         opcheck(operator.default, args)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", FAST_CASES, ids=lambda case: case.name)
 def test_opcheck(case: Case) -> None:
     check_operators(case)

@@ -146,6 +146,7 @@ class Gated(torch.nn.Module):
         return error + load_balance(routing), codes
 
 
+@pytest.mark.full
 def test_compiled_for_any_batch_and_equal_to_eager() -> None:
     torch._dynamo.reset()
     module = Gated()

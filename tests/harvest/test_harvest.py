@@ -113,6 +113,7 @@ def _expected(model: Any, tokenizer: Any, documents: list[str]) -> tuple[Tensor,
     return torch.cat(rows), tokens, numbers
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("window", [1, 30, 100_000])
 def test_rows_are_the_layers_output_in_the_order_of_the_text(

@@ -171,6 +171,7 @@ def test_names_that_are_no_dataset(tmp_path: Path) -> None:
         dataset_documents("parquet")
 
 
+@pytest.mark.full
 def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
     code = "from sae_kernels.harvest import dataset_documents; dataset_documents('owner/name')"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

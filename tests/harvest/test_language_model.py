@@ -156,6 +156,7 @@ SAES: list[SparseAutoencoder] = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sae", SAES, ids=lambda sae: type(sae).__name__)
 def test_how_tokens_are_batched_does_not_matter(
     batches: list[TokenBatch], sae: SparseAutoencoder

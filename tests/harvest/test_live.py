@@ -282,6 +282,7 @@ print(json.dumps([16384 * 256 * 4, before, *after]))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_memory_stays_within_two_windows() -> None:
     command = [sys.executable, "-c", _MEASURED, str(Path(__file__).parent)]

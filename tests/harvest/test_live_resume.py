@@ -38,6 +38,7 @@ def per_epoch(**options: Any) -> int:
     return len(list(live(epochs=1, **options)))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("batch_size", [7, BATCH, 130])
 def test_resumed_is_straight_at_every_position(batch_size: int) -> None:
     """Batches inside a window, over the edge of one, over several, and over epochs."""

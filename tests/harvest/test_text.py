@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.full
 def test_python_corpus_is_large_real_text_and_imports_nothing() -> None:
     from pydoc_data.topics import topics
 

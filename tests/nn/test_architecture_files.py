@@ -38,10 +38,12 @@ def test_files_hold_every_bit(config: SAEConfig, dtype: torch.dtype, tmp_path: P
     assert list(again.state_dict()) == list(sae.state_dict())
     for name, t in sae.state_dict().items():
         assert_bitwise(name, again.state_dict()[name].reshape(-1), t.reshape(-1))
+    # Close, no more: torch's products (a router, a skip connection) may round otherwise with
+    # weights at other addresses.
     x = x_of(config, B).to(dtype)
-    assert_bitwise("x_hat", again(x).x_hat, sae(x).x_hat)
+    torch.testing.assert_close(again(x).x_hat, sae(x).x_hat)
     own = type(sae).from_pretrained(tmp_path)
-    assert_bitwise("x_hat", own(x).x_hat, sae(x).x_hat)
+    torch.testing.assert_close(own(x).x_hat, sae(x).x_hat)
 
 
 CLASSES = (TopKSAE, BatchTopKSAE, JumpReLUSAE, ReLUSAE, GatedSAE, SwitchSAE)

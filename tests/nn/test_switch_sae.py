@@ -208,6 +208,7 @@ def test_autocast_sets_the_dtype_of_the_operands() -> None:
     assert_bitwise("experts", under.routing.experts, alone.routing.experts)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("one_thread")
 @each
 def test_compiled_it_is_the_same(options: dict[str, Any]) -> None:

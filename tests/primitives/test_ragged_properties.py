@@ -66,6 +66,7 @@ def test_select_batch_topk(
     assert_codes(came, exact.h, oracles.batch_topk(exact.h, exact.key, count))
 
 
+@pytest.mark.full
 @hypothesis.given(drawn=problems(), share=st.sampled_from([0.0, 0.02, 0.2, 1.0]))
 def test_ragged_codes_through_the_decoder(drawn: Drawn, share: float, enter: Any) -> None:
     enter(drawn)

@@ -47,6 +47,7 @@ def drawn(request, make_report):
     return report, draw_figures(report)
 
 
+@pytest.mark.sampled(2)
 def test_png_files_are_images_with_ink(drawn):
     from matplotlib.image import imread
 

@@ -57,6 +57,7 @@ def _tiles(html: str) -> dict[str, str]:
     return dict(re.findall(r'<dt>([^<]*)</dt><dd class="big">([^<]*)</dd>', html))
 
 
+@pytest.mark.full
 def test_page_shows_the_numbers_and_leaves_only_finished_files(make_report, tmp_path: Path):
     page = write_report(make_report(), tmp_path / "new" / "run")
     html = page.read_text(encoding="utf-8")
@@ -87,6 +88,7 @@ def test_page_is_self_contained(make_report, tmp_path: Path):
     assert {t[1:] for t in targets} <= set(Outline(html).ids)
 
 
+@pytest.mark.full
 def test_hostile_text_is_escaped_everywhere(make_report, tmp_path: Path):
     bad = '<script>alert("x")</script>'
     context = TokenContext([bad, bad, "\ud800", "\n"], [1.0, 2.0, 0.5, 0.0], 1)
@@ -101,6 +103,7 @@ def test_hostile_text_is_escaped_everywhere(make_report, tmp_path: Path):
     assert "↵" in html
 
 
+@pytest.mark.full
 def test_tokens_join_shade_and_mark_the_peak(make_report, tmp_path: Path):
     html = write_report(make_report(), tmp_path).read_text(encoding="utf-8")
     row = re.search(r'<li tabindex="0">.*?</li>', html)
@@ -124,6 +127,7 @@ def test_peak_word(tokens, peak, word):
     assert peak_word(TokenContext(tokens, [1.0] * len(tokens), peak)) == word
 
 
+@pytest.mark.full
 def test_tokens_that_bring_their_own_space_get_no_second_one(make_report, tmp_path: Path):
     context = TokenContext([" the", " cat", "fish", " sat"], [0.0, 1.0, 0.0, 0.0], 1)
     report = make_report(examples=[LatentExamples(1, 0.1, 1.0, [context])])
@@ -133,6 +137,7 @@ def test_tokens_that_bring_their_own_space_get_no_second_one(make_report, tmp_pa
     assert re.sub("<[^>]*>", "", row[0]) == " the catfish sat"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_show_as_missing(make_report, tmp_path: Path, value: float):
     context = TokenContext(["a", "b"], [value, 1.0], 0)
@@ -159,6 +164,7 @@ def test_a_report_with_nothing_in_it(make_report, tmp_path: Path):
     assert "Reproduce" not in html
 
 
+@pytest.mark.full
 def test_a_failed_write_keeps_the_old_page(make_report, tmp_path: Path, monkeypatch):
     page = write_report(make_report(title="old"), tmp_path)
     before = page.read_bytes()

@@ -87,6 +87,7 @@ def trained(tmp_path: Path, data: Callable[[str], Path]) -> Callable[..., Path]:
     return trained
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_is_measured_on_its_own_data_and_says_so(
     trained: Callable[..., Path], data: Callable[[str], Path], arch: str
@@ -129,6 +130,7 @@ def test_given_data_are_not_called_training_data(
         run_report(run, [run / "nowhere"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("table", [{}, {"folders": ["gone"]}])
 def test_what_cannot_be_known_is_left_out(
     tmp_path: Path, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -193,6 +195,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         run_report(tmp_path)
 
 
+@pytest.mark.full
 def test_values_that_are_missing_are_nan_in_the_curve(trained: Callable[..., Path]) -> None:
     run = trained("topk")
     metrics = run / "metrics.jsonl"

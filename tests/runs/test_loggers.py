@@ -122,6 +122,7 @@ def ended(path: Path) -> bool:
     return bool(record.HasField("exit"))
 
 
+@pytest.mark.full
 def test_wandb_offline_keeps_lines_and_goes_on_under_the_same_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_new_run_in_an_old_folder_has_an_id_of_its_own(
     assert ids[0] != ids[1]
 
 
+@pytest.mark.full
 def test_wandb_without_a_key_is_refused_at_once(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code = (

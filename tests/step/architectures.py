@@ -17,14 +17,16 @@ from sae_kernels.nn import (
     TopKConfig,
 )
 from sae_kernels.nn import build as build_sae
-from sae_kernels.step import FusedStep
+from sae_kernels.step import FusedStep, dense_pass
 from tests.settings import settings
-from tests.step.harness import stepping
+from tests.step.harness import ROUTES, stepping
 
 if TYPE_CHECKING:
+    import pytest
     from torch import Tensor
 
     from sae_kernels.config import TrainConfig
+    from sae_kernels.step import AutogradStep
     from tests.step.harness import Route
 
 D, D_OUT, D_LAYER, F, B = 11, 7, 5, 37, 13
@@ -233,3 +235,15 @@ def set_dense(step: object, dense: bool) -> None:
     """Takes FusedStep's choice of a pass from it."""
     assert isinstance(step, FusedStep)
     step.dense_next = dense
+
+
+def route_of(
+    case: Architecture, way: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> FusedStep | AutogradStep:
+    """FusedStep made to take one of its passes, or the composable route."""
+    step: Any = build(case, ROUTES["autograd" if way == "autograd" else "fused"], backend)
+    if way != "autograd":
+        set_dense(step, way != "sparse")
+    if way == "dense-tiles":  # five latents each, and two
+        monkeypatch.setattr(dense_pass, "_TILE_BYTES", 4 * B * 5)
+    return step

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytest
 import torch
 
+from sae_kernels.testing import assert_within
+from tests.step.architectures import B
 from tests.step.bounded import Bounded, Kept, add_rows, auxk_step, clipped, projected
 from tests.step.dense_problem import problem, variance
 from tests.step.dense_twin import bounds
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.step import StepResult
     from tests.step.dense_problem import Problem, Route
 
 
@@ -55,6 +59,15 @@ def expected(route: Route, x: Tensor, target: Tensor | None) -> Expected:
     fvu = residual.value.square().sum() / variance(given.y)
     fired = (result.codes != 0).sum(0)
     return Expected(loss, Bounded(fvu, errors["fvu"]), aux_loss, gradients, fired)
+
+
+def assert_result(result: StepResult, want: Expected) -> None:
+    """The losses within their bounds, the counts exactly."""
+    for field in ("loss", "fvu", "aux_loss"):
+        bound = getattr(want, field)
+        assert_within(field, getattr(result, field), bound.value, bound.error)
+    assert not result.skipped
+    assert float(result.l0) == pytest.approx(int(want.fired.sum()) / B, rel=2**-23)
 
 
 def _auxk(

@@ -175,3 +175,18 @@ def watched(
         result = route(x, **arguments)
     assert len(calls) in (1, 2)
     return Seen(calls[0], calls[1] if len(calls) == 2 else None, result)
+
+
+def counted(step: FusedStep | AutogradStep, **arguments: Any) -> tuple[StepResult, Tensor]:
+    """A step, and how often each latent fired by its own count."""
+    counts: list[Tensor] = []
+    update = step.dead.update
+
+    def recorded(fired: Tensor, *others: Any, **named: Any) -> None:
+        counts.append(fired.clone())
+        update(fired, *others, **named)
+
+    step.dead.update = recorded  # type: ignore[method-assign]
+    result = step(**arguments)
+    del step.dead.update
+    return result, counts[0]

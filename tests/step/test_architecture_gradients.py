@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from sae_kernels.step import dense_pass
 from sae_kernels.testing import assert_bitwise, assert_within
-from tests.step.architectures import ARCHITECTURES, B, batch, build, set_dense
+from tests.step.architectures import ARCHITECTURES, B, batch, build, route_of
 from tests.step.clear_batches import clear_batch
-from tests.step.dense_steps import Expected, expected
-from tests.step.harness import ROUTES, state
+from tests.step.dense_steps import Expected, assert_result, expected
+from tests.step.harness import ROUTES, counted, state
 
 if TYPE_CHECKING:
-    from sae_kernels.step import AutogradStep, FusedStep, StepResult
     from tests.step.architectures import Architecture
 
 WAYS = ("sparse", "dense", "dense-tiles", "autograd")
@@ -27,42 +24,6 @@ CASES = [
     for way in WAYS
     if "dense" not in way or case.can_be_dense()
 ]
-
-
-def route_of(
-    case: Architecture, way: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> FusedStep | AutogradStep:
-    """FusedStep made to take one of its passes, or the composable route."""
-    step: Any = build(case, ROUTES["autograd" if way == "autograd" else "fused"], backend)
-    if way != "autograd":
-        set_dense(step, way != "sparse")
-    if way == "dense-tiles":  # five latents each, and two
-        monkeypatch.setattr(dense_pass, "_TILE_BYTES", 4 * B * 5)
-    return step
-
-
-def counted(step: FusedStep | AutogradStep, **arguments: Any) -> tuple[StepResult, Tensor]:
-    """A step, and how often each latent fired by its own count."""
-    counts: list[Tensor] = []
-    update = step.dead.update
-
-    def recorded(fired: Tensor, *others: Any, **named: Any) -> None:
-        counts.append(fired.clone())
-        update(fired, *others, **named)
-
-    step.dead.update = recorded  # type: ignore[method-assign]
-    result = step(**arguments)
-    del step.dead.update
-    return result, counts[0]
-
-
-def assert_result(result: StepResult, want: Expected) -> None:
-    """The losses within their bounds, the counts exactly."""
-    for field in ("loss", "fvu", "aux_loss"):
-        bound = getattr(want, field)
-        assert_within(field, getattr(result, field), bound.value, bound.error)
-    assert not result.skipped
-    assert float(result.l0) == pytest.approx(int(want.fired.sum()) / B, rel=2**-23)
 
 
 def _assert_something_is_tested(case: Architecture, want: Expected) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_architecture_gradients import assert_result, counted
 
 from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.step import AutogradStep, FusedStep
@@ -22,8 +21,8 @@ from tests.step.architectures import (
     build,
 )
 from tests.step.clear_batches import clear_batch
-from tests.step.dense_steps import expected
-from tests.step.harness import ROUTES, load, state, tokens
+from tests.step.dense_steps import assert_result, expected
+from tests.step.harness import ROUTES, counted, load, state, tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +92,7 @@ def _assert_same_rest(fused: FusedStep, composable: AutogradStep) -> None:
         assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-5)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_each_step_is_the_oracles(name: str) -> None:
     _follow(ARCHITECTURES[name], 15)
@@ -129,6 +129,7 @@ def _trained(case: Architecture, route: type[FusedStep | AutogradStep], steps: i
     return torch.stack(fvu)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [

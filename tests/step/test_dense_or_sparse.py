@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_architecture_gradients import assert_result
 
 from sae_kernels.nn import ReLUConfig, ReLUSAE
 from sae_kernels.step import FusedStep
@@ -17,7 +16,7 @@ from sae_kernels.testing import assert_bitwise, assert_within
 from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, B, F, batch, build
 from tests.step.clear_batches import clear_batch
-from tests.step.dense_steps import expected
+from tests.step.dense_steps import assert_result, expected
 from tests.step.harness import state, stepping
 
 if TYPE_CHECKING:

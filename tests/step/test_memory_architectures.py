@@ -1,11 +1,12 @@
-"""How much memory the steps of other architectures take; see test_memory.py for how it is taken."""
+"""How much memory the steps of other architectures take; see memory_probe for how it is taken."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from test_memory import _mebibytes
+
+from tests.step.memory_probe import mebibytes
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,12 +75,12 @@ def _sparse(case: tuple[str, str], compute: str) -> float:
     config, train = case
     shift = -3.0 if "ReLUConfig(D, F)" in config or "Gated" in config else 0.0
     values = {"SHIFT": shift, "DENSE": False, "LEAST": 20, "MOST": 50}
-    return _mebibytes(_STEP, CONFIG=config, TRAIN=train, COMPUTE=compute, **values)
+    return mebibytes(_STEP, CONFIG=config, TRAIN=train, COMPUTE=compute, **values)
 
 
 @both
 @pytest.mark.parametrize("case", SPARSE.values(), ids=SPARSE)
-def test_a_sparse_step_fits_in_64_mebibytes(case: tuple[str, str], compute: str) -> None:
+def test_a_sparse_step_fits_in_64mebibytes(case: tuple[str, str], compute: str) -> None:
     """As TopK's does: nothing of [B, F], and no gradient of [F, D]."""
     assert _sparse(case, compute) < 64
 
@@ -100,5 +101,5 @@ def test_a_dense_pass_holds_two_gradients_and_tiles(case: tuple[str, str], compu
     """
     config, train = case
     values = {"SHIFT": 0.0, "DENSE": True, "LEAST": 5000, "MOST": 20000}
-    came = _mebibytes(_STEP, CONFIG=config, TRAIN=train, COMPUTE=compute, **values)
+    came = mebibytes(_STEP, CONFIG=config, TRAIN=train, COMPUTE=compute, **values)
     assert 2 * GRADIENT < came < 2 * GRADIENT + (1 if config == "ReLUConfig(D, F)" else 2) * H

@@ -81,6 +81,7 @@ def _same(a: Kept | None, b: Kept | None) -> bool:
     return a is b or all(map(torch.equal, a, b))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_each_step_from_the_same_state_is_the_same(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_each_step_from_the_same_state_is_the_same(
     assert aux_steps == 0 if variant.n_dead == 0 else aux_steps > variant.steps // 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", ["default", "many-dead", "bf16"])
 def test_run_freely_both_reach_the_same_fvu(variant: str) -> None:
     """Rounding differences grow with the steps, but training must not care: within 1 %."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_architecture_gradients import route_of
 from torch import Tensor
 
 from sae_kernels.nn import JumpReLUConfig, ReLUConfig, ReLUSAE
@@ -15,7 +14,7 @@ from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.step.counters import SparsitySchedule
 from sae_kernels.testing.dense import decoder_norm
 from tests.settings import settings
-from tests.step.architectures import ARCHITECTURES, B, batch
+from tests.step.architectures import ARCHITECTURES, B, batch, route_of
 from tests.step.harness import ROUTES, stepping
 
 if TYPE_CHECKING:

@@ -122,7 +122,10 @@ def test_half_precision_rows_are_the_numbers_they_hold() -> None:
 def test_evaluating_leaves_no_trace() -> None:
     sae, x = _trained(), tokens(200, seed=77)
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    scalars = evaluate(sae, x).scalars()
+    for mode in (False, True):
+        sae.train(mode)
+        scalars = evaluate(sae, x).scalars()
+        assert sae.training is mode
     assert "latent_density" not in scalars
     assert all(isinstance(value, (int, float)) for value in scalars.values())
     for name, p in sae.named_parameters():

@@ -26,6 +26,8 @@ from tests.training.same_runs import untimed
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.full  # many processes, one after the other
+
 # Forked from a process that has imported everything and run no kernel: a run starts at once.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.doomed"])

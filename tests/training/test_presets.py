@@ -12,7 +12,7 @@ from sae_kernels.config import OptimizerConfig, TrainConfig
 from sae_kernels.data import JointRows
 from sae_kernels.nn import SAEConfig, SparseAutoencoder, nested_groups, preset, presets
 from sae_kernels.runs.metrics import read_metrics
-from sae_kernels.testing import assert_bitwise
+from sae_kernels.testing import assert_bitwise, assert_within, rounding
 from sae_kernels.training import RunConfig, evaluate, prepare, train
 from tests.step.harness import tokens
 
@@ -75,7 +75,15 @@ def test_it_trains_is_saved_and_read_again(name: str, route: str, tmp_path: Path
     for other in (folded, saved):
         assert_bitwise("latents", saved.encode(x).indices, other.encode(x).indices)
         assert_bitwise("values", saved.encode(x).values, other.encode(x).values)
-        assert_bitwise("x_hat", saved(x).x_hat, other(x).x_hat)
+        ours_x_hat, x_hat = other(x).x_hat, saved(x).x_hat
+        if not ours.config.skip:
+            assert_bitwise("x_hat", x_hat, ours_x_hat)
+            continue
+        # torch's product with what a file holds, at other addresses, may round otherwise.
+        # What is added to it is at most |x_hat| and its own terms; two results, each so far off.
+        terms = 2 * (x.abs() @ folded.W_skip.detach().abs().T) + x_hat.abs()
+        budget = 2 * rounding(x.shape[1] + 1, terms.double(), torch.float32)
+        assert_within("x_hat", x_hat, ours_x_hat, budget)
     # In the scale of training the values are others, by that scale, and rounded elsewhere.
     scale = ours.config.activation_scale
     torch.testing.assert_close(

@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("name", "option"),
     [(name, route) for name in PRESETS for route in ("fused", "autograd")]

@@ -70,6 +70,7 @@ SAES: dict[str, tuple[Any, SAEConfig, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SAES)
 def test_on_a_stream(name: str, model: Any, tmp_path: Path) -> None:
     layer, sae, changes = SAES[name]
@@ -216,6 +217,7 @@ class Through:
         return train_end_to_end(self.model, batches, "h.1", sae, self.config, weights, **options)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", E2E)
 def test_end_to_end(name: str, model: Any, tmp_path: Path) -> None:
     sae_config, changes = E2E[name]

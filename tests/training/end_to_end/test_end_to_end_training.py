@@ -110,6 +110,7 @@ def test_training_lowers_the_loss_and_leaves_the_model(kind: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.full
 def test_a_penalty_makes_codes_sparse() -> None:
     free = _train(ReLUConfig(D, F), steps=60)
     held = _train(ReLUConfig(D, F), steps=60, sparsity="l1", sparsity_coefficient=0.02)
@@ -118,6 +119,7 @@ def test_a_penalty_makes_codes_sparse() -> None:
     assert held.metrics[-1]["l0"] < 0.7 * free.metrics[-1]["l0"]
 
 
+@pytest.mark.full
 def test_jumprelu_thresholds_move_l0_to_the_target() -> None:
     penalty = {"sparsity": "target_l0", "target_l0": 5.0, "sparsity_coefficient": 0.3}
     config = JumpReLUConfig(D, F, threshold_init=0.3, bandwidth=0.2)

@@ -24,7 +24,7 @@ from sae_kernels.bench import timing
 from sae_kernels.bench.cases import Shape
 from sae_kernels.bench.work import Rates
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 Record = dict[str, Any]
 
@@ -46,6 +46,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Record], fl
     return done.stdout, lines, seconds
 
 
+@pytest.mark.full
 def test_a_dry_run_goes_through_every_stage_and_says_what_it_is(dry) -> None:
     output, (first, *records), seconds = dry
     assert seconds < 90
@@ -61,6 +62,7 @@ def test_a_dry_run_goes_through_every_stage_and_says_what_it_is(dry) -> None:
     assert (skipped["what"], skipped["why"]) == ("compute-sanitizer", "no GPU here")
 
 
+@pytest.mark.full
 def test_a_dry_run_tests_a_triton_kernel_for_real(dry) -> None:
     _, (_, *records), _ = dry
     tests = {(r["kernel"], r["backend"]): r for r in records if r["kind"] == "tests"}
@@ -71,6 +73,7 @@ def test_a_dry_run_tests_a_triton_kernel_for_real(dry) -> None:
         assert tests["FusedStep", "automatic"]["skipped"] > 0
 
 
+@pytest.mark.full
 def test_every_group_of_measurements_ran(dry) -> None:
     _, (_, *records), _ = dry
     assert {r["group"] for r in records if "group" in r} == set(measure.GROUPS)
@@ -80,6 +83,7 @@ def test_every_group_of_measurements_ran(dry) -> None:
     assert checked == {*primitives.NAMES, "FusedStep"}
 
 
+@pytest.mark.full
 def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check.measure", "epilogue-gpu-small", "--dry"]
     done = subprocess.run(
@@ -99,6 +103,7 @@ def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
     assert over == 0
 
 
+@pytest.mark.full
 def test_every_bar_has_a_measurement_behind_it(dry) -> None:
     # On the CPU no GPU backend runs and torch counts no memory: there the case must be measured.
     _, (_, *records), _ = dry
@@ -110,6 +115,7 @@ def test_every_bar_has_a_measurement_behind_it(dry) -> None:
         assert on_gpus_only or bar.value(records) is not None, bar
 
 
+@pytest.mark.full
 def test_the_page_refuses_a_dry_run(dry, tmp_path: Path) -> None:
     _, (first, *records), _ = dry
     file = tmp_path / "gpu-machine.jsonl"
@@ -225,6 +231,7 @@ def test_the_summary_says_what_was_skipped_and_which_bars_are_open() -> None:
     assert "open           <= 1.5  FusedStep at gpu-mid: time over its floor" in text
 
 
+@pytest.mark.full
 @no_gpu
 def test_a_group_that_fails_does_not_stop_the_next() -> None:
     # Not a dry run, so they ask for a GPU: each fails in a process of its own.
@@ -237,6 +244,7 @@ def test_a_group_that_fails_does_not_stop_the_next() -> None:
     assert verdict("measure", records)[0] == "failed"
 
 
+@pytest.mark.full
 def test_measurements_without_time_are_skipped_by_name() -> None:
     records = list(measure.measurements(list(measure.GROUPS), False, time.monotonic()))
     assert [(r["kind"], r["what"]) for r in records] == [("skipped", g) for g in measure.GROUPS]

@@ -82,6 +82,7 @@ def test_the_page_shows_the_result(ran):
     }
 
 
+@pytest.mark.full
 def test_it_replaces_its_own_folder_and_no_other(ran, tiny, tmp_path):
     out, lines = ran
     again = tiny(out, steps=STEPS)
