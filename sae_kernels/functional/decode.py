@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sae_kernels.codes import SparseCodes
-from sae_kernels.functional.layout import warn_if_copied
+from sae_kernels.functional.layout import warn_of_copies
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
@@ -46,7 +46,8 @@ def decode(
         [[1.0, 7.0]]
     """
     checks.shape("W_dec", W_dec, [codes.n_latents, "D"], "one row per latent of the codes")
-    warn_if_copied("W_dec", W_dec, stacklevel=3)
+    if not W_dec.is_contiguous():
+        warn_of_copies("W_dec", W_dec, stacklevel=3)
     dtype = compute_dtype or autocast_dtype(W_dec) or W_dec.dtype
     flat = codes.flat()
     out = _Decode.apply(

@@ -8,7 +8,7 @@ import torch
 
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.entries import jumprelu
-from sae_kernels.functional.layout import warn_if_copied
+from sae_kernels.functional.layout import warn_of_copies
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
 from sae_kernels.functional.route import RoutedCodes, Routing
 from sae_kernels.primitives import checks
@@ -256,7 +256,8 @@ def _call(
     dtype = compute_dtype or autocast_dtype(x) or W_enc.dtype
     checks.dtype("compute_dtype", torch.empty(0, dtype=dtype), checks.OPERAND_DTYPES)
     checks.shape("W_enc", W_enc, ["F", "D"], "latents first")
-    warn_if_copied("W_enc", W_enc, stacklevel=4)
+    if not W_enc.is_contiguous():
+        warn_of_copies("W_enc", W_enc, stacklevel=4)
     checks.shape("b_enc", b_enc, [W_enc.shape[0]], "one bias per latent")
     checks.as_wide_as(x, W_enc, "W_enc")
     if x.shape[-1] == 0:

@@ -9,7 +9,7 @@ import torch
 _warned: set[str] = set()
 
 
-def warn_if_copied(name: str, weights: torch.Tensor, stacklevel: int) -> None:
+def warn_of_copies(name: str, weights: torch.Tensor, stacklevel: int) -> None:
     """Warns once a process and argument about a matrix whose rows do not lie one after the other.
 
     The kernels read [F, D] row by row, so a transposed view of a [D, F] tensor is copied at every
@@ -20,7 +20,7 @@ def warn_if_copied(name: str, weights: torch.Tensor, stacklevel: int) -> None:
         weights: [F, D].
         stacklevel: of the caller's frame, counted from this function's, as `warnings.warn` counts.
     """
-    if torch.compiler.is_compiling() or weights.is_contiguous() or name in _warned:
+    if torch.compiler.is_compiling() or name in _warned:
         return
     _warned.add(name)
     theirs = "W.T" if weights.t().is_contiguous() else "W"

@@ -2,32 +2,32 @@
 
 An architecture is a class of its own in a file of its own. It says which latents a token keeps
 (:meth:`SparseAutoencoder.select`) and what becomes of their pre-activations
-(:meth:`SparseAutoencoder.activate`); what training asks of it besides is in
-:mod:`sae_kernels.nn.hooks`.
+(:meth:`SparseAutoencoder.activate`); what training asks of it besides has the answer of a plain
+architecture here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from sae_kernels import functional
+from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig
-from sae_kernels.nn.hooks import TrainingHooks
 from sae_kernels.nn.initialise import geometric_median, initial_weights
+from sae_kernels.nn.objective import Reconstruction, sparsity_penalty
 from sae_kernels.nn.saving import Saving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.objective import Prefixes
+    from sae_kernels.nn.objective import Context, Prefixes
     from sae_kernels.nn.registry import Preset
-
-_SAE = TypeVar("_SAE", bound="SparseAutoencoder")
+    from sae_kernels.primitives.terms import Gradient
 
 
 class SAEOutput(NamedTuple):
@@ -42,7 +42,7 @@ class SAEOutput(NamedTuple):
     codes: SparseCodes
 
 
-class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
+class SparseAutoencoder(Saving):
     """The base of all architectures.
 
     Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
@@ -66,6 +66,7 @@ class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
     """
 
     config_class: ClassVar[type[SAEConfig]] = SAEConfig
+    objective_class: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     # Names for --arch; see sae_kernels.nn.registry.
     presets: ClassVar[dict[str, Preset]] = {}
     # What stays in its own precision when the module is cast: a bf16 threshold stops learning.
@@ -123,10 +124,8 @@ class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
 
     def extra_repr(self) -> str:
         """The configuration where it is not the default, as ``print(sae)`` shows it."""
-        fields = dataclasses.fields(self.config)
-        values = {field.name: getattr(self.config, field.name) for field in fields}
-        shown = [f.name for f in fields if values[f.name] != f.default]
-        return ", ".join(f"{name}={values[name]}" for name in shown)
+        values = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        return ", ".join(f"{f.name}={v}" for f, v in values.items() if v != f.default)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -170,6 +169,93 @@ class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides by its scale what is measured in pre-activations, or in targets."""
         self.b_enc.div_(scale)
+
+    @property
+    def drops_zeros(self) -> bool:
+        """Whether a code of 0 is a dropped entry: no gradient, not fired."""
+        return True
+
+    # -- what training asks of an architecture --------------------------------------------------
+
+    def check_objective(self, objective: ObjectiveConfig) -> None:
+        """Raises for an objective of another architecture, or one that these settings rule out."""
+        if not isinstance(objective, self.objective_class):
+            raise TypeError(
+                f"objective: expected a {self.objective_class.__name__} for a "
+                f"{type(self).__name__}, got a {type(objective).__name__}"
+            )
+        if objective.sparsity != "none" and not self.drops_zeros:
+            raise ValueError(
+                f"sparsity: expected none where codes may be negative, got {objective.sparsity!r}"
+            )
+
+    def kept_per_token(self, k: float, objective: Any) -> float:
+        """How many latents :meth:`select` is to keep in training for this k."""
+        return k
+
+    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+        """What training reconstructs from the kept pre-activations, the main one first."""
+        return [Reconstruction(self.activate(pre).values, drops_zeros=self.drops_zeros)]
+
+    def penalties(
+        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+    ) -> list[torch.Tensor]:
+        """Scalars that training adds to the loss, differentiable in entries and vectors."""
+        objective = context.objective
+        if objective.sparsity == "none" or not objective.sparsity_coefficient:
+            return []
+        return [context.coefficient * self.sparsity(pre, parts, context)]
+
+    def sparsity(
+        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+    ) -> torch.Tensor:
+        """The penalty that the settings name, mean over the tokens, without its coefficient."""
+        return sparsity_penalty(pre.with_values(parts[0].values), context)
+
+    def main_codes(
+        self, pre: SparseCodes, values: torch.Tensor, k: float, objective: Any
+    ) -> SparseCodes:
+        """The codes of the main reconstruction alone, out of the entries of all."""
+        return pre.with_values(values)
+
+    def sums_over_entries(self, objective: Any) -> bool:
+        """Whether the objective of a batch is a sum over tokens and latents.
+
+        Such an architecture can be trained by dense products over tiles of latents.
+        """
+        return False
+
+    def prefixes(self, objective: Any, step: int, seed: int) -> Prefixes | None:
+        """A Matryoshka SAE's prefixes of latents at a 0-based step."""
+        return None
+
+    def entry_leaves(self, pre: SparseCodes) -> dict[str, torch.Tensor]:
+        """What the objective depends on besides entries and vectors of latents, by name."""
+        return {}
+
+    def with_leaves(self, pre: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
+        """The entries with these in the place of what :meth:`entry_leaves` gave."""
+        return pre
+
+    def leaf_gradients(
+        self, pre: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
+    ) -> dict[str, Gradient]:
+        """Gradients of parameters from those of :meth:`entry_leaves`."""
+        return {}
+
+    def after_step_(self, finite: torch.Tensor) -> None:
+        """Changes what follows training's batches; nothing where the step was not finite."""
+
+    def step_figures(self, fired: torch.Tensor) -> dict[str, float]:
+        """Figures for the metric line, from how often each latent fired in a step, int [F]."""
+        return {}
+
+    def rows_to_finish(self, objective: Any) -> int:
+        """How many raw rows :meth:`finish_training_` wants to see; 0: it does nothing."""
+        return 0
+
+    def finish_training_(self, x: torch.Tensor, objective: Any) -> None:
+        """What is fitted once all steps are made, on rows [n, input width] in training's scale."""
 
     # -- encoding and decoding ----------------------------------------------------------------
 
@@ -250,8 +336,6 @@ class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
         """The expert of each latent, int64 [F]; None where the architecture has no experts."""
         return None
 
-    # -- the decoder's norms ------------------------------------------------------------------
-
     def decoder_norms(self) -> torch.Tensor:
         """The norm of each layer's part of the decoder rows, fp32 [F, n_layers], differentiable."""
         dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
@@ -294,54 +378,12 @@ class SparseAutoencoder(TrainingHooks, Saving, nn.Module):
         grad, rows = self.W_dec.grad.unflatten(1, shape), self.W_dec.unflatten(1, shape)
         grad.addcmul_((grad * rows).sum(2, keepdim=True), rows, value=-1)
 
-    # -- beginning and end of training ----------------------------------------------------------
-
     @torch.no_grad()
     def initialise_b_dec_(
         self, x: torch.Tensor, centre: Callable[[torch.Tensor], torch.Tensor] = geometric_median
     ) -> None:
         """Sets b_dec to the centre of a sample of raw targets [N, output width]."""
         self.b_dec.copy_(centre(x) * self.target_scale)
-
-    def folded(self: _SAE) -> _SAE:
-        """The same function of raw activations, with scales of 1; see :meth:`rescaled`."""
-        return self.rescaled(1.0, 1.0)
-
-    def rescaled(self: _SAE, activation_scale: float, target_scale: float = 1.0) -> _SAE:
-        """A copy with other scales in front of the weights; see :meth:`rescale_`."""
-        copy = self._copied()
-        copy.rescale_(activation_scale, target_scale)
-        return copy.train(self.training)
-
-    @torch.no_grad()
-    def rescale_(self, activation_scale: float, target_scale: float = 1.0) -> None:
-        """Puts other scales in front of the weights; the function of raw activations stays.
-
-        All architectures commute with a positive scale once what is measured in pre-activations is
-        divided by it. With scales of 1 codes come out in units of the raw activations. Decoder rows
-        keep their norm unless the target has a scale of its own.
-        """
-        config = self.config
-        after = target_scale if config.transcodes else activation_scale
-        scale, change = config.activation_scale / activation_scale, self.target_scale / after
-        self.config = dataclasses.replace(
-            config, activation_scale=activation_scale, target_scale=target_scale
-        )
-        self.fold_vectors_(scale, change)
-        self.b_dec.div_(change)
-        if scale != change:
-            self.W_dec.mul_(scale / change)
-            if config.skip:
-                self.W_skip.mul_(scale / change)
-
-    def _copied(self: _SAE) -> _SAE:
-        """The same module in memory of its own."""
-        with torch.device("meta"):
-            copy = type(self)(self.config, compute_dtype=self.compute_dtype, backend=self.backend)
-        weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        copy.load_state_dict(weights, assign=True)
-        copy.metadata, copy.is_fresh = dict(self.metadata), self.is_fresh
-        return copy
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         kept = {name: getattr(self, name).data for name in self.keeps_dtype}

@@ -1,9 +1,13 @@
-"""Saving, loading and publishing, as every SAE has them; the files are `nn.pretrained`'s."""
+"""Scales folded into weights, saving, loading and publishing, as every SAE has them."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,8 +17,55 @@ if TYPE_CHECKING:
 _SAE = TypeVar("_SAE", bound="Saving")
 
 
-class Saving:
-    """What an SAE does with files; safetensors is imported when they are asked for."""
+class Saving(nn.Module):
+    """An SAE's scales and files; safetensors is imported when they are asked for."""
+
+    config: Any
+    metadata: dict[str, Any]
+    is_fresh: bool
+    compute_dtype: torch.dtype | None
+    backend: str | None
+
+    def folded(self: _SAE) -> _SAE:
+        """The same function of raw activations, with scales of 1; see :meth:`rescaled`."""
+        return self.rescaled(1.0, 1.0)
+
+    def rescaled(self: _SAE, activation_scale: float, target_scale: float = 1.0) -> _SAE:
+        """A copy with other scales in front of the weights; see :meth:`rescale_`."""
+        copy = self._copied()
+        copy.rescale_(activation_scale, target_scale)
+        return copy.train(self.training)
+
+    @torch.no_grad()
+    def rescale_(self: Any, activation_scale: float, target_scale: float = 1.0) -> None:
+        """Puts other scales in front of the weights; the function of raw activations stays.
+
+        All architectures commute with a positive scale once what is measured in pre-activations is
+        divided by it. With scales of 1 codes come out in units of the raw activations. Decoder rows
+        keep their norm unless the target has a scale of its own.
+        """
+        config = self.config
+        after = target_scale if config.transcodes else activation_scale
+        scale, change = config.activation_scale / activation_scale, self.target_scale / after
+        self.config = dataclasses.replace(
+            config, activation_scale=activation_scale, target_scale=target_scale
+        )
+        self.fold_vectors_(scale, change)
+        self.b_dec.div_(change)
+        if scale != change:
+            self.W_dec.mul_(scale / change)
+            if config.skip:
+                self.W_skip.mul_(scale / change)
+
+    def _copied(self: _SAE) -> _SAE:
+        """The same module in memory of its own."""
+        with torch.device("meta"):
+            make: Any = type(self)
+            copy: _SAE = make(self.config, compute_dtype=self.compute_dtype, backend=self.backend)
+        weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        copy.load_state_dict(weights, assign=True)
+        copy.metadata, copy.is_fresh = dict(self.metadata), self.is_fresh
+        return copy
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json``, ``sae.safetensors`` and a model card, ``README.md``.

@@ -73,6 +73,7 @@ class Operator(Generic[_Arguments, _Results]):
         self._kinds = [p.kind for p in declared]
         names = [name for name, _ in columns(declared)]
         self._is_flat = len(names) == len(declared)
+        self._faked = False
         self._returns_one = get_type_hints(function)["return"] is torch.Tensor
         self._deciding = 0 if decided_by is None else names.index(decided_by)
         _LIBRARY.define(schema(function, writes))
@@ -111,6 +112,9 @@ class Operator(Generic[_Arguments, _Results]):
         return [kind.unflatten(left) for kind in self._kinds]
 
     def _fake(self, *taken: Any) -> Any:
+        # Dynamo asks for this first. What it traces later need not look into sys.modules, of
+        # which it would make a dictionary of its own while modules are still being imported.
+        self._faked = True
         function: Callable[..., Any] = self._function
         names = (name for name, _ in self._defaults)
         returned = function(**dict(zip(names, self._arguments(taken), strict=True)))
@@ -130,7 +134,8 @@ class Operator(Generic[_Arguments, _Results]):
     def _enter(self, *taken: Any) -> Any:
         # Where a graph breaks at an operator, Dynamo would go on to compile pieces of what runs
         # it, and tensors whose addresses a kernel was given would end in between.
-        return self._untraced(*taken) if "torch._dynamo" in sys.modules else self._run(*taken)
+        traced = self._faked or "torch._dynamo" in sys.modules
+        return self._untraced(*taken) if traced else self._run(*taken)
 
     @functools.cached_property
     def _untraced(self) -> Callable[..., Any]:
@@ -149,7 +154,7 @@ class Operator(Generic[_Arguments, _Results]):
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(
                     f"{self.name}: {like.device} is out of memory; take fewer tokens at a time, or "
-                    f"in training states='bfloat16' or master='split' ({error})"
+                    f"in training moment_dtype='bfloat16' or master_weights='split' ({error})"
                 ) from error
 
 
