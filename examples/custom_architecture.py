@@ -18,12 +18,9 @@ from typing import ClassVar
 
 import torch
 
-from sae_kernels import functional
-from sae_kernels.codes import SparseCodes
+import sae_kernels as sk
 from sae_kernels.config.base import POSITIVE_INTEGER, setting
-from sae_kernels.data import ShardWriter
-from sae_kernels.nn import Preset, SAEConfig, SparseAutoencoder, register
-from sae_kernels.training import evaluate, train
+from sae_kernels.nn import Preset, SAEConfig, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,7 @@ class AbsTopKConfig(SAEConfig):
 
 
 @register
-class AbsTopKSAE(SparseAutoencoder):
+class AbsTopKSAE(sk.SparseAutoencoder):
     """``x_hat = b_dec + W_dec^T abstopk(W_enc (x - b_dec) + b_enc)``."""
 
     config: AbsTopKConfig
@@ -51,13 +48,13 @@ class AbsTopKSAE(SparseAutoencoder):
         *,
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
-    ) -> SparseCodes:
+    ) -> sk.SparseCodes:
         """The k largest and the k smallest pre-activations, and of those the k farthest from 0."""
         W_enc = self.W_enc if W_enc is None else W_enc
         k = int(self.config.k if k is None else k)
         values, indices, keys = [], [], []
         for sign in (1, -1):  # h of the negated input is -h
-            found = functional.encode_topk(
+            found = sk.encode_topk(
                 sign * x_centred,
                 W_enc,
                 sign * self.b_enc,
@@ -72,13 +69,13 @@ class AbsTopKSAE(SparseAutoencoder):
             mine = found.values >= 0 if sign == 1 else found.values > 0
             keys.append(torch.where(mine, found.values.detach(), -1))
         order = torch.cat(keys, -1).sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        return SparseCodes(
+        return sk.SparseCodes(
             torch.cat(values, -1).gather(-1, order),
             torch.cat(indices, -1).gather(-1, order),
             self.config.n_latents,
         )
 
-    def activate(self, pre: SparseCodes) -> SparseCodes:
+    def activate(self, pre: sk.SparseCodes) -> sk.SparseCodes:
         """The pre-activations themselves."""
         return pre
 
@@ -101,13 +98,13 @@ def main() -> None:
     x = activations(8192)
     for route in ("fused", "autograd"):
         sae = AbsTopKSAE(32, 256, k=4)
-        result = train(sae, x, steps=300, batch_size=512, lr=3e-3, route=route)
+        result = sk.train(sae, x, steps=300, batch_size=512, lr=3e-3, route=route)
         print(f"{route}: FVU {result.metrics[-1]['fvu']:.3f}")
     with tempfile.TemporaryDirectory() as folder:
         sae.save_pretrained(Path(folder, "sae"))
-        loaded = SparseAutoencoder.from_pretrained(Path(folder, "sae"))
-        print(f"loaded {type(loaded).__name__}: FVU {evaluate(loaded, x).fvu:.3f}")
-        with ShardWriter(Path(folder, "acts"), d_in=32) as writer:
+        loaded = sk.load(Path(folder, "sae"))
+        print(f"loaded {type(loaded).__name__}: FVU {sk.evaluate(loaded, x).fvu:.3f}")
+        with sk.data.ShardWriter(Path(folder, "acts"), d_in=32) as writer:
             writer.write(x)
         from sae_kernels.cli import main as command
 

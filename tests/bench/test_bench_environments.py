@@ -136,7 +136,7 @@ def test_what_cannot_be_imported_is_one_line(cache: Path) -> None:
 def test_an_interrupted_setup_is_begun_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = environments.folder("sparsify")
 
-    def interrupted(name: str, command: list[str]) -> str:
+    def interrupted(name: str, *command: str) -> str:
         if "venv" not in command:
             raise KeyboardInterrupt
         where.mkdir()

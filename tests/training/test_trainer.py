@@ -67,6 +67,7 @@ def test_a_run_leaves_a_folder(tmp_path: Path) -> None:
         "metrics.jsonl",
         "result.json",
         "run.toml",
+        "sae/README.md",
         "sae/config.json",
         "sae/sae.safetensors",
     ]
