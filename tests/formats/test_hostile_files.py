@@ -93,7 +93,7 @@ def test_no_refusal_is_a_want_of_memory(results: Any) -> None:
 def test_the_corpus_reaches_every_format(results: Any) -> None:
     counts = Counter((r["case"].split(": ")[0], r["came"]) for r in results)
     for format in FORMATS:
-        assert counts[format, "refused"] > 200, counts
+        assert counts[format, "refused"] > 100, counts  # of some 60 flips and every structural case
         assert counts[format, "read"] > 1, counts
 
 
