@@ -75,9 +75,9 @@ class AbsTopKSAE(sk.SparseAutoencoder):
             self.config.n_latents,
         )
 
-    def activate(self, pre: sk.SparseCodes) -> sk.SparseCodes:
+    def activate(self, preacts: sk.SparseCodes) -> sk.SparseCodes:
         """The pre-activations themselves."""
-        return pre
+        return preacts
 
     @property
     def drops_zeros(self) -> bool:

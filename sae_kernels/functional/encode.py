@@ -186,10 +186,10 @@ def encode_jumprelu(
     """
     checks.shape("threshold", threshold, [W_enc.shape[0]], "one per latent")
     lower = threshold.detach() - bandwidth / 2
-    pre = encode_threshold(
+    preacts = encode_threshold(
         x, W_enc, b_enc, lower, b_dec=b_dec, compute_dtype=compute_dtype, backend=backend
     )
-    return jumprelu(pre, threshold, bandwidth, backend=backend)
+    return jumprelu(preacts, threshold, bandwidth, backend=backend)
 
 
 def encode_batch_topk(

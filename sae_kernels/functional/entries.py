@@ -44,7 +44,7 @@ def gather_by_latent(
 
 
 def jumprelu(
-    pre: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
+    preacts: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
 ) -> SparseCodes:
     """``h * 1[h > threshold]`` of kept pre-activations.
 
@@ -52,25 +52,25 @@ def jumprelu(
     -(threshold / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]``.
 
     Args:
-        pre: pre-activations, from ``threshold - bandwidth / 2`` on.
+        preacts: pre-activations, from ``threshold - bandwidth / 2`` on.
         threshold: [F].
         bandwidth: width of the rectangle.
         backend: see :mod:`sae_kernels.backends`.
     """
-    thresholds = gather_by_latent(threshold, pre, backend=backend)
-    return pre.with_values(_JumpReLU.apply(pre.values, thresholds, bandwidth))
+    thresholds = gather_by_latent(threshold, preacts, backend=backend)
+    return preacts.with_values(_JumpReLU.apply(preacts.values, thresholds, bandwidth))
 
 
 def heaviside_ste(
-    pre: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
+    preacts: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
 ) -> torch.Tensor:
     """``1[h > threshold]`` of kept pre-activations, by entry; their sum is what L0 counts.
 
     ``d/dthreshold = -(1 / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]`` and
     ``d/dh = 0``. It acts on pre-activations, so both halves of the window count.
     """
-    thresholds = gather_by_latent(threshold, pre, backend=backend)
-    entries: torch.Tensor = _Heaviside.apply(pre.values, thresholds, bandwidth)
+    thresholds = gather_by_latent(threshold, preacts, backend=backend)
+    entries: torch.Tensor = _Heaviside.apply(preacts.values, thresholds, bandwidth)
     return entries
 
 

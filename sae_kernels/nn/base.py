@@ -162,9 +162,9 @@ class SparseAutoencoder(Saving):
             backend=self.backend,
         )
 
-    def activate(self, pre: SparseCodes) -> SparseCodes:
+    def activate(self, preacts: SparseCodes) -> SparseCodes:
         """The codes from kept pre-activations; differentiable in values and thresholds."""
-        return pre.with_values(pre.values.relu())
+        return preacts.with_values(preacts.values.relu())
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides by its scale what is measured in pre-activations, or in targets."""
@@ -193,30 +193,30 @@ class SparseAutoencoder(Saving):
         """How many latents :meth:`select` is to keep in training for this k."""
         return k
 
-    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+    def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
         """What training reconstructs from the kept pre-activations, the main one first."""
-        return [Reconstruction(self.activate(pre).values, drops_zeros=self.drops_zeros)]
+        return [Reconstruction(self.activate(preacts).values, drops_zeros=self.drops_zeros)]
 
     def penalties(
-        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+        self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> list[torch.Tensor]:
         """Scalars that training adds to the loss, differentiable in entries and vectors."""
         objective = context.objective
         if objective.sparsity == "none" or not objective.sparsity_coefficient:
             return []
-        return [context.coefficient * self.sparsity(pre, parts, context)]
+        return [context.coefficient * self.sparsity(preacts, parts, context)]
 
     def sparsity(
-        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+        self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> torch.Tensor:
         """The penalty that the settings name, mean over the tokens, without its coefficient."""
-        return sparsity_penalty(pre.with_values(parts[0].values), context)
+        return sparsity_penalty(preacts.with_values(parts[0].values), context)
 
     def main_codes(
-        self, pre: SparseCodes, values: torch.Tensor, k: float, objective: Any
+        self, preacts: SparseCodes, values: torch.Tensor, k: float, objective: Any
     ) -> SparseCodes:
         """The codes of the main reconstruction alone, out of the entries of all."""
-        return pre.with_values(values)
+        return preacts.with_values(values)
 
     def sums_over_entries(self, objective: Any) -> bool:
         """Whether the objective of a batch is a sum over tokens and latents.
@@ -229,16 +229,16 @@ class SparseAutoencoder(Saving):
         """A Matryoshka SAE's prefixes of latents at a 0-based step."""
         return None
 
-    def entry_leaves(self, pre: SparseCodes) -> dict[str, torch.Tensor]:
+    def entry_leaves(self, preacts: SparseCodes) -> dict[str, torch.Tensor]:
         """What the objective depends on besides entries and vectors of latents, by name."""
         return {}
 
-    def with_leaves(self, pre: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
+    def with_leaves(self, preacts: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
         """The entries with these in the place of what :meth:`entry_leaves` gave."""
-        return pre
+        return preacts
 
     def leaf_gradients(
-        self, pre: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
+        self, preacts: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
     ) -> dict[str, Gradient]:
         """Gradients of parameters from those of :meth:`entry_leaves`."""
         return {}

@@ -120,7 +120,7 @@ class BatchTopKSAE(SparseAutoencoder):
         if not self.training:
             return self._above(x_centred, W_enc, self._bounds(scale))
         start = self.last_key if bool(self.last_key > 0) else None
-        pre = functional.encode_batch_topk(
+        preacts = functional.encode_batch_topk(
             x_centred,
             W_enc,
             self.b_enc,
@@ -130,8 +130,8 @@ class BatchTopKSAE(SparseAutoencoder):
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )
-        self._note(pre, scale)
-        return pre
+        self._note(preacts, scale)
+        return preacts
 
     def _bounds(self, scale: torch.Tensor | None) -> torch.Tensor:
         """What pre-activations must be above, from the threshold of keys."""
@@ -141,9 +141,11 @@ class BatchTopKSAE(SparseAutoencoder):
         return torch.where(scale > 0, rounded_down(bound / scale.double()), torch.inf)
 
     @torch.no_grad()
-    def _note(self, pre: SparseCodes, scale: torch.Tensor | None) -> None:
-        if pre.values.numel():
-            key = pre.values if scale is None else pre.values * scale[pre.indices.long()]
+    def _note(self, preacts: SparseCodes, scale: torch.Tensor | None) -> None:
+        if preacts.values.numel():
+            key = (
+                preacts.values if scale is None else preacts.values * scale[preacts.indices.long()]
+            )
             self.last_key.copy_(key.min())
         else:
             self.last_key.fill_(torch.nan)

@@ -75,31 +75,31 @@ class GatedSAE(SparseAutoencoder):
         """The positive gate pre-activations of each token."""
         return self._above(x_centred, W_enc, 0.0)
 
-    def activate(self, pre: SparseCodes) -> SparseCodes:
+    def activate(self, preacts: SparseCodes) -> SparseCodes:
         """The magnitudes of the latents whose gate is open."""
 
         def of(vector: torch.Tensor) -> torch.Tensor:
-            return functional.gather_by_latent(vector, pre, backend=self.backend)
+            return functional.gather_by_latent(vector, preacts, backend=self.backend)
 
-        a = pre.values - of(self.b_enc)  # the product brought the gate's bias with it
+        a = preacts.values - of(self.b_enc)  # the product brought the gate's bias with it
         size = (of(self.r_mag.exp()) * a + of(self.b_mag)).relu()
-        return pre.with_values(torch.where(pre.values <= 0, 0, size))
+        return preacts.with_values(torch.where(preacts.values <= 0, 0, size))
 
-    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+    def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
         """The codes', and that of the gate itself, which teaches it: no gradient passes its step.
 
         The decoder is frozen in the second (the paper), unless the configuration frees it.
         """
-        (main,) = super().reconstructions(pre, context)
+        (main,) = super().reconstructions(preacts, context)
         trains = not self.config.frozen_decoder
-        gate = Reconstruction(pre.values.relu(), trains_decoder=trains, always=True)
+        gate = Reconstruction(preacts.values.relu(), trains_decoder=trains, always=True)
         return [main, gate]
 
     def sparsity(
-        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+        self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> torch.Tensor:
         """The gate is penalised, not the codes."""
-        return super().sparsity(pre, parts[1:], context)
+        return super().sparsity(preacts, parts[1:], context)
 
     def sums_over_entries(self, objective: PenalisedObjective) -> bool:
         """Always: a latent's code depends on its pre-activation alone."""

@@ -132,10 +132,10 @@ class JumpReLUSAE(SparseAutoencoder):
         below = self.config.bandwidth / 2 if self.training else 0.0
         return self._above(x_centred, W_enc, self.thresholds().detach() - below)
 
-    def activate(self, pre: SparseCodes) -> SparseCodes:
+    def activate(self, preacts: SparseCodes) -> SparseCodes:
         """The step at the threshold."""
         return functional.jumprelu(
-            pre, self.thresholds(), self.config.bandwidth, backend=self.backend
+            preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
         )
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
@@ -147,9 +147,9 @@ class JumpReLUSAE(SparseAutoencoder):
         else:
             threshold.div_(scale)
 
-    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+    def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
         """The thresholds learn from entries of value 0 too: those just below."""
-        (main,) = super().reconstructions(pre, context)
+        (main,) = super().reconstructions(preacts, context)
         return [main._replace(drops_zeros=False)]
 
     def sums_over_entries(self, objective: JumpReLUObjective) -> bool:
@@ -157,27 +157,27 @@ class JumpReLUSAE(SparseAutoencoder):
         return objective.sparsity != "target_l0" and not objective.preact_coefficient
 
     def penalties(
-        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+        self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> list[torch.Tensor]:
         """The loss that raises dead latents, beside the sparsity penalty."""
-        terms = super().penalties(pre, parts, context)
+        terms = super().penalties(preacts, parts, context)
         coefficient = context.objective.preact_coefficient
-        return [*terms, coefficient * self._preact(pre, context)] if coefficient else terms
+        return [*terms, coefficient * self._preact(preacts, context)] if coefficient else terms
 
     def sparsity(
-        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+        self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> torch.Tensor:
         """L0 or its squared distance from a target, or what other architectures have."""
         objective = context.objective
         if objective.sparsity not in ("l0", "target_l0"):
-            return super().sparsity(pre, parts, context)
+            return super().sparsity(preacts, parts, context)
         fires = functional.heaviside_ste(
-            pre, self.thresholds(), self.config.bandwidth, backend=self.backend
+            preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
         )
         l0 = total(fires) / context.n_tokens
         return l0 if objective.sparsity == "l0" else (l0 / objective.target_l0 - 1).square()
 
-    def _preact(self, pre: SparseCodes, context: Context) -> torch.Tensor:
+    def _preact(self, preacts: SparseCodes, context: Context) -> torch.Tensor:
         """``sum_f n_f mean_b relu(threshold_f - h_bf)`` over dead latents, in closed form.
 
         ``sum_b relu(t - h) = B t - sum_b h + sum_b relu(h - t)``; the last sum is over kept
@@ -186,7 +186,7 @@ class JumpReLUSAE(SparseAutoencoder):
         thresholds = self.thresholds()
         weights = torch.where(context.dead_mask(), context.norms.detach().norm(dim=1), 0)
         below = (weights * (context.n_tokens * thresholds - context.preact_sums)).sum()
-        entry = functional.gather_by_latent(thresholds, pre, backend=self.backend)
-        over = (pre.values - entry).relu()
-        above = (over * functional.gather_by_latent(weights, pre, backend=self.backend)).sum()
+        entry = functional.gather_by_latent(thresholds, preacts, backend=self.backend)
+        over = (preacts.values - entry).relu()
+        above = (over * functional.gather_by_latent(weights, preacts, backend=self.backend)).sum()
         return (below + above) / context.n_tokens

@@ -118,11 +118,11 @@ class Context:
 
 
 def objective_of(
-    pre: SparseCodes, context: Context
+    preacts: SparseCodes, context: Context
 ) -> tuple[list[Reconstruction], torch.Tensor | None]:
     """The reconstructions of kept pre-activations, the main one first, and the penalty or None."""
-    parts = context.sae.reconstructions(pre, context)
-    terms = context.sae.penalties(pre, parts, context)
+    parts = context.sae.reconstructions(preacts, context)
+    terms = context.sae.penalties(preacts, parts, context)
     return parts, sum(terms[1:], terms[0]) if terms else None
 
 
@@ -173,16 +173,16 @@ PENALTIES: dict[str, Callable[[torch.Tensor, Context], torch.Tensor]] = {
 
 
 def with_leaves(
-    sae: SparseAutoencoder, pre: SparseCodes
+    sae: SparseAutoencoder, preacts: SparseCodes
 ) -> tuple[SparseCodes, dict[str, torch.Tensor]]:
     """Kept entries whose values are leaves, and by name all that autograd differentiates by.
 
     The leaves are the pre-activations "h", the vectors of latents (parameters, which are leaves
     already) and what the architecture adds.
     """
-    added = {name: t.detach().requires_grad_() for name, t in sae.entry_leaves(pre).items()}
-    h = pre.values.detach().requires_grad_()
-    return sae.with_leaves(pre, added).with_values(h), {"h": h, **latent_vectors(sae), **added}
+    added = {name: t.detach().requires_grad_() for name, t in sae.entry_leaves(preacts).items()}
+    h = preacts.values.detach().requires_grad_()
+    return sae.with_leaves(preacts, added).with_values(h), {"h": h, **latent_vectors(sae), **added}
 
 
 def latent_vectors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:

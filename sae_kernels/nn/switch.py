@@ -189,10 +189,10 @@ class SwitchSAE(SparseAutoencoder):
         shared = functional.encode_topk(x_centred, W_enc[:first], self.b_enc[:first], **options)
         return self._largest(shared, routed)
 
-    def activate(self, pre: SparseCodes) -> SparseCodes:
+    def activate(self, preacts: SparseCodes) -> SparseCodes:
         """ReLU, and the gate of the token's expert."""
-        codes = super().activate(pre)
-        return codes.with_values(codes.values * self._gates(pre))
+        codes = super().activate(preacts)
+        return codes.with_values(codes.values * self._gates(preacts))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """The router gives raw activations the logits that it gave scaled ones."""
@@ -201,35 +201,35 @@ class SwitchSAE(SparseAutoencoder):
         self.b_router.div_(scale)
 
     def penalties(
-        self, pre: SparseCodes, parts: list[Reconstruction], context: Context
+        self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> list[torch.Tensor]:
         """The load-balance loss, beside the sparsity penalty."""
-        terms = super().penalties(pre, parts, context)
+        terms = super().penalties(preacts, parts, context)
         objective = context.objective
         if not objective.balance_coefficient:
             return terms
         # In units of the squared error: over as many outputs as "mse" adds up.
         unit = self.config.output_width if objective.loss == "mse" else 1
-        balance = functional.load_balance(self._routed(pre).routing)
+        balance = functional.load_balance(self._routed(preacts).routing)
         return [*terms, objective.balance_coefficient * unit * balance]
 
-    def entry_leaves(self, pre: SparseCodes) -> dict[str, torch.Tensor]:
+    def entry_leaves(self, preacts: SparseCodes) -> dict[str, torch.Tensor]:
         """The router's probabilities, [B, E]."""
-        return {"probabilities": self._routed(pre).routing.probabilities}
+        return {"probabilities": self._routed(preacts).routing.probabilities}
 
-    def with_leaves(self, pre: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
+    def with_leaves(self, preacts: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
         """The entries with other probabilities of the router."""
-        routed = self._routed(pre)
+        routed = self._routed(preacts)
         routing = routed.routing._replace(probabilities=leaves["probabilities"])
         return dataclasses.replace(routed, routing=routing)
 
     def leaf_gradients(
-        self, pre: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
+        self, preacts: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
     ) -> dict[str, Gradient]:
         """Gradients of W_router and b_router."""
         if "probabilities" not in grads:
             return {}
-        routing = self._routed(pre).routing
+        routing = self._routed(preacts).routing
         return router_gradients(
             self.W_router, self.router_shift(), routing, grads["probabilities"], x_centred
         )
@@ -258,19 +258,21 @@ class SwitchSAE(SparseAutoencoder):
             self.b_router.copy_(self.b_dec)
 
     @staticmethod
-    def _routed(pre: SparseCodes) -> RoutedCodes:
-        if not isinstance(pre, RoutedCodes):
-            raise TypeError(f"pre: expected RoutedCodes of select(), got {type(pre).__name__}")
-        return pre
+    def _routed(preacts: SparseCodes) -> RoutedCodes:
+        if not isinstance(preacts, RoutedCodes):
+            raise TypeError(
+                f"preacts: expected RoutedCodes of select(), got {type(preacts).__name__}"
+            )
+        return preacts
 
-    def _gates(self, pre: SparseCodes) -> torch.Tensor:
+    def _gates(self, preacts: SparseCodes) -> torch.Tensor:
         """What each entry is multiplied with, like the values or [..., 1]."""
-        gates = self._routed(pre).routing.gates().reshape(*pre.batch_shape, 1)
+        gates = self._routed(preacts).routing.gates().reshape(*preacts.batch_shape, 1)
         if self.config.gate == "heaviside":  # a router's NaN must show all the same
             gates = torch.where(gates.detach().isnan(), torch.nan, 1.0)
         if not self.config.shared_expert:
             return gates
-        return torch.where(pre.indices < self.config.expert_width, 1, gates)
+        return torch.where(preacts.indices < self.config.expert_width, 1, gates)
 
     def _largest(self, shared: SparseCodes, routed: RoutedCodes) -> RoutedCodes:
         """Of both experts' entries those with the largest gated pre-activations."""

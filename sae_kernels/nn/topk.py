@@ -114,9 +114,9 @@ class TopKSAE(SparseAutoencoder):
             backend=self.backend,
         )
 
-    def activate(self, pre: SparseCodes) -> SparseCodes:
+    def activate(self, preacts: SparseCodes) -> SparseCodes:
         """ReLU, unless the variant is without."""
-        return super().activate(pre) if self.drops_zeros else pre
+        return super().activate(preacts) if self.drops_zeros else preacts
 
     @property
     def drops_zeros(self) -> bool:
@@ -134,23 +134,23 @@ class TopKSAE(SparseAutoencoder):
         """k, or 4 k for multi-TopK."""
         return min(_MULTI * k, self.config.n_latents) if objective.multi_topk else k
 
-    def reconstructions(self, pre: SparseCodes, context: Context) -> list[Reconstruction]:
+    def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
         """The k largest latents', and for multi-TopK that of the 4 k largest."""
-        (whole,) = super().reconstructions(pre, context)
+        (whole,) = super().reconstructions(preacts, context)
         if not context.objective.multi_topk:
             return [whole]
-        first = torch.arange(pre.k, device=whole.values.device) < context.k
+        first = torch.arange(preacts.k, device=whole.values.device) < context.k
         main = whole._replace(values=torch.where(first, whole.values, 0))
         return [main, whole._replace(weight=_MULTI_WEIGHT)]
 
     def main_codes(
-        self, pre: SparseCodes, values: torch.Tensor, k: float, objective: TopKObjective
+        self, preacts: SparseCodes, values: torch.Tensor, k: float, objective: TopKObjective
     ) -> SparseCodes:
         """Of multi-TopK's entries the first k."""
         if not objective.multi_topk:
-            return pre.with_values(values)
+            return preacts.with_values(values)
         first = slice(None), slice(int(k))
-        return pre.with_values(values[first], pre.indices[first])
+        return preacts.with_values(values[first], preacts.indices[first])
 
     def prefixes(self, objective: TopKObjective, step: int, seed: int) -> Prefixes | None:
         """The groups of the configuration, or prefixes drawn for the step."""

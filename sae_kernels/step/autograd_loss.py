@@ -49,9 +49,9 @@ def autograd_loss(
         weight: of reconstructions that do not count in any case.
     """
     sae, objective = context.sae, context.objective
-    pre = sae.select(context.x, k=sae.kept_per_token(context.k, objective))
-    parts, penalty = objective_of(pre, context)
-    x_hats = [_reconstruct(pre, part, x, context) for part in parts]
+    preacts = sae.select(context.x, k=sae.kept_per_token(context.k, objective))
+    parts, penalty = objective_of(preacts, context)
+    x_hats = [_reconstruct(preacts, part, x, context) for part in parts]
     counts = [1.0 if part.always else weight for part in parts]
     errors = [
         count * part.weight * _squared_error(x_hat - context.target, context.prefixes)
@@ -60,7 +60,7 @@ def autograd_loss(
     ]
     x_hat = x_hats[0] if context.prefixes is None else x_hats[0][-1]
     residual = (context.target - x_hat).detach()
-    codes = sae.main_codes(pre, parts[0].values.detach(), context.k, objective)
+    codes = sae.main_codes(preacts, parts[0].values.detach(), context.k, objective)
     order = codes.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend)
     nothing = x_hat.new_zeros(())
     return AutogradLoss(
@@ -74,10 +74,10 @@ def autograd_loss(
 
 
 def _reconstruct(
-    pre: SparseCodes, part: Reconstruction, x: torch.Tensor, context: Context
+    preacts: SparseCodes, part: Reconstruction, x: torch.Tensor, context: Context
 ) -> torch.Tensor:
     """[B, output width] in the scale of training, or of each prefix [G, B, output width]."""
-    codes = pre.with_values(part.values)
+    codes = preacts.with_values(part.values)
     if context.prefixes is None and part.trains_decoder:  # all that a decoder of another kind has
         return context.sae.decode_scaled(codes, x)
     return context.sae.decode_scaled(

@@ -62,9 +62,9 @@ class _Dense:
         sae = self.sae
         bias = sae.b_enc.detach()[latents].to(self.product)
         h = torch.nn.functional.linear(self.x, self.W_enc[latents], bias)
-        pre = SparseCodes(h, self.every[latents].expand(h.shape), sae.config.n_latents)
+        preacts = SparseCodes(h, self.every[latents].expand(h.shape), sae.config.n_latents)
         with torch.enable_grad():
-            entries, leaves = with_leaves(sae, pre)
+            entries, leaves = with_leaves(sae, preacts)
             parts, penalty = objective_of(entries, self.context)
         return _Tile(parts, penalty, {**leaves, **(self.context.leaves or {})})
 

@@ -59,19 +59,21 @@ def sparse_pass(
         context: the batch, with leaves.
     """
     assert context.leaves is not None
-    pre = sae.select(context.x, W_enc=W_enc, k=sae.kept_per_token(context.k, context.objective))
+    preacts = sae.select(context.x, W_enc=W_enc, k=sae.kept_per_token(context.k, context.objective))
     with torch.enable_grad():
-        entries, leaves = with_leaves(sae, pre)
+        entries, leaves = with_leaves(sae, preacts)
         parts, penalty = objective_of(entries, context)
-    decoded = [_decode(W_dec, pre, part, context) for part in parts]
+    decoded = [_decode(W_dec, preacts, part, context) for part in parts]
     outputs = [(part.values, d.grad) for part, d in zip(parts, decoded, strict=True)]
     grads = entry_gradients({**leaves, **context.leaves}, outputs, penalty)
-    order, fired = _latent_order(pre, parts, context)
+    order, fired = _latent_order(preacts, parts, context)
 
     gradients, dh_sum = _encoder_gradients(order, grads, context)
     taught = [d for part, d in zip(parts, decoded, strict=True) if part.trains_decoder]
-    gradients["W_dec"] = Gradient(_decoder_terms(order, pre, taught, context), grads.get("norms"))
-    gradients |= sae.leaf_gradients(pre, grads, context.x)
+    gradients["W_dec"] = Gradient(
+        _decoder_terms(order, preacts, taught, context), grads.get("norms")
+    )
+    gradients |= sae.leaf_gradients(preacts, grads, context.x)
     if context.skip_input is not None:
         dx_hat = torch.stack([d.factor * d.total for d in taught]).sum(0)
         gradients["W_skip"] = Gradient.whole(dx_hat.T @ context.skip_input)
@@ -85,7 +87,7 @@ def sparse_pass(
         gradients=gradients,
         dh_sum=dh_sum,
         fired=fired,
-        n_kept=pre.values.numel(),
+        n_kept=preacts.values.numel(),
     )
 
 
@@ -121,19 +123,19 @@ class _Decoded(NamedTuple):
 
 
 def _decode(
-    W_dec: torch.Tensor, pre: SparseCodes, part: Reconstruction, context: Context
+    W_dec: torch.Tensor, preacts: SparseCodes, part: Reconstruction, context: Context
 ) -> _Decoded:
     sae, prefixes, values = context.sae, context.prefixes, part.values.detach()
     residual, squares, grad = decode_residual(
         values,
-        pre.indices,
+        preacts.indices,
         W_dec,
         sae.b_dec.detach(),
         context.target,
         part.drops_zeros,
         None if prefixes is None else prefixes.ends,
         None if prefixes is None else prefixes.weights,
-        pre.offsets,
+        preacts.offsets,
         backend=sae.backend,
     )
     factor = 2 * part.weight * context.scale
@@ -146,7 +148,7 @@ def _decode(
 
 
 def _latent_order(
-    pre: SparseCodes, parts: list[Reconstruction], context: Context
+    preacts: SparseCodes, parts: list[Reconstruction], context: Context
 ) -> tuple[LatentOrder, torch.Tensor]:
     """The entries that have a gradient, by latent, and how often each latent fired."""
     sae = context.sae
@@ -155,10 +157,10 @@ def _latent_order(
     live = main
     for values in others:
         live = torch.where(live != 0, live, values)
-    order = pre.with_values(live).latent_order(drop_zeros=drops, backend=backend)
+    order = preacts.with_values(live).latent_order(drop_zeros=drops, backend=backend)
     if not others:
         return order, order.counts()
-    codes = sae.main_codes(pre, main, context.k, context.objective)
+    codes = sae.main_codes(preacts, main, context.k, context.objective)
     return order, codes.latent_order(drop_zeros=drops, backend=backend).counts()
 
 
@@ -206,9 +208,9 @@ def _one_row_each(coef: torch.Tensor, source: torch.Tensor | None) -> Term:
 
 
 def _decoder_terms(
-    order: LatentOrder, pre: SparseCodes, decoded: list[_Decoded], context: Context
+    order: LatentOrder, preacts: SparseCodes, decoded: list[_Decoded], context: Context
 ) -> list[Term]:
     if context.prefixes is not None:
         # Of [G * B, width] the rows of a latent's own prefix, and with it of all after that.
-        order = order.by_group(pre.indices, context.prefixes.ends, context.n_tokens)
+        order = order.by_group(preacts.indices, context.prefixes.ends, context.n_tokens)
     return [order.term(d.factor * d.values, d.residual.flatten(0, -2)) for d in decoded]

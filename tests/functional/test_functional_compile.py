@@ -109,9 +109,9 @@ class Ragged(Sae):
 
 def _jumprelu_and_step(sae: Ragged, x: torch.Tensor) -> tuple[SparseCodes, Any]:
     lower = sae.threshold.detach() - 0.25
-    pre = encode_threshold(x, sae.W_enc, sae.b_enc, lower, b_dec=sae.b_dec)
-    return jumprelu(pre, sae.threshold, 0.5), heaviside_ste(
-        pre, sae.threshold, 0.5
+    preacts = encode_threshold(x, sae.W_enc, sae.b_enc, lower, b_dec=sae.b_dec)
+    return jumprelu(preacts, sae.threshold, 0.5), heaviside_ste(
+        preacts, sae.threshold, 0.5
     ).sum() / x.shape[0]
 
 

@@ -96,10 +96,10 @@ def test_step_against_dense_autograd(either_backend: str) -> None:
     x, W_enc, b_enc, b_dec, _ = leaves()
     threshold = thresholds()
     lower = threshold.detach() - WIDTH / 2
-    pre = encode_threshold(x, W_enc, b_enc, lower, b_dec=b_dec, backend=either_backend)
-    counted = heaviside_ste(pre, threshold, WIDTH, backend=either_backend)
+    preacts = encode_threshold(x, W_enc, b_enc, lower, b_dec=b_dec, backend=either_backend)
+    counted = heaviside_ste(preacts, threshold, WIDTH, backend=either_backend)
     h = (x - b_dec) @ W_enc.T + b_enc
-    assert counted.shape == pre.values.shape
+    assert counted.shape == preacts.values.shape
     assert float(counted.sum().detach()) == int((h > threshold).sum())
     # L0 with a target is no linear function of the steps.
     ours = (counted.sum() / B - 3).square()
@@ -114,10 +114,10 @@ def test_codes_and_steps_of_one_encoding_add_up(either_backend: str) -> None:
     x, W_enc, b_enc, b_dec, W_dec = tensors = leaves()
     threshold = thresholds()
     lower = threshold.detach() - WIDTH / 2
-    pre = encode_threshold(x, W_enc, b_enc, lower, b_dec=b_dec, backend=either_backend)
-    codes = jumprelu(pre, threshold, WIDTH, backend=either_backend)
+    preacts = encode_threshold(x, W_enc, b_enc, lower, b_dec=b_dec, backend=either_backend)
+    codes = jumprelu(preacts, threshold, WIDTH, backend=either_backend)
     out = decode(codes, W_dec, b_dec, backend=either_backend)
-    ours = (out - x).square().sum() + 0.3 * heaviside_ste(pre, threshold, WIDTH).sum()
+    ours = (out - x).square().sum() + 0.3 * heaviside_ste(preacts, threshold, WIDTH).sum()
     h = (x - b_dec) @ W_enc.T + b_enc
     x_hat = dense_jumprelu(h, threshold) @ W_dec + b_dec
     theirs = (x_hat - x).square().sum() + 0.3 * dense_step(h, threshold).sum()
@@ -158,10 +158,10 @@ def test_the_edges_of_the_window(either_backend: str) -> None:
     assert dthreshold.tolist() == [edge[4] for edge in EDGES]
 
     # With all entries at hand the functions themselves decide.
-    pre = encode_threshold(x, W, b, -inf, backend=either_backend)
-    assert pre.indices.tolist() == list(range(n - 1))  # all but -inf
-    jumped = jumprelu(pre, threshold, WIDTH, backend=either_backend).values
-    counted = heaviside_ste(pre, threshold, WIDTH, backend=either_backend)
+    preacts = encode_threshold(x, W, b, -inf, backend=either_backend)
+    assert preacts.indices.tolist() == list(range(n - 1))  # all but -inf
+    jumped = jumprelu(preacts, threshold, WIDTH, backend=either_backend).values
+    counted = heaviside_ste(preacts, threshold, WIDTH, backend=either_backend)
     assert counted.tolist() == [float(bool(edge[2])) for edge in EDGES[:-1]]
     assert_bitwise("values", jumped[codes.indices.long()], codes.values)
     for entries, column in ((jumped, 4), (counted, 5)):
@@ -195,9 +195,9 @@ def test_threshold_gradients_of_many_tokens_in_fp32(either_backend: str) -> None
     (grad,) = torch.autograd.grad(codes.values, threshold, upstream, retain_graph=True)
     again = torch.autograd.grad(codes.values, threshold, upstream)[0]
     # The pre-activations as the encoder computed them decide on the window.
-    pre = encode_threshold(x, W, b, threshold.detach() - 0.5, backend=either_backend)
+    preacts = encode_threshold(x, W, b, threshold.detach() - 0.5, backend=either_backend)
     latent = codes.indices.long()
-    h, theta = pre.values, threshold.detach()[latent]
+    h, theta = preacts.values, threshold.detach()[latent]
     terms = -theta.double() * upstream * ((h > theta - 0.5) & (h < theta + 0.5))
     exact, magnitude = torch.zeros(2, 40, dtype=torch.float64)
     exact.index_add_(0, latent, terms)

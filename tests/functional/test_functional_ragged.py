@@ -270,7 +270,7 @@ class Leaves(NamedTuple):
     b_enc: torch.Tensor
     W_dec: torch.Tensor
     threshold: torch.Tensor
-    pre: SparseCodes
+    preacts: SparseCodes
 
 
 # By function: something linear in a leaf, and the leaf.
@@ -281,11 +281,11 @@ LINEAR: dict[str, Callable[[Leaves], tuple[torch.Tensor, torch.Tensor]]] = {
         encode_jumprelu(*t[:3], t.threshold, bandwidth=0.4).values,
         t.b_enc,
     ),
-    "jumprelu": lambda t: (jumprelu(t.pre, t.threshold, 0.4).values, t.threshold),
-    "step": lambda t: (heaviside_ste(t.pre, t.threshold, 0.4), t.threshold),
-    "gather_by_latent": lambda t: (gather_by_latent(t.threshold, t.pre), t.threshold),
-    "decode": lambda t: (decode(t.pre, t.W_dec), t.W_dec),
-    "decode in groups": lambda t: (decode(t.pre, t.W_dec, group_ends=ENDS), t.W_dec),
+    "jumprelu": lambda t: (jumprelu(t.preacts, t.threshold, 0.4).values, t.threshold),
+    "step": lambda t: (heaviside_ste(t.preacts, t.threshold, 0.4), t.threshold),
+    "gather_by_latent": lambda t: (gather_by_latent(t.threshold, t.preacts), t.threshold),
+    "decode": lambda t: (decode(t.preacts, t.W_dec), t.W_dec),
+    "decode in groups": lambda t: (decode(t.preacts, t.W_dec, group_ends=ENDS), t.W_dec),
 }
 
 
@@ -293,9 +293,9 @@ LINEAR: dict[str, Callable[[Leaves], tuple[torch.Tensor, torch.Tensor]]] = {
 @pytest.mark.parametrize("function", LINEAR)
 def test_double_backward_raises(function: str, loss: str) -> None:
     x, W_enc, b_enc, _, W_dec = leaves()
-    pre = encode_threshold(x.detach(), W_enc.detach(), b_enc.detach(), THRESHOLD - 0.2)
+    preacts = encode_threshold(x.detach(), W_enc.detach(), b_enc.detach(), THRESHOLD - 0.2)
     threshold = THRESHOLD.clone().requires_grad_()
-    out, leaf = LINEAR[function](Leaves(x, W_enc, b_enc, W_dec, threshold, pre))
+    out, leaf = LINEAR[function](Leaves(x, W_enc, b_enc, W_dec, threshold, preacts))
     total = (out if loss == "linear" else out.square()).sum()
     assert bool(torch.autograd.grad(total, leaf, retain_graph=True)[0].any())
     with pytest.raises(RuntimeError, match=r"first-order gradients only.*create_graph"):

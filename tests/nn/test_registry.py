@@ -41,8 +41,8 @@ def test_both_steps_have_its_gradients(changes: dict[str, Any]) -> None:
 def test_the_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """FusedStep learns from other values than autograd does."""
 
-    def halved(self: AbsTopKSAE, pre: Any, context: Any) -> Any:
-        (main,) = SparseAutoencoder.reconstructions(self, pre, context)
+    def halved(self: AbsTopKSAE, preacts: Any, context: Any) -> Any:
+        (main,) = SparseAutoencoder.reconstructions(self, preacts, context)
         factor = 1.0 if context.leaves is None else 0.5
         return [main._replace(weight=factor)]
 

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 def test_the_gate_s_gradient_is_the_error_along_what_the_expert_added() -> None:
     sae, x = sae_of().double(), x_of(B).double()
-    pre = sae.select(sae.centred(x))
-    p = pre.routing.probabilities
+    preacts = sae.select(sae.centred(x))
+    p = preacts.routing.probabilities
     p.retain_grad()
-    x_hat = sae.decode(sae.activate(pre))
+    x_hat = sae.decode(sae.activate(preacts))
     loss = (x_hat - x).square().sum()
     loss.backward()
     g = 2 * (x_hat - x).detach()
-    rows = sae.W_dec.detach()[pre.indices.long()]
-    along = torch.einsum("bd,bkd->bk", g, rows) * pre.values.detach().relu()
+    rows = sae.W_dec.detach()[preacts.indices.long()]
+    along = torch.einsum("bd,bkd->bk", g, rows) * preacts.values.detach().relu()
     expected = torch.zeros_like(p).scatter(
-        1, pre.routing.experts.long()[:, None], along.sum(1)[:, None]
+        1, preacts.routing.experts.long()[:, None], along.sum(1)[:, None]
     )
-    terms = torch.einsum("bd,bkd->bk", g.abs(), rows.abs()) * pre.values.detach().relu()
+    terms = torch.einsum("bd,bkd->bk", g.abs(), rows.abs()) * preacts.values.detach().relu()
     budget = gamma(2 * (D + K + 4), F64) * terms.sum(1)[:, None]
     assert_within("dL/dp", p.grad, expected, budget)
     assert ((p.grad != 0).sum(1) <= 1).all()
@@ -37,7 +37,7 @@ def test_the_gate_s_gradient_is_the_error_along_what_the_expert_added() -> None:
     q = p.detach()
     slope = q * (expected - (q * expected).sum(1, keepdim=True))
     inputs = x - sae.b_router.detach()
-    size = terms.sum(1)[:, None] * q * (q.gather(1, pre.routing.experts.long()[:, None]) + 1)
+    size = terms.sum(1)[:, None] * q * (q.gather(1, preacts.routing.experts.long()[:, None]) + 1)
     reach = x.abs() + 2 * sae.b_dec.detach().abs() + sae.b_router.detach().abs()
     budget = gamma(2 * (D + K + E + B + 8), F64) * (size.T @ reach)
     assert_within("dL/dW_router", sae.W_router.grad, slope.T @ inputs, budget)
