@@ -1,8 +1,8 @@
-"""The base of all settings: frozen dataclasses whose fields carry their limits and their words.
+"""Base of all settings: frozen dataclasses whose fields carry limits and documentation.
 
 A field is declared as ``k: int = setting(32, "latents kept per token", POSITIVE_INTEGER)``. Its
-type and limits are checked when the settings are made; the words are its documentation, in
-``help()`` and on the command line.
+type and limits are checked when the settings are created; the words document it in ``help()`` and
+on the command line.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _Settings = TypeVar("_Settings", bound="Settings")
 
 
 class Limit(NamedTuple):
-    """A range of numbers: from ``least`` to ``most``, each end in it or not.
+    """A range of numbers from ``least`` to ``most``.
 
     Attributes:
-        words: how an error says it, as "a positive number".
+        words: the range in an error message, as "a positive number".
         least, most: the ends.
-        open_below, open_above: whether the end itself is out.
+        open_below, open_above: whether that end is excluded.
     """
 
     words: str
@@ -50,24 +50,24 @@ BELOW_ONE = Limit("a number in [0, 1)", least=0, most=1, open_above=True)
 
 
 def setting(default: Any, words: str, *limits: Limit, choices: tuple[str, ...] = ()) -> Any:
-    """A field with a default; the rest as of :func:`about`."""
+    """A dataclass field of settings: its default, documentation, limits and choices."""
     return dataclasses.field(default=default, metadata=about(words, *limits, choices=choices))
 
 
 def about(words: str, *limits: Limit, choices: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The metadata of a field: what it is in words, the range of its numbers, the names it has."""
+    """Metadata of a field: documentation, range of numbers, allowed names."""
     return {"words": " ".join(words.split()), "limits": limits, "choices": choices}
 
 
 class Declared(NamedTuple):
-    """What the declaration of a field says.
+    """The declaration of a field.
 
     Attributes:
-        kind: the type, without None.
-        optional: whether None is a value.
-        choices: the names that may stand there; none: it is no choice of names.
-        limits: of a number.
-        words: the documentation.
+        kind: its type, without None.
+        optional: whether None is allowed.
+        choices: the allowed names; empty if it is no choice of names.
+        limits: ranges of a number.
+        words: its documentation.
     """
 
     kind: Any
@@ -77,7 +77,7 @@ class Declared(NamedTuple):
     words: str
 
     def expects(self) -> str:
-        """The values that fit, in words."""
+        """The allowed values in words, for error messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.kind in _WORDS:
@@ -87,7 +87,7 @@ class Declared(NamedTuple):
         return _NUMBERS.get(self.kind) or f"a {self.kind.__name__}"
 
     def fits(self, value: Any) -> bool:
-        """Whether a value may stand there; a bool is no number, infinity is none."""
+        """Whether a value is allowed; bools and infinities are no numbers."""
         if value is None:
             return self.optional
         if self.choices:
@@ -121,9 +121,9 @@ _NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of settings: every field is checked, and documented, by its declaration."""
+    """Base class of settings, which checks and documents every field by its declaration."""
 
-    # How a class calls its own settings in an error about a key: the table of a TOML file.
+    # Table of the TOML file, named in errors about a key.
     table: ClassVar[str] = "config"
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -149,16 +149,16 @@ class Settings:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name, as JSON and TOML hold them."""
+        """The values by name, for JSON and TOML."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls: type[_Settings], values: dict[str, Any]) -> _Settings:
-        """The inverse of :meth:`to_dict`; what is left out has its default.
+        """Settings from a dictionary as :meth:`to_dict` gives it; missing keys have their default.
 
         Raises:
-            ValueError: an unknown key, with the nearest known one; a key that is needed and is not
-                there; a value that does not fit.
+            ValueError: an unknown key (the message suggests the nearest), a missing key without a
+                default, a value out of range.
         """
         fields = dataclasses.fields(cls)
         known = [field.name for field in fields]
@@ -172,9 +172,9 @@ class Settings:
 
 
 def declared(cls: type[Settings]) -> dict[str, Declared]:
-    """What the declarations of a class and its bases say of each field, in their order.
+    """The declaration of every field of a class and its bases, in order.
 
-    A field declared anew for another default alone keeps the words and limits of the base.
+    A field redeclared for another default alone keeps the documentation and limits of the base.
     """
     hints = typing.get_type_hints(cls)
     above = [declared(base) for base in cls.__bases__ if issubclass(base, Settings)]
@@ -192,7 +192,7 @@ def declared(cls: type[Settings]) -> dict[str, Declared]:
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """The type, and whether None was allowed beside it."""
+    """The type of an annotation without None, and whether None was in it."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
     (kind,) = (each for each in typing.get_args(hint) if each is not types.NoneType)

@@ -1,4 +1,4 @@
-"""Where the activations of a run come from."""
+"""Settings of a run's activations: folders on disk, or a language model and its text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from sae_kernels.config.base import Limit, Settings, setting
 
 _ONE = Limit("an integer of at least 1", least=1)
-_STORED = ("folders", "target", "check_on_read")  # what a run on stored activations goes by
+_STORED = ("folders", "target", "check_on_read")  # the settings of stored activations
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
-    """Activations on disk, or straight from a language model."""
+    """Settings of the activations: folders on disk, or a language model and its text."""
 
     table = "data"
 
@@ -21,40 +21,41 @@ class DataConfig(Settings):
         (),
         "folders of stored activations; a crosscoder's layers in order",
     )
-    target: str | None = setting(None, "folder of what a transcoder is to reconstruct")
+    target: str | None = setting(None, "folder of the activations that a transcoder reconstructs")
     check_on_read: bool = setting(False, "compare each shard's SHA-256 when it is first read")
     model: str | None = setting(
         None,
-        "in the place of folders, a language model: a folder or a name on the hub. Its "
-        "activations are made while training, and not stored",
+        "language model (a folder or a name on the hub) that computes the activations during "
+        "training, instead of stored folders",
     )
     layer: tuple[str, ...] = setting(
         (),
-        "dotted path of the model's module whose output is learnt, as h.6; a crosscoder's several",
+        "dotted path of the model's module whose output the SAE reads, as h.6; several for a "
+        "crosscoder",
     )
     target_layer: str | None = setting(
         None,
-        "the module whose output a transcoder is to reconstruct",
+        "dotted path of the module whose output a transcoder reconstructs",
     )
     text: tuple[str, ...] = setting(
         (),
-        "files or folders of text for the model: .txt, .jsonl (key text)",
+        "files or folders of text for the model: .txt, or .jsonl with the key text",
     )
     dataset: str | None = setting(
         None,
-        "in the place of text, a dataset: a folder or a name on the hub",
+        "dataset with the text, instead of text files: a folder or a name on the hub",
     )
-    dataset_subset: str | None = setting(None, "the configuration, where a dataset has several")
+    dataset_subset: str | None = setting(None, "configuration of a dataset that has several")
     dataset_revision: str | None = setting(
         None,
-        "the commit, tag or branch on the hub; to resume exactly, name a commit",
+        "commit, tag or branch of the dataset on the hub; only a commit resumes exactly",
     )
-    dataset_split: str = setting("train", "the part of the dataset")
-    dataset_column: str = setting("text", "the column of the dataset that holds the text")
-    context_length: int = setting(128, "tokens that the model sees at once", _ONE)
+    dataset_split: str = setting("train", "split of the dataset")
+    dataset_column: str = setting("text", "column of the dataset that holds the text")
+    context_length: int = setting(128, "tokens per sequence of the model", _ONE)
     model_batch_size: int = setting(
         16,
-        "chunks of full length that go through the model at once",
+        "sequences that go through the model at once",
         _ONE,
     )
 
@@ -85,7 +86,7 @@ class DataConfig(Settings):
             raise ValueError(f"text: expected text or a dataset for the model, got {got}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; of a run on stored activations only what counts there, and so with a model.
+        """The values by name: only those of stored activations, or only those of a model.
 
         Example:
             >>> DataConfig(folders=("acts",)).to_dict()

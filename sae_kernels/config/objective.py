@@ -1,4 +1,4 @@
-"""What a training step minimises: the settings that the objectives of all architectures share."""
+"""Settings of the training objective that all architectures share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae_kernels.config.base import (
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig(Settings):
-    """The loss, the sparsity penalty and AuxK; an architecture's own class adds what it has.
+    """Loss, sparsity penalty and AuxK; an architecture's own class adds settings to these.
 
     Penalties are per token and are described in docs/architectures.md.
     """
@@ -27,56 +27,57 @@ class ObjectiveConfig(Settings):
 
     loss: Literal["fvu", "mse"] = setting(
         "fvu",
-        "fvu, squared error over the batch's variance (sparsify), or mse, squared error per "
-        "token (dictionary_learning, SAELens)",
+        "reconstruction loss: fvu, squared error over the batch's variance (sparsify), or mse, "
+        "squared error per token (dictionary_learning, SAELens)",
     )
     sparsity: str = setting(
         "none",
-        "the penalty added to the loss: none; l1, the sum of the codes; lp, the sum of their "
-        "p-th powers, p falling from 1 (p-annealing, arXiv 2408.00113); tanh, the sum of "
+        "sparsity penalty per token: none; l1, the sum of the codes; lp, the sum of their p-th "
+        "powers, p falling from 1 (p-annealing, arXiv 2408.00113); tanh, the sum of "
         "tanh(tanh_scale * code)",
         choices=("none", "l1", "lp", "tanh"),
     )
-    sparsity_coefficient: float = setting(0.0, "multiplies the penalty", NOT_NEGATIVE)
+    sparsity_coefficient: float = setting(0.0, "factor of the sparsity penalty", NOT_NEGATIVE)
     sparsity_warmup_steps: int | None = setting(
         None,
-        "the coefficient rises linearly from 0 over these steps; None is 2000 "
+        "steps over which the sparsity coefficient rises linearly from 0; None is 2000 "
         "(dictionary_learning) but at most a fifth of the run",
         NATURAL,
     )
     sparsity_norm_weighted: bool = setting(
         False,
-        "weigh codes by the norm of their decoder row in l1, lp and tanh (Conerly et al., April "
-        "2024; Anthropic, January 2025)",
+        "multiply codes by the norm of their decoder row in the penalties l1, lp and tanh "
+        "(Conerly et al., April 2024; Anthropic, January 2025)",
     )
     target_l0: float | None = setting(
         None,
-        "the coefficient follows it: each step it grows or shrinks by 10 / steps of itself "
-        "(noanabeshima); with target_l0 as the penalty, what that aims at. None: it stays",
+        "L0 to reach: the sparsity coefficient grows or shrinks by 10 / steps of itself each step "
+        "(noanabeshima), or the penalty target_l0 aims at it; None leaves the coefficient alone",
         POSITIVE,
     )
     tanh_scale: float = setting(
         4.0,
-        "of the penalty tanh (4: Anthropic, January 2025; SAELens)",
+        "factor of the codes in the penalty tanh (4: Anthropic, January 2025; SAELens)",
         POSITIVE,
     )
     p_end: float = setting(
         0.2,
-        "p takes p_steps values from 1 to p_end, the first change after the part p_start of the "
-        "run; at each the coefficient is scaled so that the penalty stays what it was "
-        "(dictionary_learning)",
+        "last exponent p of the penalty lp, which falls from 1; at each change the sparsity "
+        "coefficient is rescaled so that the penalty keeps its size (dictionary_learning)",
         FRACTION,
     )
-    p_steps: int = setting(10, "see p_end", POSITIVE_INTEGER)
-    p_start: float = setting(0.25, "see p_end", FRACTION)
+    p_steps: int = setting(10, "number of values that p of the penalty lp takes", POSITIVE_INTEGER)
+    p_start: float = setting(
+        0.25, "fraction of the run after which p of the penalty lp falls", FRACTION
+    )
     auxk_alpha: float = setting(
         1 / 32,
-        "weight of AuxK, 1/32 (OpenAI, dictionary_learning); 0 is off",
+        "weight of the AuxK loss on dead latents (1/32: OpenAI, dictionary_learning); 0 is off",
         NOT_NEGATIVE,
     )
     k_aux: int | None = setting(
         None,
-        "dead latents per token in AuxK; None is d_in / 2 (sparsify, dictionary_learning)",
+        "dead latents kept per token in AuxK; None is d_in / 2 (sparsify, dictionary_learning)",
         POSITIVE_INTEGER,
     )
     auxk_latents: int = setting(
@@ -86,7 +87,7 @@ class ObjectiveConfig(Settings):
     )
     dead_after_tokens: int = setting(
         10_000_000,
-        "a latent is dead after so many tokens without firing (10M: OpenAI, sparsify, "
+        "tokens without firing after which a latent is dead (10M: OpenAI, sparsify, "
         "dictionary_learning)",
         POSITIVE_INTEGER,
     )
@@ -99,24 +100,24 @@ class ObjectiveConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixObjective(ObjectiveConfig):
-    """Settings of architectures whose first latents may reconstruct alone (Matryoshka SAEs)."""
+    """Objective of architectures that may be Matryoshka SAEs, reconstructing from prefixes."""
 
     matryoshka: Literal["mean", "sum"] = setting(
         "mean",
-        "squared errors of the prefixes are weighed equally and add up to one (mean, "
-        "dictionary_learning up to its second 1 / G) or count in full each (sum, SAELens)",
+        "squared errors of a Matryoshka SAE's prefixes: mean averages them (dictionary_learning, "
+        "which divides by their number twice), sum adds them up (SAELens)",
     )
     random_prefixes: int = setting(
         0,
-        "draw the prefixes anew each step, so many and the whole, sizes by a Pareto law "
-        "(noanabeshima); 0: the SAE's own groups",
+        "number of prefixes drawn each step by a Pareto law, besides all latents (noanabeshima); "
+        "0 uses the SAE's groups",
         NATURAL,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class PenalisedObjective(ObjectiveConfig):
-    """Settings of architectures that are sparse by their penalty: by default L1, L0 held at 32."""
+    """Objective of architectures sparse by a penalty: by default L1, with L0 held at 32."""
 
     loss: Literal["fvu", "mse"] = "mse"
     sparsity: str = "l1"

@@ -1,4 +1,4 @@
-"""What a run writes while it trains."""
+"""Settings of a run's output: checkpoints and loggers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ LOGGERS = ("tensorboard", "wandb")
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig(Settings):
-    """Checkpoints and loggers; none of it changes what is learnt."""
+    """Settings of checkpoints and loggers; none of them changes the training."""
 
     table = "output"
 
     checkpoint_every: int = setting(
         1000,
-        "steps between checkpoints; 0: one only when the run is interrupted",
+        "steps between checkpoints; 0 saves one only when the run is interrupted",
         NATURAL,
     )
-    keep_checkpoints: int = setting(2, "how many checkpoints stay; 0: all", NATURAL)
+    keep_checkpoints: int = setting(2, "number of checkpoints that are kept; 0 keeps all", NATURAL)
     loggers: tuple[str, ...] = setting(
         (),
-        "where metric lines go besides metrics.jsonl: tensorboard, wandb",
+        "further loggers of the metric lines, besides metrics.jsonl: tensorboard, wandb",
     )
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class OutputConfig(Settings):
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Raises ValueError for a logger that there is none of."""
+    """Raises ValueError for an unknown logger."""
     for name in names:
         if name not in LOGGERS:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What an SAE is, apart from its weights: the settings that all architectures share."""
+"""Settings of an SAE that all architectures share: widths, biases, norms and scales."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Size = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class SAEConfig(Settings):
-    """Widths, layers, the place of the biases and the scale: what every SAE has."""
+    """Settings that every SAE has; an architecture's own class adds to them."""
 
     architecture: ClassVar[str] = ""
 
     d_in: int = field(metadata=about("width of the activations of one layer, D", POSITIVE_INTEGER))
-    n_latents: int = field(metadata=about("latents, F", POSITIVE_INTEGER))
+    n_latents: int = field(metadata=about("number of latents, F", POSITIVE_INTEGER))
     _: dataclasses.KW_ONLY
     d_out: int | None = setting(
         None,
-        "width of what is reconstructed; None is d_in. A transcoder reads one activation and "
-        "writes another",
+        "width of the output, of a transcoder that reconstructs another activation than its "
+        "input; None is d_in",
         POSITIVE_INTEGER,
     )
     n_layers: int = setting(
         1,
-        "layers (or models) that a crosscoder reads and writes together; its rows are [n_layers "
-        "* d_in], one layer after the other",
+        "layers (or models) that a crosscoder reads and writes together; its rows are [n_layers * "
+        "d_in], one layer after the other",
         POSITIVE_INTEGER,
     )
     skip: bool = setting(
@@ -38,8 +38,8 @@ class SAEConfig(Settings):
     )
     subtract_b_dec: bool = setting(
         True,
-        "encode x - b_dec (sparsify, dictionary_learning, OpenAI) or x (Qwen-Scope, Gemma "
-        "Scope). Always x where the output is not the input",
+        "encode x - b_dec (sparsify, dictionary_learning, OpenAI) or x (Qwen-Scope, Gemma Scope, "
+        "all transcoders)",
     )
     unit_norm_decoder: bool = setting(
         True,
@@ -47,17 +47,19 @@ class SAEConfig(Settings):
     )
     decoder_norm: Literal["joint", "sum", "mixed"] = setting(
         "joint",
-        "what weighs a latent of several layers where norms count: joint, the norm of all "
-        "layers' rows together, sum of the layers' norms, or mixed, joint + sum / 10 (the three "
-        "of Minder et al.'s crosscoders, arXiv 2504.02922)",
+        "decoder norm of a crosscoder's latent, in ranking and penalties: joint, the norm over all "
+        "layers; sum, the sum of the layers' norms; or mixed, joint + sum / 10 (Minder et al., "
+        "arXiv 2504.02922)",
     )
     activation_scale: float = setting(
         1.0,
-        "activations are multiplied by it before the SAE sees them; 1 for none. Saving folds it "
-        "into the weights, so saved weights read raw activations",
+        "factor of the activations before the encoder, 1 for none; saving folds it into the "
+        "weights, which then read raw activations",
         SCALE,
     )
-    target_scale: float = setting(1.0, "the same for the targets of a transcoder", SCALE)
+    target_scale: float = setting(
+        1.0, "factor of a transcoder's targets, as activation_scale", SCALE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,27 +76,27 @@ class SAEConfig(Settings):
 
     @property
     def transcodes(self) -> bool:
-        """Whether the target is another activation than the input."""
+        """Whether the target is another activation than the input (a transcoder)."""
         return self.d_out is not None or self.skip
 
     @property
     def largest_k(self) -> int:
-        """How many latents a token can keep at most."""
+        """The largest number of latents that a token can keep."""
         return self.n_latents
 
     @property
     def n_encoded(self) -> int:
-        """How many latents each token is multiplied with."""
+        """Latents that each token is multiplied with."""
         return self.n_latents
 
     @property
     def input_width(self) -> int:
-        """Width of the rows that the encoder reads: all layers together."""
+        """Width of the encoder's input rows: ``n_layers * d_in``."""
         return self.n_layers * self.d_in
 
     @property
     def output_width(self) -> int:
-        """Width of the rows that the decoder writes."""
+        """Width of the decoder's output rows: ``n_layers`` times d_out or d_in."""
         return self.n_layers * (self.d_in if self.d_out is None else self.d_out)
 
     def shapes(self) -> dict[str, Size]:

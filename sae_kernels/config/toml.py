@@ -1,4 +1,4 @@
-"""Settings as TOML, and what differs between two sets of them."""
+"""Settings as TOML files, and the differences between two sets of settings."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Tables = dict[str, Any]
 
 
 def read_tables(path: Path) -> Tables:
-    """What a TOML file says.
+    """Reads a TOML file into tables.
 
     Raises:
-        DataError: no file, or no TOML.
+        DataError: no such file, or no TOML.
     """
     try:
         if path.stat().st_size > JSON_LIMIT:
@@ -41,13 +41,13 @@ def read_tables(path: Path) -> Tables:
 
 
 def write_tables(path: Path, tables: Mapping[str, Any]) -> None:
-    """Writes settings as TOML, whole or not at all; None is left out, as TOML has none."""
+    """Writes settings as TOML, atomically; None is left out, as TOML has none."""
     text = tomli_w.dumps(plain(tables))
     publish(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def plain(value: Any) -> Any:
-    """The value as TOML can hold it.
+    """A value as TOML can hold it: without None, tuples and paths.
 
     Example:
         >>> plain({"k": 32, "lr": None, "groups": (1, 2), "data": {}})
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
 
 
 def changes(before: Tables, now: Tables, defaults: Tables) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both; a key that is missing on one side has its default.
+    """Keys whose values differ, with both values; a missing key counts as its default.
 
     Example:
         >>> changes({"train": {"lr": 1.0}}, {"train": {"lr": 2.0, "seed": 0}}, {"train.seed": 0})
@@ -78,7 +78,7 @@ def changes(before: Tables, now: Tables, defaults: Tables) -> dict[str, tuple[An
 
 
 def flat(tables: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Values with their keys from the outermost table on, as "train.lr"."""
+    """Pairs of a dotted key, as "train.lr", and its value."""
     for key, value in tables.items():
         if isinstance(value, dict):
             yield from flat(value, f"{above}{key}.")

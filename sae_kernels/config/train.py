@@ -1,4 +1,4 @@
-"""How a run trains: steps, batches, schedules, seeds, and the step's own settings."""
+"""Settings of a training run: steps, batches, schedules and seeds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sae_kernels.errors import name_hint
 class TrainConfig(Settings):
     """Settings of a training run.
 
-    The objective belongs to the architecture (None: its class's defaults), the optimizer to the
-    step; everything else is the run's.
+    ``objective`` is of the architecture's ``objective_class`` (None: its defaults) and
+    ``optimizer`` an :class:`OptimizerConfig`; everything else is the run's own.
     """
 
     table = "train"
@@ -33,54 +33,55 @@ class TrainConfig(Settings):
     )
     warmup_steps: int | None = setting(
         None,
-        "linear warm-up; None is 1000 (sparsify, dictionary_learning) but at most a twentieth of "
-        "the run",
+        "steps of linear learning-rate warm-up; None is 1000 (sparsify, dictionary_learning) but "
+        "at most a twentieth of the run",
         NATURAL,
     )
     decay_fraction: float = setting(
         0.2,
-        "the learning rate falls linearly to 0 over this last part of the run "
-        "(dictionary_learning: the last 20 %)",
+        "last fraction of the run over which the learning rate falls linearly to 0 "
+        "(dictionary_learning: 0.2)",
         FRACTION,
     )
     k_start: int | None = setting(
         None,
-        "k falls linearly from k_start to k over k_anneal_steps (sparsify's k_decay_steps); None "
-        "is off",
+        "value of k at the first step, from which it changes linearly to the SAE's k; None is off",
         POSITIVE_INTEGER,
     )
-    k_anneal_steps: int = setting(0, "see k_start; 0 is off", NATURAL)
+    k_anneal_steps: int = setting(
+        0, "steps from k_start to k (sparsify's k_decay_steps); 0 is off", NATURAL
+    )
     route: Literal["fused", "autograd"] = setting(
         "fused",
-        "fused (FusedStep) or autograd (torch.optim.Adam)",
+        "training step: fused (FusedStep) or autograd (AutogradStep, with torch.optim.Adam)",
     )
     device: str = setting(
         "auto",
-        "where to train; auto is a GPU that the kernels can use, else the CPU",
+        "device to train on; auto is a GPU that the kernels support, else the CPU",
     )
     normalize_activations: Literal["none", "sqrt_d"] = setting(
         "sqrt_d",
-        "none, or sqrt_d: activations are scaled to mean norm sqrt(d_in), estimated on the first "
-        "ones (SAELens' expected_average_only_in)",
+        "scaling of the activations: none, or sqrt_d, to a mean norm of sqrt(d_in), estimated on "
+        "a sample (SAELens' expected_average_only_in)",
     )
     init_b_dec: Literal["geometric_median", "mean", "zeros"] = setting(
         "geometric_median",
-        "geometric_median of a first sample (OpenAI, dictionary_learning), mean (sparsify) or "
-        "zeros",
+        "initial b_dec: geometric_median of a sample (OpenAI, dictionary_learning), its mean "
+        "(sparsify) or zeros",
     )
     seed: int = setting(
         0,
-        "of the weights, and of the order of the data unless that has its own",
+        "seed of the weights, and of the order of the data unless data_seed is given",
         NATURAL,
     )
     data_seed: int | None = setting(
         None,
-        "of the order of the data; None is seed. Runs that share one stream of data share it too",
+        "seed of the order of the data, the same in runs that share one stream; None is seed",
         NATURAL,
     )
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop",
-        "stop with an error at a loss that is NaN or infinite, or skip the step and count it",
+        "at a loss that is NaN or infinite: stop with an error, or skip the step and count it",
     )
     log_every: int = setting(10, "steps between metric lines", POSITIVE_INTEGER)
     objective: ObjectiveConfig | None = None
@@ -93,14 +94,14 @@ class TrainConfig(Settings):
 
     @classmethod
     def of(cls, objective: type[ObjectiveConfig], **settings: Any) -> TrainConfig:
-        """Settings by name, whichever of objective, optimizer and run they belong to.
+        """Settings of objective, optimizer and run from one list of names.
 
         Args:
-            objective: the architecture's class of objectives.
-            settings: no name stands in two of the three.
+            objective: the architecture's ``objective_class``.
+            settings: by name; each name belongs to one of the three.
 
         Raises:
-            ValueError: a name that none of them has, with the nearest that one has.
+            ValueError: an unknown name; the message suggests the nearest.
 
         Example:
             >>> config = TrainConfig.of(ObjectiveConfig, steps=10, clip_norm=1.0, loss="mse")
@@ -127,7 +128,7 @@ class TrainConfig(Settings):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The run's own settings, without objective and optimizer, which have their own tables."""
+        """The run's own settings by name; objective and optimizer have their own tables."""
         values = super().to_dict()
         del values["objective"], values["optimizer"]
         return values
@@ -154,7 +155,7 @@ class TrainConfig(Settings):
         return peak * max(0.0, min(1.0, rising, (self.steps - step) / decay))
 
     def k_at(self, step: int, k: float) -> float:
-        """How many latents are kept at a 0-based step; whole where k is.
+        """The annealed k at a 0-based step, an integer if k is one.
 
         Example:
             >>> [TrainConfig(k_start=8, k_anneal_steps=4).k_at(s, 4) for s in range(6)]

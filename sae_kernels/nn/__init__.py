@@ -1,4 +1,4 @@
-"""Modules on top of :mod:`sae_kernels.functional`: a file an architecture."""
+"""Sparse autoencoders as torch modules, one file per architecture."""
 
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SAEOutput, SparseAutoencoder

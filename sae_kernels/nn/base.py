@@ -1,4 +1,4 @@
-"""What all sparse autoencoders share: the weights, the scale, encoding, decoding, and files.
+"""Base class of all sparse autoencoders: weights, scales, encode and decode, saving and loading.
 
 An architecture is a class of its own in a file of its own. It says which latents a token keeps
 (:meth:`SparseAutoencoder.select`) and what becomes of their pre-activations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 class SAEOutput(NamedTuple):
-    """What a forward pass gives.
+    """Reconstruction and codes of a forward pass.
 
     Attributes:
         x_hat: [..., output width], the reconstruction, in the dtype of the input.
-        codes: the kept latents of every token.
+        codes: the sparse codes of every token.
     """
 
     x_hat: torch.Tensor
@@ -43,37 +43,41 @@ class SAEOutput(NamedTuple):
 
 
 class SparseAutoencoder(Saving):
-    """The base of all architectures.
+    """Base class of all sparse autoencoders.
 
     Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
     [output width] and, with a skip connection, W_skip [output width, input width].
 
     Args:
         config: shape and variant; or d_in, with n_latents next and other settings by name.
-        n_latents: F, where ``config`` is d_in.
-        seed: of the initial weights.
-        compute_dtype: of the operands of the kernels (bf16 is fastest where the CPU has AMX);
+        n_latents: number of latents F, if ``config`` is d_in.
+        seed: seed of the initial weights.
+        compute_dtype: dtype of the kernels' operands (bf16 is fastest where the CPU has AMX);
             default: the autocast dtype inside autocast, else the dtype of the weights.
-        backend: see :mod:`sae_kernels.backends`.
-        device: where the weights are made.
-        settings: of the configuration's class, where ``config`` is d_in.
+        backend: which kernels run, see :mod:`sae_kernels.backends`; default: the best available.
+        device: where the weights are created.
+        settings: fields of the configuration's class by name, if ``config`` is d_in.
 
     Attributes:
-        config: the settings.
-        metadata: what is known of where the SAE comes from, as plain JSON values: model, layer,
-            tokens, figures, the tool that wrote it. Saved and loaded with it.
-        is_fresh: whether the weights are those it was made with: not loaded, not trained.
+        config: the configuration.
+        metadata: provenance as plain JSON values (model, layer, tokens, figures, the tool that
+            wrote it); saved and loaded with the SAE.
+        is_fresh: whether the weights are still the initial ones: neither loaded nor trained.
+
+    Raises:
+        TypeError: a configuration of another architecture, or settings beside a configuration.
+        ValueError: a setting that is unknown or out of range.
     """
 
     config_class: ClassVar[type[SAEConfig]] = SAEConfig
     objective_class: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
     # Names for --arch; see sae_kernels.nn.registry.
     presets: ClassVar[dict[str, Preset]] = {}
-    # What stays in its own precision when the module is cast: a bf16 threshold stops learning.
+    # Tensors that keep their dtype when the module is cast: a bf16 threshold stops learning.
     keeps_dtype: ClassVar[tuple[str, ...]] = ()
-    # Vectors as wide as an activation; all others have a number for each latent.
+    # Vectors as wide as an activation; all others have one number per latent.
     non_latent_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
-    # Whether x_hat is b_dec plus rows of W_dec by the codes, which FusedStep differentiates.
+    # Whether x_hat is b_dec plus the codes times rows of W_dec, which FusedStep differentiates.
     decodes_by_rows: ClassVar[bool] = True
 
     config: Any
@@ -109,7 +113,7 @@ class SparseAutoencoder(Saving):
     def _configured(
         cls, config: SAEConfig | int, n_latents: int | None, settings: dict[str, Any]
     ) -> SAEConfig:
-        """The configuration, given as one or as plain arguments."""
+        """The configuration from the constructor's arguments: a config, or plain arguments."""
         if not isinstance(config, SAEConfig):
             given = {} if n_latents is None else {"n_latents": n_latents}
             return cls.config_class.from_dict({"d_in": config, **given, **settings})
@@ -123,7 +127,7 @@ class SparseAutoencoder(Saving):
         return config
 
     def extra_repr(self) -> str:
-        """The configuration where it is not the default, as ``print(sae)`` shows it."""
+        """The settings that differ from their defaults, as ``print(sae)`` shows them."""
         values = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         return ", ".join(f"{f.name}={v}" for f, v in values.items() if v != f.default)
 
@@ -131,7 +135,7 @@ class SparseAutoencoder(Saving):
         super()._load_from_state_dict(*arguments)
         self.is_fresh = False
 
-    # -- what an architecture says ------------------------------------------------------------
+    # -- what an architecture defines ----------------------------------------------------------
 
     def select(
         self,
@@ -140,19 +144,19 @@ class SparseAutoencoder(Saving):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> SparseCodes:
-        """The kept latents of centred tokens [..., input width], with their pre-activations.
+        """Selects each token's latents and returns them with their pre-activations.
 
         Args:
-            x_centred: in the scale of training, b_dec subtracted where that is the variant.
-            W_enc: another copy of the weights to read (the optimizer's compute copy).
-            k: another k than the configuration's, where there is one.
+            x_centred: [..., input width], in the scale of training, from :meth:`centred`.
+            W_enc: read instead of the parameter (the optimizer's compute copy), [F, input width].
+            k: replaces the configuration's k, in architectures that have one.
         """
         raise NotImplementedError
 
     def _above(
         self, x_centred: torch.Tensor, W_enc: torch.Tensor | None, bounds: torch.Tensor | float
     ) -> SparseCodes:
-        """The latents whose pre-activation is above their bound."""
+        """The latents whose pre-activation exceeds a bound, a scalar or [F]."""
         return functional.encode_threshold(
             x_centred,
             self.W_enc if W_enc is None else W_enc,
@@ -163,22 +167,27 @@ class SparseAutoencoder(Saving):
         )
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
-        """The codes from kept pre-activations; differentiable in values and thresholds."""
+        """Codes from selected pre-activations; differentiable in values and thresholds."""
         return preacts.with_values(preacts.values.relu())
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
-        """Divides by its scale what is measured in pre-activations, or in targets."""
+        """Divides vectors by ``scale`` (pre-activations) or ``target_scale`` (targets), by their unit."""
         self.b_enc.div_(scale)
 
     @property
     def drops_zeros(self) -> bool:
-        """Whether a code of 0 is a dropped entry: no gradient, not fired."""
+        """Whether an entry of value 0 counts as dropped: no gradient, did not fire."""
         return True
 
     # -- what training asks of an architecture --------------------------------------------------
 
     def check_objective(self, objective: ObjectiveConfig) -> None:
-        """Raises for an objective of another architecture, or one that these settings rule out."""
+        """Checks that an objective fits this SAE.
+
+        Raises:
+            TypeError: the objective of another architecture.
+            ValueError: settings that do not go together.
+        """
         if not isinstance(objective, self.objective_class):
             raise TypeError(
                 f"objective: expected a {self.objective_class.__name__} for a "
@@ -190,17 +199,17 @@ class SparseAutoencoder(Saving):
             )
 
     def kept_per_token(self, k: float, objective: Any) -> float:
-        """How many latents :meth:`select` is to keep in training for this k."""
+        """Latents per token that :meth:`select` keeps in training, given k."""
         return k
 
     def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
-        """What training reconstructs from the kept pre-activations, the main one first."""
+        """Reconstructions that the loss compares with the target, the main one first."""
         return [Reconstruction(self.activate(preacts).values, drops_zeros=self.drops_zeros)]
 
     def penalties(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> list[torch.Tensor]:
-        """Scalars that training adds to the loss, differentiable in entries and vectors."""
+        """Scalar penalties added to the loss, differentiable in entries and per-latent vectors."""
         objective = context.objective
         if objective.sparsity == "none" or not objective.sparsity_coefficient:
             return []
@@ -209,58 +218,71 @@ class SparseAutoencoder(Saving):
     def sparsity(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> torch.Tensor:
-        """The penalty that the settings name, mean over the tokens, without its coefficient."""
+        """The configured sparsity penalty, averaged over tokens, before its coefficient."""
         return sparsity_penalty(preacts.with_values(parts[0].values), context)
 
     def main_codes(
         self, preacts: SparseCodes, values: torch.Tensor, k: float, objective: Any
     ) -> SparseCodes:
-        """The codes of the main reconstruction alone, out of the entries of all."""
+        """Codes of the main reconstruction, from the entries of all reconstructions."""
         return preacts.with_values(values)
 
     def sums_over_entries(self, objective: Any) -> bool:
-        """Whether the objective of a batch is a sum over tokens and latents.
+        """Whether a batch's objective is a sum over its (token, latent) entries.
 
-        Such an architecture can be trained by dense products over tiles of latents.
+        If so it can be trained by dense products over tiles of latents.
         """
         return False
 
     def prefixes(self, objective: Any, step: int, seed: int) -> Prefixes | None:
-        """A Matryoshka SAE's prefixes of latents at a 0-based step."""
+        """Prefixes of the latents of a Matryoshka SAE at a 0-based step; else None."""
         return None
 
     def entry_leaves(self, preacts: SparseCodes) -> dict[str, torch.Tensor]:
-        """What the objective depends on besides entries and vectors of latents, by name."""
+        """Further tensors that the objective is differentiated by (a router's output), by name."""
         return {}
 
     def with_leaves(self, preacts: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
-        """The entries with these in the place of what :meth:`entry_leaves` gave."""
+        """The entries with the tensors of :meth:`entry_leaves` replaced by ``leaves``."""
         return preacts
 
     def leaf_gradients(
         self, preacts: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
     ) -> dict[str, Gradient]:
-        """Gradients of parameters from those of :meth:`entry_leaves`."""
+        """Parameter gradients from the gradients of the :meth:`entry_leaves`, by name."""
         return {}
 
     def after_step_(self, finite: torch.Tensor) -> None:
-        """Changes what follows training's batches; nothing where the step was not finite."""
+        """Updates running statistics after a step, unless it was not ``finite``."""
 
     def step_figures(self, fired: torch.Tensor) -> dict[str, float]:
-        """Figures for the metric line, from how often each latent fired in a step, int [F]."""
+        """Extra metrics of a step, from how often each latent fired in it, int [F]."""
         return {}
 
     def rows_to_finish(self, objective: Any) -> int:
-        """How many raw rows :meth:`finish_training_` wants to see; 0: it does nothing."""
+        """Tokens that :meth:`finish_training_` needs; 0: it does nothing."""
         return 0
 
     def finish_training_(self, x: torch.Tensor, objective: Any) -> None:
-        """What is fitted once all steps are made, on rows [n, input width] in training's scale."""
+        """Fits what is fitted after the last step, on scaled tokens [n, input width]."""
 
     # -- encoding and decoding ----------------------------------------------------------------
 
     def encode(self, x: torch.Tensor, *, k: float | None = None) -> SparseCodes:
-        """The codes of tokens [..., input width]; k in the place of the configuration's."""
+        """Encodes raw activations into sparse codes.
+
+        Args:
+            x: [..., input width], any floating dtype.
+            k: replaces the configuration's k, in architectures that have one.
+
+        Raises:
+            ValueError: x of another width.
+
+        Example:
+            >>> from sae_kernels.nn import TopKSAE
+            >>> TopKSAE(8, 32, k=4).encode(torch.randn(5, 8)).values.shape
+            torch.Size([5, 4])
+        """
         scale = self.config.activation_scale
         if scale != 1:  # in fp32 at least: a scaled bf16 or fp16 number is rounded, or infinite
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
@@ -271,7 +293,7 @@ class SparseAutoencoder(Saving):
         return self.activate(self.select(self.centred(x), k=k))
 
     def centred(self, x: torch.Tensor) -> torch.Tensor:
-        """What the encoder multiplies: x less b_dec, or x."""
+        """The encoder's input: ``x - b_dec`` if the configuration subtracts it, else x."""
         width = self.config.input_width
         if x.dim() < 1 or x.shape[-1] != width:
             raise ValueError(
@@ -280,9 +302,20 @@ class SparseAutoencoder(Saving):
         return x - self.b_dec if self.config.subtract_b_dec else x
 
     def decode(self, codes: SparseCodes, x: torch.Tensor | None = None) -> torch.Tensor:
-        """The reconstruction from codes, [..., output width] in fp32.
+        """Reconstructs raw activations from codes, [..., output width] in fp32.
 
-        A skip connection needs the input too.
+        Args:
+            codes: as :meth:`encode` gives them.
+            x: [..., input width], the raw input; needed by a skip connection alone.
+
+        Raises:
+            ValueError: no x where there is a skip connection.
+
+        Example:
+            >>> from sae_kernels.nn import TopKSAE
+            >>> sae = TopKSAE(8, 32, k=4)
+            >>> sae.decode(sae.encode(torch.randn(5, 8))).shape
+            torch.Size([5, 8])
         """
         if x is not None and self.config.activation_scale != 1:
             x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.activation_scale
@@ -299,10 +332,10 @@ class SparseAutoencoder(Saving):
         """:meth:`decode` in the scale in which the SAE is trained.
 
         Args:
-            codes: the kept latents.
-            x: the input, for a skip connection.
-            prefixes: give each prefix's reconstruction, [G, ..., output width].
-            frozen: let no gradient reach the decoder.
+            codes: of the tokens.
+            x: the scaled input, for a skip connection.
+            prefixes: reconstruct from each prefix of the latents: [G, ..., output width].
+            frozen: no gradient reaches the decoder.
         """
         stop = torch.Tensor.detach if frozen else _itself
         x_hat = functional.decode(
@@ -322,13 +355,13 @@ class SparseAutoencoder(Saving):
         return x_hat + x.to(self.W_skip.dtype) @ stop(self.W_skip).T
 
     def forward(self, x: torch.Tensor) -> SAEOutput:
-        """Encodes and decodes [..., input width]."""
+        """Encodes and decodes activations [..., input width]; codes and reconstruction."""
         codes = self.encode(x)
         return SAEOutput(self.decode(codes, x if self.config.skip else None).to(x.dtype), codes)
 
     @property
     def target_scale(self) -> float:
-        """What targets are multiplied by: the activations' scale, or a transcoder's own."""
+        """The factor on targets: the activations' scale, or a transcoder's own."""
         config = self.config
         return float(config.target_scale if config.transcodes else config.activation_scale)
 
@@ -344,7 +377,7 @@ class SparseAutoencoder(Saving):
         return norms
 
     def latent_norms(self, norms: torch.Tensor) -> torch.Tensor:
-        """What a latent weighs, [F], from its layers' norms; see ``config.decoder_norm``."""
+        """One norm per latent, [F], from those of its layers; see ``config.decoder_norm``."""
         if self.config.n_layers == 1:
             return norms[:, 0]
         joint, total = norms.norm(dim=1), norms.sum(1)
@@ -353,24 +386,27 @@ class SparseAutoencoder(Saving):
         return norm
 
     def rank_scale(self) -> torch.Tensor | None:
-        """What ranks the latents besides their value: the decoder norms, or nothing."""
+        """The factor of values when latents are ranked: decoder norms [F], or None."""
         if not getattr(self.config, "rank_by_decoder_norm", False):
             return None
         return self.latent_norms(self.decoder_norms().detach())
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
-        """Scales decoder rows (of each layer) to unit norm; zero rows stay."""
+        """Scales each layer's decoder rows to unit norm; zero rows stay zero."""
         rows = self.W_dec.unflatten(1, (self.config.n_layers, -1))
         norms = rows.norm(dim=2, keepdim=True)
         rows.div_(torch.where(norms > 0, norms, 1))
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
-        """Takes from the decoder's gradient the part along its (unit) rows.
+        """Projects the decoder's gradient to be orthogonal to its (unit) rows.
 
-        That part only changes their length, which :meth:`normalize_decoder_` undoes. Call it
-        after backward and before clipping and the optimizer.
+        The parallel part only changes their length, which :meth:`normalize_decoder_` undoes. Call
+        it after backward and before clipping and the optimizer.
+
+        Raises:
+            RuntimeError: the decoder has no gradient yet.
         """
         if self.W_dec.grad is None:
             raise RuntimeError("W_dec.grad: expected a gradient, got None; call backward() first")
@@ -382,7 +418,7 @@ class SparseAutoencoder(Saving):
     def initialise_b_dec_(
         self, x: torch.Tensor, centre: Callable[[torch.Tensor], torch.Tensor] = geometric_median
     ) -> None:
-        """Sets b_dec to the centre of a sample of raw targets [N, output width]."""
+        """Sets b_dec to the centre (geometric median) of raw targets [N, output width]."""
         self.b_dec.copy_(centre(x) * self.target_scale)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""BatchTopK: the k B largest latents of a batch; a threshold when there is no batch."""
+"""BatchTopK SAEs: the k B largest latents of a training batch, a threshold at inference."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BatchTopKConfig(SAEConfig):
-    """The k B largest latents of a batch of B tokens (Bussmann et al., arXiv 2412.06410)."""
+    """Settings of a BatchTopK SAE (Bussmann et al., arXiv 2412.06410)."""
 
     architecture: ClassVar[str] = "batchtopk"
 
     k: float = setting(
         32,
-        "latents kept per token on average; may be a fraction (int(k B) are kept in a batch)",
+        "latents kept per token on average; may be a fraction (a batch of B tokens keeps int(k B))",
         POSITIVE,
     )
-    rank_by_decoder_norm: bool = setting(False, "rank latents by h |W_dec| (BatchTopK crosscoders)")
+    rank_by_decoder_norm: bool = setting(
+        False, "rank latents by pre-activation times decoder norm (BatchTopK crosscoders)"
+    )
     groups: tuple[int, ...] | None = setting(
         None,
-        "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none",
+        "sizes of the latent groups of a Matryoshka SAE (arXiv 2503.17547); None: not Matryoshka",
     )
     threshold_rule: Literal["dictionary_learning", "sae_lens"] = setting(
         "sae_lens",
-        "how the threshold of inference follows the smallest kept key of the batches: sae_lens, "
-        "from 0 on, 0.99 of it and 0.01 of the new; or dictionary_learning, the first batch's, "
-        "then 0.999 and 0.001, which needs some thousands of steps to forget where it began",
+        "moving average of each batch's smallest kept value that becomes the inference threshold: "
+        "sae_lens (decay 0.99, from 0) or dictionary_learning (decay 0.999, from the first "
+        "batch's value, which takes thousands of steps to forget)",
     )
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class BatchTopKConfig(SAEConfig):
         check_groups(self.groups, self.n_latents)
 
     def shapes(self) -> dict[str, Size]:
-        """The threshold of inference besides the weights."""
+        """Shapes of the weights and of the inference threshold."""
         return {**super().shapes(), "threshold": ()}
 
 
@@ -63,8 +65,8 @@ class BatchTopKSAE(SparseAutoencoder):
     those around it.
 
     Attributes:
-        threshold: fp64 scalar, what the smallest kept keys of training's batches were on average
-            (see ``config.threshold_rule``); not positive while unset.
+        threshold: fp64 scalar, moving average of the training batches' smallest kept keys (see
+            ``config.threshold_rule``); not positive while unset.
 
     Example:
         >>> from sae_kernels.nn import BatchTopKSAE
@@ -114,7 +116,7 @@ class BatchTopKSAE(SparseAutoencoder):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> SparseCodes:
-        """The largest pre-activations of the batch, or those above the threshold."""
+        """The batch's int(k B) largest pre-activations; in evaluation those above the threshold."""
         W_enc = self.W_enc if W_enc is None else W_enc
         scale = self.rank_scale()
         if not self.training:
@@ -134,7 +136,7 @@ class BatchTopKSAE(SparseAutoencoder):
         return preacts
 
     def _bounds(self, scale: torch.Tensor | None) -> torch.Tensor:
-        """What pre-activations must be above, from the threshold of keys."""
+        """Lower bounds of pre-activations, scalar or [F], from the threshold of ranking keys."""
         bound = self.threshold.clamp(min=0)
         if scale is None:
             return rounded_down(bound)
@@ -154,8 +156,7 @@ class BatchTopKSAE(SparseAutoencoder):
     def after_step_(self, finite: torch.Tensor) -> None:
         """Moves :attr:`threshold` towards the last batch's smallest kept key.
 
-        Nothing moves where the step was not ``finite``, and was skipped.
-        dictionary_learning starts from the first key, SAELens from 0.
+        A step that was not ``finite`` was skipped and moves nothing.
         """
         key, threshold = self.last_key, self.threshold
         keep = 0.999 if self.config.threshold_rule == "dictionary_learning" else 0.99
@@ -164,7 +165,7 @@ class BatchTopKSAE(SparseAutoencoder):
         threshold.copy_(torch.where(key.isfinite() & finite, moved, threshold))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
-        """The threshold is a key: measured in pre-activations, or in targets if norms rank."""
+        """Rescales the threshold too: in pre-activations, or in targets if norms rank latents."""
         super().fold_vectors_(scale, target_scale)
         divisor = target_scale if self.config.rank_by_decoder_norm else scale
         self.threshold.copy_(
@@ -172,7 +173,7 @@ class BatchTopKSAE(SparseAutoencoder):
         )
 
     def prefixes(self, objective: PrefixObjective, step: int, seed: int) -> Prefixes | None:
-        """The groups of the configuration, or prefixes drawn for the step."""
+        """The prefixes of the configured groups, or random ones drawn for this step."""
         config, device = self.config, self.W_enc.device
         if not (objective.random_prefixes or config.groups):
             return None

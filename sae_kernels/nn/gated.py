@@ -1,4 +1,4 @@
-"""Gated: one reading of the encoder decides which latents fire, another how much."""
+"""Gated SAEs: a gate decides which latents fire, a separate magnitude how strongly."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class GatedConfig(SAEConfig):
-    """Latents gated by one reading of the encoder and sized by another (arXiv 2404.16014)."""
+    """Settings of a Gated SAE (Rajamanoharan et al., arXiv 2404.16014)."""
 
     architecture: ClassVar[str] = "gated"
 
     frozen_decoder: bool = setting(
         True,
-        "in the auxiliary loss that trains the gate the decoder gets no gradient (the paper, "
-        "dictionary_learning), or, if false, it does (SAELens)",
+        "whether the decoder gets no gradient from the auxiliary loss that trains the gate (true: "
+        "the paper, dictionary_learning; false: SAELens)",
     )
 
     def shapes(self) -> dict[str, Size]:
-        """The magnitudes' vectors besides the weights."""
+        """Shapes of the weights and of the magnitude vectors r_mag and b_mag."""
         vector = (self.n_latents,)
         return {**super().shapes(), "r_mag": vector, "b_mag": vector}
 
@@ -72,23 +72,24 @@ class GatedSAE(SparseAutoencoder):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> SparseCodes:
-        """The positive gate pre-activations of each token."""
+        """The latents of each token whose gate pre-activation is positive."""
         return self._above(x_centred, W_enc, 0.0)
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
-        """The magnitudes of the latents whose gate is open."""
+        """Magnitudes ``relu(exp(r_mag) a + b_mag)`` of the latents whose gate is open."""
 
         def of(vector: torch.Tensor) -> torch.Tensor:
             return functional.gather_by_latent(vector, preacts, backend=self.backend)
 
-        a = preacts.values - of(self.b_enc)  # the product brought the gate's bias with it
+        a = preacts.values - of(self.b_enc)  # select() added the gate's bias
         size = (of(self.r_mag.exp()) * a + of(self.b_mag)).relu()
         return preacts.with_values(torch.where(preacts.values <= 0, 0, size))
 
     def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
-        """The codes', and that of the gate itself, which teaches it: no gradient passes its step.
+        """The main reconstruction and the auxiliary one from the gate's pre-activations.
 
-        The decoder is frozen in the second (the paper), unless the configuration frees it.
+        Only the second trains the gate, whose step passes no gradient. The decoder gets no
+        gradient from it with ``frozen_decoder``.
         """
         (main,) = super().reconstructions(preacts, context)
         trains = not self.config.frozen_decoder
@@ -98,14 +99,14 @@ class GatedSAE(SparseAutoencoder):
     def sparsity(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> torch.Tensor:
-        """The gate is penalised, not the codes."""
+        """The penalty on the gate's pre-activations instead of the codes."""
         return super().sparsity(preacts, parts[1:], context)
 
     def sums_over_entries(self, objective: PenalisedObjective) -> bool:
-        """Always: a latent's code depends on its pre-activation alone."""
+        """True: a latent's code depends on its own pre-activation only."""
         return True
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
-        """Both biases are measured in pre-activations."""
+        """Divides both biases, b_enc and b_mag, by the scale."""
         super().fold_vectors_(scale, target_scale)
         self.b_mag.div_(scale)

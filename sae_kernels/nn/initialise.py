@@ -1,4 +1,4 @@
-"""Weights before the first step, and the geometric median."""
+"""Initial weights, and the geometric median that b_dec starts from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def geometric_median(
     where it meets a row.
 
     Args:
-        x: [N, D].
+        x: [N, D], any floating dtype.
         iterations: at most this many.
         tolerance: stop once the point moves by less than this, relative to its norm.
 
     Returns:
         [D] in fp32.
+
+    Raises:
+        ValueError: x is no matrix with at least one row.
 
     Example:
         >>> geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).round(decimals=3).tolist()
@@ -63,7 +66,7 @@ def unit_rows(
     They are drawn on the CPU, a few at a time: the same on every device, with no second matrix.
     """
     rows = torch.empty(n_latents, d_in, device=device)
-    if rows.is_meta:  # of an SAE whose weights come from a file: nothing to draw
+    if rows.is_meta:  # the weights will come from a file
         return rows
     # torch draws normal numbers by sixteens; whole ones give the same numbers as one draw.
     for part in rows.split(max(16, _DRAWN_AT_ONCE // d_in // 16 * 16)):
@@ -75,7 +78,7 @@ def unit_rows(
 def initial_weights(
     config: SAEConfig, seed: int, device: torch.device | str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_enc and W_dec where training starts.
+    """W_enc and W_dec at the start of training.
 
     The decoder has random unit rows (a unit row for each layer where those are kept at unit norm),
     and the encoder is a copy of it. A transcoder's decoder cannot be its encoder: it starts at zero

@@ -1,4 +1,4 @@
-"""JumpReLU: every latent above a threshold of its own."""
+"""JumpReLU SAEs: every latent above its own learned threshold."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class JumpReLUConfig(SAEConfig):
-    """Every latent above a threshold of its own (Rajamanoharan et al., arXiv 2407.14435)."""
+    """Settings of a JumpReLU SAE (Rajamanoharan et al., arXiv 2407.14435)."""
 
     architecture: ClassVar[str] = "jumprelu"
 
-    threshold_init: float = setting(0.01, "where the thresholds start (in the scale of training)")
+    threshold_init: float = setting(
+        0.01, "initial threshold of every latent, in the scale of training"
+    )
     bandwidth: float = setting(
         0.05,
-        "width of the rectangle that stands for the step's derivative",
+        "width of the straight-through estimator's rectangle around the threshold",
         POSITIVE,
     )
     log_threshold: bool = setting(
         True,
-        "train the thresholds' logarithms (the paper, Gemma Scope) or the thresholds themselves "
-        "(dictionary_learning, SAELens). Either way they are fp32",
+        "train the logarithms of the thresholds (the paper, Gemma Scope) or the thresholds "
+        "themselves (dictionary_learning, SAELens); fp32 either way",
     )
 
     def __post_init__(self) -> None:
@@ -53,20 +55,20 @@ class JumpReLUConfig(SAEConfig):
         return "log_threshold" if self.log_threshold else "threshold"
 
     def shapes(self) -> dict[str, Size]:
-        """The thresholds besides the weights."""
+        """Shapes of the weights and of the thresholds."""
         return {**super().shapes(), self.threshold_name: (self.n_latents,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class JumpReLUObjective(ObjectiveConfig):
-    """What a JumpReLU SAE is trained to minimise; by default L0 is held at a target."""
+    """Training objective of a JumpReLU SAE; by default a penalty holds L0 at a target."""
 
     sparsity: str = setting(
         "target_l0",
-        "the penalty added to the loss: none; l1, the sum of the codes; lp, the sum of their "
-        "p-th powers, p falling from 1 (p-annealing, arXiv 2408.00113); l0, how many fire, and "
-        "target_l0, (L0 / target_l0 - 1)^2, through JumpReLU's estimator; tanh, the sum of "
-        "tanh(tanh_scale * code)",
+        "sparsity penalty per token: none; l1, the sum of the codes; lp, the sum of their p-th "
+        "powers, p falling from 1 (p-annealing, arXiv 2408.00113); l0, the number of firing "
+        "latents, and target_l0, (L0 / target_l0 - 1)^2, both through JumpReLU's straight-through "
+        "estimator; tanh, the sum of tanh(tanh_scale * code)",
         choices=("none", "l1", "lp", "l0", "target_l0", "tanh"),
     )
     sparsity_coefficient: float = 0.3
@@ -74,8 +76,8 @@ class JumpReLUObjective(ObjectiveConfig):
     auxk_alpha: float = 0.0
     preact_coefficient: float = setting(
         0.0,
-        "weight of the loss that raises dead latents, relu(threshold - h) weighed by the decoder "
-        "norm (SAELens: 3e-6); 0 is off",
+        "weight of the pre-activation loss that revives dead latents, relu(threshold - h) times "
+        "the decoder norm (SAELens: 3e-6); 0 is off",
         NOT_NEGATIVE,
     )
 
@@ -117,7 +119,7 @@ class JumpReLUSAE(SparseAutoencoder):
         self.keeps_dtype = (self.config.threshold_name,)  # type: ignore[misc]
 
     def thresholds(self) -> torch.Tensor:
-        """fp32 [F], differentiable."""
+        """The threshold of each latent, fp32 [F], differentiable."""
         parameter = self.get_parameter(self.config.threshold_name)
         return parameter.exp() if self.config.log_threshold else parameter
 
@@ -128,18 +130,18 @@ class JumpReLUSAE(SparseAutoencoder):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> SparseCodes:
-        """The pre-activations above the threshold or, in training, above its window."""
+        """The latents above their threshold; in training from half a bandwidth below it."""
         below = self.config.bandwidth / 2 if self.training else 0.0
         return self._above(x_centred, W_enc, self.thresholds().detach() - below)
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
-        """The step at the threshold."""
+        """JumpReLU with its straight-through gradient: ``h`` above the threshold, else 0."""
         return functional.jumprelu(
             preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
         )
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
-        """Thresholds are measured in pre-activations too."""
+        """Divides the thresholds by the scale too."""
         super().fold_vectors_(scale, target_scale)
         threshold = self.get_parameter(self.config.threshold_name)
         if self.config.log_threshold:
@@ -148,18 +150,18 @@ class JumpReLUSAE(SparseAutoencoder):
             threshold.div_(scale)
 
     def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
-        """The thresholds learn from entries of value 0 too: those just below."""
+        """The main reconstruction; entries of value 0 stay, for the thresholds learn from them."""
         (main,) = super().reconstructions(preacts, context)
         return [main._replace(drops_zeros=False)]
 
     def sums_over_entries(self, objective: JumpReLUObjective) -> bool:
-        """The squared distance from a target and the sums over the batch are of the whole batch."""
+        """False with target_l0 or the pre-activation loss, which need sums over the whole batch."""
         return objective.sparsity != "target_l0" and not objective.preact_coefficient
 
     def penalties(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> list[torch.Tensor]:
-        """The loss that raises dead latents, beside the sparsity penalty."""
+        """The sparsity penalty and the pre-activation loss, if they are on."""
         terms = super().penalties(preacts, parts, context)
         coefficient = context.objective.preact_coefficient
         return [*terms, coefficient * self._preact(preacts, context)] if coefficient else terms
@@ -167,7 +169,7 @@ class JumpReLUSAE(SparseAutoencoder):
     def sparsity(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> torch.Tensor:
-        """L0 or its squared distance from a target, or what other architectures have."""
+        """The penalty: l0 and target_l0 by the straight-through estimator, else as elsewhere."""
         objective = context.objective
         if objective.sparsity not in ("l0", "target_l0"):
             return super().sparsity(preacts, parts, context)

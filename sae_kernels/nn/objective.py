@@ -1,8 +1,8 @@
-"""What an objective is made of: reconstructions of the kept entries, penalties, a context.
+"""Training objectives: reconstructions, penalties and the batch's context.
 
-An architecture says which (:meth:`~sae_kernels.nn.SparseAutoencoder.reconstructions` and
+An architecture defines them (:meth:`~sae_kernels.nn.SparseAutoencoder.reconstructions` and
 ``penalties``). The autograd step lets autograd do all the rest; FusedStep knows the gradients of
-the reconstructions in closed form and lets autograd see entries and vectors of latents alone.
+the reconstructions in closed form and lets autograd see entries and per-latent vectors only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         values: like the pre-activations, differentiable in them; 0 where an entry takes no part.
-        weight: in the loss.
+        weight: factor in the loss.
         drops_zeros: whether an entry of value 0 has no gradient. A JumpReLU threshold learns from
             entries that are 0.
         trains_decoder: whether W_dec and b_dec get a gradient from it.
@@ -56,10 +56,10 @@ class Prefixes(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Context:
-    """A batch and what an objective may ask about it, in the scale of training.
+    """A batch, in the scale of training, with everything that an objective depends on.
 
     Attributes:
-        sae: what is trained.
+        sae: the module in training.
         objective: the settings, of the architecture's own class.
         x: [B, input width], in the compute dtype, b_dec subtracted where that is the variant.
         target: fp32 [B, output width].
@@ -67,12 +67,12 @@ class Context:
         k: latents per token, where the architecture has a k.
         coefficient: multiplies the sparsity penalty at this step.
         p: the exponent of the penalty "lp" at this step.
-        observe: takes in the codes that "lp" sums the powers of.
-        dead_mask: gives bool [F], which latents are dead.
+        observe: called with the codes that "lp" sums the powers of.
+        dead_mask: returns bool [F], which latents are dead.
         prefixes: of a Matryoshka SAE, else None.
         skip_input: fp32 [B, input width], what a skip connection reads, else None.
         leaves: None where autograd reaches the weights. In FusedStep it reaches entries and
-            vectors of latents only, and what was asked for here is kept, by name, as a leaf.
+            per-latent vectors only; what is derived from the weights here becomes a leaf, by name.
     """
 
     sae: SparseAutoencoder
@@ -97,18 +97,19 @@ class Context:
     @functools.cached_property
     def norms(self) -> torch.Tensor:
         """The norm of each layer's part of the decoder rows, [F, n_layers], differentiable."""
-        return self._fact("norms", self.sae.decoder_norms)
+        return self._derived("norms", self.sae.decoder_norms)
 
     @functools.cached_property
     def preact_sums(self) -> torch.Tensor:
         """The sum of each latent's pre-activations over the batch, [F], differentiable."""
         sae = self.sae
-        return self._fact(
+        return self._derived(
             "preact_sums",
             lambda: sae.W_enc.float() @ self.x.float().sum(0) + self.n_tokens * sae.b_enc,
         )
 
-    def _fact(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _derived(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor computed from the weights; a leaf by this name in FusedStep."""
         if self.leaves is None:
             return compute()
         with torch.no_grad():
@@ -120,14 +121,14 @@ class Context:
 def objective_of(
     preacts: SparseCodes, context: Context
 ) -> tuple[list[Reconstruction], torch.Tensor | None]:
-    """The reconstructions of kept pre-activations, the main one first, and the penalty or None."""
+    """Reconstructions of selected pre-activations, the main one first; the penalty or None."""
     parts = context.sae.reconstructions(preacts, context)
     terms = context.sae.penalties(preacts, parts, context)
     return parts, sum(terms[1:], terms[0]) if terms else None
 
 
 def sparsity_penalty(codes: SparseCodes, context: Context) -> torch.Tensor:
-    """Mean over the tokens of the penalty that the settings name, without its coefficient."""
+    """The configured penalty averaged over tokens, before its coefficient."""
     sae, objective = context.sae, context.objective
     values = codes.values
     if objective.sparsity_norm_weighted:
@@ -142,7 +143,7 @@ def total(entries: torch.Tensor) -> torch.Tensor:
 
 
 def l1(codes: torch.Tensor, context: Context) -> torch.Tensor:
-    """The codes themselves, which are not negative."""
+    """The codes themselves (they are not negative)."""
     return codes
 
 
@@ -163,8 +164,8 @@ def powers(codes: torch.Tensor, p: float) -> torch.Tensor:
     return torch.where(live, torch.where(live, codes, 1) ** p, 0)
 
 
-# A penalty is one function of the codes and the context of the batch; its name is a value of the
-# setting ``sparsity``. What it gives is added up and divided by the number of tokens.
+# The values of the setting ``sparsity``. Each function maps codes (entries) and the batch's context
+# to a penalty per entry; their sum is divided by the number of tokens.
 PENALTIES: dict[str, Callable[[torch.Tensor, Context], torch.Tensor]] = {
     "l1": l1,
     "lp": lp,
@@ -175,10 +176,10 @@ PENALTIES: dict[str, Callable[[torch.Tensor, Context], torch.Tensor]] = {
 def with_leaves(
     sae: SparseAutoencoder, preacts: SparseCodes
 ) -> tuple[SparseCodes, dict[str, torch.Tensor]]:
-    """Kept entries whose values are leaves, and by name all that autograd differentiates by.
+    """Detaches entries for autograd: the entries, and every leaf to differentiate by, by name.
 
-    The leaves are the pre-activations "h", the vectors of latents (parameters, which are leaves
-    already) and what the architecture adds.
+    The leaves are the pre-activations "h", the per-latent parameters and the architecture's
+    :meth:`~sae_kernels.nn.hooks.TrainingHooks.entry_leaves`.
     """
     added = {name: t.detach().requires_grad_() for name, t in sae.entry_leaves(preacts).items()}
     h = preacts.values.detach().requires_grad_()
@@ -186,7 +187,7 @@ def with_leaves(
 
 
 def latent_vectors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
-    """The trained parameters that have a number for each latent, by name."""
+    """The trained parameters with one number per latent, by name."""
     return {
         name: parameter
         for name, parameter in sae.named_parameters()
@@ -199,7 +200,7 @@ def entry_gradients(
     outputs: list[tuple[torch.Tensor, torch.Tensor]],
     penalty: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """The gradients by the name of their leaf, those that there are; "h" always.
+    """Gradients of the leaves by name, without those that are None; "h" is always there.
 
     Args:
         leaves: of :func:`with_leaves`, and those of the context.

@@ -1,4 +1,4 @@
-"""Matryoshka SAEs: the first latents reconstruct alone (arXiv 2503.17547)."""
+"""Prefixes of the latents that reconstruct alone in Matryoshka SAEs (arXiv 2503.17547)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from sae_kernels.nn.objective import Prefixes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# The groups of a preset, as parts of the latents.
+# Group sizes of the presets: each is n_latents over this, the last takes the rest.
 NESTED = (16, 16, 8, 4, 2)
 
 
 def nested_groups(n_latents: int, parts: tuple[int, ...] = NESTED) -> tuple[int, ...]:
-    """Group sizes that are these parts of the latents; the last takes what is left.
+    """Group sizes ``n_latents // part`` for each part; the last group takes what is left.
+
+    Raises:
+        ValueError: fewer latents than groups.
 
     Example:
         >>> nested_groups(100)
@@ -32,7 +35,7 @@ def nested_groups(n_latents: int, parts: tuple[int, ...] = NESTED) -> tuple[int,
 
 
 def check_groups(groups: tuple[int, ...] | None, n_latents: int) -> None:
-    """Raises ValueError for group sizes that do not add up to the latents."""
+    """Raises ValueError unless the group sizes are positive and add up to n_latents."""
     if groups is None:
         return
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in groups)
@@ -52,7 +55,7 @@ def prefixes_of(
     seed: int,
     device: torch.device,
 ) -> Prefixes:
-    """The prefixes at a 0-based step: drawn for it, or the SAE's own groups."""
+    """The prefixes at a 0-based step: random ones if the objective says so, else the groups."""
     if groups is None or objective.random_prefixes:
         ends = _random_ends(n_latents, objective.random_prefixes, seed, step)
         return _weighted(ends.tolist(), objective.matryoshka, device)
@@ -65,14 +68,14 @@ def _fixed(groups: tuple[int, ...], matryoshka: str, device: torch.device) -> Pr
 
 
 def _weighted(ends: Iterable[int], matryoshka: str, device: torch.device) -> Prefixes:
-    """Prefixes whose errors are averaged ("mean") or added up ("sum")."""
+    """Prefixes with the weights that average ("mean") or sum ("sum") their errors."""
     placed = torch.tensor(ends, dtype=torch.int32).to(device)
     weight = 1 / len(placed) if matryoshka == "mean" else 1.0
     return Prefixes(placed, torch.full((len(placed),), weight, device=device))
 
 
 def _random_ends(n_latents: int, n: int, seed: int, step: int) -> torch.Tensor:
-    """So many prefix sizes by a Pareto law of power 1/2 on [1, F], and F itself."""
+    """n prefix sizes drawn by a Pareto law of power 1/2 on [1, F], ascending, then F itself."""
     generator = torch.Generator().manual_seed(hash((seed, step)) & 0x7FFFFFFF)
     u = torch.rand(n, generator=generator, dtype=torch.float64)
     low = n_latents**-0.5

@@ -1,4 +1,4 @@
-"""The architectures by name: this package's, and those that others register.
+"""Registry of architectures and presets by name, open to classes from outside the package.
 
 A class registered by :func:`register`, or named in the entry point group
 ``sae_kernels.architectures`` of an installed package, is trained, saved, loaded and evaluated like
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     _Class = TypeVar("_Class", bound=type[SparseAutoencoder])
 
-# What several presets share.
+# Settings that several presets share.
 FREE_NORMS = {"unit_norm_decoder": False}
 TRANSCODES = {"subtract_b_dec": False, **FREE_NORMS}
 
@@ -32,13 +32,13 @@ _CLASSES: dict[str, type[SparseAutoencoder]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A name for ``--arch``.
+    """A named variant of an architecture, for ``--arch``.
 
     Attributes:
-        about: one line for people.
-        sae: settings of the SAE that differ from its class's defaults.
-        objective, optimizer: the same for the training step.
-        data: what it is trained on: a "layer", a layer and another as its "target", or "layers".
+        about: one line of help.
+        sae, objective, optimizer: settings that differ from the defaults of their class.
+        data: the activations it trains on: one "layer", a layer and another one as its "target",
+            or several "layers".
     """
 
     about: str
@@ -49,21 +49,21 @@ class Preset:
 
 
 class Kind(NamedTuple):
-    """What a name for ``--arch`` stands for: a class and one of its presets."""
+    """A class and one of its presets."""
 
     sae: type[SparseAutoencoder]
     preset: Preset
 
 
 def register(sae_class: _Class) -> _Class:
-    """Makes an architecture known by its configuration's name; usable as a decorator.
+    """Registers an architecture under its configuration's name; usable as a decorator.
 
     Args:
         sae_class: a :class:`~sae_kernels.nn.SparseAutoencoder` with a ``config_class`` whose
             ``architecture`` nobody else has.
 
     Raises:
-        ValueError: no name, or another class's.
+        ValueError: no name, or a name that another class has.
     """
     name = sae_class.config_class.architecture
     if not name:
@@ -72,7 +72,7 @@ def register(sae_class: _Class) -> _Class:
             "commands, got an empty one; set it in the class"
         )
     known = _CLASSES.setdefault(name, sae_class)
-    # A class of the same place is the same one, defined anew (a notebook's cell, a reload).
+    # The same module and name: the class was defined again (a notebook's cell, a reload).
     if (known.__module__, known.__qualname__) != (sae_class.__module__, sae_class.__qualname__):
         raise ValueError(
             f"architecture {name!r}: expected a name of its own for {sae_class.__qualname__}, it "
@@ -84,19 +84,19 @@ def register(sae_class: _Class) -> _Class:
 
 @functools.cache
 def _load_entry_points() -> None:
-    """Imports what installed packages name, which registers it."""
+    """Registers the architectures that installed packages name as entry points."""
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         register(entry.load())
 
 
 def architectures() -> dict[str, type[SparseAutoencoder]]:
-    """Every known architecture by name, TopK first: it is what a run trains unless told."""
+    """Every known architecture by name, TopK first: it is the default of a run."""
     _load_entry_points()
     return dict(sorted(_CLASSES.items(), key=lambda item: item[0] != "topk"))
 
 
 def architecture(name: object) -> type[SparseAutoencoder]:
-    """The class of an architecture's name.
+    """The class of an architecture by name.
 
     Raises:
         ValueError: no such name; the message lists the known ones and says how to add one.
@@ -116,7 +116,7 @@ def architecture(name: object) -> type[SparseAutoencoder]:
 
 
 def presets() -> dict[str, Kind]:
-    """Every name for ``--arch``."""
+    """Every preset, with its class, by the name that ``--arch`` takes."""
     return {
         name: Kind(sae, preset)
         for sae in architectures().values()
@@ -125,10 +125,10 @@ def presets() -> dict[str, Kind]:
 
 
 def preset(name: str) -> Kind:
-    """What a name for ``--arch`` stands for.
+    """The class and preset of a name for ``--arch``.
 
     Raises:
-        ValueError: no such name; the message has the nearest.
+        ValueError: no such name; the message suggests the nearest.
 
     Example:
         >>> from sae_kernels.nn import preset
@@ -148,7 +148,7 @@ def build(config: SAEConfig, **options: Any) -> SparseAutoencoder:
 
     Args:
         config: of a known architecture.
-        options: as of :class:`~sae_kernels.nn.SparseAutoencoder`.
+        options: arguments of :class:`~sae_kernels.nn.SparseAutoencoder` (seed, device, ...).
 
     Example:
         >>> from sae_kernels.nn import JumpReLUConfig, build
@@ -159,7 +159,7 @@ def build(config: SAEConfig, **options: Any) -> SparseAutoencoder:
 
 
 def from_weights(config: SAEConfig, weights: dict[str, torch.Tensor]) -> SparseAutoencoder:
-    """A module in evaluation mode that holds these tensors.
+    """A module in evaluation mode with these tensors as its weights, not copied.
 
     Raises:
         RuntimeError: tensors are missing, too many or of another shape; torch names them.

@@ -1,4 +1,4 @@
-"""ReLU: every positive latent."""
+"""ReLU SAEs: every positive latent, sparse by a penalty; and the shrinkage fix."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from sae_kernels.primitives.row_grad import row_grad
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
 
-_LEAST = 0.1  # of a scale: one that is not positive would turn a latent off
+_LEAST = 0.1  # smallest scale: one that is not positive would turn a latent off
 _FITTED = 32768  # tokens from which the shrinkage fix is fitted
 
 
 @dataclasses.dataclass(frozen=True)
 class ReLUConfig(SAEConfig):
-    """Every positive latent (Bricken et al. 2023; April update of Conerly et al. 2024)."""
+    """Settings of a ReLU SAE (Bricken et al. 2023; April update of Conerly et al. 2024)."""
 
     architecture: ClassVar[str] = "relu"
 
 
 @dataclasses.dataclass(frozen=True)
 class ReLUObjective(PenalisedObjective):
-    """What a ReLU SAE is trained to minimise; by default squared error and L1, L0 held at 32."""
+    """Training objective of a ReLU SAE; by default squared error and L1, with L0 held at 32."""
 
     fix_shrinkage: bool = setting(
         False,
-        "once trained, fit a scale per latent and fold it into the encoder (Wright and Sharkey "
-        "2024): L1 makes codes too small",
+        "after training, fit one scale per latent and fold it into the encoder (Wright and "
+        "Sharkey 2024), as L1 makes codes too small",
     )
 
 
@@ -85,28 +85,28 @@ class ReLUSAE(SparseAutoencoder):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> SparseCodes:
-        """The positive pre-activations of each token."""
+        """The latents of each token whose pre-activation is positive."""
         return self._above(x_centred, W_enc, 0.0)
 
     def sums_over_entries(self, objective: ReLUObjective) -> bool:
-        """Always: a latent's code depends on its pre-activation alone."""
+        """True: a latent's code depends on its own pre-activation only."""
         return True
 
     def rows_to_finish(self, objective: ReLUObjective) -> int:
-        """A sample for the shrinkage fix."""
+        """The sample size of the shrinkage fix; 0 if it is off."""
         return _FITTED if objective.fix_shrinkage else 0
 
     def finish_training_(self, x: torch.Tensor, objective: Any) -> None:
-        """Fits the scales of the latents and folds them into the encoder."""
+        """Fits one scale per latent and folds it into the encoder, on tokens [n, input width]."""
         scale_latents_(self, fit_scales(self, x))
 
 
-class _Codes:
-    """The linear map from scales of the latents to reconstructions, and its transpose.
+class _ScaleProblem:
+    """The linear map from per-latent scales to reconstructions, and its transpose.
 
     An L1 penalty makes all codes smaller than reconstruction wants them (Wright and Sharkey 2024,
-    "Addressing feature suppression in SAEs"). With the latents' choice and directions kept, the
-    best scale of each is a least-squares problem, solved by conjugate gradients over kept entries.
+    "Addressing feature suppression in SAEs"). With selection and directions fixed, the best scales
+    are a least-squares problem, solved by conjugate gradients over the kept entries.
     """
 
     def __init__(self, sae: SparseAutoencoder, codes: SparseCodes) -> None:
@@ -121,10 +121,10 @@ class _Codes:
 
     def transposed(self, residual: torch.Tensor) -> torch.Tensor:
         codes = self.codes
-        slopes = code_grad(
+        grads = code_grad(
             residual, codes.indices, self.sae.W_dec, None, codes.offsets, backend=self.sae.backend
         )
-        return self.by_latent(slopes * codes.values)
+        return self.by_latent(grads * codes.values)
 
     def by_latent(self, entries: torch.Tensor) -> torch.Tensor:
         term = self.order.term(entries, None)
@@ -133,7 +133,7 @@ class _Codes:
 
 @torch.no_grad()
 def fit_scales(sae: SparseAutoencoder, x: torch.Tensor, *, iterations: int = 30) -> torch.Tensor:
-    """Scales s of the latents that minimise ``sum |x - b_dec - sum_f s_f code_f W_dec[f]|^2``.
+    """Per-latent scales s that minimise ``sum |x - b_dec - sum_f s_f code_f W_dec[f]|^2``.
 
     Args:
         sae: trained, with ReLU codes.
@@ -149,7 +149,7 @@ def fit_scales(sae: SparseAutoencoder, x: torch.Tensor, *, iterations: int = 30)
         torch.Size([32])
     """
     codes = sae.encode_scaled(x)
-    problem = _Codes(sae, codes)
+    problem = _ScaleProblem(sae, codes)
     residual = x - sae.decode_scaled(codes)
     norms = sae.W_dec.square().sum(1)
     diagonal = problem.by_latent(codes.values.square()) * norms
@@ -175,6 +175,6 @@ def fit_scales(sae: SparseAutoencoder, x: torch.Tensor, *, iterations: int = 30)
 
 @torch.no_grad()
 def scale_latents_(sae: SparseAutoencoder, scales: torch.Tensor) -> None:
-    """Multiplies codes by positive scales, folded into the encoder: ``s relu(h) = relu(s h)``."""
+    """Folds positive per-latent scales into the encoder: ``s relu(h) = relu(s h)``."""
     sae.W_enc.mul_(scales[:, None])
     sae.b_enc.mul_(scales)

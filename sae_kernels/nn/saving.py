@@ -27,7 +27,7 @@ class Saving(nn.Module):
     backend: str | None
 
     def folded(self: _SAE) -> _SAE:
-        """The same function of raw activations, with scales of 1; see :meth:`rescaled`."""
+        """A copy with both scales folded into the weights: the same function, scales of 1."""
         return self.rescaled(1.0, 1.0)
 
     def rescaled(self: _SAE, activation_scale: float, target_scale: float = 1.0) -> _SAE:
@@ -38,10 +38,10 @@ class Saving(nn.Module):
 
     @torch.no_grad()
     def rescale_(self: Any, activation_scale: float, target_scale: float = 1.0) -> None:
-        """Puts other scales in front of the weights; the function of raw activations stays.
+        """Changes the scales and adapts the weights; the function of raw activations stays.
 
-        All architectures commute with a positive scale once what is measured in pre-activations is
-        divided by it. With scales of 1 codes come out in units of the raw activations. Decoder rows
+        All architectures commute with a positive scale once vectors in units of pre-activations
+        are divided by it. With scales of 1 codes are in units of the raw activations. Decoder rows
         keep their norm unless the target has a scale of its own.
         """
         config = self.config
@@ -58,7 +58,7 @@ class Saving(nn.Module):
                 self.W_skip.mul_(scale / change)
 
     def _copied(self: _SAE) -> _SAE:
-        """The same module in memory of its own."""
+        """A copy that shares no memory with this module."""
         with torch.device("meta"):
             make: Any = type(self)
             copy: _SAE = make(self.config, compute_dtype=self.compute_dtype, backend=self.backend)

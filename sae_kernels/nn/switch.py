@@ -1,4 +1,4 @@
-"""Switch: a router sends every token to one of several small TopK SAEs."""
+"""Switch SAEs: a router sends every token to one of several TopK experts."""
 
 from __future__ import annotations
 
@@ -27,36 +27,35 @@ if TYPE_CHECKING:
     from sae_kernels.functional import Routing
     from sae_kernels.nn.objective import Context, Reconstruction
 
-_WIDENED = 256  # tokens
+_WIDENED = 256  # tokens widened to fp32 at once
 
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig(SAEConfig):
-    """One of several small TopK SAEs for every token (Mudide et al., arXiv 2410.08201)."""
+    """Settings of a Switch SAE (Mudide et al., arXiv 2410.08201)."""
 
     architecture: ClassVar[str] = "switch"
 
     k: int = setting(32, "latents kept per token, K", POSITIVE_INTEGER)
     n_experts: int = setting(
         8,
-        "E; each has n_latents / n_experts latents, one expert's after the other's",
+        "number of experts E; each has n_latents / n_experts consecutive latents",
         POSITIVE_INTEGER,
     )
     gate: Literal["softmax", "heaviside"] = setting(
         "softmax",
-        "what codes are multiplied with: the softmax probability of the token's expert, which is "
-        "how reconstruction teaches the router, or heaviside: 1, and the router learns from the "
-        "load-balance loss alone",
+        "factor of the codes: softmax, the router's probability of the token's expert, through "
+        "which the reconstruction loss trains the router; heaviside, 1, and only the load-balance "
+        "loss trains it",
     )
     shared_expert: bool = setting(
         False,
-        "the first expert is for every token, without gate, and the router chooses among the "
-        "others; the k are the largest of both experts' gated codes",
+        "the first expert encodes every token without a gate and the router chooses among the "
+        "others; the k largest of both experts' gated codes are kept",
     )
     encoder_bias: bool = setting(
         True,
-        "train b_enc; false keeps it at 0 (the paper, amudide/switch_sae, whose files have no "
-        "place for it)",
+        "train b_enc; false keeps it at 0 (the paper; files of amudide/switch_sae cannot hold it)",
     )
 
     def __post_init__(self) -> None:
@@ -78,39 +77,39 @@ class SwitchConfig(SAEConfig):
 
     @property
     def expert_width(self) -> int:
-        """Latents of an expert, F/E."""
+        """Latents per expert, F / E."""
         return self.n_latents // self.n_experts
 
     @property
     def largest_k(self) -> int:
-        """Latents of an expert: the others are not looked at."""
+        """The largest k: a token sees one expert's latents only."""
         return self.expert_width
 
     @property
     def n_encoded(self) -> int:
-        """Latents of the token's expert, and of the shared one."""
+        """Latents that each token is multiplied with: its expert's and the shared expert's."""
         return self.expert_width * (1 + self.shared_expert)
 
     @property
     def n_routed(self) -> int:
-        """Experts that the router chooses among."""
+        """Experts that the router chooses among: all but a shared one."""
         return self.n_experts - self.shared_expert
 
     def shapes(self) -> dict[str, Size]:
-        """The router besides the weights."""
+        """Shapes of the weights and of the router."""
         width = self.input_width
         return {**super().shapes(), "W_router": (self.n_routed, width), "b_router": (width,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class SwitchObjective(ObjectiveConfig):
-    """What a Switch SAE is trained to minimise."""
+    """Training objective of a Switch SAE: the load-balance loss besides the shared settings."""
 
     auxk_alpha: float = 0.0
     balance_coefficient: float = setting(
         0.3,
-        "weight of the load-balance loss, E sum_i F_i P_i (times d_in with loss mse: "
-        "amudide/switch_sae's lb_alpha)",
+        "weight of the load-balance loss E sum_i F_i P_i (lb_alpha of amudide/switch_sae; with "
+        "loss mse it is multiplied by d_in)",
         NOT_NEGATIVE,
     )
 
@@ -119,13 +118,12 @@ class SwitchObjective(ObjectiveConfig):
 class SwitchSAE(SparseAutoencoder):
     """``x_hat = b_dec + p W_dec^T topk(W_enc (x - b_dec) + b_enc)`` over one expert's latents.
 
-    ``p = softmax(W_router (x - b_router))`` of the token's expert (arXiv 2410.08201). Latents keep
-    their numbers among all F, expert e's being e F/E and those after it; encoding costs 1/E of a
-    TopK SAE's. Codes come as :class:`~sae_kernels.functional.RoutedCodes`, which say where a token
-    went.
+    p is the token's expert's entry of ``softmax(W_router (x - b_router))`` (arXiv 2410.08201).
+    Expert e has the F/E latents from ``e F/E`` on, so encoding costs 1/E of a TopK SAE's. Codes are
+    :class:`~sae_kernels.functional.RoutedCodes`, which hold each token's expert too.
 
     Attributes:
-        W_router: [E, input width], E less the shared expert.
+        W_router: [E, input width], without a row for a shared expert.
         b_router: [input width].
 
     Example:
@@ -164,7 +162,7 @@ class SwitchSAE(SparseAutoencoder):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> RoutedCodes:
-        """The k largest pre-activations of each token in its expert, not multiplied with gates."""
+        """The k largest pre-activations of each token within its expert, before the gate."""
         W_enc = self.W_enc if W_enc is None else W_enc
         k = int(self.config.k if k is None else k)
         routing = functional.route_top1(
@@ -190,12 +188,12 @@ class SwitchSAE(SparseAutoencoder):
         return self._largest(shared, routed)
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
-        """ReLU, and the gate of the token's expert."""
+        """ReLU times the gate of the token's expert."""
         codes = super().activate(preacts)
         return codes.with_values(codes.values * self._gates(preacts))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
-        """The router gives raw activations the logits that it gave scaled ones."""
+        """Rescales the router too, so that its logits stay the same."""
         super().fold_vectors_(scale, target_scale)
         self.W_router.mul_(scale)
         self.b_router.div_(scale)
@@ -203,7 +201,7 @@ class SwitchSAE(SparseAutoencoder):
     def penalties(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context
     ) -> list[torch.Tensor]:
-        """The load-balance loss, beside the sparsity penalty."""
+        """The sparsity penalty and the load-balance loss."""
         terms = super().penalties(preacts, parts, context)
         objective = context.objective
         if not objective.balance_coefficient:
@@ -214,11 +212,11 @@ class SwitchSAE(SparseAutoencoder):
         return [*terms, objective.balance_coefficient * unit * balance]
 
     def entry_leaves(self, preacts: SparseCodes) -> dict[str, torch.Tensor]:
-        """The router's probabilities, [B, E]."""
+        """The router's probabilities, fp32 [B, E]."""
         return {"probabilities": self._routed(preacts).routing.probabilities}
 
     def with_leaves(self, preacts: SparseCodes, leaves: dict[str, torch.Tensor]) -> SparseCodes:
-        """The entries with other probabilities of the router."""
+        """The entries with the router's probabilities replaced by ``leaves``."""
         routed = self._routed(preacts)
         routing = routed.routing._replace(probabilities=leaves["probabilities"])
         return dataclasses.replace(routed, routing=routing)
@@ -235,7 +233,7 @@ class SwitchSAE(SparseAutoencoder):
         )
 
     def step_figures(self, fired: torch.Tensor) -> dict[str, float]:
-        """The part of the codes that the busiest routed expert has, ``largest_load``."""
+        """``largest_load``: the busiest routed expert's share of all fired codes."""
         by_expert = fired.view(self.config.n_experts, -1).sum(1)[-self.config.n_routed :]
         return {"largest_load": float(by_expert.max() / by_expert.sum().clamp(min=1))}
 
@@ -245,7 +243,7 @@ class SwitchSAE(SparseAutoencoder):
         return latents // self.config.expert_width
 
     def router_shift(self) -> torch.Tensor:
-        """What the router subtracts from centred tokens, to see x - b_router."""
+        """The shift the router subtracts from centred tokens, so that it reads x - b_router."""
         return self.b_router - self.b_dec if self.config.subtract_b_dec else self.b_router
 
     @torch.no_grad()
@@ -266,16 +264,16 @@ class SwitchSAE(SparseAutoencoder):
         return preacts
 
     def _gates(self, preacts: SparseCodes) -> torch.Tensor:
-        """What each entry is multiplied with, like the values or [..., 1]."""
+        """The gate of each entry, shaped like the values or [..., 1]."""
         gates = self._routed(preacts).routing.gates().reshape(*preacts.batch_shape, 1)
-        if self.config.gate == "heaviside":  # a router's NaN must show all the same
+        if self.config.gate == "heaviside":  # a router's NaN must reach the codes
             gates = torch.where(gates.detach().isnan(), torch.nan, 1.0)
         if not self.config.shared_expert:
             return gates
         return torch.where(preacts.indices < self.config.expert_width, 1, gates)
 
     def _largest(self, shared: SparseCodes, routed: RoutedCodes) -> RoutedCodes:
-        """Of both experts' entries those with the largest gated pre-activations."""
+        """The k largest gated pre-activations among the entries of both experts."""
         indices = torch.cat([shared.indices, routed.indices + self.config.expert_width], -1)
         values = torch.cat([shared.values, routed.values], -1)
         both = dataclasses.replace(
@@ -293,18 +291,18 @@ def router_gradients(
     grad: torch.Tensor,
     x_centred: torch.Tensor,
 ) -> dict[str, Gradient]:
-    """Gradients of W_router and b_router from those of the probabilities.
+    """Gradients of W_router and b_router, given dL/dprobabilities.
 
     Args:
         W_router: [E, input width].
-        shift: [input width], what the router subtracts from centred tokens.
-        routing: of the batch.
-        grad: fp32 [B, E], the loss's derivative by the probabilities.
-        x_centred: [B, input width], as the encoder saw it.
+        shift: [input width], subtracted from centred tokens by the router.
+        routing: the batch's routing.
+        grad: fp32 [B, E], dL/dprobabilities.
+        x_centred: [B, input width], the encoder's input.
     """
     by_logit = softmax_backward(routing.probabilities.detach(), grad)
     total = by_logit.sum(0)
-    W = W_router.detach().to(x_centred.dtype).float()  # as it was multiplied
+    W = W_router.detach().to(x_centred.dtype).float()  # rounded as in the forward product
     dW = -total[:, None] * shift.detach()
     # The tokens are widened some at a time: on a CPU fresh pages for all of them cost more.
     at_once = len(x_centred) if x_centred.is_cuda else _WIDENED

@@ -1,4 +1,4 @@
-"""TopK: the k largest latents of every token."""
+"""TopK SAEs: the k largest latents of every token."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _MULTI, _MULTI_WEIGHT = 4, 1 / 8  # multi-TopK reconstructs from 4k latents too
 
 @dataclasses.dataclass(frozen=True)
 class TopKConfig(SAEConfig):
-    """The k largest latents of every token (Gao et al., arXiv 2406.04093)."""
+    """Settings of a TopK SAE (Gao et al., arXiv 2406.04093)."""
 
     architecture: ClassVar[str] = "topk"
 
     k: int = setting(32, "latents kept per token, K", POSITIVE_INTEGER)
     relu: Literal["after", "before", "none"] = setting(
         "after",
-        "after the selection (OpenAI, SAELens), before it (sparsify, dictionary_learning) or "
-        "none (Qwen-Scope: values may be negative). The first two are the same function here: a "
+        "ReLU after the selection (OpenAI, SAELens), before it (sparsify, dictionary_learning) or "
+        "none (Qwen-Scope: codes may be negative). The first two are the same function here: a "
         "kept zero adds nothing, has no gradient and does not count as fired",
     )
     rank_by_decoder_norm: bool = setting(
         False,
-        "rank latents by h |W_dec| (SAELens' rescale_acts_by_decoder_norm)",
+        "rank latents by pre-activation times decoder norm (SAELens' rescale_acts_by_decoder_norm)",
     )
     groups: tuple[int, ...] | None = setting(
         None,
-        "sizes of a Matryoshka SAE's groups of latents (arXiv 2503.17547); None for none",
+        "sizes of the latent groups of a Matryoshka SAE (arXiv 2503.17547); None: not Matryoshka",
     )
 
     def __post_init__(self) -> None:
@@ -52,11 +52,12 @@ class TopKConfig(SAEConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TopKObjective(PrefixObjective):
-    """What a TopK SAE is trained to minimise."""
+    """Training objective of a TopK SAE: the shared settings and multi-TopK."""
 
     multi_topk: bool = setting(
         False,
-        "adds FVU of the 4k reconstruction / 8 (arXiv 2406.04093, A.5; sparsify)",
+        "add 1/8 of the FVU of a second reconstruction, from 4k latents (arXiv 2406.04093, A.5; "
+        "sparsify)",
     )
 
 
@@ -64,8 +65,9 @@ class TopKObjective(PrefixObjective):
 class TopKSAE(SparseAutoencoder):
     """``x_hat = b_dec + W_dec^T topk(W_enc (x - b_dec) + b_enc)`` (arXiv 2406.04093).
 
-    Args and weights as of :class:`~sae_kernels.nn.SparseAutoencoder`. The encoder starts as a copy
-    of the decoder, whose rows are random unit vectors.
+    Arguments and weights: :class:`~sae_kernels.nn.SparseAutoencoder`; settings:
+    :class:`TopKConfig`. The encoder starts as a copy of the decoder, whose rows are random unit
+    vectors.
 
     Example:
         >>> import torch
@@ -89,7 +91,7 @@ class TopKSAE(SparseAutoencoder):
         ),
         "transcoder": Preset("TopK from one activation to another", sae=TRANSCODES, data="target"),
         "skip_transcoder": Preset(
-            "the same with a linear skip connection",
+            "TopK from one activation to another, with a linear skip connection",
             sae={**TRANSCODES, "skip": True},
             data="target",
         ),
@@ -115,27 +117,27 @@ class TopKSAE(SparseAutoencoder):
         )
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
-        """ReLU, unless the variant is without."""
+        """ReLU, or the pre-activations themselves with ``relu="none"``."""
         return super().activate(preacts) if self.drops_zeros else preacts
 
     @property
     def drops_zeros(self) -> bool:
-        """Whether there is a ReLU."""
+        """Whether an entry of value 0 counts as dropped: with a ReLU."""
         return self.config.relu != "none"
 
     def check_objective(self, objective: ObjectiveConfig) -> None:
-        """Multi-TopK and prefixes are two ways to have several reconstructions."""
+        """Checks the objective's class, and that multi-TopK and prefixes are not combined."""
         super().check_objective(objective)
         assert isinstance(objective, TopKObjective)
         if objective.multi_topk and (objective.random_prefixes or self.config.groups):
             raise ValueError("multi_topk: expected false with prefixes of latents, got true")
 
     def kept_per_token(self, k: float, objective: TopKObjective) -> float:
-        """k, or 4 k for multi-TopK."""
+        """Latents selected per token: k, or 4 k for multi-TopK."""
         return min(_MULTI * k, self.config.n_latents) if objective.multi_topk else k
 
     def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
-        """The k largest latents', and for multi-TopK that of the 4 k largest."""
+        """Reconstructions from the k largest latents and, for multi-TopK, the 4 k largest."""
         (whole,) = super().reconstructions(preacts, context)
         if not context.objective.multi_topk:
             return [whole]
@@ -146,14 +148,14 @@ class TopKSAE(SparseAutoencoder):
     def main_codes(
         self, preacts: SparseCodes, values: torch.Tensor, k: float, objective: TopKObjective
     ) -> SparseCodes:
-        """Of multi-TopK's entries the first k."""
+        """The k largest entries, without multi-TopK's further ones."""
         if not objective.multi_topk:
             return preacts.with_values(values)
         first = slice(None), slice(int(k))
         return preacts.with_values(values[first], preacts.indices[first])
 
     def prefixes(self, objective: TopKObjective, step: int, seed: int) -> Prefixes | None:
-        """The groups of the configuration, or prefixes drawn for the step."""
+        """The prefixes of the configured groups, or random ones drawn for this step."""
         config, device = self.config, self.W_enc.device
         if not (objective.random_prefixes or config.groups):
             return None

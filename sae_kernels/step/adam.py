@@ -1,4 +1,4 @@
-"""Adam without gradient tensors: every matrix of an SAE through row_update."""
+"""Adam without gradient tensors: updates every parameter through row_update."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class FusedAdam:
     """The optimizer of :class:`~sae_kernels.step.FusedStep`.
 
     Args:
-        sae: whose parameters, fp32, are updated in place. With ``master_weights="split"`` its
-            matrices become bf16 halves until :meth:`restore_`.
+        sae: the module, whose fp32 parameters are updated in place. With
+            ``master_weights="split"`` its matrices become bf16 halves until :meth:`restore_`.
         config: the settings.
-        dtype: of the compute copies.
+        dtype: dtype of the compute copies.
 
     Attributes:
-        matrices: per parameter its matrix view, Adam moments and compute copy.
+        matrices: matrix view, Adam moments and compute copy of each parameter, by name.
         n_updates: int64 scalar, updates made (skipped steps do not count).
     """
 
@@ -38,16 +38,16 @@ class FusedAdam:
         self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
 
     def operand(self, name: str) -> torch.Tensor:
-        """What the kernels read: the compute copy, or the parameter itself."""
+        """The matrix that kernels read: the compute copy, or the parameter itself."""
         row = self.matrices[name]
         return row.param if row.copy is None else row.copy
 
     def update(
         self, gradients: dict[str, Gradient], loss: torch.Tensor, lr: float | torch.Tensor
     ) -> torch.Tensor:
-        """One update, or none if the loss or the gradients' norm is not finite; whether it is.
+        """Updates all parameters if loss and gradient norm are finite; returns whether they are.
 
-        What does not ask for a gradient stays as it is.
+        Parameters without ``requires_grad`` stay as they are.
         """
         config = self.config
         gradients = {n: g for n, g in gradients.items() if self.sae.get_parameter(n).requires_grad}
@@ -69,24 +69,24 @@ class FusedAdam:
         self.n_updates += finite
         return finite
 
-    def living(self) -> dict[str, torch.Tensor]:
-        """The moments and the count, which every update changes in place."""
+    def live_tensors(self) -> dict[str, torch.Tensor]:
+        """Moments and update count by name; every update changes them in place."""
         moments = {
             f"adam.{n}.{m}": getattr(row, m) for n, row in self.matrices.items() for m in "mv"
         }
         return {"n_updates": self.n_updates, **moments}
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """The fp32 matrices that the module holds in halves."""
+        """The fp32 values of matrices that the module holds as bf16 halves, by name."""
         return {n: _joined(row) for n, row in self.matrices.items() if _is_split(row)}
 
     def restore_(self) -> None:
-        """Gives the module its fp32 matrices back; no update can follow."""
+        """Turns bf16 halves back into fp32 parameters; no update can follow."""
         for name in [name for name, row in self.matrices.items() if _is_split(row)]:
             self.sae.get_parameter(name).data = _joined(self.matrices.pop(name))
 
     def _norm(self, name: str) -> tuple[str, int]:
-        """The norm policy of a matrix, and to how many parts of a row it applies."""
+        """The norm policy of a matrix, and the number of parts of a row that it applies to."""
         if name == "W_dec" and self.sae.config.unit_norm_decoder:
             return "unit", self.sae.config.n_layers
         return "none", 1
@@ -94,7 +94,7 @@ class FusedAdam:
     def _clip(
         self, gradients: dict[str, Gradient], loss: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factor of the gradients and whether everything is finite."""
+        """The clipping factor of all gradients, and whether loss and norm are finite."""
         if self.config.clip_norm is None:
             return torch.ones_like(loss), loss.isfinite()
         squares = []

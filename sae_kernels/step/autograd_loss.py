@@ -1,4 +1,4 @@
-"""An SAE's loss under autograd, for the autograd step and for training through a language model."""
+"""Loss of an SAE under autograd, for AutogradStep and for end-to-end training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AutogradLoss(NamedTuple):
     Attributes:
         x_hat: [B, output width], the main reconstruction, differentiable.
         error: ``scale`` times the weighted squared errors of all reconstructions, differentiable;
-            None where none of them counts.
+            None where all their weights are 0.
         penalty: differentiable, 0 where there is none.
         aux_loss: AuxK, differentiable, 0 where no latent is dead.
         squared_error: of the main reconstruction.
@@ -40,13 +40,13 @@ class AutogradLoss(NamedTuple):
 def autograd_loss(
     context: Context, x: torch.Tensor, dead: DeadLatents, *, weight: float = 1.0
 ) -> AutogradLoss:
-    """Encodes a batch, reconstructs it and adds up what training minimises.
+    """Encodes and reconstructs a batch and returns the terms of its loss.
 
     Args:
-        context: the batch, without leaves; its ``x`` is what the encoder multiplies.
+        context: the batch, without leaves; its ``x`` is the encoder's input.
         x: fp32 [B, input width], in the scale of training, for a skip connection.
-        dead: what AuxK looks at.
-        weight: of reconstructions that do not count in any case.
+        dead: the dead-latent counters, for AuxK.
+        weight: factor of all reconstructions but those marked ``always``.
     """
     sae, objective = context.sae, context.objective
     preacts = sae.select(context.x, k=sae.kept_per_token(context.k, objective))
@@ -76,9 +76,9 @@ def autograd_loss(
 def _reconstruct(
     preacts: SparseCodes, part: Reconstruction, x: torch.Tensor, context: Context
 ) -> torch.Tensor:
-    """[B, output width] in the scale of training, or of each prefix [G, B, output width]."""
+    """x_hat in the scale of training: [B, output width], or per prefix [G, B, output width]."""
     codes = preacts.with_values(part.values)
-    if context.prefixes is None and part.trains_decoder:  # all that a decoder of another kind has
+    if context.prefixes is None and part.trains_decoder:  # all that a custom decoder supports
         return context.sae.decode_scaled(codes, x)
     return context.sae.decode_scaled(
         codes, x, prefixes=context.prefixes, frozen=not part.trains_decoder
@@ -86,13 +86,13 @@ def _reconstruct(
 
 
 def _squared_error(e: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
-    """The sum over all tokens; those of prefixes by their weights."""
+    """The squared error summed over tokens; of prefixes the weighted sum."""
     squares = e.square().sum((-1, -2))
     return squares if prefixes is None else (prefixes.weights * squares).sum()
 
 
 def _aux_loss(context: Context, residual: torch.Tensor, dead: DeadLatents) -> torch.Tensor:
-    """AuxK: how the dead latents alone reconstruct the residual; 0 where there are none."""
+    """AuxK loss of the dead latents on the residual; 0 where no latent is dead."""
     sae, objective = context.sae, context.objective
     latents = dead.longest(objective.auxk_latents if objective.auxk_alpha else 0)
     if not latents.numel():
@@ -104,7 +104,7 @@ def _aux_loss(context: Context, residual: torch.Tensor, dead: DeadLatents) -> to
 
 
 class DeadRows(NamedTuple):
-    """The compact matrices of the dead latents, operands in the compute dtype.
+    """Weights of the dead latents, operands in the compute dtype.
 
     Attributes:
         W_enc, W_dec: [A, D].
@@ -125,15 +125,15 @@ def auxk_loss(
     compute_dtype: torch.dtype,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """AuxK's loss, differentiable in the rows of ``dead`` only; see the primitive for the formula.
+    """AuxK loss, differentiable in ``dead`` only; :func:`~sae_kernels.primitives.auxk.auxk` has it.
 
     Args:
-        x_centred: [B, D], as the encoder saw it.
+        x_centred: [B, D], the encoder's input.
         residual: fp32 [B, D], ``x - x_hat``.
-        dead: the dead latents' rows.
-        k_aux: latents per token (at most those there are).
-        alpha: the loss's coefficient.
-        compute_dtype: of the operands of products.
+        dead: weights of the dead latents.
+        k_aux: latents per token; at most all dead ones are used.
+        alpha: coefficient of the loss.
+        compute_dtype: dtype of the products' operands.
         backend: see :mod:`sae_kernels.backends`.
     """
     n_dead = dead.W_enc.shape[0]
@@ -153,7 +153,7 @@ def auxk_loss(
 
 
 def _operand(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounded to ``dtype``, in the dtype of the product; the gradient is not rounded to fp16."""
+    """Rounds an operand to ``dtype``; fp16 stays stored as fp32, its gradient unrounded."""
     if gradient_operand(dtype) == dtype:
         return t.to(dtype)
     return t + (t.to(dtype).to(t.dtype) - t).detach()

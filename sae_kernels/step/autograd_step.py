@@ -1,7 +1,7 @@
-"""AutogradStep: the public differentiable functions under torch's Adam.
+"""AutogradStep: a training step through autograd and torch's Adam.
 
-What a user writes by hand with any loss and any optimizer. It has the interface of FusedStep, which
-is held to it by a test; gradients are dense tensors here, so it is slower.
+A user's own loop does the same with any loss and any optimizer. It has the interface of FusedStep;
+a test holds their results together. Gradients are dense tensors here, so it is slower.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 class AutogradStep(StepBase):
     """Trains a :class:`~sae_kernels.nn.SparseAutoencoder` in place through autograd.
 
-    Arguments and attributes as of :class:`~sae_kernels.step.FusedStep`, with ``torch_adam`` in the
-    place of ``matrices``. The decoder may be of any kind.
+    Arguments: those of :class:`~sae_kernels.step.StepBase`. The decoder may be of any kind.
+
+    Attributes:
+        torch_adam: the ``torch.optim.Adam`` of all parameters.
+        n_updates: int64 scalar, updates made (skipped steps do not count).
 
     Raises:
-        TypeError, ValueError: as FusedStep; an optimizer setting that torch's Adam lacks.
+        TypeError: an objective of another architecture.
+        ValueError: settings that do not go together, or that torch's Adam lacks.
 
     Example:
         >>> from sae_kernels.nn import JumpReLUSAE
@@ -52,7 +56,7 @@ class AutogradStep(StepBase):
         k: float | None = None,
         target: torch.Tensor | None = None,
     ) -> StepResult:
-        """One step on raw activations [B, input width] with this learning rate and k."""
+        """One training step on raw activations; see :meth:`FusedStep.__call__`."""
         sae = self.sae.train()
         x, target = self.checked(x, target)
         scale, variance = loss_scale(target, self.objective.loss)
@@ -65,9 +69,9 @@ class AutogradStep(StepBase):
         return StepResult(loss.detach(), fvu, l0, result.aux_loss.detach(), ~finite, result.fired)
 
     def update(self, loss: torch.Tensor, lr: float, clip_norm: float | None) -> torch.Tensor:
-        """The optimizer's step, unless something is not finite; whether it is.
+        """Backward pass and Adam step, skipped unless all is finite; returns whether it is.
 
-        The gradients' norm is looked at where ``clip_norm`` is given; infinity clips nothing.
+        The gradient norm is checked only with a ``clip_norm``; infinity checks without clipping.
         """
         sae, adam = self.sae, self.torch_adam
         adam.zero_grad(set_to_none=True)
@@ -86,17 +90,17 @@ class AutogradStep(StepBase):
         self.n_updates += finite
         return finite
 
-    def _living(self) -> dict[str, torch.Tensor]:
-        return super()._living() | {"n_updates": self.n_updates}
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        return super()._live_tensors() | {"n_updates": self.n_updates}
 
     def state(self) -> State:
-        """Everything but the weights that the next step depends on."""
+        """All that the next step depends on, without the weights."""
         saved = self.torch_adam.state_dict()["state"]
         moments = {f"adam.{i}.{key}": t for i, each in saved.items() for key, t in each.items()}
         return super().state() | State(moments, {})
 
     def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave.
+        """Restores what :meth:`state` returned.
 
         Raises:
             DataError: moments of other shapes than the parameters.

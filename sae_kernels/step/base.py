@@ -1,4 +1,4 @@
-"""State that all training steps share: dead-latent counters, schedule, the settings."""
+"""Base of the training steps: settings, dead-latent counters, schedules and saved state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StepResult(NamedTuple):
-    """What a step reports; on the device, read when somebody looks. All but the last are scalars.
+    """Figures of one training step: scalar tensors, left on the device; ``fired`` is [F].
 
     Attributes:
         loss: the whole loss.
@@ -38,11 +38,12 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep(Protocol):
-    """What a trainer asks of a step; whatever has this can be trained.
+    """Protocol of a training step: the trainer takes any object that follows it.
 
     Attributes:
-        sae: what is trained, with a ``config``, ``W_enc`` (for its device) and ``save_pretrained``.
-        dead: the dead-latent counters, or whatever else has ``mask()``.
+        sae: the module in training, with ``config``, ``W_enc`` (for its device) and
+            ``save_pretrained``.
+        dead: the dead-latent counters, or another object with ``mask()``.
     """
 
     sae: SparseAutoencoder
@@ -56,36 +57,37 @@ class TrainingStep(Protocol):
         k: float | None = None,
         target: torch.Tensor | None = None,
     ) -> StepResult:
-        """One step on raw activations [B, input width] with this learning rate and k."""
+        """One training step on raw activations [B, input width]."""
 
     def state(self) -> State:
-        """Everything but the weights that the next step depends on."""
+        """All that the next step depends on, without the weights."""
 
     def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave; the SAE has its weights already."""
+        """Restores what :meth:`state` returned; the SAE has its weights already."""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The SAE's state dict, its master weights in fp32 wherever they lie."""
+        """The SAE's state dict with its master weights in fp32."""
 
     def restore_(self) -> None:
-        """Leaves the SAE as anybody can use it; no step can follow."""
+        """Leaves the SAE ready for use outside training; no step can follow."""
 
 
 class StepBase:
-    """The base of this package's steps.
+    """Base class of FusedStep and AutogradStep.
 
     Args:
         sae: the module, trained in place.
-        objective: what is minimised, of the architecture's own class; None: that class's defaults.
-        optimizer: Adam's settings and precisions.
-        steps: of the whole run, over which the sparsity schedule unfolds.
-        seed: of prefixes that are drawn for each step.
+        objective: loss and penalties, of the architecture's ``objective_class``; None: its
+            defaults.
+        optimizer: Adam's settings and precisions; None: the defaults.
+        steps: length of the run, over which the sparsity schedule unfolds.
+        seed: seed of a Matryoshka SAE's random prefixes.
 
     Attributes:
-        sae, objective, optimizer: as given.
-        dtype: of the kernels' operands.
+        sae, objective, optimizer: as given, or the defaults.
+        dtype: dtype of the kernels' operands.
         dead: the dead-latent counters.
-        schedule: the sparsity penalty's coefficient.
+        schedule: coefficient and exponent of the sparsity penalty.
         k_aux: dead latents per token in AuxK.
     """
 
@@ -114,11 +116,11 @@ class StepBase:
     def checked(
         self, x: torch.Tensor, target: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens and their targets in fp32 and in the scale of training.
+        """Checks and scales a batch: tokens and targets, fp32, in the scale of training.
 
         Raises:
-            ValueError: not [B, input width] and [B, output width] with at least one token; a target
-                where the input is its own, or none where it is not.
+            ValueError: shapes other than [B, input width] and [B, output width] with B > 0; a
+                target for an SAE of its input, or none for a transcoder.
         """
         config = self.sae.config
         if x.dim() != 2 or x.shape[1] != self._reads or x.shape[0] == 0:
@@ -150,7 +152,7 @@ class StepBase:
         skip_input: torch.Tensor | None = None,
         leaves: dict[str, torch.Tensor] | None = None,
     ) -> Context:
-        """A batch as the objective sees it at this step; see :class:`Context` for the arguments."""
+        """The objective's context of a batch at this step; :class:`Context` has the arguments."""
         sae, schedule = self.sae, self.schedule
         return Context(
             sae=sae,
@@ -175,7 +177,10 @@ class StepBase:
         finite: torch.Tensor,
         l0: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Takes in a step, and gives its L0; one that was not finite only moves the schedule on."""
+        """Updates counters and schedules after a step and returns its L0.
+
+        A step that was not ``finite`` only moves the schedule on.
+        """
         self.sae.is_fresh = False
         l0 = fired.sum() / n_tokens if l0 is None else l0
         self.dead.update(fired, n_tokens, ~finite)
@@ -183,29 +188,29 @@ class StepBase:
         self.sae.after_step_(finite)
         return l0
 
-    def _living(self) -> dict[str, torch.Tensor]:
-        """Tensors that every step changes in place; the SAE's state dict apart."""
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors outside the SAE's state dict that every step changes in place, by name."""
         saved = self.sae.state_dict().keys()
         buffers = {f"sae.{n}": b for n, b in self.sae.named_buffers() if n not in saved}
         return {"dead.since_fired": self.dead.since_fired, **buffers}
 
     def state(self) -> State:
-        """Everything but the weights that the next step depends on."""
-        return State(self._living(), {}) | self.schedule.state()
+        """All that the next step depends on, without the weights; nothing is copied."""
+        return State(self._live_tensors(), {}) | self.schedule.state()
 
     def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave; the SAE has its weights already.
+        """Restores what :meth:`state` returned; the SAE has its weights already.
 
         Raises:
-            DataError: the state is of another SAE or configuration.
+            DataError: the state of another SAE or configuration.
         """
-        restore_(self._living(), state)
+        restore_(self._live_tensors(), state)
         device = self.dead.since_fired.device
         mine = {n: t.to(device) for n, t in state.tensors.items() if n.startswith("schedule.")}
         self.schedule.load_state(state._replace(tensors=mine))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The SAE's state dict, its master weights in fp32 wherever they lie."""
+        """The SAE's state dict with its master weights in fp32."""
         return dict(self.sae.state_dict())
 
     def restore_(self) -> None:
@@ -224,9 +229,9 @@ def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
 def loss_scale(
     x: torch.Tensor, loss: str, scratch: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What multiplies the squared error, and the batch's total variance about its mean.
+    """The factor of the squared error, and the batch's summed squared distance from its mean.
 
-    Sums go by token first, so that they do not depend on the number of threads.
+    Sums run over each token first, so that they do not depend on the number of threads.
     """
     deviation = torch.sub(x, x.mean(0), out=scratch)
     variance = deviation.square_().sum(1).sum()

@@ -1,4 +1,4 @@
-"""The dtype in which the kernels multiply."""
+"""Compute dtype of the kernels from the ``compute`` setting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sae_kernels.backends import cpu
 
 
 def compute_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype that a ``compute`` setting stands for.
+    """The dtype of a ``compute`` setting on a device.
 
     "auto" is bfloat16 where the device multiplies it natively (a GPU, a CPU with AMX) and float32
     elsewhere: without such a unit bf16 operands are widened first and only cost accuracy.

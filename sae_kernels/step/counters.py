@@ -1,4 +1,4 @@
-"""Counters that outlive a step: dead latents, and how strong the sparsity penalty is."""
+"""Dead-latent counters and the schedule of the sparsity penalty."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _WATCHED = 10  # steps before a change of p over which the penalty is averaged
 
 
 class DeadLatents:
-    """Tokens since each latent last fired.
+    """Counts the tokens since each latent last fired.
 
-    A latent fires when an entry of it is kept with a value that ReLU did not zero.
+    A latent fires when an entry of it is kept and ReLU did not set it to 0.
 
     Attributes:
         since_fired: int64 [F].
         after: tokens without firing that make a latent dead.
-        padded: whether :meth:`pick` leaves the padding in: on a GPU the host must not ask how many
-            latents are dead.
+        padded: whether :meth:`pick` leaves its padding in: on a GPU the host must not wait for the
+            number of dead latents.
 
     Example:
         >>> dead = DeadLatents(3, after=2)
@@ -41,44 +41,44 @@ class DeadLatents:
         self.padded = self.since_fired.device.type != "cpu"
 
     def update(self, counts: torch.Tensor, n_tokens: int, skip: torch.Tensor) -> None:
-        """Takes in how often each latent fired in a batch, unless the step was skipped."""
+        """Adds a batch, given how often each latent fired in it, unless ``skip`` is true."""
         aged = torch.where(counts > 0, 0, self.since_fired + n_tokens)
-        self.since_fired.copy_(torch.where(skip, self.since_fired, aged))  # a graph keeps the place
+        self.since_fired.copy_(torch.where(skip, self.since_fired, aged))  # in place: CUDA graphs
 
     def mask(self) -> torch.Tensor:
         """Which latents are dead, bool [F]."""
         return self.since_fired >= self.after
 
     def pick(self, at_most: int, backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The longest dead latents, at most so many, int32 in ascending order, and their number."""
+        """The latents dead longest, int32 [at most at_most], ascending; and their number."""
         latents, count = pick_dead(self.since_fired, self.after, at_most, backend=backend)
         return latents if self.padded else latents[: int(count)], count
 
     def longest(self, at_most: int) -> torch.Tensor:
-        """The same without padding, int64; waits for the device."""
+        """The latents dead longest, int64, without padding; waits for the device."""
         latents, count = self.pick(at_most)
         return latents[: int(count)].long()
 
 
 class SparsitySchedule:
-    """The coefficient and p of a training run, step by step.
+    """Schedule of the sparsity penalty: its coefficient and its exponent p at each step.
 
-    The coefficient rises linearly. With "lp" p falls from 1 to ``p_end``; each time the coefficient
-    is multiplied by what keeps the penalty at its mean over the last ten steps, for else a smaller
-    p would be a much larger penalty (p-annealing of dictionary_learning; arXiv 2408.00113). With a
-    ``target_l0`` (and a penalty that is not its own aim) the coefficient follows it once it has
-    risen: each step it grows or shrinks by a factor of ``1 + 10 / steps`` (noanabeshima's 3e-4 in a
-    run of 33 000 steps).
+    The coefficient rises linearly. With "lp" p falls from 1 to ``p_end``; at each change the
+    coefficient is rescaled so that the penalty keeps its mean over the last ten steps, as a smaller
+    p alone would make it much larger (p-annealing of dictionary_learning; arXiv 2408.00113). With a
+    ``target_l0`` (other than the penalty "target_l0") the risen coefficient is controlled: each
+    step multiplies or divides it by ``1 + 10 / steps``, as L0 is above or below the target
+    (noanabeshima's 3e-4 in a run of 33 000 steps).
 
     Args:
         config: the objective's settings.
-        steps: of the whole run.
+        steps: length of the run.
 
     Attributes:
         step: steps made.
-        p: the exponent now.
-        factor: of the coefficient, from the changes of p so far.
-        control: scalar on the device, the same from following ``target_l0``.
+        p: the current exponent.
+        factor: factor of the coefficient from the changes of p so far.
+        control: scalar on the device, factor of the coefficient from ``target_l0``; None before.
     """
 
     def __init__(self, config: ObjectiveConfig, steps: int) -> None:
@@ -88,7 +88,7 @@ class SparsitySchedule:
         fractions = [i / (n - 1) if n > 1 else 1.0 for i in range(n)]
         times = [round(start + f * (steps - start)) for f in fractions]
         powers = [1 + (config.p_end - 1) * f for f in fractions]
-        changes = dict(zip(times, powers, strict=True))  # of several at once the last
+        changes = dict(zip(times, powers, strict=True))  # of several at one step the last counts
         if config.sparsity != "lp":
             changes.clear()
         self.step, self.p, self.factor = 0, changes.pop(0, 1.0), 1.0
@@ -97,7 +97,7 @@ class SparsitySchedule:
         self.control: torch.Tensor | None = None
 
     def state(self) -> State:
-        """What :meth:`load_state` goes on from."""
+        """All that the next step depends on."""
         tensors = {} if self.control is None else {"schedule.control": self.control}
         if self._seen:
             tensors["schedule.seen"] = torch.stack(self._seen)
@@ -105,7 +105,7 @@ class SparsitySchedule:
         return State(tensors, {"schedule": values})
 
     def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave."""
+        """Restores what :meth:`state` returned."""
         values = state.values["schedule"]
         self.step, self.p, self.factor = int(values["step"]), values["p"], values["factor"]
         self._changes = [change for change in self._changes if change[0] > self.step]
@@ -113,7 +113,7 @@ class SparsitySchedule:
         self._seen = list(state.tensors.get("schedule.seen", ()))
 
     def coefficient(self) -> float | torch.Tensor:
-        """What multiplies the penalty now."""
+        """The factor of the penalty at this step."""
         value = self.config.sparsity_coefficient * self._risen() * self.factor
         return value if self.control is None else value * self.control
 
@@ -123,7 +123,7 @@ class SparsitySchedule:
         return min(1.0, (self.step + 1) / warmup) if warmup else 1.0
 
     def observe(self, codes: torch.Tensor) -> None:
-        """Takes in what this step's penalty sums the powers of, in one or several calls."""
+        """Notes the codes that the "lp" penalty sums the powers of; once or in several parts."""
         if not self._changes:
             return
         time, power = self._changes[0]
@@ -134,7 +134,7 @@ class SparsitySchedule:
             )
 
     def advance(self, l0: torch.Tensor) -> None:
-        """Goes on to the next step; ``l0`` is this one's."""
+        """Moves to the next step, given the L0 of this one."""
         target = self.config.target_l0
         if target is not None and self.config.sparsity != "target_l0" and self._risen() == 1:
             self.control = torch.ones_like(l0) if self.control is None else self.control
@@ -145,7 +145,7 @@ class SparsitySchedule:
             return
         if self._seen:
             seen = torch.stack(self._seen)
-            now, then = seen[seen.isfinite().all(1)].sum(0).tolist()  # not of a skipped step
+            now, then = seen[seen.isfinite().all(1)].sum(0).tolist()  # a skipped step has none
             ratio = now / then if then else 1.0
             self.factor *= ratio if 0 < ratio < math.inf else 1.0
         self.p = self._changes.pop(0)[1]

@@ -1,10 +1,10 @@
-"""Loss and gradients of a batch by dense products, for codes that are not sparse yet.
+"""Loss and gradients of a batch by dense products, while codes are not sparse yet.
 
-A ReLU-like SAE starts with about half of its latents firing on every token, and there products are
-faster than gathers. They go through tiles of latents twice: once for the reconstructions, and once
-more, the tile's codes computed anew, for the gradients, which so are complete tile by tile. The
-objective is the sparse pass's own: it acts on entries, and in a tile every latent of a token is
-one. Products are torch's; bf16 ones come out in bf16 and stay so, as under autocast.
+A ReLU-like SAE starts with about half of its latents firing on every token, where dense products
+are faster than gathers. Two passes go over tiles of latents: one for the reconstructions, one that
+recomputes each tile's codes and completes its gradients. The objective is that of the sparse pass,
+with every (token, latent) of a tile as an entry. Products are torch's; those of bf16 operands are
+bf16, as under autocast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TILE_BYTES = 8 << 20  # of fp32 numbers [B, latents of a tile]
 
 
 class _Tile(NamedTuple):
-    """The objective on some latents of all tokens, and what autograd differentiates by."""
+    """The objective on a tile: some latents of all tokens, and the leaves of its gradients."""
 
     parts: list[Reconstruction]
     penalty: torch.Tensor | None
@@ -42,8 +42,8 @@ class _Output(NamedTuple):
     residual: torch.Tensor
 
 
-class _Dense:
-    """The two rounds over the tiles."""
+class _TiledPass:
+    """The two passes over tiles of latents."""
 
     def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor, context: Context) -> None:
         self.sae, self.context = context.sae, context
@@ -58,7 +58,7 @@ class _Dense:
         self.every = torch.arange(F, dtype=torch.int32, device=context.x.device)
 
     def tile(self, latents: slice) -> _Tile:
-        """The objective on a tile's entries, differentiable."""
+        """Encodes a tile and evaluates the objective on its entries, differentiable."""
         sae = self.sae
         bias = sae.b_enc.detach()[latents].to(self.product)
         h = torch.nn.functional.linear(self.x, self.W_enc[latents], bias)
@@ -69,7 +69,7 @@ class _Dense:
         return _Tile(parts, penalty, {**leaves, **(self.context.leaves or {})})
 
     def reconstruct(self) -> tuple[list[_Output], torch.Tensor, torch.Tensor]:
-        """The reconstructions, the penalty, and how often each latent fired."""
+        """First pass: the reconstructions, the penalty, and how often each latent fired."""
         context, sae = self.context, self.sae
         fired = torch.zeros_like(self.every)
         penalty = context.target.new_zeros(())
@@ -92,7 +92,7 @@ class _Dense:
     def differentiate(
         self, reconstructed: list[_Output]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The gradients of W_enc and W_dec, and those of leaves by name ("h": summed over B)."""
+        """Second pass: gradients of W_enc, W_dec and the leaves by name ("h": summed over B)."""
         F, target = self.sae.config.n_latents, self.context.target
         dW_enc = target.new_empty(F, self.x.shape[1])
         dW_dec = target.new_empty(F, target.shape[1])
@@ -122,8 +122,11 @@ class _Dense:
 def dense_pass(
     sae: SparseAutoencoder, W_enc: torch.Tensor, W_dec: torch.Tensor, context: Context
 ) -> PassResult:
-    """The same as :func:`~sae_kernels.step.sparse_pass.sparse_pass`, by tiles of latents."""
-    dense = _Dense(W_enc, W_dec, context)
+    """Loss and gradients of a batch by dense products over tiles of latents.
+
+    Arguments and result as of :func:`~sae_kernels.step.sparse_pass.sparse_pass`.
+    """
+    dense = _TiledPass(W_enc, W_dec, context)
     outputs, loss, fired = dense.reconstruct()
     squares = [out.residual.square().sum(1).sum() for out in outputs]
     for out, square in zip(outputs, squares, strict=True):

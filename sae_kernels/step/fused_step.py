@@ -1,4 +1,4 @@
-"""FusedStep: a training step from closed forms, without gradient tensors."""
+"""FusedStep: a training step with closed-form gradients and no gradient tensors."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from sae_kernels.primitives.terms import Gradient
     from sae_kernels.step.state import State
 
-# From this part of the latents on a token's codes are faster as a dense row: measured between 1/24
-# and 1/12 in bf16 (docs/benchmarks.md).
+# The fraction of firing latents above which dense products are faster: measured between 1/24 and
+# 1/12 in bf16 (docs/benchmarks.md).
 DENSE_FROM = 1 / 20
 
 
 class FusedStep(StepBase):
-    """Trains a :class:`~sae_kernels.nn.SparseAutoencoder` in place, in the fewest passes.
+    """Training step of a :class:`~sae_kernels.nn.SparseAutoencoder` by fused kernels, in place.
 
-    Only the encoder product touches B F entries; everything after it the kept entries. Gradients
-    reach the optimizer as terms, never as matrices.
+    Only the encoder product touches B F entries; everything after it touches the kept entries
+    alone. Gradients reach the optimizer as sparse terms, never as matrices.
 
     Args:
-        sae: the module; its parameters are fp32 and stay the master weights. Whoever changes them
-            from outside makes a new FusedStep: the kernels read compute copies, made here. With
-            ``master_weights="split"`` its matrices become the bf16 halves until :meth:`restore_`.
-        arguments: as of :class:`~sae_kernels.step.StepBase`: objective, optimizer, steps, seed.
+        sae: the module; its fp32 parameters are the master weights. The kernels read compute copies
+            made here, so changing parameters from outside needs a new FusedStep. With
+            ``master_weights="split"`` its matrices become bf16 halves until :meth:`restore_`.
+        arguments: objective, optimizer, steps, seed; see :class:`~sae_kernels.step.StepBase`.
 
     On a GPU a step never waits for the host and can be captured in a CUDA graph; the learning rate
-    then comes as a tensor, for a number would be frozen into the graph.
+    must then be a tensor, as a number would be frozen into the graph.
 
     Attributes:
-        matrices: per parameter its matrix view, Adam moments and compute copy.
+        matrices: matrix view, Adam moments and compute copy of each parameter, by name.
         n_updates: int64 scalar, updates made (skipped steps do not count).
 
     Raises:
@@ -74,10 +74,10 @@ class FusedStep(StepBase):
             )
         self.adam = FusedAdam(sae, self.optimizer, self.dtype)
         self.matrices, self.n_updates = self.adam.matrices, self.adam.n_updates
-        # Lazy Adam leaves latents alone that did not fire, where a dense gradient has all rows.
+        # Lazy Adam skips latents that did not fire; a dense gradient has a row for every latent.
         dense_adam = self.optimizer.adam == "dense"
         self.can_be_dense = dense_adam and sae.sums_over_entries(self.objective)
-        # Until the first step has been seen a ReLU-like SAE is taken to be dense, as it starts.
+        # ReLU-like SAEs start dense.
         self.dense_next = self.can_be_dense
         self._scratch: torch.Tensor | None = None
 
@@ -90,9 +90,16 @@ class FusedStep(StepBase):
         k: float | None = None,
         target: torch.Tensor | None = None,
     ) -> StepResult:
-        """One step on raw activations [B, input width] with this learning rate and k.
+        """One training step on raw activations.
 
-        A transcoder also takes the activations that it is to reconstruct, [B, output width].
+        Args:
+            x: [B, input width], any floating dtype.
+            lr: learning rate of this step; a tensor inside a CUDA graph.
+            k: replaces the configuration's k at this step.
+            target: [B, output width], the activations that a transcoder reconstructs.
+
+        Raises:
+            ValueError: shapes that do not fit; a missing or needless target.
         """
         sae = self.sae.train()
         x, target = self.checked(x, target)
@@ -113,7 +120,7 @@ class FusedStep(StepBase):
         run = dense_pass if self.dense_next else sparse_pass
         result = run(sae, W_enc, W_dec, context)
         gradients = dict(result.gradients)
-        # All that reads weights from before the update comes before it.
+        # The input's gradient and AuxK read the weights from before the update.
         if sae.config.subtract_b_dec:
             through_input = rows_weighted(W_enc, result.dh_sum, sae.backend)
             gradients["b_dec"] = _minus(gradients["b_dec"], through_input)
@@ -130,13 +137,13 @@ class FusedStep(StepBase):
     def _add_auxk(
         self, gradients: dict[str, Gradient], residual: torch.Tensor, context: Context
     ) -> torch.Tensor:
-        """Adds AuxK's gradients to those of the batch, and gives its loss."""
+        """Adds AuxK's gradients to ``gradients`` and returns its loss."""
         sae, objective = self.sae, self.objective
         no_loss = residual.new_zeros(())
         if not objective.auxk_alpha:
             return no_loss
         latents, count = self.dead.pick(objective.auxk_latents, sae.backend)
-        if not latents.numel():  # on the CPU, where it is known that none is dead
+        if not latents.numel():  # only on the CPU, where the number is known
             return no_loss
         aux_loss, dW_enc, db_enc, dW_dec = auxk(
             context.x,
@@ -155,43 +162,43 @@ class FusedStep(StepBase):
         return aux_loss
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
-        # Kept between steps: fresh pages for a few MiB cost more than the sums that go there. On a
-        # GPU torch keeps them itself, and a captured graph must write to memory of its own.
+        # Reused on the CPU, where fresh pages cost more than the sums written there. A GPU's
+        # allocator reuses memory itself, and a captured graph needs memory of its own.
         if x.device.type != "cpu":
             return torch.empty_like(x)
         if self._scratch is None or self._scratch.shape != x.shape:
             self._scratch = torch.empty_like(x)
         return self._scratch
 
-    def _living(self) -> dict[str, torch.Tensor]:
-        return super()._living() | self.adam.living()
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        return super()._live_tensors() | self.adam.live_tensors()
 
     def state(self) -> State:
-        """Everything but the weights that the next step depends on."""
+        """All that the next step depends on, without the weights; nothing is copied."""
         state = super().state()
         return state._replace(values={**state.values, "dense_next": self.dense_next})
 
     def load_state(self, state: State) -> None:
-        """Takes up what :meth:`state` gave; the SAE had its weights before this step was made."""
+        """Restores what :meth:`state` returned; make the step after the SAE got its weights."""
         super().load_state(state)
         self.dense_next = bool(state.values["dense_next"])
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The SAE's state dict, its master weights in fp32 wherever they lie."""
+        """The SAE's state dict with its master weights in fp32."""
         return super().weights() | self.adam.masters()
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Gives the module its fp32 matrices and its compute dtype back; no step can follow."""
+        """Restores the module's fp32 matrices and compute dtype; no step can follow."""
         super().restore_()
         self.adam.restore_()
 
 
 def rows_weighted(W: torch.Tensor, weights: torch.Tensor, backend: str | None) -> torch.Tensor:
-    """``W^T weights`` [D] of W [F, D] and fp32 weights [F], by the decode kernel.
+    """``W^T weights``, fp32 [D], of W [F, D] and fp32 weights [F], by the decode kernel.
 
-    The latents are split over up to 64 rows of codes, so that threads share them and the order of
-    the sum does not depend on how many there are.
+    The latents are split over up to 64 rows of codes, so that threads share the work and the order
+    of the sum does not depend on their number.
     """
     n_latents = W.shape[0]
     parts = min(64, n_latents)
@@ -204,16 +211,16 @@ def rows_weighted(W: torch.Tensor, weights: torch.Tensor, backend: str | None) -
 
 
 def _minus(gradient: Gradient, row: torch.Tensor) -> Gradient:
-    """A gradient of one whole row, less another row."""
+    """A dense one-row gradient minus a row."""
     assert gradient.dense is not None
     return gradient._replace(dense=gradient.dense - row)
 
 
 def _with_rows(gradient: Gradient, block: torch.Tensor, latents: torch.Tensor) -> Gradient:
-    """Adds rows of some latents (-1: none) to a gradient."""
+    """Adds a block of rows to a gradient: row i is of ``latents[i]``, -1 is padding."""
     if gradient.dense is None:
         return gradient._replace(dense=block, dense_latents=latents)
-    # The dense block that is there holds every latent, in order.
+    # The gradient's dense block has a row for every latent, in order.
     used = latents >= 0
     rows = torch.where(used[:, None], block, 0)
     dense = gradient.dense.index_add(0, latents.clamp(min=0).long(), rows)

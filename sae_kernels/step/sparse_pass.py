@@ -1,6 +1,6 @@
 """Loss and gradients of a batch from its kept entries alone.
 
-Nothing here is proportional to B F or, but for per-latent vectors, to F.
+After the encoder nothing costs O(B F), and only per-latent vectors cost O(F).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class PassResult(NamedTuple):
         loss: scalar, without AuxK.
         error: scalar, the main reconstruction's squared error.
         residual: fp32 [B, output width], the main reconstruction less the target.
-        gradients: of all parameters; b_dec's through the output alone.
-        dh_sum: [F], dL/dh summed over the tokens; ``W_enc^T dh_sum`` is the gradient of x, summed.
+        gradients: of all parameters by name; b_dec's through the output alone.
+        dh_sum: [F], dL/dh summed over tokens; ``W_enc^T dh_sum`` is the summed gradient of x.
         fired: int32 [F], how often each latent fired.
-        n_kept: how many entries the encoder kept.
+        n_kept: number of entries that the encoder kept.
     """
 
     loss: torch.Tensor
@@ -51,11 +51,11 @@ class PassResult(NamedTuple):
 def sparse_pass(
     sae: SparseAutoencoder, W_enc: torch.Tensor, W_dec: torch.Tensor, context: Context
 ) -> PassResult:
-    """Encode, decode with the codes' gradients, entries by autograd, latent order, terms.
+    """Loss and gradients of a batch: encode, decode, differentiate entries, group them by latent.
 
     Args:
         sae: in training mode.
-        W_enc, W_dec: what the kernels read: compute copies, or the parameters themselves.
+        W_enc, W_dec: the matrices that kernels read: compute copies, or the parameters.
         context: the batch, with leaves.
     """
     assert context.leaves is not None
@@ -92,15 +92,16 @@ def sparse_pass(
 
 
 class _Decoded(NamedTuple):
-    """A reconstruction and its share of the backward pass.
+    """A reconstruction's loss and its part of the backward pass.
 
     Attributes:
         values: like the entries.
-        factor: scalar: dL/dx_hat is ``factor * total``.
-        residual: fp32 [B, width]; with prefixes their weighted sums from each on, [G, B, width].
+        factor: scalar; dL/dx_hat is ``factor * total``.
+        residual: fp32 [B, width]; with prefixes [G, B, width], for each g the weighted sum of the
+            residuals of prefix g and all longer ones.
         grad: like the entries, dL/dvalues.
         loss: scalar.
-        error: scalar, the squared error; of the whole one of several prefixes.
+        error: scalar, the squared error; with prefixes that of the longest.
     """
 
     values: torch.Tensor
@@ -112,11 +113,11 @@ class _Decoded(NamedTuple):
 
     @property
     def total(self) -> torch.Tensor:
-        """The residual that every output's bias sees: with prefixes the weighted sum of all."""
+        """[B, width], the residual; with prefixes the weighted sum of all."""
         return self.residual if self.residual.dim() == 2 else self.residual[0]
 
     def main_residual(self, context: Context) -> torch.Tensor:
-        """The residual of the whole reconstruction, [B, width]."""
+        """[B, width], the residual of the reconstruction from all latents."""
         if context.prefixes is None:
             return self.residual
         return self.residual[-1] / context.prefixes.weights[-1]
@@ -150,7 +151,7 @@ def _decode(
 def _latent_order(
     preacts: SparseCodes, parts: list[Reconstruction], context: Context
 ) -> tuple[LatentOrder, torch.Tensor]:
-    """The entries that have a gradient, by latent, and how often each latent fired."""
+    """The latent order of entries with a gradient, and how often each latent fired."""
     sae = context.sae
     drops, backend = sae.drops_zeros, sae.backend
     main, *others = [part.values.detach() for part in parts]
@@ -184,12 +185,12 @@ def _encoder_gradients(
 def vector_gradients(
     sae: SparseAutoencoder, grads: dict[str, torch.Tensor], db_enc: Gradient
 ) -> dict[str, Gradient]:
-    """The gradients of all vectors of latents, each a matrix of width 1.
+    """Gradients of all per-latent vectors, each as a matrix of width 1.
 
     Args:
-        sae: whose parameters.
+        sae: the module.
         grads: of :func:`~sae_kernels.nn.objective.entry_gradients`.
-        db_enc: b_enc's share as the bias of the encoder product, of terms alone.
+        db_enc: b_enc's part from the encoder product, as terms only.
     """
     result = {"b_enc": db_enc}
     for name in latent_vectors(sae):
@@ -200,7 +201,7 @@ def vector_gradients(
 
 
 def _one_row_each(coef: torch.Tensor, source: torch.Tensor | None) -> Term:
-    """``coef[f] * source[0]`` for every latent whose coefficient is not 0."""
+    """A term ``coef[f] * source[0]`` for every latent whose coefficient is not 0."""
     live = coef != 0
     offsets = pad(live.cumsum(0), (1, 0)).to(torch.int32)
     entries = (~live).to(torch.int8).argsort(stable=True).to(torch.int32)
@@ -211,6 +212,6 @@ def _decoder_terms(
     order: LatentOrder, preacts: SparseCodes, decoded: list[_Decoded], context: Context
 ) -> list[Term]:
     if context.prefixes is not None:
-        # Of [G * B, width] the rows of a latent's own prefix, and with it of all after that.
+        # Residual rows are [G * B, width]; a latent reads those of its own group.
         order = order.by_group(preacts.indices, context.prefixes.ends, context.n_tokens)
     return [order.term(d.factor * d.values, d.residual.flatten(0, -2)) for d in decoded]

@@ -1,4 +1,4 @@
-"""What a training is between two steps, as tensors and plain values by name."""
+"""State of a training between two steps, as named tensors and plain values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class State(NamedTuple):
-    """A part of what outlives a step; the tensors are the living ones until somebody copies them.
+    """State of a training step or a part of it; tensors are not copied.
 
     Attributes:
-        tensors: counters and moments.
-        values: what JSON can hold.
+        tensors: counters and moments by name.
+        values: plain JSON values by name.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -29,20 +29,20 @@ class State(NamedTuple):
 
 
 def restore_(mine: Mapping[str, torch.Tensor], state: State) -> None:
-    """Copies the tensors of these names from the state into the living ones.
+    """Copies saved tensors into those of the same name, in place.
 
     Raises:
-        DataError: one is missing, or has another shape or dtype.
+        DataError: a tensor is missing, or has another shape or dtype.
     """
     for name, tensor in mine.items():
         tensor.copy_(matched(name, tensor, state))
 
 
 def matched(name: str, like: torch.Tensor, state: State) -> torch.Tensor:
-    """The tensor of that name, of the shape and dtype of another.
+    """The saved tensor of a name, checked against the shape and dtype of ``like``.
 
     Raises:
-        DataError: it is missing, or has not.
+        DataError: it is missing, or has another shape or dtype.
     """
     saved = state.tensors.get(name)
     came = None if saved is None else (list(saved.shape), saved.dtype)
