@@ -1,4 +1,4 @@
-"""The command line: one typer app, one module a command."""
+"""The ``sae-kernels`` command line: one typer app, one module per command."""
 
 from sae_kernels.cli.app import app, main
 

@@ -1,4 +1,4 @@
-"""``sae-kernels analyze``."""
+"""Command ``sae-kernels analyze``: compares the latents of saved SAEs."""
 
 from functools import partial
 from pathlib import Path
@@ -24,26 +24,26 @@ def analyze(
     ],
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder of activations to run them on; a crosscoder's several."),
+        typer.Option(help="Folder of activations to encode; may be repeated, for a crosscoder."),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option(help="A folder of what a transcoder is to reconstruct.")
+        Path | None, typer.Option(help="Folder of a transcoder's target activations.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of analysis.json and the pictures.")
+        Path | None, typer.Option(help="Folder for analysis.json and the pictures.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Latents are duplicates from this cosine on.")
+        float, typer.Option(help="Least cosine similarity of duplicate latents.")
     ] = 0.9,
     encoder: Annotated[
-        bool, typer.Option("--encoder", help="Compare encoder rows, not the decoder's.")
+        bool, typer.Option("--encoder", help="Compare encoder rows instead of decoder rows.")
     ] = False,
     verify: Verify = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say how an SAE's latents lie, how many are copies, and what its experts do."""
+    """Measure the geometry, duplicates and experts of the latents of saved SAEs."""
     from sae_kernels import analyze as analyses
 
     _check(data, target, verify, threshold)
@@ -81,7 +81,7 @@ def analyze(
 
 
 def _check(data: list[Path] | None, target: Path | None, verify: bool, threshold: float) -> None:
-    """Refuses what does not go together, before anything is read."""
+    """Raises ValueError for options that do not go together, before anything is read."""
     if not 0 < threshold < 1:
         raise ValueError(f"--threshold: expected a cosine, above 0 and below 1, got {threshold}")
     if not data and (target is not None or verify):
@@ -90,7 +90,7 @@ def _check(data: list[Path] | None, target: Path | None, verify: bool, threshold
 
 
 def _names(saes: "Sequence[str]") -> list[str]:
-    """What to call each: its folder, or the run whose SAE it is; in full where these clash."""
+    """A name for each SAE: its folder's or its run's name, or the full path if these clash."""
     from sae_kernels.runs.folder import SAE_FOLDER
 
     full = [Path(sae) for sae in saes]
@@ -109,7 +109,7 @@ def _load(saes: "Sequence[str]") -> "list[SparseAutoencoder]":
 
 
 def _try(names: list[str], saes: "Sequence[SparseAutoencoder]", data: Data) -> None:
-    """A row through each, so that data which do not fit the last are refused before the first."""
+    """Evaluates one row with each SAE, so that unfit data are refused before any work."""
     from sae_kernels.report.run_data import FirstRows
     from sae_kernels.training import evaluate
 

@@ -1,7 +1,6 @@
-"""The typer app, and how a run of it ends.
+"""The typer app of all commands, and its exit codes.
 
-Exit codes: 0, 1 for a failure of ours, 2 for something the user can mend, 130 for Ctrl-C, 143 for
-SIGTERM.
+0 is success, 1 an internal failure, 2 an error that the user can mend, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import sys
@@ -48,12 +47,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain,
 }
 
-# What the library raises for what it was given; anything else is a failure of its own.
+# Errors about the user's input; anything else is an internal failure.
 _USER_ERRORS = (SaeKernelsError, ValueError, TypeError, OSError, ImportError)
 
 app = typer.Typer(
     name="sae-kernels",
-    help="Cheap sparse autoencoders: harvest activations, train on them, look at what came out.",
+    help="Fast sparse autoencoders: harvest activations, train on them, inspect the results.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -1,4 +1,4 @@
-"""``sae-kernels bench``."""
+"""Command ``sae-kernels bench``: measures operators and training steps."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,30 +33,33 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        str, typer.Option(metavar="NAME,...|all", help=f"Beside ours: {', '.join(_OTHERS)}.")
+        str,
+        typer.Option(
+            metavar="NAME,...|all", help=f"Contestants beside ours: {', '.join(_OTHERS)}."
+        ),
     ] = "dense",
     only: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Cases whose names it is found in.")
+        str | None, typer.Option(metavar="REGEX", help="Only cases whose name matches.")
     ] = None,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 270.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant, at most.")] = 7,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for all cases together.")] = 270.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Most repetitions of each contestant.")] = 7,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each contestant. [default: torch's]")
+        int | None, typer.Option(min=1, help="CPU threads of each contestant. [default: torch's]")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it runs.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Device to measure on.")] = "cpu",
     data: Annotated[
-        Path | None, typer.Option(help="Harvested activations in the place of random ones.")
+        Path | None, typer.Option(help="Folder of activations, instead of random ones.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results to this .jsonl file.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw pictures and a report into this folder.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(help="Show what changed since the results in this file.")
+        Path | None, typer.Option(help="Compare with the results in this .jsonl file.")
     ] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Say which cases there are.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be measured, what not and why.")
+        bool, typer.Option("--dry-run", help="List what would be measured, what not and why.")
     ] = False,
     setup_peers: Annotated[
         str | None,

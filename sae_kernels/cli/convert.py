@@ -1,4 +1,4 @@
-"""``sae-kernels convert``."""
+"""Command ``sae-kernels convert``: rewrites an SAE in another tool's format."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ def convert(
     ],
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="FORMAT", help="Format of SRC, if files mislead."),
+        typer.Option("--from", metavar="FORMAT", help="Format of SRC. [default: detected]"),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""The activations that a run is to learn from, on disk or from a model."""
+"""Opens the activations that a run trains on, from disk or from a language model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class RunData(NamedTuple):
     """Opened activations.
 
     Attributes:
-        source: what the trainer reads.
-        target: what a transcoder reconstructs, where it is stored apart.
-        widths: of what was opened.
+        source: the activations that the trainer reads.
+        target: a transcoder's target, if it is stored separately.
+        widths: widths of both.
     """
 
     source: RowSource | Stream
@@ -35,7 +35,7 @@ class RunData(NamedTuple):
 
 
 def absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """The table [data] with paths that mean the same from any folder."""
+    """The table [data] with absolute paths."""
 
     def path(name: Any) -> Any:
         there = isinstance(name, str) and Path(name).exists()
@@ -49,7 +49,7 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_data(config: DataConfig, kind: str) -> None:
-    """Refuses data that an architecture is not trained on: "layer", "target" or "layers"."""
+    """Raises ValueError for data that do not fit the preset's kind: "layer", "target", "layers"."""
     n_layers = len(config.layer) if config.model else len(config.folders)
     has_target = bool(config.target_layer if config.model else config.target)
     if not n_layers:
@@ -64,11 +64,11 @@ def check_data(config: DataConfig, kind: str) -> None:
     if kind == "layers" and n_layers == 1:
         raise ValueError("DATA: expected a folder for each layer of the crosscoder, got one folder")
     if kind == "target" and not has_target:
-        raise ValueError("--target: expected the activations that the transcoder is to reconstruct")
+        raise ValueError("--target: expected the activations that the transcoder reconstructs")
 
 
 def open_stored(config: DataConfig, verify: bool = False) -> RunData:
-    """Opens folders; what they hold is not read, unless their checksums are to be compared."""
+    """Opens folders of activations without reading them, unless to ``verify`` their checksums."""
     target = Path(config.target) if config.target else None
     data = Data.open([Path(f) for f in config.folders], target, config.check_on_read)
     if verify:
@@ -78,7 +78,7 @@ def open_stored(config: DataConfig, verify: bool = False) -> RunData:
 
 
 def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData:
-    """Loads a language model that makes activations while the SAE trains on them."""
+    """Loads a language model that computes the activations during training."""
     from sae_kernels import harvest
     from sae_kernels.gpu import training_device
 
@@ -105,11 +105,11 @@ def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData
 
 
 def _documents(config: DataConfig) -> Iterable[str] | Callable[[], Iterable[str]]:
-    """The text for the model, which can be gone through as often as it takes."""
+    """The text for the model, as something that can be iterated over repeatedly."""
     from sae_kernels import harvest
 
     if config.dataset is None:
-        harvest.read_documents(config.text)  # what is missing is missed before the model loads
+        harvest.read_documents(config.text)  # missing files are noticed before the model loads
         return functools.partial(harvest.read_documents, config.text)
     return harvest.dataset_documents(
         config.dataset,

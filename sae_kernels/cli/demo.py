@@ -1,4 +1,4 @@
-"""``sae-kernels demo``."""
+"""Command ``sae-kernels demo``: the whole way from a model to a report in a minute."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,9 @@ def demo(
         "sae-demo"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 1024 tokens.")] = 800,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the weights and of the data's order.")
+    ] = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""``sae-kernels env``: what this installation is made of and what it runs on."""
+"""Command ``sae-kernels env``: versions, hardware and usable backends."""
 
 import os
 from typing import Any
@@ -16,7 +16,7 @@ _NAMES = ("NO_COLOR", "FORCE_COLOR", "HF_HOME", "HF_HUB_OFFLINE")
 
 
 def env(as_json: Json = False, debug: Debug = False) -> None:
-    """Show versions, processor, kernels and which backend can run what."""
+    """Show versions, processor, compiled kernels and the backends of each primitive."""
     values = _collect()
     output = Output(as_json)
     output.record(values)
@@ -64,7 +64,7 @@ def _collect() -> dict[str, Any]:
 
 
 def _refusals(by_primitive: dict[str, dict[str, str | None]]) -> list[tuple[str, str]]:
-    """Why whole backends do not run here; what is not written for one is no news."""
+    """Reasons why whole backends do not run here, without primitives that lack one."""
     return sorted(
         {
             (backend, f"does not run here: {reason}")
@@ -76,7 +76,7 @@ def _refusals(by_primitive: dict[str, dict[str, str | None]]) -> list[tuple[str,
 
 
 def _kernels() -> dict[str, Any]:
-    """What the compiled module says of itself, or why it is not there."""
+    """Build facts of the compiled module, or why it is missing."""
     try:
         module = cpu.module()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""``sae-kernels eval``."""
+"""Command ``sae-kernels eval``: measures a saved SAE."""
 
 import math
 from pathlib import Path
@@ -25,15 +25,16 @@ def evaluate(
     ],
     data: Annotated[
         list[Path] | None,
-        typer.Argument(help="A folder of activations; a crosscoder's several, in order."),
+        typer.Argument(help="Folder of activations; several for a crosscoder, in order."),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option(help="A folder of what a transcoder is to reconstruct.")
+        Path | None, typer.Option(help="Folder of a transcoder's target activations.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Tokens at a time.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tokens per batch.")] = 4096,
     verify: Verify = False,
     model: Annotated[
-        str | None, typer.Option(help="The language model: a folder, or a name on the hub.")
+        str | None,
+        typer.Option(help="Language model to splice the SAE into: a folder or a name on the hub."),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Dotted path of the module that the SAE was trained on.")
@@ -42,11 +43,13 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Text file, .jsonl file (key text) or folder; may be repeated."),
     ] = None,
-    model_batch_size: Annotated[int, typer.Option(help="Chunks of full length at once.")] = 8,
-    context_length: Annotated[int, typer.Option(help="Tokens the model sees at once.")] = 128,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    model_batch_size: Annotated[int, typer.Option(help="Sequences per batch of the model.")] = 8,
+    context_length: Annotated[int, typer.Option(help="Tokens per sequence of the model.")] = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens of text.")
+    ] = None,
     keep_first: Annotated[
-        bool, typer.Option("--keep-first", help="Leave each chunk's first token as it is.")
+        bool, typer.Option("--keep-first", help="Do not replace the first token of each sequence.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -83,7 +86,7 @@ def evaluate(
 
 
 def _check(data: list[Path] | None, verify: bool, of_model: dict[str, object]) -> None:
-    """Refuses what does not go together."""
+    """Raises ValueError for options that do not go together."""
     given = [name for name, value in of_model.items() if value]
     missing = [name for name in of_model if name not in given]
     if given and missing:

@@ -1,4 +1,4 @@
-"""``sae-kernels explain``: which backend runs a primitive, and why."""
+"""Command ``sae-kernels explain``: which backend runs a primitive, and why."""
 
 import difflib
 from typing import Annotated
@@ -18,14 +18,14 @@ DTYPES = {
 
 def explain(
     primitive: Annotated[str, typer.Argument(help=f"One of {', '.join(primitives.NAMES)}.")],
-    device: Annotated[str, typer.Option(help="Where the tensors are.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the tensors.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option(metavar="|".join(DTYPES), help="Of the operands.")
+        str, typer.Option(metavar="|".join(DTYPES), help="Dtype of the operands.")
     ] = "float32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say which backend runs a primitive, and why each of the others does not."""
+    """Show which backend runs a primitive, and why each of the others does not."""
     _check("PRIMITIVE", primitive, primitives.NAMES)
     _check("--dtype", dtype, tuple(DTYPES))
     try:
@@ -59,7 +59,7 @@ def explain(
 
 
 def verdict(candidate: backends.Candidate, runs: str | None) -> str:
-    """Why a backend does or does not run something."""
+    """Whether a candidate backend runs, and why not."""
     if candidate.reason is not None:
         return f"no: {candidate.reason}"
     return "runs" if candidate.backend == runs else "could, but is not chosen"

@@ -1,4 +1,4 @@
-"""The folders that commands read activations from and write to."""
+"""Input and output folders of the commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Data(NamedTuple):
-    """Activations on disk: the layers that an SAE reads, and a transcoder's target."""
+    """Activations on disk: the layers that an SAE reads, and a transcoder's target or None."""
 
     layers: list[ShardDataset]
     target: ShardDataset | None
@@ -24,7 +24,7 @@ class Data(NamedTuple):
     def open(
         cls, folders: Sequence[Path], target: Path | None, check_on_read: bool = False
     ) -> Data:
-        """Opens the folders; what they hold is not read yet."""
+        """Opens the folders without reading the activations."""
         from sae_kernels.data import ShardDataset
 
         def opened(folder: Path) -> ShardDataset:
@@ -34,19 +34,19 @@ class Data(NamedTuple):
 
     @property
     def source(self) -> RowSource:
-        """The layers side by side."""
+        """All layers as one source, side by side."""
         from sae_kernels.data import JointRows
 
         return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
 
     def verify(self) -> None:
-        """Compares every file with its checksum."""
+        """Compares every file with its checksum; raises DataError."""
         for data in (*self.layers, *([] if self.target is None else [self.target])):
             data.verify()
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds anything, unless it may be overwritten."""
+    """Raises DataError for an output folder that is not empty, unless ``overwrite`` is set."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: expected a folder or nothing, got a file; choose another --out")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""``sae-kernels harvest``."""
+"""Command ``sae-kernels harvest``: stores a model's activations on text."""
 
 import time
 from collections.abc import Iterable
@@ -13,29 +13,36 @@ from sae_kernels.cli.output import Output
 
 
 def harvest(
-    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: a folder, or a name on the Hugging Face hub.")
+    ],
     layer: Annotated[str, typer.Option(help="Dotted path of a module, as encoder.layer.4.")],
-    out: Annotated[Path, typer.Option(help="Folder of the shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the activations.")],
     text: Annotated[
         list[Path] | None,
-        typer.Argument(help="Text files, .jsonl files (key text), folders of them."),
+        typer.Argument(help="Text files, .jsonl files with the key text, or folders of them."),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="In place of TEXT: a Hugging Face dataset, by folder or hub name."),
+        typer.Option(help="Hugging Face dataset instead of TEXT: a folder or a hub name."),
     ] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
-    split: Annotated[str | None, typer.Option(help="Its split, else train.")] = None,
-    column: Annotated[str | None, typer.Option(help="Its column of text, else text.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Its commit, tag or branch.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Chunks of full length at once.")] = 16,
-    context_length: Annotated[int, typer.Option(help="Tokens the model sees at once.")] = 128,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the dataset. [default: train]")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the text. [default: text]")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the dataset.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch of the model.")] = 16,
+    context_length: Annotated[int, typer.Option(help="Tokens per sequence of the model.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="Stored dtype.")
+        str,
+        typer.Option(metavar="float32|bfloat16|float16", help="Dtype of the stored activations."),
     ] = "float32",
     keep_special_tokens: Annotated[
-        bool, typer.Option("--keep-special-tokens", help="Keep [CLS] and the like.")
+        bool, typer.Option("--keep-special-tokens", help="Store special tokens such as [CLS] too.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -87,7 +94,7 @@ def harvest(
 def _documents(
     text: list[Path] | None, dataset: str | None, chosen: dict[str, Any]
 ) -> Iterable[str]:
-    """The texts of files, or of a dataset, of which ``chosen`` says the part."""
+    """Documents from files, or from a dataset with the options ``chosen``."""
     from sae_kernels import harvest as harvesting
 
     if bool(text) == bool(dataset):

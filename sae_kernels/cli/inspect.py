@@ -1,4 +1,4 @@
-"""``sae-kernels inspect``."""
+"""Command ``sae-kernels inspect``: describes a file or folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,14 +19,14 @@ _SHOWN = (
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help=f"What to look at: {_SHOWN}.")],
+    path: Annotated[Path, typer.Argument(help=f"Path of {_SHOWN}.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything and compare checksums.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a file or folder is, and what is in it."""
+    """Show what a file or folder is and what it contains."""
     values = {"path": str(path), **look(path, verify)}
     output = Output(as_json)
     output.record(values)
@@ -39,10 +39,10 @@ def inspect(
 
 
 def look(path: Path, verify: bool) -> dict[str, Any]:
-    """What there is to say of a path, as plain values; "kind" says what it is.
+    """Describes a path by plain values; "kind" says what it is.
 
     Raises:
-        DataError: nothing that is known here, or something damaged.
+        DataError: an unknown kind of file, or a damaged one.
     """
     from sae_kernels import formats
     from sae_kernels.data.shard_index import INDEX
@@ -158,7 +158,7 @@ def _sae(path: Path, kind: str, verify: bool) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Names, shapes and dtypes of a safetensors file; no payload is read."""
+    """Names, shapes and dtypes of a safetensors file, from its header alone."""
     from safetensors import SafetensorError, safe_open
 
     from sae_kernels.io.tensor_files import STORED_DTYPES
@@ -180,7 +180,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _named(path: Path, files: "Mapping[str, Any]", suffix: str) -> list[str]:
-    """Files of a manifest; names that leave the folder are nobody's."""
+    """Files of a manifest with this suffix, without names that lead out of the folder."""
     from sae_kernels.io.files import is_plain_name
 
     known = [name for name in files if is_plain_name(name) and name.endswith(suffix)]
@@ -192,7 +192,7 @@ def _no(verify: bool) -> dict[str, str]:
 
 
 def _rows(values: "Mapping[str, Any]") -> "Iterator[tuple[str, Any]]":
-    """What is worth a line of the table."""
+    """Rows of the table: all values that are not empty."""
     from sae_kernels.config.toml import flat
 
     for key, value in flat(values):
@@ -201,5 +201,5 @@ def _rows(values: "Mapping[str, Any]") -> "Iterator[tuple[str, Any]]":
 
 
 def _plain(text: str) -> str:
-    """What a stranger's file says must not steer the terminal that it is shown on."""
+    """Text without control characters: a stranger's file must not steer the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,8 +1,7 @@
-"""Sizes as people write them: 16M latents, 40G tokens.
+"""Parses numbers with unit suffixes: 16M latents, 40G tokens.
 
-What is laid out in memory (widths, latents, k, batches) is counted in binary, as in the names of
-the SAEs that exist: 16M latents are 16 * 2^20 = 16,777,216. Tokens of a run are counted in decimal:
-40G are 40,000,000,000.
+Sizes in memory (widths, latents, k, batches) use binary units, as published SAEs are named: 16M
+latents are 16 * 2^20 = 16,777,216. Tokens of a run use decimal units: 40G are 40,000,000,000.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
 def size(text: str, what: str) -> int:
-    """A whole number of at least 1; K, M and G are 2^10, 2^20 and 2^30.
+    """Parses an integer of at least 1; K, M and G are 2^10, 2^20 and 2^30.
 
     Raises:
-        ValueError: it is none; ``what`` names it.
+        ValueError: no such number; ``what`` names the option.
 
     Example:
         >>> size("16M", "--n-latents"), size("1.5k", "--batch"), size("131_072", "--batch")
@@ -29,10 +28,10 @@ def size(text: str, what: str) -> int:
 
 
 def tokens(text: str, what: str) -> int:
-    """A whole number of at least 1; K, M, G or B, and T are 10^3, 10^6, 10^9 and 10^12.
+    """Parses an integer of at least 1; K, M, G or B, and T are 10^3, 10^6, 10^9 and 10^12.
 
     Raises:
-        ValueError: it is none; ``what`` names it.
+        ValueError: no such number; ``what`` names the option.
 
     Example:
         >>> tokens("40G", "--tokens"), tokens("1.3b", "--tokens"), tokens("5e8", "--tokens")

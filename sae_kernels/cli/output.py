@@ -1,4 +1,4 @@
-"""What a command writes: results to standard output, progress to standard error."""
+"""Terminal output of the commands: results on standard output, progress on standard error."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ _ROOM = 110  # columns that a bar and a note need
 
 
 class Progress(Protocol):
-    """Shows how far a stage is; ``note`` is what there is to say about it just now."""
+    """A function that shows how far a stage is, with a short note."""
 
     def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None: ...
 
 
 class Output:
-    """Standard output as JSON lines or as text, never both."""
+    """Writes results to standard output, either as JSON lines or as text."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """A line of JSON; numbers that are not finite become null, which JSON lacks."""
+        """Prints a JSON object on one line if JSON was asked for; NaN and infinity become null."""
         if self.as_json:
             print(json.dumps(jsonable(values), allow_nan=False), flush=True)
 
     def text(self, *lines: str) -> None:
-        """Lines for a person."""
+        """Prints lines unless JSON was asked for."""
         if not self.as_json:
             print(*lines, sep="\n")
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """Aligned columns; the last one is as wide as it likes, so that nothing is cut."""
+        """Prints rows in aligned columns unless JSON was asked for; nothing is cut."""
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         widths[-1] = 0
         for row in rows:
@@ -50,9 +50,9 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """Gives a function of a stage, what is done of it and its total (None: unknown).
+        """Shows progress while the context is open, through the :class:`Progress` it gives.
 
-        Bars on a terminal, now and then a line elsewhere, nothing beside JSON.
+        Bars on a terminal, an occasional line elsewhere, nothing with JSON.
         """
         if self.as_json:
             yield lambda stage, done, total, note="": None
@@ -64,7 +64,7 @@ class Output:
 
 
 class _Lines:
-    """Stages as lines, with the time left by the pace since the stage was first shown."""
+    """Progress as occasional lines, with the time left at the pace so far."""
 
     def __init__(self) -> None:
         self._began: dict[str, tuple[float, int]] = {}
@@ -89,7 +89,7 @@ class _Lines:
 
 
 def clock(seconds: float) -> str:
-    """A time as people read it.
+    """Seconds as minutes and seconds, or with hours.
 
     >>> clock(59.7), clock(3725)
     ('1:00', '1:02:05')
@@ -101,8 +101,9 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
-    """One line a stage, which rich redraws from a thread of its own, with the latest that it was
-    told: a caller that tells more often than that pays for storing two numbers.
+    """Progress as bars, one per stage, that rich redraws from its own thread at a fixed rate.
+
+    Calls in between only store two numbers.
     """
     from rich import progress
     from rich.console import Console
@@ -112,14 +113,14 @@ def _bars() -> Iterator[Progress]:
     console = Console(stderr=True)
 
     class Bar(progress.BarColumn):
-        """Gives way to a note on a narrow terminal: numbers say more."""
+        """A bar that is left out beside a note on a narrow terminal."""
 
         def render(self, task: progress.Task) -> Any:
             narrow = task.fields["note"] and console.width < _ROOM
             return Text() if narrow else super().render(task)
 
     class Time(progress.ProgressColumn):
-        """What is left while that is known, else what has passed."""
+        """The time left if it is known, else the time passed."""
 
         def render(self, task: progress.Task) -> Text:
             left = None if task.finished else task.time_remaining

@@ -1,4 +1,4 @@
-"""``sae-kernels plan``: what a run would take, on one device or on many."""
+"""Command ``sae-kernels plan``: predicts time and memory of a run on one or many devices."""
 
 import dataclasses
 from pathlib import Path
@@ -21,20 +21,23 @@ ONE_DEVICE_ONLY = (
 
 def plan(
     d_in: Annotated[str, typer.Option(help="Width of the activations.")],
-    n_latents: Annotated[str, typer.Option(help="Latents; 16M are 16 * 2^20.")],
+    n_latents: Annotated[str, typer.Option(help="Number of latents; 16M is 16 * 2^20.")],
     k: Annotated[str, typer.Option(help="Latents kept per token.")],
-    tokens: Annotated[str, typer.Option(help="Tokens of the run; 40G are 40 * 10^9.")],
+    tokens: Annotated[str, typer.Option(help="Tokens of the run; 40G is 40 * 10^9.")],
     batch: Annotated[
         str | None,
         typer.Option(
             "--batch",
             "--batch-size",
-            help="Tokens of a step over all GPUs. [default: 2048 a GPU, at most 131072]",
+            help="Tokens per step over all GPUs. [default: 2048 per GPU, at most 131072]",
         ),
     ] = None,
-    gpus: Annotated[str, typer.Option(help="How many devices.")] = "1",
+    gpus: Annotated[str, typer.Option(help="Number of devices.")] = "1",
     device: Annotated[
-        str, typer.Option(metavar="|".join(planning.NAMES), help="Of which kind; cpu: this one.")
+        str,
+        typer.Option(
+            metavar="|".join(planning.NAMES), help="Kind of device; cpu is this machine's."
+        ),
     ] = "cpu",
     compute: Annotated[
         str,
@@ -42,11 +45,11 @@ def plan(
             "--compute",
             "--dtype",
             metavar="auto|float32|bfloat16|float16",
-            help="Of the products.",
+            help="Compute dtype of the kernels' operands.",
         ),
     ] = "auto",
     master_weights: Annotated[
-        str, typer.Option(metavar="float32|split", help="How W_enc and W_dec are held.")
+        str, typer.Option(metavar="float32|split", help="Storage of W_enc and W_dec.")
     ] = "float32",
     moment_dtype: Annotated[
         str,
@@ -54,26 +57,30 @@ def plan(
             "--moment-dtype",
             "--optimizer-states",
             metavar="float32|bfloat16",
-            help="Adam's moments.",
+            help="Dtype of Adam's moments.",
         ),
     ] = "float32",
     compute_copies: Annotated[
-        str, typer.Option(metavar="both|encoder", help="Which have a compute copy.")
+        str, typer.Option(metavar="both|encoder", help="Matrices with a 16-bit compute copy.")
     ] = "both",
     adam: Annotated[
-        str, typer.Option(metavar="dense|lazy", help="Which rows an update visits.")
+        str,
+        typer.Option(
+            metavar="dense|lazy",
+            help="Rows that an update visits: all, or those of firing latents.",
+        ),
     ] = "dense",
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Results to take rates from; may be given again. "
+            help="Benchmark results to take rates from; may be repeated. "
             "[default: those of the checkout for this device]"
         ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict time, memory and communication of a run, and which bound rules."""
+    """Predict time, memory and communication of a run, and its bottleneck."""
     where = planning.device(device)
     config: dict[str, Any] = {
         "compute": compute,

@@ -1,4 +1,4 @@
-"""``sae-kernels report``."""
+"""Command ``sae-kernels report``: draws the page of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,18 +13,22 @@ def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder of activations; a crosscoder's several. [default: its own]"),
+        typer.Option(
+            help="Folder of activations; may be repeated, for a crosscoder. [default: the run's]"
+        ),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option(help="A folder of what a transcoder is to reconstruct.")
+        Path | None, typer.Option(help="Folder of a transcoder's target activations.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the page. [default: that of the run]")
+        Path | None, typer.Option(help="Folder for the page. [default: the run's]")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Measure at most so many tokens.")] = 65536,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Measure at most this many tokens.")
+    ] = 65536,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Shows latents in context: the model's folder, or its name on the hub."),
+        typer.Option(help="Model folder or hub name whose tokenizer shows latents in context."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,

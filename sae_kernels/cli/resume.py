@@ -1,4 +1,4 @@
-"""``sae-kernels resume``."""
+"""Command ``sae-kernels resume``: continues a run from its newest checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from sae_kernels.cli.options import Debug, Json, Verify
 from sae_kernels.cli.output import Output
-from sae_kernels.cli.training import start
+from sae_kernels.cli.start import start
 from sae_kernels.errors import DataError
 
 
@@ -17,7 +17,7 @@ def resume(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a run from its newest checkpoint, with the settings and data it began with."""
+    """Continue a run from its newest checkpoint, with its own settings and data."""
     from sae_kernels.config.toml import read_tables
     from sae_kernels.runs.folder import RUN_FILE, holds_run
     from sae_kernels.training.run_config import check_tables

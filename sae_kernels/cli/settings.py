@@ -1,4 +1,4 @@
-"""Flags and TOML files out of the settings' classes, which stay the one place to edit."""
+"""Command-line flags generated from the settings' classes, merged with a TOML file."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _DEFAULTS = {
     "d_in": "width of the activations",
     "n_latents": f"{LATENTS_PER_INPUT} d_in",
     "d_out": "d_in, or the width of the target",
-    "n_layers": "how many folders of activations are given",
+    "n_layers": "number of folders of activations",
 }
 
 
 def arch_help(*data: str) -> str:
-    """What --arch says: the architectures that are trained on such data."""
+    """Help text of --arch: the presets that train on such data ("layer", "target", "layers")."""
     kinds = {name: kind.preset for name, kind in presets().items()}
     fit = [f"{name}, {preset.about}" for name, preset in kinds.items() if preset.data in data]
     return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"
 
 
 def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Puts a flag for every setting of these tables where the command takes ``**flags``.
+    """Decorator that replaces a command's ``**flags`` by one flag per setting of these tables.
 
-    A flag that is not given is None. The command's own parameters come before settings of a name.
+    A flag that is not given is None. The command's own parameters come first.
     """
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +78,7 @@ def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., No
 def given(
     path: Path | None, flags: dict[str, Any], arch: str | None, tables: Sequence[str]
 ) -> Tables:
-    """The settings of a file and of flags, which come first; one of no such table is refused.
+    """Merges the settings of a TOML file with flags, which take precedence.
 
     Raises:
         ValueError: an unknown table or key.
@@ -98,12 +98,13 @@ def given(
 
 def _flag(table: str, setting: str) -> inspect.Parameter:
     found = [cls for cls in setting_classes()[table] if setting in declared(cls)]
-    said = declared(found[0])[setting]
+    # An architecture with further choices describes those of all.
+    said = max((declared(cls)[setting] for cls in found), key=lambda each: len(each.choices))
     kind, metavar = _kind([declared(cls)[setting] for cls in found])
     default = _DEFAULTS.get(setting, _default(found, setting))
     words = said.words or setting
     words += "" if default in (None, ()) else f" [default: {default}]"
-    # In the text, since the flag's own default is None: not given.
+    # The default stands in the text, as the flag's own is None: not given.
     option = typer.Option(help=words[0].upper() + words[1:], metavar=metavar)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
@@ -112,20 +113,20 @@ def _flag(table: str, setting: str) -> inspect.Parameter:
 
 
 def _kind(said: list[Declared]) -> tuple[Any, str | None]:
-    """The flag's type and how its value is shown, of all classes that have the setting."""
+    """Type and metavar of a flag, from all classes that have the setting."""
     names = list(dict.fromkeys(name for each in said for name in each.choices))
     kinds = [each.kind for each in said]
-    if names:  # a plain string: the settings check themselves, and their message is better
+    if names:  # a plain string, as the settings' own error message is better
         return str, "|".join(names)
     if kinds[0] == tuple[str, ...]:
         return list[str], None
     if typing.get_origin(kinds[0]) is tuple:
         return str, "N,N,..."
-    return (float if float in kinds else kinds[0]), None  # the wider one: k of BatchTopK
+    return (float if float in kinds else kinds[0]), None  # BatchTopK's k is a float
 
 
 def _default(classes: list[type[Any]], setting: str) -> Any:
-    """The default in words; where architectures differ, the one of each."""
+    """The default of a setting, or those of all architectures where they differ."""
     defaults = {
         f.default: None for cls in classes for f in dataclasses.fields(cls) if f.name == setting
     }

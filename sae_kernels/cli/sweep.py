@@ -1,4 +1,4 @@
-"""``sae-kernels sweep``."""
+"""Command ``sae-kernels sweep``: trains several SAEs on one stream of activations."""
 
 import shlex
 from pathlib import Path
@@ -10,7 +10,7 @@ from sae_kernels.cli.data import absolute, check_data
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite, Resume, Verify
 from sae_kernels.cli.output import Output
-from sae_kernels.cli.training import METRICS, interruptible, kind_of_data, opened
+from sae_kernels.cli.start import METRICS, interruptible, kind_of_data, opened
 from sae_kernels.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 def sweep(
     file: Annotated[
-        Path, typer.Argument(help="TOML: a run's tables, with [sweep] of lists or [[run]] tables.")
+        Path,
+        typer.Argument(help="TOML: the tables of a run, with lists in [sweep] or [[run]] tables."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for all runs, one folder each.")],
     resume: Resume = False,
     verify: Verify = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train several SAEs on one stream of activations, which is read once."""
+    """Train several SAEs on one stream of activations, read once."""
     from sae_kernels import training
     from sae_kernels.training.run_config import RunConfig
 
@@ -77,7 +78,7 @@ def _runs_of(file: Path) -> "dict[str, Tables]":
 def _follow(
     output: Output, show: "Progress", configs: "Mapping[str, RunConfig]"
 ) -> "dict[str, OnStep]":
-    """Progress by the run that is ahead, and a record of every metric line."""
+    """Callbacks by run that show the foremost run's progress and record every metric line."""
     most = max(config.train.steps for config in configs.values())
     ahead = 0
 

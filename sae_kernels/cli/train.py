@@ -1,4 +1,4 @@
-"""``sae-kernels train``."""
+"""Command ``sae-kernels train``: trains an SAE on activations."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,23 +10,23 @@ from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite, Resume, Verify
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import arch_help, given, with_flags
-from sae_kernels.cli.training import start
+from sae_kernels.cli.start import start
 
 _TABLES = ("data", "sae", "objective", "optimizer", "train", "output")
 
 
 @with_flags(*_TABLES)
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="Folder for the run.")],
     data: Annotated[
         list[Path] | None,
-        typer.Argument(help="A folder of activations; several for a crosscoder."),
+        typer.Argument(help="Folder of activations; several for a crosscoder, in order."),
     ] = None,
     arch: Annotated[str | None, typer.Option(help=arch_help("layer", "target", "layers"))] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            help="TOML: arch, and tables " + ", ".join(f"[{name}]" for name in _TABLES) + "."
+            help="TOML: arch, and the tables " + ", ".join(f"[{name}]" for name in _TABLES) + "."
         ),
     ] = None,
     resume: Resume = False,
@@ -36,7 +36,7 @@ def train(
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Train an SAE on activations, on disk or straight from a model; flags come before the file."""
+    """Train an SAE on activations from disk or a model; flags take precedence over the file."""
     tables = given(config, flags, arch, _TABLES)
     if data:
         tables["data"]["folders"] = [str(folder) for folder in data]

@@ -1,4 +1,4 @@
-"""``sae-kernels train-e2e``."""
+"""Command ``sae-kernels train-e2e``: trains an SAE through a language model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,9 +9,9 @@ from sae_kernels.cli.data import absolute
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite, Resume
 from sae_kernels.cli.output import Output
-from sae_kernels.cli.runs import follow, summarise
+from sae_kernels.cli.progress import follow, summarise
 from sae_kernels.cli.settings import arch_help, given, with_flags
-from sae_kernels.cli.training import interruptible
+from sae_kernels.cli.start import interruptible
 from sae_kernels.training.end_to_end import EndToEnd
 from sae_kernels.training.run_config import RunConfig, Widths, kind_of
 
@@ -28,43 +28,46 @@ _TABLES = ("sae", "objective", "optimizer", "train", "output")
 
 @with_flags(*_TABLES)
 def train_e2e(
-    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
+    model: Annotated[
+        str, typer.Argument(help="Language model: a folder, or a name on the Hugging Face hub.")
+    ],
     text: Annotated[
-        list[Path], typer.Argument(help="Text files, .jsonl files (key text), folders of them.")
+        list[Path],
+        typer.Argument(help="Text files, .jsonl files with the key text, or folders of them."),
     ],
     layer: Annotated[str, typer.Option(help="Dotted path of the module to reconstruct, as h.6.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="Folder for the run.")],
     arch: Annotated[str | None, typer.Option(help=arch_help("layer"))] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            help="TOML: arch, and tables "
+            help="TOML: arch, and the tables "
             + ", ".join(f"[{name}]" for name in _TABLES)
-            + "; flags come first."
+            + "; flags take precedence."
         ),
     ] = None,
     kl_coefficient: Annotated[
-        float, typer.Option(help="Weight of KL(clean || spliced) of the predictions.")
+        float, typer.Option(help="Weight of KL(clean || spliced) of the next-token predictions.")
     ] = EndToEnd.kl_coefficient,
     downstream_layer: Annotated[
         list[str] | None,
-        typer.Option(help="A later layer that is to stay as it was; may be repeated."),
+        typer.Option(help="Later layer whose output the SAE should preserve; may be repeated."),
     ] = None,
     downstream_coefficient: Annotated[
-        float, typer.Option(help="Weight of the later layers' mean FVU.")
+        float, typer.Option(help="Weight of the mean FVU of the downstream layers.")
     ] = EndToEnd.downstream_coefficient,
     reconstruction_coefficient: Annotated[
-        float, typer.Option(help="Weight of the FVU at the layer itself.")
+        float, typer.Option(help="Weight of the FVU at the layer itself, the reconstruction loss.")
     ] = EndToEnd.reconstruction_coefficient,
     keep_first: Annotated[
-        bool, typer.Option("--keep-first", help="Leave each chunk's first token as it is.")
+        bool, typer.Option("--keep-first", help="Do not replace the first token of each sequence.")
     ] = False,
     context_length: Annotated[
-        int, typer.Option(min=1, help="Tokens the model sees at once.")
+        int, typer.Option(min=1, help="Tokens per sequence of the model.")
     ] = 128,
     sequences_per_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Chunks of full length a step [default: batch_size tokens]."),
+        typer.Option(min=1, help="Sequences per step. [default: batch_size tokens]"),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -72,7 +75,7 @@ def train_e2e(
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Train an SAE through a language model, on what it does to the model's predictions."""
+    """Train an SAE end to end, on how it changes a language model's predictions."""
     from sae_kernels import harvest as harvesting
     from sae_kernels.gpu import training_device
     from sae_kernels.training import end_to_end
@@ -90,7 +93,7 @@ def train_e2e(
     _check_data(tables)
     if not resume:
         check_free(out, overwrite)
-    harvesting.read_documents(text)  # what is missing is missed before the model loads
+    harvesting.read_documents(text)  # missing files are noticed before the model loads
     output = Output(as_json)
     again = "the same command with --resume"
     with interruptible(again, out), output.progress() as show:
@@ -129,10 +132,10 @@ def train_e2e(
 
 
 class _Text:
-    """Text as batches of tokens, read anew whenever it is gone through.
+    """Batches of tokens from text files, read anew in each iteration.
 
-    What is left over, less than half of a batch, is left out: its few tokens would count as much
-    as a whole batch, and may all be the same one, which has no variance.
+    A last batch of less than half the size is left out: its few tokens would count as much as a
+    whole batch, and might all be the same one, without variance.
     """
 
     def __init__(
@@ -152,7 +155,7 @@ class _Text:
 
 
 def _tokens(batch_size: int | None, sequences: int | None, context_length: int) -> int | None:
-    """The batch size in tokens, which may have been given in sequences."""
+    """The batch size in tokens, given in tokens or in sequences."""
     if sequences is None:
         return batch_size
     if batch_size is not None:

@@ -171,7 +171,7 @@ class SparseAutoencoder(Saving):
         return preacts.with_values(preacts.values.relu())
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
-        """Divides vectors by ``scale`` (pre-activations) or ``target_scale`` (targets), by their unit."""
+        """Divides vectors in units of pre-activations (targets) by ``scale`` (``target_scale``)."""
         self.b_enc.div_(scale)
 
     @property

@@ -1,4 +1,4 @@
-"""For testing kernels and backends: oracles, error budgets and inputs that are hard to get right.
+"""Tools for testing kernels and backends: fp64 oracles, error budgets and hard inputs.
 
 Example:
     >>> import torch

@@ -1,4 +1,4 @@
-"""Checks of an architecture, this package's or your own."""
+"""Gradient check of an architecture, of this package or your own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
 
-# The two steps add up the same terms in other orders, so one may be off by some times what the
-# other is; sums of some hundred terms differ by less than this.
+# Both steps sum the same terms in different orders, so their errors differ by a factor; for sums of
+# some hundred terms it is below this.
 _ORDERS = 8
 
 
@@ -31,12 +31,12 @@ def assert_steps_agree(
     of the largest gradient, whichever is more: it adds up the same terms in another order.
 
     Args:
-        config: small, with latents and tokens enough that every parameter has a gradient.
-        objective: what is minimised; None: the architecture's own default.
-        n_tokens: B.
+        config: a small SAE in which every parameter gets a gradient.
+        objective: the objective; None: the architecture's default.
+        n_tokens: tokens in the batch, B.
 
     Raises:
-        AssertionError: names the parameter.
+        AssertionError: a loss or gradient is off; the message names the parameter.
 
     Example:
         >>> from sae_kernels.nn import TopKConfig
@@ -67,7 +67,7 @@ def _by_autograd(
     x: torch.Tensor,
     target: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss and every gradient, the decoder's projected as a step does."""
+    """Loss and gradients by AutogradStep, the decoder's projected as in a step."""
     step = AutogradStep(sae, objective, OptimizerConfig(compute="float32"))
     if sae.W_enc.dtype == torch.float64:
         sae.compute_dtype = torch.float64
@@ -82,7 +82,7 @@ def _by_kernels(
     x: torch.Tensor,
     target: torch.Tensor | None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The same of FusedStep: with beta1 = 0 Adam's first moment is the gradient itself."""
+    """Loss and gradients by FusedStep: with beta1 = 0 Adam's first moment is the gradient."""
     step = FusedStep(sae, objective, OptimizerConfig(compute="float32", beta1=0.0))
     step.dense_next = False
     result = step(x, lr=0.0, target=target)

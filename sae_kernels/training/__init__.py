@@ -1,4 +1,4 @@
-"""The training loop: runs on activations, their settings, and evaluation."""
+"""Training runs on activations: the loop, checkpoints, settings and evaluation."""
 
 from sae_kernels.training.description_length import DescriptionLength, DescriptionLengthSums
 from sae_kernels.training.evaluate import Evaluation, evaluate

@@ -1,4 +1,4 @@
-"""How many bits it takes to send activations through an SAE (after arXiv 2410.11179)."""
+"""Description length of activations coded by an SAE (after arXiv 2410.11179)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PRECISION = 0.01
 
 
 class DescriptionLength(NamedTuple):
-    """Bits per token.
+    """Bits per token to send activations by their codes, and without an SAE.
 
     Attributes:
         bits_codes: for the codes.
-        bits_residual: for what their reconstruction lacks.
+        bits_residual: for the residual of their reconstruction.
         bits_without_sae: for the activations themselves, to the same precision.
     """
 
@@ -33,11 +33,11 @@ class DescriptionLength(NamedTuple):
 
 
 class DescriptionLengthSums:
-    """Gathers, in one pass over the tokens, what the description length depends on.
+    """Accumulates the moments that the description length depends on, in one pass over tokens.
 
     The sender conveys every activation with a squared error of N in each coordinate, which is
-    ``precision`` times the mean variance of a coordinate: first the codes, coarsely, then what
-    their reconstruction lacks. A number of variance v is sent with a noise of variance n in
+    ``precision`` times the mean variance of a coordinate: first the codes, coarsely, then the
+    residual of their reconstruction. A number of variance v is sent with noise of variance n in
 
         ``R(v, n) = 1/2 log2(1 + v / n)``
 
@@ -64,9 +64,9 @@ class DescriptionLengthSums:
     and four a coordinate: moments stand for histograms, which would take F times their bins.
 
     Args:
-        d_in: D.
-        n_latents: F.
-        device: where the tokens come from.
+        d_in: width of the activations, D.
+        n_latents: number of latents, F.
+        device: device of the tokens.
 
     Example:
         >>> from sae_kernels.codes import SparseCodes
@@ -86,7 +86,7 @@ class DescriptionLengthSums:
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, x_hat: torch.Tensor, codes: SparseCodes) -> None:
-        """Adds tokens: activations and reconstructions [n, D], and their codes.
+        """Adds tokens: activations and reconstructions [n, D], with their codes.
 
         An entry whose value is 0 did not fire.
         """
@@ -98,14 +98,14 @@ class DescriptionLengthSums:
     def result(
         self, decoder_norms: torch.Tensor, precision: float = PRECISION
     ) -> DescriptionLength:
-        """The bits so far; NaN where the activations do not vary.
+        """The description length of all tokens so far; NaN where the activations do not vary.
 
         Args:
-            decoder_norms: [F], how far a value of 1 moves the reconstruction.
-            precision: what is sent is off by this part of the activations' variance.
+            decoder_norms: [F], norms of the decoder rows.
+            precision: allowed squared error, as a fraction of the activations' variance.
 
         Raises:
-            ValueError: a precision that is not positive, or no token so far.
+            ValueError: a precision that is not positive, or no tokens.
         """
         if not precision > 0:
             raise ValueError(f"precision: expected a positive number, got {precision!r}")
@@ -126,7 +126,7 @@ class DescriptionLengthSums:
 
 
 class _Moments:
-    """Counts, sums and sums of squares of several variables, in fp64."""
+    """Counts, sums and sums of squares per variable, in fp64."""
 
     def __init__(self, size: int, device: torch.device | str | None) -> None:
         self.counts, self.total, self.square = torch.zeros(
@@ -157,6 +157,6 @@ def _rate(variance: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def _coin(p: torch.Tensor) -> torch.Tensor:
-    """Bits of a coin that shows heads with probability p."""
+    """Entropy in bits of an event of probability p."""
     result: torch.Tensor = torch.special.entr(torch.stack([p, 1 - p])).sum(0) / math.log(2)
     return result

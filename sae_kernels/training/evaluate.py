@@ -1,4 +1,4 @@
-"""How good an SAE is on held-out activations."""
+"""Evaluation of an SAE on held-out activations: FVU, L0, density, description length."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Evaluation:
     """Measures of an SAE on a set of activations.
 
     Attributes:
-        n_tokens: how many tokens they were taken over.
+        n_tokens: number of tokens.
         fvu: ``sum |x - x_hat|^2 / sum |x - mean(x)|^2``, the mean being that of this set.
         explained_variance: ``1 - fvu``.
-        mse: squared error per token.
+        mse: squared error per token, summed over coordinates.
         l0: latents per token that fired.
         cosine: mean cosine similarity of x and x_hat.
-        dead_fraction: part of the latents that fired on none of these tokens.
-        dense_fraction: part of the latents that fired on more than a tenth of them.
-        bits_codes, bits_residual, bits_per_token, bits_without_sae: what a token takes to send,
+        dead_fraction: fraction of the latents that fired on none of these tokens.
+        dense_fraction: fraction of the latents that fired on more than a tenth of them.
+        bits_codes, bits_residual, bits_per_token, bits_without_sae: description length per token,
             see :class:`~sae_kernels.training.description_length.DescriptionLengthSums`.
-        layer_fvu: of a crosscoder, the FVU of each layer; else empty.
-        latent_density: [F], part of the tokens on which each latent fired.
+        layer_fvu: FVU of each layer of a crosscoder; else empty.
+        latent_density: fp32 [F], fraction of the tokens on which each latent fired.
     """
 
     n_tokens: int
@@ -53,7 +53,7 @@ class Evaluation:
     latent_density: torch.Tensor
 
     def scalars(self) -> dict[str, Any]:
-        """Everything but the per-latent tensor, for JSON."""
+        """All measures but the per-latent tensor, by name, for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["latent_density"]
         return values if self.layer_fvu else {k: v for k, v in values.items() if k != "layer_fvu"}
@@ -66,14 +66,14 @@ def evaluate(
     target: RowSource | torch.Tensor | None = None,
     batch_size: int = 4096,
 ) -> Evaluation:
-    """Reconstructs every row of the source once, in evaluation mode; sums are kept in fp64.
+    """Measures an SAE on every row of a source, in evaluation mode, with sums in fp64.
 
     Args:
-        sae: of any architecture; left in the mode in which it was.
-        source: raw activations, a tensor [N, D] or a data set; a crosscoder's layers side by side
+        sae: an SAE of any architecture; its mode is restored.
+        source: raw activations, a tensor [N, D] or a row source; a crosscoder's layers side by side
             (:class:`~sae_kernels.data.JointRows`).
-        target: what a transcoder is to reconstruct, of the same tokens; all measures are of it.
-        batch_size: tokens at a time.
+        target: a transcoder's target activations, of the same tokens; all measures are of it.
+        batch_size: tokens per batch.
 
     Raises:
         ValueError: no rows, rows of another width than the SAE's d_in, a transcoder without its

@@ -1,4 +1,4 @@
-"""An SAE before its first step: scales and b_dec that fit the activations."""
+"""Prepares an SAE for training: estimates scales and b_dec on a sample of activations."""
 
 from __future__ import annotations
 
@@ -25,19 +25,33 @@ _SAMPLE = 16384  # rows from which scale and b_dec are estimated
 def prepare(
     source: Any, sae: SAEConfig | SparseAutoencoder, config: TrainConfig
 ) -> SparseAutoencoder:
-    """An SAE whose scales and b_dec are estimated on a random sample of the source.
+    """Estimates the scales and b_dec of an SAE on a random sample of the source.
 
     Args:
-        source: whatever :func:`~sae_kernels.training.train` takes; a transcoder's holds its
-            targets too, to the right of its inputs.
+        source: anything that :func:`~sae_kernels.training.train` takes; for a transcoder rows of
+            inputs and targets side by side.
         sae: a configuration, or a module that is changed in place.
-        config: the settings.
+        config: the settings of training.
+
+    Returns:
+        The module, on the device of the settings.
+
+    Raises:
+        ValueError, NonFiniteError: as :func:`~sae_kernels.training.train`.
+
+    Example:
+        >>> import torch
+        >>> from sae_kernels.config import TrainConfig
+        >>> from sae_kernels.nn import TopKConfig
+        >>> config = TrainConfig(batch_size=16, device="cpu")
+        >>> prepare(torch.randn(64, 8), TopKConfig(8, 32, k=4), config).b_dec.shape
+        torch.Size([8])
     """
     return Samples(opened(source)).prepared(sae, config)
 
 
 class Samples:
-    """The rows on which SAEs are estimated, read once."""
+    """A sample of a source, read once, on which several SAEs are prepared."""
 
     def __init__(self, source: RowSource | Stream) -> None:
         self.source = source
@@ -46,7 +60,7 @@ class Samples:
     def prepared(
         self, sae: SAEConfig | SparseAutoencoder, config: TrainConfig
     ) -> SparseAutoencoder:
-        """An SAE ready to train; all that come here have one order of the data."""
+        """An SAE prepared on the sample; all SAEs here share one order of the data."""
         device = training_device(config.device)
         check_width(self.source.d_in, sae.config if isinstance(sae, SparseAutoencoder) else sae)
         self._check_batch(config)
@@ -81,20 +95,20 @@ def fitted(
     config: TrainConfig,
     device: torch.device,
 ) -> SparseAutoencoder:
-    """An SAE whose scales and b_dec are estimated on a sample of raw rows, as config asks.
+    """Estimates scales and b_dec on raw rows, as the settings say.
 
-    A module that was loaded or trained before stays the same function: it gets the scales, in
-    which learning rates are meant, and keeps its b_dec.
+    A module that was loaded or trained before stays the same function: its weights adapt to the
+    new scales (learning rates are meant for scaled activations), and b_dec is not estimated.
 
     Args:
-        sample: [n, input width]; a transcoder's targets stand to the right of its inputs.
-        sae: a configuration, of which a module is made, or a module, changed in place.
-        config: the settings.
-        device: where the SAE is put.
+        sample: [n, input width]; for a transcoder inputs and targets side by side.
+        sae: a configuration, or a module that is changed in place.
+        config: the settings of training.
+        device: device of the SAE.
 
     Raises:
         ValueError: rows of another width than the SAE's, a k_start that does not fit.
-        NonFiniteError: NaN or infinity in the sample where config says "stop", or nothing else.
+        NonFiniteError: NaN or infinity in the sample with "stop"; no finite row with "skip".
 
     Example:
         >>> import torch
@@ -144,7 +158,7 @@ def _finite(sample: torch.Tensor, config: TrainConfig) -> torch.Tensor:
 
 
 def check_width(width: int, sae_config: SAEConfig) -> None:
-    """Raises ValueError for rows that are not as wide as what the SAE reads (and writes)."""
+    """Raises ValueError for rows of another width than the SAE's input (and target)."""
     layers = sae_config.n_layers
     if sae_config.transcodes:
         wanted = sae_config.input_width + sae_config.output_width
@@ -166,7 +180,7 @@ def check_width(width: int, sae_config: SAEConfig) -> None:
 
 
 def split(rows: torch.Tensor, sae_config: SAEConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inputs and targets of rows that hold both; None where the input is its own target."""
+    """Splits rows into inputs and targets; no target where the SAE reconstructs its input."""
     if not sae_config.transcodes:
         return rows, None
     return rows[:, : sae_config.input_width], rows[:, sae_config.input_width :]

@@ -1,4 +1,4 @@
-"""A run: batch after batch, and what is written meanwhile."""
+"""The training loop: hands batches to runs and writes metric lines and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Given = TypeVar("_Given", covariant=True)
 
 
 class Resumable(Protocol[_Given]):
-    """A stream of batches that knows where it is."""
+    """A stream of batches that can save its position."""
 
     def __next__(self) -> _Given: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -37,15 +37,15 @@ class Resumable(Protocol[_Given]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """What a run leaves.
+    """Result of a training run.
 
     Attributes:
-        sae: trained, in the scale of training (saving folds the scale).
+        sae: the trained SAE, in the scale of training (saving folds the scale).
         metrics: the metric lines.
-        seconds: of the training, waiting for data included, over all sittings.
+        seconds: time of training and of waiting for data, including time before a resume.
         dead: bool [F], latents that have not fired for ``dead_after_tokens`` tokens.
-        skipped: steps skipped because something was not finite.
-        error: what ended it early, where several train together.
+        skipped: steps skipped because the loss or a gradient was not finite.
+        error: the error that ended the run early, if several train together; else None.
     """
 
     sae: SparseAutoencoder
@@ -57,19 +57,19 @@ class TrainingResult:
 
 
 class TrainingRun(Generic[Batch]):
-    """One SAE in training, its folder and whoever watches it.
+    """One run of the loop: an SAE in training, its folder and its callback.
 
-    As a context manager: whatever happens in it, the SAE is left usable, and saved.
+    As a context manager it leaves the SAE usable, and saved, whatever happens inside.
 
     Args:
-        training: fresh, or with the state of the folder's checkpoint.
-        folder: where it is saved; None keeps everything in memory.
-        on_step: called after every step with the step (from 0) and, when one was made, its line.
+        training: fresh, or to be restored by :meth:`load`.
+        folder: where the run is saved; None keeps everything in memory.
+        on_step: called after every step with the 0-based step and its metric line or None.
 
     Attributes:
-        seconds: of training, those of earlier sittings included.
-        cursor: the place in the data that :meth:`load` found.
-        error: what ended it early.
+        seconds: time of training, including time before a resume.
+        cursor: position in the data, from :meth:`load`.
+        error: the error that ended the run early.
     """
 
     def __init__(
@@ -93,18 +93,18 @@ class TrainingRun(Generic[Batch]):
             self._leave()
 
     def load(self) -> None:
-        """Takes up the folder's checkpoint; the SAE has its weights already."""
+        """Restores the folder's checkpoint; the SAE has its weights already."""
         assert self.folder is not None
         values = self.training.load(self.folder.take_contents())
         self.seconds, self.cursor = float(values["seconds"]), values["batches"]
 
     @property
     def active(self) -> bool:
-        """Whether it wants another batch."""
+        """Whether the run needs another batch."""
         return self.error is None and not self.training.finished
 
     def step(self, batch: Batch, batches: Resumable[Batch], waited: float) -> None:
-        """A step on the batch that was waited for so long, and what is written after it."""
+        """Makes one step, then logs and saves what is due; ``waited`` is in seconds."""
         start = time.perf_counter()
         training = self.training
         try:
@@ -122,13 +122,13 @@ class TrainingRun(Generic[Batch]):
             self._on_step(training.made - 1, line)
 
     def save(self, batches: Resumable[Batch], *, wait: bool = False) -> None:
-        """Saves a checkpoint, from which the next step can be made as if nothing had happened."""
+        """Saves a checkpoint from which training continues bit for bit."""
         assert self.folder is not None
         more = {"seconds": self.seconds, "batches": batches.state_dict()}
         self.folder.save(self.training.made, self.training.contents(**more), wait=wait)
 
     def result(self) -> TrainingResult:
-        """What the run has come to; with this one that made all its steps is finished."""
+        """Finishes the run, once, and returns its result."""
         if self._result is None:
             start = time.perf_counter()
             if self.error is None:
@@ -150,7 +150,7 @@ class TrainingRun(Generic[Batch]):
         return self._result
 
     def _leave(self) -> None:
-        """Makes the SAE usable, and saves it."""
+        """Restores the SAE's own weights and saves it."""
         self.training.close()
         if self.folder is not None:
             self.training.sae.save_pretrained(self.folder.path / SAE_FOLDER)
@@ -192,10 +192,10 @@ class TrainingRun(Generic[Batch]):
 
 
 def drive(runs: Sequence[TrainingRun[Batch]], batches: Resumable[Batch]) -> None:
-    """Hands every batch to all runs that have not had it, until each has made its steps.
+    """Trains all runs on one stream of batches until each has made its steps.
 
-    Where there are folders, SIGINT and SIGTERM are taken up after the step: checkpoints are saved,
-    and then KeyboardInterrupt or SystemExit is raised. A second signal ends the process at once.
+    With folders, SIGINT and SIGTERM take effect after the step: checkpoints are saved, then
+    KeyboardInterrupt or SystemExit is raised. A second signal ends the process at once.
 
     Raises:
         ValueError: the batches end before the steps do.
@@ -215,7 +215,7 @@ def drive(runs: Sequence[TrainingRun[Batch]], batches: Resumable[Batch]) -> None
                 ) from None
             waited = time.perf_counter() - start
             for run in waiting:
-                if run.training.made == position:  # another may be ahead, after a resume
+                if run.training.made == position:  # after a resume some runs may be ahead
                     run.step(batch, batches, waited)
                 if not run.active:  # it need not wait for the others
                     run.result()

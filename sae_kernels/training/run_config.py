@@ -1,4 +1,4 @@
-"""All settings of a run as one tree, from TOML and to it."""
+"""RunConfig: all settings of a run, read from and written to TOML."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 DEFAULT_ARCHITECTURE = "topk"
 LATENTS_PER_INPUT = 8
 NESTED_TABLES = ("objective", "optimizer")  # of a TrainConfig
-NONE = "none"  # in the place of a number in [objective]: none, whatever the architecture has
+NONE = "none"  # in [objective], None for a number whose default is not None
 
 
 def setting_classes() -> dict[str, list[type[Settings]]]:
-    """The classes that describe each table of a run's TOML file.
+    """The settings' classes of each table of a run's TOML file, of all architectures.
 
-    Architectures share most of their settings; a name means the same in all.
+    A name means the same in all architectures that have it.
     """
     known = architectures().values()
     return {
@@ -49,7 +49,7 @@ def setting_classes() -> dict[str, list[type[Settings]]]:
 
 
 def setting_names(table: str) -> list[str]:
-    """Every setting that a table may have."""
+    """Names of all settings that a table may have."""
     names = dict.fromkeys(
         field.name for cls in setting_classes()[table] for field in dataclasses.fields(cls)
     )
@@ -57,7 +57,7 @@ def setting_names(table: str) -> list[str]:
 
 
 class Widths(typing.NamedTuple):
-    """What the data says about an SAE: the width of each layer, and of a transcoder's target."""
+    """Widths of the data: of each layer, and of a transcoder's target."""
 
     layers: list[int]
     target: int | None = None
@@ -65,17 +65,17 @@ class Widths(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A run: what is trained, how, on what, and what is written meanwhile.
+    """All settings of a training run.
 
-    As TOML each is a table. ``arch`` names a preset (docs/architectures.md), whose settings count
-    where the file has none; a file with ``architecture`` in its place names the kind of SAE alone:
-    run.toml in a run's folder, which has every setting, is of that kind.
+    As TOML each is a table. ``arch`` names a preset (docs/architectures.md), whose settings are the
+    defaults; ``architecture`` names the class of SAE alone, as in the run.toml of a run's folder,
+    which has every setting.
 
     Attributes:
-        sae: the SAE.
-        train: the training, with its objective and optimizer.
-        data: the activations.
-        output: checkpoints and loggers.
+        sae: settings of the SAE.
+        train: settings of the training, with objective and optimizer.
+        data: settings of the activations.
+        output: settings of checkpoints and loggers.
 
     Example:
         >>> config = RunConfig.from_tables({"sae": {"d_in": 8, "n_latents": 32, "k": 4}})
@@ -90,7 +90,7 @@ class RunConfig:
 
     @classmethod
     def read(cls, path: Path, widths: Widths | None = None) -> RunConfig:
-        """The settings of a TOML file.
+        """Reads the settings from a TOML file.
 
         Raises:
             DataError: no such file, or no TOML.
@@ -99,24 +99,24 @@ class RunConfig:
         return cls.from_tables(read_tables(path), widths)
 
     def write(self, path: Path) -> None:
-        """Writes every setting as TOML, whole or not at all."""
+        """Writes every setting as TOML, atomically."""
         write_tables(path, self.to_tables())
 
     def to_tables(self) -> Tables:
-        """The tables of the TOML file."""
+        """All settings as TOML tables."""
         return run_tables(self.sae, self.train, self.data.to_dict(), self.output)
 
     @classmethod
     def from_tables(cls, tables: Tables, widths: Widths | None = None) -> RunConfig:
-        """The settings of TOML tables; what they leave out is the preset's, or the default.
+        """Settings from TOML tables; missing ones are the preset's, or the default.
 
         Args:
             tables: "arch" or "architecture", and the tables.
-            widths: of the data, for an SAE that does not say its own.
+            widths: widths of the data, the default of d_in, d_out and n_layers.
 
         Raises:
-            ValueError: an unknown table, key or architecture, with the nearest that is known; a
-                setting that the architecture does not have; a value that does not fit.
+            ValueError: an unknown table, key or architecture (the message suggests the nearest); a
+                setting that the architecture lacks; a value out of range.
         """
         check_tables(tables)
         sae, train = dict(tables.get("sae", {})), dict(tables.get("train", {}))
@@ -130,11 +130,11 @@ class RunConfig:
 
 
 def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> TrainConfig:
-    """The settings of training alone, the preset's where the tables have none.
+    """The settings of training with objective and optimizer, from TOML tables.
 
     Args:
-        tables: as of :meth:`RunConfig.from_tables`.
-        train: in the place of the table [train].
+        tables: as of :meth:`RunConfig.from_tables`; missing settings are the preset's.
+        train: replaces the table [train].
     """
     kind = kind_of(tables)
     objective = {**kind.preset.objective, **tables.get("objective", {})}
@@ -153,7 +153,7 @@ def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> Trai
 def run_tables(
     sae: SAEConfig, train: TrainConfig, data: Mapping[str, Any], output: OutputConfig
 ) -> Tables:
-    """Everything that repeats a run."""
+    """The TOML tables with every setting that repeats a run."""
     objective = train.objective or architecture(sae.architecture).objective_class()
     return {
         "architecture": sae.architecture,
@@ -167,7 +167,7 @@ def run_tables(
 
 
 def _with_none(objective: ObjectiveConfig) -> dict[str, Any]:
-    """Plain values; a None that is not the default has a word, since TOML leaves None out."""
+    """Plain values, with "none" for a None that is not the default, as TOML has no None."""
     values = objective.to_dict()
     for name, value in values.items():
         if value is None and getattr(type(objective), name) is not None:
@@ -176,7 +176,7 @@ def _with_none(objective: ObjectiveConfig) -> dict[str, Any]:
 
 
 def run_defaults(sae: SAEConfig) -> dict[str, Any]:
-    """The default of every setting, by the name that a comparison gives it."""
+    """The default of every setting by its dotted key, as "train.lr"."""
     tables = {
         "sae": type(sae),
         "objective": architecture(sae.architecture).objective_class,
@@ -192,7 +192,7 @@ def run_defaults(sae: SAEConfig) -> dict[str, Any]:
 
 
 def merged(below: Tables, above: Tables) -> Tables:
-    """Tables of which the second ones count where both say something.
+    """Merges two sets of tables; values of ``above`` take precedence.
 
     Example:
         >>> merged({"arch": "topk", "sae": {"k": 2, "d_in": 8}}, {"sae": {"k": 4}})
@@ -203,13 +203,13 @@ def merged(below: Tables, above: Tables) -> Tables:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else copy.deepcopy(value)
     for one, other in (("arch", "architecture"), ("architecture", "arch")):
-        if one in above and other not in above:  # a preset and a bare kind rule each other out
+        if one in above and other not in above:  # the two exclude each other
             result.pop(other, None)
     return result
 
 
 def kind_of(tables: Tables) -> Kind:
-    """What tables name; of ``architecture`` the class with a preset without settings of its own."""
+    """Class and preset that the tables name; ``architecture`` has an empty preset."""
     if "architecture" not in tables:
         return preset(tables.get("arch", DEFAULT_ARCHITECTURE))
     if "arch" in tables:
@@ -219,12 +219,12 @@ def kind_of(tables: Tables) -> Kind:
 
 
 def _name(tables: Tables) -> str:
-    """How the tables call the architecture."""
+    """The architecture's name in the tables."""
     return str(tables.get("arch", tables.get("architecture", DEFAULT_ARCHITECTURE)))
 
 
 def check_tables(tables: Tables, also: Iterable[str] = ()) -> None:
-    """Raises ValueError for unknown tables and keys, and for what is no table."""
+    """Raises ValueError for unknown tables and keys, and values in place of tables."""
     classes = setting_classes()
     _refuse_unknown("unknown table", tables, ("arch", "architecture", *classes, *also))
     for name, known in (("arch", presets()), ("architecture", architectures())):
@@ -250,7 +250,7 @@ def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def _one_scale(sae: dict[str, Any], train: dict[str, Any]) -> None:
-    """An SAE's own scale rules its estimate out."""
+    """Turns the estimate of the activation scale off if the SAE has one; refuses both."""
     if "activation_scale" not in sae:
         return
     estimated = train.setdefault("normalize_activations", "none") != "none"
@@ -276,7 +276,7 @@ def _sae(tables: Tables, given: dict[str, Any], widths: Widths | None) -> SAECon
 
 
 def _check_known(table: str, cls: type[Settings], given: Iterable[str], name: str) -> None:
-    """Raises ValueError for a setting that another architecture has and this one has not."""
+    """Raises ValueError for settings that this architecture lacks."""
     known = [field.name for field in dataclasses.fields(cls)]
     for key in given:
         if key not in known:
@@ -300,7 +300,7 @@ def _of_data(widths: Widths) -> dict[str, Any]:
 
 
 def _typed(config: type, name: str, value: Any) -> Any:
-    """A value as the field has it: flags know one type a name, and TOML no tuples."""
+    """A value in the type of its field, from a flag or TOML, which lack ints and tuples."""
     kind = typing.get_type_hints(config)[name]
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

@@ -1,4 +1,4 @@
-"""How a run starts: from nothing, or as its folder's newest checkpoint left it."""
+"""Starts or resumes runs: makes SAE, step and folder, or restores the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 class Planned(NamedTuple):
-    """A run that is to be: its SAE, given as a configuration or as a module, and its settings.
+    """A run before it starts: its SAE, as a configuration or a module, and its settings.
 
     Attributes:
         sae, config: as given.
-        fitted: whether the SAE has its scales already, so that the run estimates none.
+        fitted: whether the SAE has its scales already, so that none are estimated.
     """
 
     sae: SAEConfig | SparseAutoencoder
@@ -48,7 +48,7 @@ class Planned(NamedTuple):
 
     @property
     def sae_config(self) -> SAEConfig:
-        """What the SAE is, before and after its scales are estimated: without them."""
+        """The SAE's configuration without estimated scales."""
         sae = self.sae
         found: SAEConfig = sae.config if isinstance(sae, SparseAutoencoder) else sae
         if self.fitted or self.config.normalize_activations == "none":
@@ -58,7 +58,7 @@ class Planned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunLocation:
-    """Where runs are kept, and what to do with those that are there."""
+    """Folder and output settings of runs, and what to do with runs already there."""
 
     folder: str | Path | None
     output: OutputConfig
@@ -67,11 +67,11 @@ class RunLocation:
     overwrite: bool
 
     def holds(self, name: str) -> bool:
-        """Whether there is a run of that name."""
+        """Whether the folder has a run of this name."""
         return self.folder is not None and holds_run(Path(self.folder, name))
 
     def open(self, stack: ExitStack, name: str, plan: Planned, **more: Any) -> RunFolder | None:
-        """The folder of a run, until the stack is left; ``more`` are tables of its run.toml."""
+        """Opens a run's folder until the stack closes; ``more`` tables go into its run.toml."""
         if self.folder is None:
             return None
         folder = RunFolder(
@@ -86,13 +86,13 @@ class RunLocation:
 
 
 def make_step(sae: SparseAutoencoder, config: TrainConfig) -> TrainingStep:
-    """The step of the route that the settings name."""
+    """The training step of the configured route."""
     route = FusedStep if config.route == "fused" else AutogradStep
     return route(sae, config.objective, config.optimizer, steps=config.steps, seed=config.seed)
 
 
 class TrainerFactory:
-    """Makes what some runs on one source train."""
+    """Makes the trainings of several runs on one source."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class TrainerFactory:
         self._rows = source if is_rows(source) else None
 
     def __call__(self, name: str, sae: SparseAutoencoder | None = None) -> ActivationTraining:
-        """What a run trains, with an SAE fitted to the source unless there is one."""
+        """The training of a run, with an SAE prepared on the source unless one is given."""
         plan = self.runs[name]
         if sae is None:
             sae = self._samples.prepared(plan.sae, plan.config)
@@ -118,7 +118,7 @@ def start_run(
     folder: RunFolder | None,
     on_step: OnStep | None,
 ) -> TrainingRun[torch.Tensor]:
-    """A run as it stands: fresh, or with the state of its folder's checkpoint."""
+    """A fresh run, or one restored from its folder's checkpoint."""
     if folder is None or folder.checkpoint is None:
         return TrainingRun(fresh or make(name), folder, on_step)
     sae = restored(folder.checkpoint, make.runs[name])
@@ -128,7 +128,7 @@ def start_run(
 
 
 def restored(path: Path, plan: Planned) -> SparseAutoencoder:
-    """The SAE of a checkpoint, in memory of its own or in the module that was given."""
+    """The SAE of a checkpoint, loaded into the given module or a new one."""
     loaded, wanted = pretrained.load(path), plan.sae_config.architecture
     if loaded.config.architecture != wanted:
         raise DataError(

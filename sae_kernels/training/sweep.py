@@ -1,4 +1,4 @@
-"""A sweep: the runs of one TOML file, which share a stream of activations."""
+"""Expands a sweep's TOML file into runs that share a stream of activations."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _SHARED = ("data", "output")
 
 
 def expand(tables: Tables) -> dict[str, Tables]:
-    """The tables of every run, by its name.
+    """The tables of each run of a sweep, by name.
 
     Args:
-        tables: what all runs share, as of :class:`~sae_kernels.training.RunConfig`. Besides,
-            ``[sweep]`` gives lists of values, of which every combination is a run (keys are
-            "table.key" or "arch"), and each ``[[run]]`` is one more, with a ``name`` and what it
-            has otherwise. Without either there is one run.
+        tables: the shared settings, as of :class:`~sae_kernels.training.RunConfig`, with lists of
+            values in ``[sweep]`` (keys are "table.key" or "arch"; every combination is a run)
+            and further runs in ``[[run]]`` tables with a ``name`` and their own settings. Without
+            either there is one run.
 
-    All runs share the order of the data: ``train.data_seed`` is that of the whole file.
+    All runs share the order of the data, ``train.data_seed``.
 
     Raises:
-        ValueError: unknown keys, lists that are none, or names that come twice.
+        ValueError: unknown keys, values that are no lists, or duplicate names.
 
     Example:
         >>> base = {"sae": {"d_in": 8, "n_latents": 32}, "sweep": {"sae.k": [2, 4]}}
@@ -50,7 +50,7 @@ def expand(tables: Tables) -> dict[str, Tables]:
 
 
 def _grid(grid: Any) -> Iterator[tuple[str, Tables]]:
-    """Every combination of the lists."""
+    """Names and settings of every combination of the lists."""
     if not isinstance(grid, dict):
         raise ValueError(f"[sweep]: expected a table of lists, got {grid!r}")
     grid = dict(_flat(grid))
@@ -67,7 +67,7 @@ def _grid(grid: Any) -> Iterator[tuple[str, Tables]]:
 
 
 def _named(runs: Any) -> Iterator[tuple[str, Tables]]:
-    """The runs that have a table of their own."""
+    """Names and settings of the [[run]] tables."""
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ValueError("[[run]]: expected tables, each with a name")
     for run in runs:
@@ -79,7 +79,7 @@ def _named(runs: Any) -> Iterator[tuple[str, Tables]]:
 
 
 def _check_own(where: str, own: Tables) -> None:
-    """Raises ValueError for what is unknown, or is not a single run's."""
+    """Raises ValueError for unknown settings, and for those that all runs share."""
     try:
         check_tables(own)
     except ValueError as error:
@@ -92,7 +92,7 @@ def _check_own(where: str, own: Tables) -> None:
 
 
 def _flat(grid: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys as "table.key", whether written so or as tables."""
+    """Pairs of "table.key" and value, from either spelling in TOML."""
     for key, value in grid.items():
         if key in setting_classes() and isinstance(value, dict):
             yield from ((f"{key}.{name}", each) for name, each in value.items())
@@ -101,7 +101,7 @@ def _flat(grid: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _label(key: str, value: Any) -> str:
-    """What a run's name says of a setting."""
+    """The part of a run's name for one setting."""
     text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
     text = text.lower() if isinstance(value, bool) else text
     name = key.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""An SAE in training: what a batch does to it, what it reports, what outlives the batch."""
+"""An SAE in training: one step per batch, metric lines and the state of checkpoints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ STATE_FILE, VALUES_FILE = "state.safetensors", "trainer.json"
 
 
 class Trainable(ABC, Generic[Batch]):
-    """The base of what a run trains, whatever it learns from.
+    """Base class of an SAE in training, on batches of any kind.
 
     Args:
-        step: one training step and its state.
+        step: the training step, with its state.
         config: the settings.
 
     Attributes:
-        training_step, sae, config: as given, and what the step trains.
+        training_step, config: as given.
+        sae: the step's SAE.
         made: steps made.
         tokens: tokens seen.
     """
@@ -58,33 +59,33 @@ class Trainable(ABC, Generic[Batch]):
     @property
     @abstractmethod
     def skipped(self) -> int:
-        """Steps skipped because something was not finite; may wait for the device."""
+        """Number of skipped steps; may wait for the device."""
 
     @abstractmethod
     def set_skipped(self, count: int) -> None:
-        """Goes on counting skipped steps from here."""
+        """Sets the number of skipped steps, from a checkpoint."""
 
     @abstractmethod
     def step(self, batch: Batch) -> None:
-        """One step.
+        """Makes one step.
 
         Raises:
-            NonFiniteError: something was NaN or infinite, and config says "stop".
+            NonFiniteError: loss or gradients were not finite, and ``on_nonfinite`` is "stop".
         """
 
     @abstractmethod
     def measured(self) -> dict[str, float]:
-        """Figures of the last step, for the metric line."""
+        """Metrics of the last step, by name."""
 
     def finalize(self) -> None:
-        """What is left to do once all steps are made."""
+        """Fits what is fitted after the last step."""
 
     def close(self) -> None:
-        """Leaves the SAE as anybody can use it; no step can follow."""
+        """Leaves the SAE ready for use outside training; no step can follow."""
         self.training_step.restore_()
 
     def line(self, seconds: float) -> dict[str, Any]:
-        """The metric line of the last step, after so many seconds of training."""
+        """The metric line of the last step, given the seconds of training so far."""
         k = self.k(self.made - 1)
         return {
             "step": self.made,
@@ -102,14 +103,14 @@ class Trainable(ABC, Generic[Batch]):
         return self.config.learning_rate(step, self.sae.config.n_latents)
 
     def k(self, step: int) -> float | None:
-        """The k of a 0-based step; None where the architecture has none."""
+        """The k at a 0-based step; None if the architecture has none."""
         own: float | None = getattr(self.sae.config, "k", None)
         return None if own is None else self.config.k_at(step, own)
 
     def contents(self, **more: Any) -> Contents:
-        """Everything that the next step depends on, as a checkpoint holds it.
+        """Contents of a checkpoint: all that the next step depends on.
 
-        The tensors are the living ones: they are to be copied before the next step.
+        Tensors are not copied; that must happen before the next step.
         """
         state = self.training_step.state()
         values = {
@@ -128,10 +129,10 @@ class Trainable(ABC, Generic[Batch]):
         )
 
     def load(self, contents: Contents) -> dict[str, Any]:
-        """Takes up a checkpoint of an SAE that has its weights already; what else it says.
+        """Restores a checkpoint, without the SAE's weights, and returns its plain values.
 
         Raises:
-            DataError: it is of another run.
+            DataError: the checkpoint of another run.
         """
         values = dict(contents.values[VALUES_FILE])
         try:
@@ -153,9 +154,9 @@ class ActivationTraining(Trainable[torch.Tensor]):
     """Trains an SAE in place on rows of activations.
 
     Args:
-        step: of either route, or of your own.
+        step: FusedStep, AutogradStep or another :class:`~sae_kernels.step.TrainingStep`.
         config: the settings.
-        source: all rows, for what is fitted at the end; None where there is only a stream.
+        source: all rows, for what is fitted after the last step; None for a stream.
     """
 
     def __init__(self, step: TrainingStep, config: TrainConfig, source: RowSource | None) -> None:
@@ -171,15 +172,15 @@ class ActivationTraining(Trainable[torch.Tensor]):
 
     @property
     def skipped(self) -> int:
-        """Steps skipped because something was not finite; waits for the device."""
+        """Number of skipped steps; waits for the device."""
         return int(self._skipped)
 
     def set_skipped(self, count: int) -> None:
-        """Goes on counting skipped steps from here."""
+        """Sets the number of skipped steps, from a checkpoint."""
         self._skipped.fill_(count)
 
     def step(self, batch: torch.Tensor) -> None:
-        """One step on raw rows; a transcoder's targets stand to the right of its inputs."""
+        """One step on raw rows; for a transcoder inputs and targets side by side."""
         device = self.sae.W_enc.device
         x, target = split(batch.to(device), self.sae.config)
         lr, k = self.learning_rate(self.made), self.k(self.made)
@@ -187,20 +188,20 @@ class ActivationTraining(Trainable[torch.Tensor]):
         self._skipped += self._last.skipped
         self.made += 1
         self.tokens += len(batch)
-        # On the CPU looking costs nothing; elsewhere it would stall the step.
+        # On a GPU every look would make the host wait.
         looks = self.config.on_nonfinite == "stop" and (self.due or device.type == "cpu")
         if looks and self._skipped:
             raise NonFiniteError.in_step(self.made - 1)
 
     def measured(self) -> dict[str, float]:
-        """Loss, FVU, L0 and AuxK's loss of the last step, and what the architecture adds."""
+        """Loss, FVU, L0, AuxK loss and the architecture's own figures of the last step."""
         assert self._last is not None
         values = self._last._asdict()
         found = {name: float(values[name]) for name in ("loss", "fvu", "l0", "aux_loss")}
         return {**found, **self.sae.step_figures(self._last.fired)}
 
     def finalize(self) -> None:
-        """What the architecture fits on a random sample of rows."""
+        """Lets the architecture fit what it fits after training, on a random sample of rows."""
         if not self._to_finish:
             return
         assert self.source is not None
@@ -214,12 +215,12 @@ class ActivationTraining(Trainable[torch.Tensor]):
 
 @functools.cache
 def _versions() -> dict[str, Any]:
-    """Versions of what the run is made with; asking takes as long as some steps."""
+    """Versions of the packages in use, cached as looking them up takes as long as some steps."""
     return dict(machine.versions())
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's generators: no step of ours draws from them, what users add may."""
+    """States of torch's generators, which a user's own step may draw from."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)

@@ -1,4 +1,4 @@
-"""Training on activations: data in, steps, metric lines and checkpoints out, the SAE at the end."""
+"""``train`` and ``train_many``: training SAEs on activations."""
 
 from __future__ import annotations
 
@@ -54,36 +54,40 @@ def train(
     step: MakeStep = make_step,
     **settings: Any,
 ) -> TrainingResult:
-    """Trains an SAE of any architecture.
+    """Trains an SAE of any architecture on activations.
 
     Args:
-        sae: a module, trained in place: a fresh one, or one that was loaded or trained before and
-            goes on from there. Or a configuration, of which a module is made.
+        sae: a module, trained in place (a fresh one, or one loaded or trained before, which
+            continues from its weights), or a configuration.
         source: raw activations: a tensor [N, D], a folder of stored ones, any row source such as
             :class:`~sae_kernels.data.ShardDataset`, or batches [B, D] to iterate over; for a
             crosscoder its layers side by side (:class:`~sae_kernels.data.JointRows`); or a stream
             of batches that a model makes (:class:`~sae_kernels.harvest.LiveBatches`).
         config: the settings; or give them by name, as ``steps=10_000, lr=2e-4``.
-        target: what a transcoder is to reconstruct, of the same tokens.
-        folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
+        target: a transcoder's target activations, of the same tokens.
+        folder: folder for the settings, metric lines, checkpoints and the SAE (docs/runs.md); None
             keeps everything in memory.
-        output: how often to save there, and who else gets the metric lines.
-        data: what run.toml says about the source, for whoever repeats the run.
-        resume: go on with the run in the folder, from its newest checkpoint that is whole; on the
-            CPU it is the same run bit for bit. A folder without a run begins one.
-        overwrite: delete the run that the folder holds.
-        on_step: called after every step with the step and, when one was made, its metric line.
-        step: makes the training step of an SAE and its settings, where it is your own.
-        settings: of :class:`~sae_kernels.config.TrainConfig`, its optimizer and the architecture's
-            objective, by name.
+        output: settings of checkpoints and loggers in the folder.
+        data: description of the source for run.toml, so that the run can be repeated.
+        resume: continue the run in the folder from its newest intact checkpoint, on the CPU bit for
+            bit; a folder without a run starts one.
+        overwrite: delete a run in the folder.
+        on_step: called after every step with the 0-based step and its metric line or None.
+        step: makes the training step from the SAE and the settings, to use your own.
+        settings: fields of :class:`~sae_kernels.config.TrainConfig`, OptimizerConfig and the
+            architecture's objective, by name.
 
-    With a folder SIGINT and SIGTERM save a checkpoint before they end the run; a second one ends
+    With a folder SIGINT and SIGTERM save a checkpoint before they end the run; a second signal ends
     the process at once.
 
+    Returns:
+        The trained SAE, the metric lines and counters.
+
     Raises:
-        NonFiniteError: a loss or gradient norm was NaN or infinite and config says "stop". The
+        ValueError: settings, data and SAE that do not fit together.
+        NonFiniteError: a loss or gradient norm was not finite and ``on_nonfinite`` is "stop". The
             weights are those before that step, and are saved.
-        DataError: the folder is in use, or holds a run that was not asked for.
+        DataError: the folder is in use, or holds another run.
         OSError: something could not be written; older checkpoints are intact.
 
     Example:
@@ -122,23 +126,25 @@ def train_many(
     overwrite: bool = False,
     on_step: Mapping[str, OnStep] | None = None,
 ) -> dict[str, TrainingResult]:
-    """Trains several SAEs on one stream of activations, which is read once.
+    """Trains several SAEs on one stream of activations, read once.
 
-    Each is bit for bit what :func:`train` makes of the same settings alone. Widths, k, seeds,
+    Each result is bitwise that of :func:`train` with the same settings. Widths, k, seeds,
     architectures, learning rates and numbers of steps may differ; the batches may not, so
     ``batch_size`` and the seed of the order (``data_seed``) are the same in all.
 
     Args:
-        runs: by name, the SAE and the settings.
-        folder: each run has the folder of its name in it. Runs there that have made all their steps
-            are left out of what is returned when resuming.
-        on_step: by name, as of :func:`train`.
+        runs: SAE and settings of each run, by name.
+        folder: holds a folder per run, of its name. When resuming, runs that are finished there are
+            left out of the result.
+        on_step: callbacks by name, as of :func:`train`.
 
     The other arguments are those of :func:`train`.
 
     Returns:
-        By name; where something was not finite the result's ``error`` says so, and the others went
-        on.
+        Results by name. A run that met NaN or infinity has an ``error``; the others go on.
+
+    Raises:
+        ValueError: no runs, names that cannot be folders, different batch sizes or data seeds.
 
     Example:
         >>> import torch
@@ -166,7 +172,7 @@ def _architecture(sae: SAEConfig | SparseAutoencoder) -> type[SparseAutoencoder]
 
 
 def _with_objective(plan: Planned) -> Planned:
-    """The plan with its architecture's own objective where none is given."""
+    """The plan with the architecture's default objective if it has none."""
     if plan.config.objective is not None:
         return plan
     objective = _architecture(plan.sae).objective_class()
@@ -187,7 +193,7 @@ def _train(
         source = JointRows([source, target])
     runs = {name: _with_objective(plan) for name, plan in runs.items()}
     make = TrainerFactory(source, runs, step)
-    # Made first where they can be: what is wrong with the settings then leaves no folder behind.
+    # Fresh runs are made before folders, so that wrong settings leave no folder behind.
     fresh = {name: make(name) for name in runs if not (location.resume and location.holds(name))}
     with ExitStack() as stack:
         started = {}
@@ -200,7 +206,7 @@ def _train(
         if waiting:
             behind = min(waiting, key=lambda run: run.training.made)
             device, config = behind.training.sae.W_enc.device, behind.training.config
-            # On a CPU a model's batches would take their cores from the step, ahead or not.
+            # Prefetching batches from a model on the CPU would only take cores from the step.
             stored = is_rows(source) and not isinstance(source, TensorRows)
             ahead = stored or device.type != "cpu"
             batches = batches_of(source, config.batch_size, config.order_seed, reuse=not ahead)

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from sae_kernels.cli.output import Output, clock
-from sae_kernels.cli.runs import describe, follow
+from sae_kernels.cli.progress import describe, follow
 
 LINE = {"step": 3, "loss": 0.1234567, "fvu": 0.08712, "l0": 31.97, "dead_fraction": 0.0125,
         "skipped": 0, "tokens_per_second": 118234.0}  # fmt: skip
@@ -19,7 +19,7 @@ NOTE = "loss 0.123 FVU 0.0871 L0 32 dead 1.2% 118k tok/s"
 SCRIPT = f"""
 import time
 from sae_kernels.cli.output import Output
-from sae_kernels.cli.runs import follow
+from sae_kernels.cli.progress import follow
 output = Output(as_json=False)
 with output.progress() as show:
     on_step = follow(output, show, 4000)

@@ -1,4 +1,4 @@
-"""Training an SAE through a language model, on what it does to the model's predictions."""
+"""Training an SAE through a language model, on how it changes the model's predictions."""
 
 from sae_kernels.training.end_to_end.layer import prepare_end_to_end
 from sae_kernels.training.end_to_end.loop import train_end_to_end

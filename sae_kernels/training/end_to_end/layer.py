@@ -1,4 +1,4 @@
-"""What a run through a language model starts from: its layer, and a fresh SAE for it."""
+"""Prepares end-to-end training: the layer's width, and a fresh SAE for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAMPLE = 16384  # tokens from which scale and b_dec are estimated
 
 
 def layer_width(model: nn.Module, layer: str, weights: EndToEnd | None = None) -> int:
-    """The width D of a layer, from one token; sees to it that the downstream layers come after it.
+    """The width D of a layer, from one token; checks that the downstream layers come after it.
 
     Raises:
         ModelError, ValueError: as :func:`~sae_kernels.training.end_to_end.end_to_end_loss`, as far
@@ -52,7 +52,7 @@ def prepare_end_to_end(
     *,
     keep_first: bool = False,
 ) -> SparseAutoencoder:
-    """A fresh SAE for a layer, on the model's device.
+    """Makes a fresh SAE for a layer of a model, on the model's device.
 
     Its scale and b_dec are estimated on the layer's output for the first 16384 tokens, as
     :func:`~sae_kernels.training.train` does on stored activations.
@@ -62,8 +62,8 @@ def prepare_end_to_end(
         batches: token ids or :class:`~sae_kernels.harvest.TokenBatch`.
         layer: the dotted path of the layer that the SAE will reconstruct.
         sae_config: the SAE; its scale is replaced by the estimate if config asks.
-        config: of it count normalize_activations, init_b_dec, k_start, seed and on_nonfinite.
-        keep_first: leave the first token of each sequence out, as the splice will.
+        config: normalize_activations, init_b_dec, k_start, seed and on_nonfinite are used.
+        keep_first: leave out the first token of each sequence, as the splice will.
 
     Raises:
         ModelError: no such layer, or one without an output [B, S, D].
@@ -87,7 +87,7 @@ def _layer_rows(
     layer: str,
     keep_first: bool,
 ) -> Iterator[Tensor]:
-    """A layer's output [n, D] at the tokens to replace, batch after batch."""
+    """Yields a layer's output [n, D] at the tokens to replace, per batch."""
     module = resolve_layer(model, layer)
     device = next(model.parameters()).device
     for inputs in batches:

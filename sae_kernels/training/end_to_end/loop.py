@@ -1,4 +1,4 @@
-"""The training loop through a language model."""
+"""End-to-end training of an SAE through a language model."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ def train_end_to_end(
     overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> TrainingResult:
-    """Trains an SAE in place through a model, under torch's Adam.
+    """Trains an SAE in place through a language model, with torch's Adam.
 
     The loss is :func:`~sae_kernels.training.end_to_end.end_to_end_loss`.
 
     Args:
         model: frozen, in evaluation mode; left as it was.
-        batches: token ids or :class:`~sae_kernels.harvest.TokenBatch`, one a step; gone through
-            again where they end before the steps do, which an iterator does not allow. Batches of
-            fewer than two tokens to replace, which have no variance, are passed over.
+        batches: token ids or :class:`~sae_kernels.harvest.TokenBatch`, one per step; iterated over
+            again if they end before the steps do, which an iterator does not allow. Batches of
+            fewer than two tokens to replace, which have no variance, are skipped.
         layer: the dotted path of the layer that the SAE reconstructs.
         sae: fresh (:func:`~sae_kernels.training.end_to_end.prepare_end_to_end`), or trained on the
             layer's activations before; on the model's device.
-        config: the settings, as of the autograd route; batch_size says nothing here.
+        config: the settings, as of the autograd route; batch_size is not used.
         weights: see :func:`~sae_kernels.training.end_to_end.end_to_end_loss`.
-        folder: where the settings, metric lines, checkpoints and the SAE go (docs/runs.md); None
+        folder: folder for the settings, metric lines, checkpoints and the SAE (docs/runs.md); None
             keeps everything in memory.
-        metadata: joins what run.toml says about the model, the layer and the weights.
+        metadata: added to the model, layer and weights in run.toml.
         output, resume, overwrite: as of :func:`~sae_kernels.training.train`. To resume, the batches
             must come in the same order again.
-        on_step: called after every step with the step and, when one was made, its metric line.
+        on_step: called after every step with the 0-based step and its metric line or None.
 
     Raises:
-        NonFiniteError: a loss or gradient norm was NaN or infinite and config says "stop".
-        ValueError: fewer batches than steps; otherwise as ``end_to_end_loss``. The SAE keeps what
-            it learnt before either, and is saved.
+        NonFiniteError: a loss or gradient norm was not finite and ``on_nonfinite`` is "stop".
+        ValueError: fewer batches than steps; otherwise as ``end_to_end_loss``. The SAE keeps the
+            weights from before either error, and is saved.
     """
     objective = config.objective or sae.objective_class()
     config = dataclasses.replace(config, route="autograd", objective=objective)
@@ -106,14 +106,14 @@ def train_end_to_end(
 
 
 class TokenStream:
-    """The usable batches of tokens, over and over; ends where going through them gives none.
+    """Repeats the usable batches of tokens; ends if an iteration gives none.
 
     Args:
-        batches: gone through again where they end, which an iterator does not allow.
-        keep_first: leave the first token of each sequence out, as the splice will.
+        batches: iterated over again at their end, which an iterator does not allow.
+        keep_first: leave out the first token of each sequence, as the splice will.
 
     Attributes:
-        position: batches handed out so far.
+        position: number of batches returned so far.
     """
 
     def __init__(self, batches: Batches, keep_first: bool) -> None:
@@ -129,11 +129,11 @@ class TokenStream:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
+        """The position, for a checkpoint."""
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Passes over as many batches as the state says; the model is not asked."""
+        """Skips the batches before the saved position, without running the model."""
         for i in range(int(state["position"])):
             if next(self, None) is None:
                 raise ValueError(
@@ -154,7 +154,7 @@ class TokenStream:
 
 
 class _ThroughModel(Trainable[TokenBatch]):
-    """Trains an SAE in place on what its reconstruction does to a model's predictions."""
+    """Trains an SAE in place on how its reconstruction changes a model's predictions."""
 
     training_step: AutogradStep
 
@@ -173,11 +173,11 @@ class _ThroughModel(Trainable[TokenBatch]):
 
     @property
     def skipped(self) -> int:
-        """Steps skipped because something was not finite."""
+        """Number of skipped steps."""
         return self._skipped
 
     def set_skipped(self, count: int) -> None:
-        """Goes on counting from here."""
+        """Sets the number of skipped steps, from a checkpoint."""
         self._skipped = count
 
     def step(self, batch: TokenBatch) -> None:
@@ -187,7 +187,7 @@ class _ThroughModel(Trainable[TokenBatch]):
         spliced = SplicedSAE(step, self.layer, self.weights, self.k(self.made))
         result = measured_loss(self.model, batch, spliced)
         assert spliced.measured is not None
-        # The gradients come from all over the model, so their norm is looked at in any case.
+        # Gradients through a whole model overflow more easily, so their norm is always checked.
         clip_norm = config.optimizer.clip_norm
         finite = step.update(result.loss, lr, math.inf if clip_norm is None else clip_norm)
         if not finite and config.on_nonfinite == "stop":

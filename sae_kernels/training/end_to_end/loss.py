@@ -1,4 +1,4 @@
-"""Training an SAE on what it does to the model it sits in (Braun et al., arXiv 2405.12241)."""
+"""The end-to-end loss: an SAE's effect on its model (Braun et al., arXiv 2405.12241)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _COEFFICIENTS = ("kl_coefficient", "downstream_coefficient", "reconstruction_coe
 
 @dataclasses.dataclass(frozen=True)
 class EndToEnd:
-    """What the end-to-end loss is made of.
+    """Coefficients and downstream layers of the end-to-end loss.
 
     Attributes:
         kl_coefficient: weight of ``KL(clean || spliced)`` of the next-token distributions.
         downstream_coefficient: weight of the mean of the downstream layers' errors.
         reconstruction_coefficient: weight of the FVU at the spliced layer.
-        downstream_layers: dotted paths of later layers, whose output is to stay as it was.
-        keep_first: the first token of each sequence keeps its activation.
+        downstream_layers: dotted paths of later layers whose output the SAE should preserve.
+        keep_first: do not replace the first token of each sequence.
 
     Raises:
         ValueError: a coefficient that is negative or not finite, none above 0, a layer named twice.
@@ -67,16 +67,16 @@ class EndToEnd:
 
 
 class EndToEndLoss(NamedTuple):
-    """The loss and its parts, scalars.
+    """The end-to-end loss and its parts, scalars.
 
     Attributes:
-        loss: what to minimise; gradients reach the SAE.
+        loss: the loss to minimise; gradients reach the SAE.
         kl: nats per attended token.
         downstream: mean over the downstream layers of their FVU; 0 where there are none.
         fvu: at the spliced layer.
         l0: latents per token that fired.
-        sparsity: the penalty as it counts in the loss, its coefficient included.
-        aux_loss: AuxK, likewise.
+        sparsity: the sparsity penalty, with its coefficient.
+        aux_loss: the AuxK loss, with its coefficient.
     """
 
     loss: Tensor
@@ -98,7 +98,7 @@ def end_to_end_loss(
     step: StepBase | None = None,
     k: float | None = None,
 ) -> EndToEndLoss:
-    """The loss of an SAE in the place of a layer's output; the model itself gets no gradient.
+    """The end-to-end loss of an SAE that replaces a layer's output; the model gets no gradient.
 
     ``u (kl_coefficient * mean_t KL(clean_t || spliced_t)
     + downstream_coefficient / n * sum_l |a_l' - a_l|^2 / |a_l - mean(a_l)|^2
@@ -121,9 +121,9 @@ def end_to_end_loss(
         layer: the dotted path of the layer that the SAE reconstructs.
         sae: on the model's device.
         weights: coefficients and downstream layers; default: KL alone.
-        step: the SAE's training step, with the objective, the strength of its penalty and the dead
-            latents; default: a fresh one without penalty.
-        k: in the place of the configuration's.
+        step: the SAE's training step, which holds objective, penalty schedule and dead latents;
+            default: a fresh one without penalty.
+        k: replaces the configuration's k.
 
     Raises:
         ModelError: no such layer, one without an output [B, S, D], or a model without logits.
@@ -133,7 +133,7 @@ def end_to_end_loss(
     require_model(model)
     if step is None:
         step = StepBase(sae, sae.objective_class(sparsity="none", loss="fvu"))
-        step.restore_()  # nothing is trained: the SAE multiplies in the dtype that it has
+        step.restore_()  # nothing is trained: the SAE keeps its own compute dtype
     weights = weights or EndToEnd()
     check_end_to_end(sae, step.objective, weights)
     spliced = SplicedSAE(step, layer, weights, k)
@@ -141,7 +141,7 @@ def end_to_end_loss(
 
 
 def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> EndToEndLoss:
-    """:func:`end_to_end_loss` with what is spliced in, which keeps what it measured."""
+    """:func:`end_to_end_loss` of a :class:`SplicedSAE`, which keeps its own measures."""
     layer, weights = spliced.layer, spliced.weights
     batch = batch.to(next(model.parameters()).device)
     mask = batch.attention_mask
@@ -170,7 +170,7 @@ def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> E
 
 
 def check_end_to_end(sae: SparseAutoencoder, objective: ObjectiveConfig, weights: EndToEnd) -> None:
-    """Raises ValueError for settings that mean nothing together."""
+    """Raises ValueError for settings that do not go together."""
     sae.check_objective(objective)
     others = ("random_prefixes", "multi_topk")
     further = getattr(sae.config, "groups", None) or any(getattr(objective, n, 0) for n in others)
@@ -187,7 +187,7 @@ def check_end_to_end(sae: SparseAutoencoder, objective: ObjectiveConfig, weights
 
 
 def require_model(model: object) -> None:
-    """Raises ValueError for what is no model."""
+    """Raises ValueError for an object that is no model."""
     if not callable(getattr(model, "parameters", None)):
         raise ValueError(
             f"the end-to-end loss needs the model that the SAE sits in, got {model!r}; load it "
@@ -196,14 +196,14 @@ def require_model(model: object) -> None:
 
 
 def _fvu(a: Tensor, b: Tensor) -> Tensor:
-    """``|a - b|^2 / |b - mean(b)|^2`` of rows [n, D], in fp32 at least."""
+    """FVU ``|a - b|^2 / |b - mean(b)|^2`` of rows [n, D], in fp32 at least."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     a, b = a.to(dtype), b.to(dtype)
     return (a - b).square().sum() / (b - b.mean(0)).square().sum()
 
 
 def downstream_outputs(outputs: dict[str, Tensor], layer: str, weights: EndToEnd) -> list[Tensor]:
-    """The downstream layers' outputs; the order in which layers ran says what comes after what."""
+    """The downstream layers' outputs; raises ValueError unless they ran after ``layer``."""
     ran = list(outputs)
     for name in weights.downstream_layers:
         if name not in ran or ran.index(name) <= ran.index(layer):

@@ -1,4 +1,4 @@
-"""An SAE in the place of a layer's output, and what it adds to the end-to-end loss there."""
+"""An SAE that replaces a layer's output, and its own part of the end-to-end loss."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Measured(NamedTuple):
-    """What the SAE costs at its own layer; scalars but for ``fired``.
+    """Losses of the SAE at its own layer; scalars but for ``fired``.
 
     Attributes:
         loss: this layer's part of the loss.
-        unit: what multiplies the other parts: 1, or with "mse" the layer's variance per token.
+        unit: factor of the other parts: 1, or with "mse" the layer's variance per token.
         fvu, l0, sparsity, aux_loss: see :class:`~sae_kernels.training.end_to_end.EndToEndLoss`.
         fired: int [F], how often each latent fired.
     """
@@ -36,16 +36,16 @@ class Measured(NamedTuple):
 
 
 class SplicedSAE:
-    """Gives the reconstruction of activations [n, D] and keeps what it costs.
+    """Callable that reconstructs activations [n, D] and keeps their losses.
 
     Args:
-        step: the SAE's training step, whose objective, schedule and dead latents count.
+        step: the SAE's training step, with objective, schedule and dead latents.
         layer: the name of the layer that the SAE reconstructs.
-        weights: of the parts of the loss.
-        k: in the place of the configuration's.
+        weights: coefficients of the parts of the loss.
+        k: replaces the configuration's k.
 
     Attributes:
-        measured: of the last call; None before.
+        measured: losses of the last call; None before.
     """
 
     def __init__(

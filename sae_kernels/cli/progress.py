@@ -1,4 +1,4 @@
-"""What the commands that train have in common: progress, and the summary of a run."""
+"""Progress and final summary of a training run, for all commands that train."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from sae_kernels.training import TrainingResult
 
 
-_EVERY = 0.25  # seconds between two looks at how far a run is
+_EVERY = 0.25  # seconds between two updates of the progress
 _SHOWN = {"loss": "loss", "kl": "KL", "fvu": "FVU", "l0": "L0"}
 
 
 def follow(
     output: Output, show: Progress, steps: int
 ) -> Callable[[int, dict[str, Any] | None], None]:
-    """What a trainer calls after every step: progress, and a record of each metric line.
+    """The trainer's ``on_step`` callback: shows progress and records each metric line.
 
-    Between metric lines progress is shown a few times a second; that is all a step pays for.
+    Progress is shown a few times a second, so that a step costs nothing.
     """
     shown, note = -math.inf, ""
 
@@ -41,7 +41,7 @@ def follow(
 
 
 def describe(line: Mapping[str, Any]) -> str:
-    """The numbers of a metric line to keep an eye on, short enough for a line of a terminal.
+    """The main numbers of a metric line, short enough for a line of a terminal.
 
     >>> describe({"loss": 0.25, "fvu": 0.125, "l0": 32, "dead_fraction": 0.01, "skipped": 2})
     'loss 0.25 FVU 0.125 L0 32 dead 1% skipped 2'
@@ -64,7 +64,7 @@ def _short(value: float) -> str:
 
 
 def summarise(output: Output, result: TrainingResult, out: Path, metrics: Sequence[str]) -> None:
-    """The result of a run, with these of its last metrics."""
+    """Prints the result of a run, with the named ones of its last metrics."""
     from sae_kernels.runs.folder import SAE_FOLDER
 
     last = result.metrics[-1]

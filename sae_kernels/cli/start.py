@@ -1,4 +1,4 @@
-"""What ``train``, ``resume`` and ``sweep`` have in common: settings to data to a run."""
+"""Starts runs for ``train``, ``resume`` and ``sweep``: opens the data and trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from sae_kernels.cli.data import check_data, open_live, open_stored
-from sae_kernels.cli.runs import follow, summarise
+from sae_kernels.cli.progress import follow, summarise
 from sae_kernels.training.run_config import RunConfig, kind_of, train_config
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ METRICS = ("loss", "fvu", "l0")
 
 
 def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[RunConfig, RunData]:
-    """The whole of a run's settings, and the data that complete them."""
+    """Opens a run's data and completes its settings by their widths."""
     from sae_kernels.config.data import DataConfig
 
     config = DataConfig(**tables.get("data", {}))
@@ -36,7 +36,7 @@ def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[Run
         data = open_stored(config, verify)
     whole = RunConfig.from_tables(tables, data.widths)
     if whole.sae.transcodes and data.widths.target is None:
-        raise ValueError("--target: expected the activations that the transcoder is to reconstruct")
+        raise ValueError("--target: expected the activations that the transcoder reconstructs")
     return whole, data
 
 
@@ -49,7 +49,7 @@ def start(
     overwrite: bool = False,
     verify: bool = False,
 ) -> None:
-    """Trains, and says what came of it."""
+    """Trains one run and prints its summary."""
     from sae_kernels import training
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
@@ -72,7 +72,7 @@ def start(
 
 @contextmanager
 def interruptible(again: str, *runs: Path) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM says what goes on with these runs, where they have begun."""
+    """On Ctrl-C and SIGTERM prints the command ``again`` that continues these runs."""
     from sae_kernels.runs import checkpoint
     from sae_kernels.runs.folder import holds_run
 
@@ -89,7 +89,7 @@ def interruptible(again: str, *runs: Path) -> Iterator[None]:
 
 
 def kind_of_data(tables: Tables) -> str:
-    """What an architecture is trained on; of a bare kind of SAE its own settings say it."""
+    """The data that the tables' architecture trains on: "layer", "target" or "layers"."""
     if "architecture" not in tables:
         return kind_of(tables).preset.data
     sae = tables.get("sae", {})
