@@ -221,7 +221,9 @@ def test_every_setting_has_words_and_help_shows_them() -> None:
         for part in (sae.config_class, sae.objective_class, OptimizerConfig, DataConfig):
             said = declared(part)
             assert all(each.words for each in said.values()), part
-    assert "multi_topk: add 1/8 of the FVU of a second reconstruction" in (TopKObjective.__doc__ or "")
+    assert "multi_topk: add 1/8 of the FVU of a second reconstruction" in (
+        TopKObjective.__doc__ or ""
+    )
     # An override of a default keeps words and limits.
     assert declared(ReLUObjective)["loss"].words == declared(ObjectiveConfig)["loss"].words
     with pytest.raises(ValueError, match="sparsity_coefficient: expected a number of at least 0"):
