@@ -1,9 +1,8 @@
 """Base class of all sparse autoencoders: weights, scales, encode and decode, saving and loading.
 
-An architecture is a class of its own in a file of its own. It says which latents a token keeps
-(:meth:`SparseAutoencoder.select`) and what becomes of their pre-activations
-(:meth:`SparseAutoencoder.activate`); what training asks of it besides has the answer of a plain
-architecture here.
+Each architecture is a subclass in its own file. It selects the latents of a token
+(:meth:`SparseAutoencoder.select`) and turns their pre-activations into codes
+(:meth:`SparseAutoencoder.activate`); the other methods that training calls have defaults here.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ class SparseAutoencoder(Saving):
         """Whether an entry of value 0 counts as dropped: no gradient, did not fire."""
         return True
 
-    # -- what training asks of an architecture --------------------------------------------------
+    # -- called by training; defaults of a plain SAE ------------------------------------------
 
     def check_objective(self, objective: ObjectiveConfig) -> None:
         """Checks that an objective fits this SAE.

@@ -179,7 +179,7 @@ def with_leaves(
     """Detaches entries for autograd: the entries, and every leaf to differentiate by, by name.
 
     The leaves are the pre-activations "h", the per-latent parameters and the architecture's
-    :meth:`~sae_kernels.nn.hooks.TrainingHooks.entry_leaves`.
+    :meth:`~sae_kernels.nn.SparseAutoencoder.entry_leaves`.
     """
     added = {name: t.detach().requires_grad_() for name, t in sae.entry_leaves(preacts).items()}
     h = preacts.values.detach().requires_grad_()

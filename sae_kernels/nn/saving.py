@@ -1,4 +1,4 @@
-"""Scales folded into weights, saving, loading and publishing, as every SAE has them."""
+"""Folding scales into weights, saving, loading and publishing, for every SAE."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class DeadLatents:
         self.since_fired.copy_(torch.where(skip, self.since_fired, aged))  # in place: CUDA graphs
 
     def mask(self) -> torch.Tensor:
-        """Which latents are dead, bool [F]."""
+        """bool [F], true for dead latents."""
         return self.since_fired >= self.after
 
     def pick(self, at_most: int, backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:

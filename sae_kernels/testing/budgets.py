@@ -1,4 +1,4 @@
-"""How far a result may be from the exact one: error budgets derived from the data, and asserts.
+"""Error budgets of rounding, derived from the data, and assertions that use them.
 
 A sum of n products in floating point of unit roundoff u, in whatever order and with or without
 FMA, is off by at most ``gamma_n * sum |terms|`` with ``gamma_n = n u / (1 - n u)`` (Higham,
@@ -16,7 +16,7 @@ from sae_kernels.primitives.checks import accumulator
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u of the dtype in which an operand dtype is accumulated: half the gap above 1."""
+    """Unit roundoff u of the accumulator of an operand dtype: half the gap above 1."""
     return torch.finfo(accumulator(dtype)).eps / 2
 
 

@@ -1,4 +1,4 @@
-"""Named inputs that kernels of this kind are known to get wrong.
+"""Hard inputs for encoder kernels: ties, NaN, infinities, odd shapes.
 
 A case is a shape and a kind of input; :meth:`Case.inputs` builds the tensors. In the exact kinds
 every product and partial sum is a small integer (or a special value), so any order of summation
@@ -50,11 +50,11 @@ class Case:
         return self.kind in EXACT_KINDS
 
     def cast(self, dtype: torch.dtype) -> Case:
-        """The same case with operands of another dtype."""
+        """This case with operands of another dtype."""
         return dataclasses.replace(self, dtype=dtype)
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """The operands on torch's default device; the same on all for the same seed."""
+        """The operands, on torch's default device; a seed gives the same ones on all devices."""
         device = torch.get_default_device()
         with torch.device("cpu"):
             x, W, b = _build(self, torch.Generator().manual_seed(seed))

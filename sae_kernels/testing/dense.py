@@ -25,7 +25,7 @@ __all__ = ["DenseResult", "DenseSpec", "decoder_norm", "dense_loss"]
 
 
 class DenseResult(NamedTuple):
-    """What :func:`dense_loss` returns, all on the autograd graph.
+    """Result of :func:`dense_loss`, all on the autograd graph.
 
     Attributes:
         loss: ``reconstruction + penalty``.

@@ -1,4 +1,4 @@
-"""Which latents are kept and with what value, densely: [B, F] in, [B, F] out, torch alone.
+"""Dense selection and activation functions, [B, F] in and out, in plain torch.
 
 Nothing hides a NaN: it is the first to be kept, and a comparison with it gives NaN, not "no".
 """

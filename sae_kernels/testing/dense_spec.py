@@ -1,4 +1,4 @@
-"""What a dense loss computes, and the settings and tensors that it refuses."""
+"""DenseSpec: the settings of a dense loss, and the checks of its tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Norm = Literal["joint", "sum", "mixed"]
 
 @dataclasses.dataclass(frozen=True)
 class DenseSpec:
-    """What :func:`dense_loss` computes. In the formulas f are the codes, n_f the decoder norms.
+    """Settings of :func:`dense_loss`; in its formulas f are codes, n_f decoder norms.
 
     Attributes:
         selection: how codes are made of ``h = x W_enc^T + b_enc``.
@@ -149,7 +149,7 @@ def check_tensors(
     y: Tensor,
     dead: Tensor | None,
 ) -> None:
-    """Raises ValueError unless these are what the spec needs; nothing is left to broadcasting."""
+    """Raises ValueError unless the tensors have exactly the shapes that the spec needs."""
     _check_names(spec, parameters)
     if x.dim() != 2 or y.dim() != 2 or not len(x) == len(y) > 0:
         came = f"{list(x.shape)} and {list(y.shape)}"

@@ -1,4 +1,4 @@
-"""Dense training steps in plain torch, as SAE trainers take them today: twins of FusedStep."""
+"""Dense training steps in plain torch, the baselines of FusedStep."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class DenseStep:
     Args:
         W_enc, W_dec: [F, D] initial weights (copied).
         k: latents kept per token.
-        optimizer: which of torch's Adams, "foreach" or "fused"; "default" is what it takes unasked.
+        optimizer: variant of torch's Adam: "foreach", "fused" or "default".
         autocast: bf16 autocast around the forward pass.
-        compiler: a backend of torch.compile for the forward and backward pass; None for none.
+        compiler: torch.compile backend for the forward and backward pass; None: not compiled.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DenseStep:
 
 
 class DenseBatchTopKStep(DenseStep):
-    """The same step with the k B largest codes of the whole batch."""
+    """A dense BatchTopK training step: the k B largest codes of the batch."""
 
     def codes(self, h: torch.Tensor) -> torch.Tensor:
         """Codes [B, F]: the k B largest of the batch."""
@@ -99,7 +99,7 @@ class DenseBatchTopKStep(DenseStep):
 
 
 class DenseReLUStep(DenseStep):
-    """The same step with ReLU and an L1 penalty."""
+    """A dense ReLU training step with an L1 penalty."""
 
     coefficient = 1e-3
 
@@ -112,7 +112,7 @@ class DenseReLUStep(DenseStep):
 
 
 class DenseJumpReLUStep(DenseStep):
-    """The same step with JumpReLU's rectangle estimator and an L0 penalty on pre-activations.
+    """A dense JumpReLU training step with the rectangle estimator and an L0 penalty.
 
     Args:
         threshold, bandwidth: of the estimator; the logarithms of the thresholds are trained.

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Routed(NamedTuple):
-    """Where tokens go.
+    """Routing of a batch by a Switch SAE.
 
     Attributes:
-        probabilities: [B, E], E less the shared expert.
-        chosen: int64 [B], a column of ``probabilities``.
-        gates: [B, F], what a code is multiplied with.
+        probabilities: [B, E], without a column for a shared expert.
+        chosen: int64 [B], the chosen column of ``probabilities``.
+        gates: [B, F], factor of each code.
         allowed: bool [B, F], the latents of the token's experts.
     """
 
@@ -31,7 +31,7 @@ class Routed(NamedTuple):
     allowed: Tensor
 
     def balance(self) -> Tensor:
-        """``E sum_i F_i P_i`` over the experts that are chosen among; no gradient through F."""
+        """Load-balance loss ``E sum_i F_i P_i`` over the routed experts; no gradient through F."""
         E = self.probabilities.shape[1]
         F = torch.nn.functional.one_hot(self.chosen, E).to(self.probabilities).mean(0)
         return E * (F * self.probabilities.mean(0)).sum()

@@ -1,7 +1,7 @@
-"""What the primitives should give, in fp64 and densely, straight from the formulas.
+"""Oracles of the primitives: dense, in fp64, straight from the formulas.
 
-Nothing here is shared with the reference backend: a [B, F] matrix is built, multiplied and sorted,
-so a mistake in the sparse way of thinking cannot be made twice. Shapes: B tokens, D d_in,
+They share nothing with the reference backend: a [B, F] matrix is built, multiplied and sorted, so
+that no mistake of a sparse algorithm is made twice. Shapes: B tokens, D d_in,
 F n_latents, K kept per token.
 """
 
@@ -17,7 +17,7 @@ class Scores(NamedTuple):
 
     Attributes:
         h: [B, F], ``x W^T + b``, never -0.
-        key: [B, F], what is ranked: ``h * rank_scale``.
+        key: [B, F], the ranking key ``h * rank_scale``.
         magnitude: [B, F], the sum of the absolute terms of h: what its rounding error scales with.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a selection is right: the kept set, the values, and the order of both."""
+"""Assertions about selections: the kept set, the values and their order."""
 
 from __future__ import annotations
 

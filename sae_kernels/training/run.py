@@ -156,7 +156,7 @@ class TrainingRun(Generic[Batch]):
             self.training.sae.save_pretrained(self.folder.path / SAE_FOLDER)
 
     def _provenance(self) -> dict[str, Any]:
-        """What a saved SAE says of its training; the same after a resume, so it has no times."""
+        """Metadata of the saved SAE about its training, without times, which a resume changes."""
         last = self.lines[-1] if self.lines else {}
         figures = {name: last.get(name) for name in ("fvu", "l0", "dead_fraction")}
         data = getattr(getattr(self.training, "source", None), "fingerprint", None)
