@@ -143,10 +143,7 @@ def _head(
 
 
 def _layouts(
-    output: Output,
-    predictions: list[planning.Prediction],
-    steps: int,
-    problem: planning.Problem,
+    output: Output, predictions: list[planning.Prediction], steps: int, problem: planning.Problem
 ) -> None:
     best = planning.fastest(predictions)
     for p in predictions:

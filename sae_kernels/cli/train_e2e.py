@@ -66,8 +66,7 @@ def train_e2e(
         int, typer.Option(min=1, help="Tokens per sequence of the model.")
     ] = 128,
     sequences_per_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences per step. [default: batch_size tokens]"),
+        int | None, typer.Option(min=1, help="Sequences per step. [default: batch_size tokens]")
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,

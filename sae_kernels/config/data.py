@@ -18,8 +18,7 @@ class DataConfig(Settings):
     table = "data"
 
     folders: tuple[str, ...] = setting(
-        (),
-        "folders of stored activations; a crosscoder's layers in order",
+        (), "folders of stored activations; a crosscoder's layers in order"
     )
     target: str | None = setting(None, "folder of the activations that a transcoder reconstructs")
     check_on_read: bool = setting(False, "compare each shard's SHA-256 when it is first read")
@@ -34,30 +33,22 @@ class DataConfig(Settings):
         "crosscoder",
     )
     target_layer: str | None = setting(
-        None,
-        "dotted path of the module whose output a transcoder reconstructs",
+        None, "dotted path of the module whose output a transcoder reconstructs"
     )
     text: tuple[str, ...] = setting(
-        (),
-        "files or folders of text for the model: .txt, or .jsonl with the key text",
+        (), "files or folders of text for the model: .txt, or .jsonl with the key text"
     )
     dataset: str | None = setting(
-        None,
-        "dataset with the text, instead of text files: a folder or a name on the hub",
+        None, "dataset with the text, instead of text files: a folder or a name on the hub"
     )
     dataset_subset: str | None = setting(None, "configuration of a dataset that has several")
     dataset_revision: str | None = setting(
-        None,
-        "commit, tag or branch of the dataset on the hub; only a commit resumes exactly",
+        None, "commit, tag or branch of the dataset on the hub; only a commit resumes exactly"
     )
     dataset_split: str = setting("train", "split of the dataset")
     dataset_column: str = setting("text", "column of the dataset that holds the text")
     context_length: int = setting(128, "tokens per sequence of the model", _ONE)
-    model_batch_size: int = setting(
-        16,
-        "sequences that go through the model at once",
-        _ONE,
-    )
+    model_batch_size: int = setting(16, "sequences that go through the model at once", _ONE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,10 @@ class OptimizerConfig(Settings):
     """Settings of Adam, and the precision of weights and moments.
 
     FusedStep takes all of them; AutogradStep runs torch's Adam and refuses what that lacks.
+
+    Example:
+        >>> OptimizerConfig(clip_norm=1.0, adam="lazy").beta1
+        0.9
     """
 
     table = "optimizer"
@@ -45,8 +49,7 @@ class OptimizerConfig(Settings):
         "compute bfloat16)",
     )
     moment_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32",
-        "dtype of Adam's moments of W_enc and W_dec; bfloat16 rounds stochastically",
+        "float32", "dtype of Adam's moments of W_enc and W_dec; bfloat16 rounds stochastically"
     )
     compute_copies: Literal["both", "encoder"] = setting(
         "both",

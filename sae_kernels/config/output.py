@@ -21,14 +21,11 @@ class OutputConfig(Settings):
     table = "output"
 
     checkpoint_every: int = setting(
-        1000,
-        "steps between checkpoints; 0 saves one only when the run is interrupted",
-        NATURAL,
+        1000, "steps between checkpoints; 0 saves one only when the run is interrupted", NATURAL
     )
     keep_checkpoints: int = setting(2, "number of checkpoints that are kept; 0 keeps all", NATURAL)
     loggers: tuple[str, ...] = setting(
-        (),
-        "further loggers of the metric lines, besides metrics.jsonl: tensorboard, wandb",
+        (), "further loggers of the metric lines, besides metrics.jsonl: tensorboard, wandb"
     )
 
     def __post_init__(self) -> None:

@@ -33,8 +33,7 @@ class SAEConfig(Settings):
         POSITIVE_INTEGER,
     )
     skip: bool = setting(
-        False,
-        "add x W_skip^T to the reconstruction (skip transcoder, arXiv 2501.18823)",
+        False, "add x W_skip^T to the reconstruction (skip transcoder, arXiv 2501.18823)"
     )
     subtract_b_dec: bool = setting(
         True,
@@ -42,8 +41,7 @@ class SAEConfig(Settings):
         "all transcoders)",
     )
     unit_norm_decoder: bool = setting(
-        True,
-        "keep decoder rows (of each layer) at unit norm while training",
+        True, "keep decoder rows (of each layer) at unit norm while training"
     )
     decoder_norm: Literal["joint", "sum", "mixed"] = setting(
         "joint",

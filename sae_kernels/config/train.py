@@ -19,6 +19,10 @@ class TrainConfig(Settings):
 
     ``objective`` is of the architecture's ``objective_class`` (None: its defaults) and
     ``optimizer`` an :class:`OptimizerConfig`; everything else is the run's own.
+
+    Example:
+        >>> TrainConfig(steps=2000, batch_size=1024).optimizer.adam
+        'dense'
     """
 
     table = "train"
@@ -56,8 +60,7 @@ class TrainConfig(Settings):
         "training step: fused (FusedStep) or autograd (AutogradStep, with torch.optim.Adam)",
     )
     device: str = setting(
-        "auto",
-        "device to train on; auto is a GPU that the kernels support, else the CPU",
+        "auto", "device to train on; auto is a GPU that the kernels support, else the CPU"
     )
     normalize_activations: Literal["none", "sqrt_d"] = setting(
         "sqrt_d",
@@ -70,9 +73,7 @@ class TrainConfig(Settings):
         "(sparsify) or zeros",
     )
     seed: int = setting(
-        0,
-        "seed of the weights, and of the order of the data unless data_seed is given",
-        NATURAL,
+        0, "seed of the weights, and of the order of the data unless data_seed is given", NATURAL
     )
     data_seed: int | None = setting(
         None,

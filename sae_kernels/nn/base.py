@@ -137,11 +137,7 @@ class SparseAutoencoder(Saving):
     # -- what an architecture defines ----------------------------------------------------------
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """Selects each token's latents and returns them with their pre-activations.
 
@@ -336,7 +332,10 @@ class SparseAutoencoder(Saving):
             prefixes: reconstruct from each prefix of the latents: [G, ..., output width].
             frozen: no gradient reaches the decoder.
         """
-        stop = torch.Tensor.detach if frozen else _itself
+
+        def stop(weight: torch.Tensor) -> torch.Tensor:
+            return weight.detach() if frozen else weight
+
         x_hat = functional.decode(
             codes,
             stop(self.W_dec),
@@ -428,7 +427,3 @@ class SparseAutoencoder(Saving):
             if now.dtype != before.dtype:
                 now.data = before.to(now.device)
         return result
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

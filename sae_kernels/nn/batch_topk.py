@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BatchTopKConfig(SAEConfig):
-    """Settings of a BatchTopK SAE (Bussmann et al., arXiv 2412.06410)."""
+    """Settings of a BatchTopK SAE (Bussmann et al., arXiv 2412.06410).
+
+    Example:
+        >>> BatchTopKConfig(768, 24576, k=31.5).threshold_rule
+        'sae_lens'
+    """
 
     architecture: ClassVar[str] = "batchtopk"
 
@@ -58,9 +63,9 @@ class BatchTopKConfig(SAEConfig):
 
 @register
 class BatchTopKSAE(SparseAutoencoder):
-    """``x_hat = b_dec + W_dec^T batchtopk(W_enc (x - b_dec) + b_enc)`` (arXiv 2412.06410).
+    """BatchTopK SAE: the int(k B) largest pre-activations of a batch (arXiv 2412.06410).
 
-    In training mode the int(k B) largest positive pre-activations of the batch are kept; in
+    ``x_hat = b_dec + W_dec^T batchtopk(W_enc (x - b_dec) + b_enc)``. In training mode the int(k B) largest positive pre-activations of the batch are kept; in
     evaluation mode every one above :attr:`threshold`, so that a token's codes do not depend on
     those around it.
 
@@ -110,11 +115,7 @@ class BatchTopKSAE(SparseAutoencoder):
             self.last_key = torch.full_like(self.threshold, torch.nan)
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The batch's int(k B) largest pre-activations; in evaluation those above the threshold."""
         W_enc = self.W_enc if W_enc is None else W_enc

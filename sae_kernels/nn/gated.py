@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class GatedConfig(SAEConfig):
-    """Settings of a Gated SAE (Rajamanoharan et al., arXiv 2404.16014)."""
+    """Settings of a Gated SAE (Rajamanoharan et al., arXiv 2404.16014).
+
+    Example:
+        >>> GatedConfig(768, 24576).shapes()["r_mag"]
+        (24576,)
+    """
 
     architecture: ClassVar[str] = "gated"
 
@@ -57,7 +62,7 @@ class GatedSAE(SparseAutoencoder):
     config_class = GatedConfig
     objective_class = PenalisedObjective
     presets: ClassVar[dict[str, Preset]] = {
-        "gated": Preset("a gate decides which latents fire, L1 on the gate"),
+        "gated": Preset("a gate decides which latents fire, L1 on the gate")
     }
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -66,11 +71,7 @@ class GatedSAE(SparseAutoencoder):
         self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The latents of each token whose gate pre-activation is positive."""
         return self._above(x_centred, W_enc, 0.0)

@@ -56,10 +56,7 @@ def geometric_median(
 
 
 def unit_rows(
-    n_latents: int,
-    d_in: int,
-    generator: torch.Generator,
-    device: torch.device | str | None = None,
+    n_latents: int, d_in: int, generator: torch.Generator, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """Random directions, uniform on the sphere: [n_latents, d_in] with rows of norm 1.
 

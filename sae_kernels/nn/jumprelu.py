@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class JumpReLUConfig(SAEConfig):
-    """Settings of a JumpReLU SAE (Rajamanoharan et al., arXiv 2407.14435)."""
+    """Settings of a JumpReLU SAE (Rajamanoharan et al., arXiv 2407.14435).
+
+    Example:
+        >>> JumpReLUConfig(768, 24576, bandwidth=0.1).threshold_name
+        'log_threshold'
+    """
 
     architecture: ClassVar[str] = "jumprelu"
 
@@ -32,9 +37,7 @@ class JumpReLUConfig(SAEConfig):
         0.01, "initial threshold of every latent, in the scale of training"
     )
     bandwidth: float = setting(
-        0.05,
-        "width of the straight-through estimator's rectangle around the threshold",
-        POSITIVE,
+        0.05, "width of the straight-through estimator's rectangle around the threshold", POSITIVE
     )
     log_threshold: bool = setting(
         True,
@@ -61,7 +64,12 @@ class JumpReLUConfig(SAEConfig):
 
 @dataclasses.dataclass(frozen=True)
 class JumpReLUObjective(ObjectiveConfig):
-    """Training objective of a JumpReLU SAE; by default a penalty holds L0 at a target."""
+    """Training objective of a JumpReLU SAE; by default a penalty holds L0 at a target.
+
+    Example:
+        >>> JumpReLUObjective(target_l0=20.0).sparsity
+        'target_l0'
+    """
 
     sparsity: str = setting(
         "target_l0",
@@ -84,7 +92,7 @@ class JumpReLUObjective(ObjectiveConfig):
 
 @register
 class JumpReLUSAE(SparseAutoencoder):
-    """``x_hat = b_dec + W_dec^T (h * 1[h > threshold])`` (arXiv 2407.14435).
+    """JumpReLU SAE, ``x_hat = b_dec + W_dec^T (h * 1[h > threshold])`` (arXiv 2407.14435).
 
     The parameter is ``log_threshold`` or ``threshold`` [F], as the configuration says, in fp32
     whatever the module is cast to. In training mode entries within half the bandwidth below the
@@ -105,7 +113,7 @@ class JumpReLUSAE(SparseAutoencoder):
             "a learned threshold per latent, L0 held at a target",
             # Where pre-activations have unit variance.
             sae={"threshold_init": 1.0, "bandwidth": 0.1},
-        ),
+        )
     }
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -124,11 +132,7 @@ class JumpReLUSAE(SparseAutoencoder):
         return parameter.exp() if self.config.log_threshold else parameter
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The latents above their threshold; in training from half a bandwidth below it."""
         below = self.config.bandwidth / 2 if self.training else 0.0

@@ -25,14 +25,24 @@ _FITTED = 32768  # tokens from which the shrinkage fix is fitted
 
 @dataclasses.dataclass(frozen=True)
 class ReLUConfig(SAEConfig):
-    """Settings of a ReLU SAE (Bricken et al. 2023; April update of Conerly et al. 2024)."""
+    """Settings of a ReLU SAE (Bricken et al. 2023; April update of Conerly et al. 2024).
+
+    Example:
+        >>> ReLUConfig(768, 24576).unit_norm_decoder
+        True
+    """
 
     architecture: ClassVar[str] = "relu"
 
 
 @dataclasses.dataclass(frozen=True)
 class ReLUObjective(PenalisedObjective):
-    """Training objective of a ReLU SAE; by default squared error and L1, with L0 held at 32."""
+    """Training objective of a ReLU SAE; by default squared error and L1, with L0 held at 32.
+
+    Example:
+        >>> ReLUObjective(sparsity="lp").target_l0
+        32.0
+    """
 
     fix_shrinkage: bool = setting(
         False,
@@ -43,7 +53,7 @@ class ReLUObjective(PenalisedObjective):
 
 @register
 class ReLUSAE(SparseAutoencoder):
-    """``x_hat = b_dec + W_dec^T relu(W_enc (x - b_dec) + b_enc)``.
+    """ReLU SAE, ``x_hat = b_dec + W_dec^T relu(W_enc (x - b_dec) + b_enc)``.
 
     Sparse by its penalty: L1 (Bricken et al. 2023), L1 weighted by the decoder norm (Conerly et
     al., April 2024) or L_p with p falling from 1 (Karvonen et al., arXiv 2408.00113).
@@ -79,11 +89,7 @@ class ReLUSAE(SparseAutoencoder):
     }
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The latents of each token whose pre-activation is positive."""
         return self._above(x_centred, W_enc, 0.0)

@@ -32,7 +32,12 @@ _WIDENED = 256  # tokens widened to fp32 at once
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig(SAEConfig):
-    """Settings of a Switch SAE (Mudide et al., arXiv 2410.08201)."""
+    """Settings of a Switch SAE (Mudide et al., arXiv 2410.08201).
+
+    Example:
+        >>> SwitchConfig(768, 24576, n_experts=8).expert_width
+        3072
+    """
 
     architecture: ClassVar[str] = "switch"
 
@@ -103,7 +108,12 @@ class SwitchConfig(SAEConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SwitchObjective(ObjectiveConfig):
-    """Training objective of a Switch SAE: the load-balance loss besides the shared settings."""
+    """Training objective of a Switch SAE: the load-balance loss besides the shared settings.
+
+    Example:
+        >>> SwitchObjective().balance_coefficient
+        0.3
+    """
 
     auxk_alpha: float = 0.0
     balance_coefficient: float = setting(
@@ -116,9 +126,9 @@ class SwitchObjective(ObjectiveConfig):
 
 @register
 class SwitchSAE(SparseAutoencoder):
-    """``x_hat = b_dec + p W_dec^T topk(W_enc (x - b_dec) + b_enc)`` over one expert's latents.
+    """Switch SAE: each token is encoded by the TopK expert that a router chooses for it.
 
-    p is the token's expert's entry of ``softmax(W_router (x - b_router))`` (arXiv 2410.08201).
+    ``x_hat = b_dec + p W_dec^T topk(W_enc (x - b_dec) + b_enc)`` over one expert's latents; p is the token's expert's entry of ``softmax(W_router (x - b_router))`` (arXiv 2410.08201).
     Expert e has the F/E latents from ``e F/E`` on, so encoding costs 1/E of a TopK SAE's. Codes are
     :class:`~sae_kernels.functional.RoutedCodes`, which hold each token's expert too.
 
@@ -138,7 +148,7 @@ class SwitchSAE(SparseAutoencoder):
     config_class = SwitchConfig
     objective_class = SwitchObjective
     presets: ClassVar[dict[str, Preset]] = {
-        "switch": Preset("one of several small TopK SAEs for every token"),
+        "switch": Preset("one of several small TopK SAEs for every token")
     }
     non_latent_vectors = frozenset({"b_dec", "b_router"})
 
@@ -156,11 +166,7 @@ class SwitchSAE(SparseAutoencoder):
         self.b_router = nn.Parameter(torch.zeros(config.input_width, device=router.device))
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> RoutedCodes:
         """The k largest pre-activations of each token within its expert, before the gate."""
         W_enc = self.W_enc if W_enc is None else W_enc

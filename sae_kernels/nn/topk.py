@@ -24,7 +24,12 @@ _MULTI, _MULTI_WEIGHT = 4, 1 / 8  # multi-TopK reconstructs from 4k latents too
 
 @dataclasses.dataclass(frozen=True)
 class TopKConfig(SAEConfig):
-    """Settings of a TopK SAE (Gao et al., arXiv 2406.04093)."""
+    """Settings of a TopK SAE (Gao et al., arXiv 2406.04093).
+
+    Example:
+        >>> TopKConfig(768, 24576, k=64).to_dict()["k"]
+        64
+    """
 
     architecture: ClassVar[str] = "topk"
 
@@ -52,7 +57,12 @@ class TopKConfig(SAEConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TopKObjective(PrefixObjective):
-    """Training objective of a TopK SAE: the shared settings and multi-TopK."""
+    """Training objective of a TopK SAE: the shared settings and multi-TopK.
+
+    Example:
+        >>> TopKObjective(multi_topk=True).loss
+        'fvu'
+    """
 
     multi_topk: bool = setting(
         False,
@@ -63,7 +73,7 @@ class TopKObjective(PrefixObjective):
 
 @register
 class TopKSAE(SparseAutoencoder):
-    """``x_hat = b_dec + W_dec^T topk(W_enc (x - b_dec) + b_enc)`` (arXiv 2406.04093).
+    """TopK SAE, ``x_hat = b_dec + W_dec^T topk(W_enc (x - b_dec) + b_enc)`` (arXiv 2406.04093).
 
     Arguments and weights: :class:`~sae_kernels.nn.SparseAutoencoder`; settings:
     :class:`TopKConfig`. The encoder starts as a copy of the decoder, whose rows are random unit
@@ -98,11 +108,7 @@ class TopKSAE(SparseAutoencoder):
     }
 
     def select(
-        self,
-        x_centred: torch.Tensor,
-        *,
-        W_enc: torch.Tensor | None = None,
-        k: float | None = None,
+        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The k largest pre-activations of each token, largest first."""
         return functional.encode_topk(

@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from sae_kernels.nn.objective import (
-    entry_gradients,
-    latent_vectors,
-    objective_of,
-    with_leaves,
-)
+from sae_kernels.nn.objective import entry_gradients, latent_vectors, objective_of, with_leaves
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.terms import Gradient, Term

@@ -143,11 +143,7 @@ def _check_groups(spec: DenseSpec) -> None:
 
 
 def check_tensors(
-    spec: DenseSpec,
-    parameters: Mapping[str, Tensor],
-    x: Tensor,
-    y: Tensor,
-    dead: Tensor | None,
+    spec: DenseSpec, parameters: Mapping[str, Tensor], x: Tensor, y: Tensor, dead: Tensor | None
 ) -> None:
     """Raises ValueError unless the tensors have exactly the shapes that the spec needs."""
     _check_names(spec, parameters)

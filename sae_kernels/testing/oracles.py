@@ -27,10 +27,7 @@ class Scores(NamedTuple):
 
 
 def scores(
-    x: torch.Tensor,
-    W: torch.Tensor,
-    b: torch.Tensor | None,
-    rank_scale: torch.Tensor | None = None,
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rank_scale: torch.Tensor | None = None
 ) -> Scores:
     """Every score of every token."""
     x, W = x.double(), W.double()
@@ -106,10 +103,7 @@ def tokens(indices: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
 
 
 def dense_codes(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    n_latents: int,
-    offsets: torch.Tensor | None = None,
+    values: torch.Tensor, indices: torch.Tensor, n_latents: int, offsets: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[B, F] in fp64 with the values in place and zeros elsewhere."""
     n_tokens = values.shape[0] if offsets is None else offsets.shape[0] - 1

@@ -138,12 +138,7 @@ class TrainingRun(Generic[Batch]):
             self._leave()
             dead = self.training.training_step.dead.mask().cpu()
             self._result = TrainingResult(
-                self.training.sae,
-                self.lines,
-                self.seconds,
-                dead,
-                self.training.skipped,
-                self.error,
+                self.training.sae, self.lines, self.seconds, dead, self.training.skipped, self.error
             )
             if self.folder is not None and self.error is None:
                 self.folder.finish(self._summary(self._result))

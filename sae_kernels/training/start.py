@@ -95,10 +95,7 @@ class TrainerFactory:
     """Makes the trainings of several runs on one source."""
 
     def __init__(
-        self,
-        source: RowSource | Stream,
-        runs: Mapping[str, Planned],
-        step: MakeStep = make_step,
+        self, source: RowSource | Stream, runs: Mapping[str, Planned], step: MakeStep = make_step
     ) -> None:
         self.runs, self._samples, self._make_step = runs, Samples(source), step
         self._rows = source if is_rows(source) else None

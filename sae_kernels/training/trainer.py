@@ -17,13 +17,7 @@ from sae_kernels.io.files import is_plain_name
 from sae_kernels.nn import SparseAutoencoder, architecture
 from sae_kernels.runs.folder import is_finished
 from sae_kernels.training.run import TrainingResult, drive
-from sae_kernels.training.start import (
-    Planned,
-    RunLocation,
-    TrainerFactory,
-    make_step,
-    start_run,
-)
+from sae_kernels.training.start import Planned, RunLocation, TrainerFactory, make_step, start_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
