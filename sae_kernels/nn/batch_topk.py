@@ -65,9 +65,9 @@ class BatchTopKConfig(SAEConfig):
 class BatchTopKSAE(SparseAutoencoder):
     """BatchTopK SAE: the int(k B) largest pre-activations of a batch (arXiv 2412.06410).
 
-    ``x_hat = b_dec + W_dec^T batchtopk(W_enc (x - b_dec) + b_enc)``. In training mode the int(k B) largest positive pre-activations of the batch are kept; in
-    evaluation mode every one above :attr:`threshold`, so that a token's codes do not depend on
-    those around it.
+    ``x_hat = b_dec + W_dec^T batchtopk(W_enc (x - b_dec) + b_enc)``: in training mode the largest
+    positive pre-activations of the batch, in evaluation mode all above :attr:`threshold`, so that a
+    token's codes do not depend on those around it.
 
     Attributes:
         threshold: fp64 scalar, moving average of the training batches' smallest kept keys (see

@@ -128,8 +128,9 @@ class SwitchObjective(ObjectiveConfig):
 class SwitchSAE(SparseAutoencoder):
     """Switch SAE: each token is encoded by the TopK expert that a router chooses for it.
 
-    ``x_hat = b_dec + p W_dec^T topk(W_enc (x - b_dec) + b_enc)`` over one expert's latents; p is the token's expert's entry of ``softmax(W_router (x - b_router))`` (arXiv 2410.08201).
-    Expert e has the F/E latents from ``e F/E`` on, so encoding costs 1/E of a TopK SAE's. Codes are
+    ``x_hat = b_dec + p W_dec^T topk(W_enc (x - b_dec) + b_enc)`` over that expert's latents, with
+    p its entry of ``softmax(W_router (x - b_router))`` (arXiv 2410.08201). Expert e has the F/E
+    latents from ``e F/E`` on, so encoding costs 1/E of a TopK SAE's. Codes are
     :class:`~sae_kernels.functional.RoutedCodes`, which hold each token's expert too.
 
     Attributes:
