@@ -43,7 +43,7 @@ def analyze(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the geometry, duplicates and experts of the latents of saved SAEs."""
+    """Measure geometry, duplicates and experts of SAEs' latents."""
     from sae_kernels import analyze as analyses
 
     _check(data, target, verify, threshold)

@@ -72,7 +72,7 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure every operator and the training step against dense torch and other packages."""
+    """Measure operators and training steps against other packages."""
     output = Output(as_json)
     if setup_peers is not None:
         peers = _names(setup_peers, list(environments.PEERS))

@@ -21,7 +21,7 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Harvest a small transformer, train an SAE on it and write a report, in about a minute."""
+    """Harvest a small transformer, train an SAE and write a report. It takes about a minute."""
     from sae_kernels.demo import run_demo
 
     output = Output(as_json)

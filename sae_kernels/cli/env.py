@@ -16,7 +16,7 @@ _NAMES = ("NO_COLOR", "FORCE_COLOR", "HF_HOME", "HF_HUB_OFFLINE")
 
 
 def env(as_json: Json = False, debug: Debug = False) -> None:
-    """Show versions, processor, compiled kernels and the backends of each primitive."""
+    """Show versions, processor, kernels and backends."""
     values = _collect()
     output = Output(as_json)
     output.record(values)

@@ -54,7 +54,7 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure an SAE, on stored activations, in the language model it came from, or both."""
+    """Measure an SAE on activations, in its language model, or both."""
     _check(data, verify, {"--model": model, "--layer": layer, "--text": text})
     from sae_kernels import formats, training
 

@@ -25,7 +25,7 @@ def explain(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show which backend runs a primitive, and why each of the others does not."""
+    """Show which backend runs a primitive, and why the others do not."""
     _check("PRIMITIVE", primitive, primitives.NAMES)
     _check("--dtype", dtype, tuple(DTYPES))
     try:

@@ -48,7 +48,7 @@ def harvest(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Store the output of a model's layer for every token of some text."""
+    """Store a layer's output for every token of some text."""
     from sae_kernels import harvest as harvesting
     from sae_kernels.data.shard_index import DTYPES
 

@@ -80,7 +80,7 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict time, memory and communication of a run, and its bottleneck."""
+    """Predict time, memory, communication and bottleneck of a run."""
     where = planning.device(device)
     config: dict[str, Any] = {
         "compute": compute,

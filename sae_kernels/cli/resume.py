@@ -17,7 +17,7 @@ def resume(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a run from its newest checkpoint, with its own settings and data."""
+    """Continue a run from its newest checkpoint. Settings and data are the run's own."""
     from sae_kernels.config.toml import read_tables
     from sae_kernels.runs.folder import RUN_FILE, holds_run
     from sae_kernels.training.run_config import check_tables

@@ -36,7 +36,7 @@ def train(
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Train an SAE on activations from disk or a model; flags take precedence over the file."""
+    """Train an SAE on activations from disk or from a model. Flags override the TOML file."""
     tables = given(config, flags, arch, _TABLES)
     if data:
         tables["data"]["folders"] = [str(folder) for folder in data]

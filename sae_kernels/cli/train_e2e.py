@@ -74,7 +74,7 @@ def train_e2e(
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Train an SAE end to end, on how it changes a language model's predictions."""
+    """Train an SAE end to end, on a language model's predictions."""
     from sae_kernels import harvest as harvesting
     from sae_kernels.gpu import training_device
     from sae_kernels.training import end_to_end

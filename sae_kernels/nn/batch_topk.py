@@ -86,7 +86,7 @@ class BatchTopKSAE(SparseAutoencoder):
     presets: ClassVar[dict[str, Preset]] = {
         "batchtopk": Preset("the k B largest latents of a batch of B tokens"),
         "matryoshka": Preset(
-            "BatchTopK whose first latents reconstruct alone", sae={"groups": NESTED}
+            "BatchTopK, prefixes of the latents reconstruct alone", sae={"groups": NESTED}
         ),
         "crosscoder": Preset(
             "BatchTopK over several layers or models together",

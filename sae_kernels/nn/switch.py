@@ -149,7 +149,7 @@ class SwitchSAE(SparseAutoencoder):
     config_class = SwitchConfig
     objective_class = SwitchObjective
     presets: ClassVar[dict[str, Preset]] = {
-        "switch": Preset("one of several small TopK SAEs for every token")
+        "switch": Preset("a router sends each token to one of several TopK experts")
     }
     non_latent_vectors = frozenset({"b_dec", "b_router"})
 

@@ -94,10 +94,10 @@ class TopKSAE(SparseAutoencoder):
     presets: ClassVar[dict[str, Preset]] = {
         "topk": Preset("the k largest latents of every token"),
         "multi_topk": Preset(
-            "TopK whose 4k reconstruction counts too", objective={"multi_topk": True}
+            "TopK with a second reconstruction from 4k latents", objective={"multi_topk": True}
         ),
         "matryoshka_topk": Preset(
-            "TopK whose first latents reconstruct alone", sae={"groups": NESTED}
+            "TopK, prefixes of the latents reconstruct alone", sae={"groups": NESTED}
         ),
         "transcoder": Preset("TopK from one activation to another", sae=TRANSCODES, data="target"),
         "skip_transcoder": Preset(
