@@ -30,7 +30,7 @@ def convert(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Rewrite an SAE in another tool's format; the function stays the same.
+    """Rewrite an SAE in another tool's format. The function stays the same.
 
     docs/formats.md has the formats; a wrong name lists them.
     """

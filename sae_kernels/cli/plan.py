@@ -42,23 +42,14 @@ def plan(
     compute: Annotated[
         str,
         typer.Option(
-            "--compute",
-            "--dtype",
-            metavar="auto|float32|bfloat16|float16",
-            help="Compute dtype of the kernels' operands.",
+            metavar="auto|float32|bfloat16|float16", help="Compute dtype of the kernels' operands."
         ),
     ] = "auto",
     master_weights: Annotated[
         str, typer.Option(metavar="float32|split", help="Storage of W_enc and W_dec.")
     ] = "float32",
     moment_dtype: Annotated[
-        str,
-        typer.Option(
-            "--moment-dtype",
-            "--optimizer-states",
-            metavar="float32|bfloat16",
-            help="Dtype of Adam's moments.",
-        ),
+        str, typer.Option(metavar="float32|bfloat16", help="Dtype of Adam's moments.")
     ] = "float32",
     compute_copies: Annotated[
         str, typer.Option(metavar="both|encoder", help="Matrices with a 16-bit compute copy.")
@@ -66,8 +57,7 @@ def plan(
     adam: Annotated[
         str,
         typer.Option(
-            metavar="dense|lazy",
-            help="Rows that an update visits: all, or those of firing latents.",
+            metavar="dense|lazy", help="Rows that an update visits: all, or those that fired."
         ),
     ] = "dense",
     calibration: Annotated[

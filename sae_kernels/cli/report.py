@@ -33,7 +33,7 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw the page of a run: curves, latents and measures of its SAE."""
+    """Draw the page of a run: curves, latents, measures of its SAE."""
     from sae_kernels.report import write_report
     from sae_kernels.report.run import run_report
 

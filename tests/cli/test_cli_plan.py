@@ -52,14 +52,14 @@ def test_settings_of_training_count(run):
         _, found = run(*ONE, "--device", "h200", "--json", *settings).records()
         return found
 
-    plain, small = only(), only("--master-weights", "split", "--optimizer-states", "bfloat16")
+    plain, small = only(), only("--master-weights", "split", "--moment-dtype", "bfloat16")
     weights = 24 * 1024 * 768
     assert plain["memory"]["weights and states"] - small["memory"]["weights and states"] == (
         weights * 2 * (14 - 8)
     )
     assert small["step_seconds"] < plain["step_seconds"]
     assert (
-        only("--dtype", "float32")["parts_seconds"]["product"]
+        only("--compute", "float32")["parts_seconds"]["product"]
         > 10 * (plain["parts_seconds"]["product"])
     )
     assert only("--batch", "4K")["tokens"] == 4096
