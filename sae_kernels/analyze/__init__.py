@@ -1,4 +1,4 @@
-"""Analyses of saved SAEs: geometry of latents, near-copies, and the work of experts."""
+"""Analyses of saved SAEs: nearest neighbours and duplicates of latents, and use of experts."""
 
 from sae_kernels.analyze.analysis import Analysis, analyze
 from sae_kernels.analyze.experts import ExpertUse, effective_number, expert_use

@@ -1,7 +1,7 @@
 """Backend gluon: warp-specialised kernels in Gluon, Triton's lower-level language.
 
-Gluon is experimental and changes between versions of Triton, so its kernels are offered only with
-those they were checked with; the Triton kernels do the same work with all others.
+Gluon is experimental and changes between versions of Triton, so its kernels run only with those
+they were checked with; the Triton kernels do the same work with all others.
 """
 
 from __future__ import annotations

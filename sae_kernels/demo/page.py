@@ -1,4 +1,4 @@
-"""The demo's page."""
+"""The report of a demo run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RunReport:
-    """The report of a run of the demo."""
+    """Fills in the report of a demo run."""
     sae = trained.sae
     shape = sae.config
     assert config.objective is not None

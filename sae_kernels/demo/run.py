@@ -1,4 +1,4 @@
-"""A transformer's activations to a trained SAE and a page about it, in about a minute."""
+"""Running the demo, from a transformer's activations to a trained SAE and a report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MARKER = "demo.json"
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What the demo leaves.
+    """The figures and files of a demo run.
 
     Attributes:
         fvu: on the held-out documents, about their mean.
@@ -57,13 +57,13 @@ class DemoResult:
 
 
 def train_config(steps: int, seed: int) -> TrainConfig:
-    """The demo's settings: a short run, so a high learning rate, small batches and early death."""
+    """The demo's training settings, for a short run: high learning rate, small batches."""
     objective = TopKObjective(dead_after_tokens=DEAD_AFTER_TOKENS)
     return TrainConfig(steps=steps, batch_size=1024, lr=2e-3, seed=seed, objective=objective)
 
 
 def sae_config(d_in: int) -> TopKConfig:
-    """The demo's SAE."""
+    """The configuration of the demo's SAE."""
     return TopKConfig(d_in=d_in, n_latents=8 * d_in, k=32)
 
 
@@ -157,7 +157,7 @@ def _harvest(
             LAYER,
             folder / side,
             max_tokens=limit,
-            # The layer norm's output has a few units at most: float16 halves the disk's work.
+            # float16 holds the layer norm's small values and halves the bytes on disk.
             dtype=torch.float16,
             autocast=None if native == torch.float32 else native,
             overwrite=True,
@@ -167,7 +167,7 @@ def _harvest(
 
 
 def _claim(out: Path) -> None:
-    """Makes the folder the demo's own; one that holds something else stays as it is."""
+    """Makes and marks the demo's folder; raises DataError if it holds anything else."""
     if out.exists() and not (out / MARKER).is_file() and (out.is_file() or any(out.iterdir())):
         raise DataError(
             f"{out}: expected a new folder or one of an earlier demo, got something else; "

@@ -13,7 +13,7 @@ _VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "⇥"})
 
 
 class Token(NamedTuple):
-    """A token as it is shown.
+    """A token of a context with its activation and background colour.
 
     Attributes:
         gap: the space before it.
@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A context: the tokens before its peak, the peak itself and those after it."""
+    """A context of a latent: the tokens before its peak, the peak, and those after it."""
 
     left: list[Token]
     peak: Token
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 
 class Card(NamedTuple):
-    """The page's card of one latent: the words it peaks on, each with its count, and lines."""
+    """A latent on the page: the words it peaks on with their counts, and its contexts."""
 
     example: LatentExamples
     words: list[tuple[str, int]]
@@ -45,7 +45,7 @@ class Card(NamedTuple):
 
 
 def card(example: LatentExamples) -> Card:
-    """The card of a latent."""
+    """Lays out the contexts of a latent for the page."""
     words = Counter(peak_word(c) for c in example.contexts).most_common(4)
     # The scale ends at what is shown if the recorded maximum is missing or too small for it.
     shown = [a for c in example.contexts for a in c.activations]
@@ -83,7 +83,7 @@ def _continues(token: str) -> bool:
 
 
 def _pieces(tokens: list[str]) -> list[tuple[str, str]]:
-    """Each token as the space before it and its visible text."""
+    """Splits each token into the space before it and its visible text."""
     # Tokenisers that keep the space inside the token need none added between tokens.
     spaced = not any(token.startswith(" ") for token in tokens)
     pieces = []

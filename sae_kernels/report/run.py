@@ -1,4 +1,4 @@
-"""A run's folder as a report: what it says of itself, and its SAE measured on activations."""
+"""Making the report of a run's folder: its settings and metrics, and its SAE measured on data."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run_report(
     max_tokens: int = MAX_TOKENS,
     tokenizer: str | Path | None = None,
 ) -> RunReport:
-    """The report of any run, finished or not.
+    """Makes the report of a run, finished or not.
 
-    Without data the SAE is measured on the run's own, if that lies in folders that are still
-    there, and the page says that this is training data. What cannot be known is left out.
+    Without ``data`` the SAE is measured on the run's own folders, if they still exist, and the page
+    says that these are training data. Whatever is unknown is left out.
 
     Args:
         folder: of the run.
@@ -95,7 +95,7 @@ def run_report(
 
 
 def newest_sae(folder: Path) -> Path:
-    """The folder of a run's SAE: its result, or the newest whole checkpoint if it goes on.
+    """The folder of a run's SAE: the final one, or that of the newest undamaged checkpoint.
 
     Raises:
         DataError: there is none yet, or all checkpoints are damaged.
@@ -120,14 +120,14 @@ def newest_sae(folder: Path) -> Path:
 
 
 def again(run_file: Path, tables: Mapping[str, Any]) -> str | None:
-    """The command that repeats a run on stored activations; another kind needs more than a file."""
+    """The shell command that repeats a run on stored activations; None for other runs."""
     if not tables.get("data", {}).get("folders"):
         return None
     return f"sae-kernels train --config {shlex.quote(str(run_file))} --out again"
 
 
 def curve(lines: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
-    """Metric lines as a curve; numbers that a line lacks are NaN.
+    """Converts metric lines to a training curve; missing numbers are NaN.
 
     >>> curve([{"step": 10, "loss": 0.5, "fvu": None, "l0": 4.0}])
     [CurvePoint(step=10, loss=0.5, fvu=nan, l0=4.0, dead_fraction=nan)]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.data.batches import ShuffledBatches, estimate_scale
-from sae_kernels.data.sources import is_rows, opened
+from sae_kernels.data.sources import is_rows, open_source
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.gpu import training_device
 from sae_kernels.nn import SparseAutoencoder, build
@@ -33,7 +33,7 @@ def prepare(
         sae: a configuration, or a module that is changed in place.
         config: the settings.
     """
-    return Samples(opened(source)).prepared(sae, config)
+    return Samples(open_source(source)).prepared(sae, config)
 
 
 class Samples:
