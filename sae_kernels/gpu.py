@@ -14,7 +14,7 @@ _OLDEST_TRITON = (3, 6)
 
 @functools.cache
 def cuda_reason(device: torch.device) -> str | None:
-    """Why a device of type "cuda" cannot run the kernels, or None."""
+    """The reason why a device of type "cuda" cannot run the kernels, or None."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return f"{device} is not an NVIDIA GPU that this build of torch can use"
     capability = torch.cuda.get_device_capability(device)
@@ -79,7 +79,7 @@ def triton_version() -> tuple[int, int] | None:
 
 
 def triton_reason(device: torch.device) -> str | None:
-    """Why kernels that Triton compiles cannot run on tensors of a device, or None."""
+    """The reason why Triton kernels cannot run on tensors of a device, or None."""
     if device.type == "cpu" and not interpreted():
         return (
             "tensors are on cpu, its kernels run on NVIDIA GPUs (on the CPU only for checking, in "

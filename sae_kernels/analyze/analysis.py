@@ -9,7 +9,7 @@ import torch
 
 from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
-from sae_kernels.data.batches import TensorRows
+from sae_kernels.data.rows import TensorRows
 from sae_kernels.training import evaluate
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.analyze.experts import ExpertUse
     from sae_kernels.analyze.geometry import Geometry
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.training import Evaluation
 

@@ -11,7 +11,7 @@ from sae_kernels.data.joint import JointRows
 from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SparseAutoencoder
 
 _ROWS, _NUMBERS = 4096, 1 << 22  # of a batch; its rows are in fp64 for a moment
@@ -86,11 +86,11 @@ def effective_number(load: torch.Tensor) -> float:
     return float(torch.tensor(entropy(load), dtype=torch.float64).exp())
 
 
-class Moments:
+class ExpertMoments:
     """Running fp64 sums over each expert's tokens, for means and variances.
 
     Example:
-        >>> moments = Moments(2, 1)
+        >>> moments = ExpertMoments(2, 1)
         >>> moments.add(torch.tensor([0, 1, 1]), torch.tensor([[0.0], [3.0], [3.0]]))
         >>> moments.between(), moments.about_mean().tolist()
         (1.0, [4.0, 2.0])
@@ -157,8 +157,8 @@ def expert_use(
     config, device = sae.config, sae.W_enc.device
     rows_of = source if target is None else JointRows([source, target])
     n_experts = config.n_routed
-    inputs = Moments(n_experts, config.input_width, device)
-    targets = Moments(n_experts, config.output_width, device) if config.transcodes else inputs
+    inputs = ExpertMoments(n_experts, config.input_width, device)
+    targets = ExpertMoments(n_experts, config.output_width, device) if config.transcodes else inputs
     sums = torch.zeros(3, n_experts, dtype=torch.float64, device=device)
     probability, chosen, error = sums
     step = max(1, min(_ROWS, _NUMBERS // rows_of.d_in))
@@ -178,7 +178,7 @@ def expert_use(
     return _use(inputs, targets, sums)
 
 
-def _use(inputs: Moments, targets: Moments, sums: torch.Tensor) -> ExpertUse:
+def _use(inputs: ExpertMoments, targets: ExpertMoments, sums: torch.Tensor) -> ExpertUse:
     probability, chosen, error = sums
     counts = inputs.counts
     n = counts.sum()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.analyze.cosines import cosine_tiles, n_tiles, zero_rows
-from sae_kernels.analyze.groups import Groups
+from sae_kernels.analyze.groups import UnionFind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -114,7 +114,7 @@ def geometry(
         raise ValueError(f"experts: expected shape [{n}], one per row, got {list(parts.shape)}")
     within = torch.full((n,), -math.inf, device=device)
     across = within.clone()
-    groups = Groups(n, device)
+    groups = UnionFind(n, device)
     total = n_tiles(rows)
     for done, tile in enumerate(cosine_tiles(rows), 1):
         groups.join(*tile.pairs(threshold))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 
-class Groups:
+class UnionFind:
     """Connected components of n items by the pairs seen so far (union-find).
 
     Attributes:
         labels: int64 [n], the lowest item of each item's group.
 
     Example:
-        >>> groups = Groups(5)
+        >>> groups = UnionFind(5)
         >>> groups.join(torch.tensor([0, 3]), torch.tensor([3, 4]))
         >>> groups.labels.tolist(), groups.sizes().tolist()
         ([0, 1, 2, 0, 0], [3, 1, 1, 0, 0])
@@ -42,7 +42,7 @@ class Groups:
     def spanning(self, parts: torch.Tensor) -> torch.Tensor:
         """Mask of groups with items of more than one part, bool [n], set at their labels.
 
-        >>> groups = Groups(4)
+        >>> groups = UnionFind(4)
         >>> groups.join(torch.tensor([0, 2]), torch.tensor([1, 3]))
         >>> groups.spanning(torch.tensor([0, 0, 0, 1])).tolist()
         [False, False, True, False]

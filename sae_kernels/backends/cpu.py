@@ -36,7 +36,7 @@ def module() -> Any:
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the host kernels cannot run a call, or None."""
+    """The reason why the host kernels cannot run a call, or None."""
     if device.type != "cpu":
         return f"tensors are on {device}, its kernels run on the CPU"
     # Integers: primitives of indices alone.

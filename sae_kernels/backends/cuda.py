@@ -40,7 +40,7 @@ class Route(NamedTuple):
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the CUDA C++ kernels cannot run a call, or None."""
+    """The reason why the CUDA C++ kernels cannot run a call, or None."""
     if device.type != "cuda":
         return f"tensors are on {device}, its kernels run on NVIDIA GPUs"
     if dtype not in _DTYPES:

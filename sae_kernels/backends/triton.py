@@ -18,7 +18,7 @@ _DTYPES = (*_FLOATS, torch.int16, torch.int32, torch.int64)
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run a call, or None."""
+    """The reason why the Triton kernels cannot run a call, or None."""
     if dtype not in _DTYPES:
         return f"no kernel for {dtype}, only for float32, bfloat16 and float16"
     return gpu.triton_reason(device)

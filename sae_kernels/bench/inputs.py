@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.bench.cases import Case
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
 
 
 def activations(

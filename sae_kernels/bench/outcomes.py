@@ -126,7 +126,7 @@ def _rates(
 
 
 def _phases(outcome: Outcome, product: Timing | None) -> Record | None:
-    """Milliseconds by phase; of our fused encoder, time over the product alone is the selection."""
+    """Milliseconds by phase; our fused encoder's time beyond the product counts as selection."""
     if outcome.phases is None:
         return None
     phases = {name: 1e3 * seconds for name, seconds in outcome.phases.items()}

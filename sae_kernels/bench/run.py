@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sae_kernels.bench.contestants.contestant import Task
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Record
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
 
     Show = Callable[[str, int, int | None], None]  # told a stage, what is done of it, its total
 
@@ -40,7 +40,7 @@ _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """The settings of a benchmark run.
 
     Attributes:
@@ -61,7 +61,7 @@ class Settings:
 def measure(
     cases: Sequence[Case],
     providers: Sequence[Provider],
-    settings: Settings,
+    settings: BenchSettings,
     out: Path | None = None,
     tell: Callable[[Record], None] = lambda line: None,
     show: Show = lambda stage, done, total: None,
@@ -114,7 +114,7 @@ class BenchRun:
     def __init__(
         self,
         providers: Sequence[Provider],
-        settings: Settings,
+        settings: BenchSettings,
         show: Show = lambda stage, done, total: None,
     ) -> None:
         self.providers, self.settings, self._show = providers, settings, show

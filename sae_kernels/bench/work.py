@@ -36,7 +36,7 @@ class Rates(NamedTuple):
         return "gathered" if table_bytes <= _CACHE_SHARE * self.cache_bytes else "moved"
 
     def seconds(self, *amounts: Amount) -> float:
-        """The time of data movements one after another."""
+        """Seconds of data movements, one after another."""
         return sum(each.amount / float(getattr(self, each.unit)) for each in amounts)
 
 

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from sae_kernels.data.rows import Rows, RowSource, TensorRows, estimate_scale
+from sae_kernels.data.rows import TensorRows
 from sae_kernels.data.windows import BufferedWindows, RowOrder, TensorWindows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.data.windows import Window, WindowReader
-
-__all__ = ["Batches", "RowSource", "Rows", "ShuffledBatches", "TensorRows", "estimate_scale"]
 
 
 class Batches(Protocol):
@@ -109,7 +108,10 @@ class ShuffledBatches:
             raise StopIteration
         start = batch * self.batch_size
         stop = min(start + self.batch_size, self.source.n_tokens)
-        self._read_ahead(self._order.at(epoch, start), start)
+        window = self._order.at(epoch, start)
+        following = self._following(window)
+        if following is not None:
+            self._reader.read_ahead(window, start - window.start, following)
         rows = self._output(stop - start)
         filled = 0
         while start < stop:
@@ -171,11 +173,6 @@ class ShuffledBatches:
                 f"position: expected a count of batches, got {position!r:.40}; begin anew"
             )
         self.position = position
-
-    def _read_ahead(self, window: Window, place: int) -> None:
-        following = self._following(window)
-        if following is not None:
-            self._reader.read_ahead(window, place - window.start, following)
 
     def _following(self, window: Window) -> Window | None:
         """The window that is needed after this one, if any."""

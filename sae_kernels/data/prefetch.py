@@ -49,7 +49,11 @@ class Prefetched:
             raise ValueError(f"depth: expected at least 1 batch, got {depth}")
         self._batches = batches
         self._state = batches.state_dict()
-        make = _OnGPU(batches, device) if device.type == "cuda" else _OnDevice(batches, device)
+        make = (
+            _OnGPU(batches, device)
+            if device.type == "cuda"
+            else lambda: (next(batches).to(device), None)
+        )
         self._worker = _Worker(make, batches.state_dict, depth)
         # Ends the thread also when this object is dropped unclosed, and before interpreter exit.
         self._finalizer = weakref.finalize(self, self._worker.stop, _EXIT_TIMEOUT)
@@ -157,16 +161,6 @@ class _Worker:
             except BaseException as error:  # raised again in the consumer's thread
                 self._items.put(error)
                 return
-
-
-class _OnDevice:
-    """Makes the next batch and moves it to a device without a stream of its own."""
-
-    def __init__(self, batches: Batches, device: torch.device) -> None:
-        self._batches, self._device = batches, device
-
-    def __call__(self) -> tuple[Tensor, None]:
-        return next(self._batches).to(self._device), None
 
 
 class _OnGPU:

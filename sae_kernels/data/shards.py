@@ -10,25 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.data.batches import ShuffledBatches
-from sae_kernels.data.rows import Rows, RowSource, TensorRows, combined_fingerprint, estimate_scale
+from sae_kernels.data.rows import Rows, combined_fingerprint
 from sae_kernels.data.shard_file import ShardReader, changed_message
 from sae_kernels.data.shard_index import Index
-from sae_kernels.data.shard_writer import ShardWriter
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
     from sae_kernels.data.shard_index import Shard
-
-__all__ = [
-    "RowSource",
-    "Rows",
-    "ShardDataset",
-    "ShardWriter",
-    "ShuffledBatches",
-    "TensorRows",
-    "estimate_scale",
-]
 
 _MAPPED = 4  # shards kept mapped: pages of a mapped file count as memory of the process
 

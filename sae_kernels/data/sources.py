@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from sae_kernels.data.batches import Batches, RowSource, ShuffledBatches, TensorRows
+from sae_kernels.data.batches import Batches, ShuffledBatches
+from sae_kernels.data.rows import RowSource, TensorRows
 from sae_kernels.data.shards import ShardDataset
 
 if TYPE_CHECKING:

@@ -146,15 +146,12 @@ class BufferedWindows:
         self._next.read(-(-start * len(following.blocks) // (window.stop - window.start)))
 
     def _start_reading(self, window: Window) -> _WindowBuffer:
-        rows = self._free.pop() if self._free else self._buffer()
+        n = min(self._order.n, self._order.block_rows * self._order.window_blocks)
+        rows = self._free.pop() if self._free else self.empty(n)
         return _WindowBuffer(window, self._source, rows, self._order.within(window).to(rows.device))
 
     def _release(self, *others: _WindowBuffer | None) -> None:
         self._free += [filled.rows for filled in others if filled is not None]
-
-    def _buffer(self) -> Tensor:
-        n = min(self._order.n, self._order.block_rows * self._order.window_blocks)
-        return self.empty(n)
 
 
 def _holds(filled: _WindowBuffer | None, window: Window) -> bool:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Clock:
+class StageTimer:
     """Reports progress by stage and measures the seconds of each stage."""
 
     def __init__(self, progress: Callable[[str, int, int], object]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.data.shards import ShardWriter
+from sae_kernels.data.shard_writer import ShardWriter
 from sae_kernels.harvest.chunks import check_options, cut_documents, limit_rows, windows
 from sae_kernels.harvest.rows import LayerRows
 

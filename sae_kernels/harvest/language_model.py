@@ -51,7 +51,7 @@ class LanguageModelLoss:
 
     @property
     def loss_recovered(self) -> float:
-        """``(zero_loss - spliced_loss) / (zero_loss - clean_loss)``.
+        """Loss recovered against zeros: ``(zero_loss - spliced_loss) / (zero_loss - clean_loss)``.
 
         1 for a perfect reconstruction, 0 for one that is no better than zeros; NaN where zeros do
         not change the loss.

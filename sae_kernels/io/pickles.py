@@ -172,10 +172,6 @@ def _known(name: str) -> _Global:
     return _Global(name)
 
 
-def _ordered_dict() -> dict[str, Any]:
-    return {}
-
-
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
 ) -> View:
@@ -194,7 +190,7 @@ def _parameter(tensor: Any, grad: Any, hooks: Any) -> View:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "collections OrderedDict": _ordered_dict,
+    "collections OrderedDict": lambda: {},
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": _parameter,
 }

@@ -28,7 +28,7 @@ class Token(NamedTuple):
     strength: float | None
 
 
-class Line(NamedTuple):
+class ContextLine(NamedTuple):
     """A context of a latent: the tokens before its peak, the peak, and those after it."""
 
     left: list[Token]
@@ -41,7 +41,7 @@ class Card(NamedTuple):
 
     example: LatentExamples
     words: list[tuple[str, int]]
-    lines: list[Line]
+    lines: list[ContextLine]
 
 
 def card(example: LatentExamples) -> Card:
@@ -63,14 +63,14 @@ def peak_word(context: TokenContext) -> str:
     return "".join(text for _, text in _pieces(context.tokens[first:last])).strip()
 
 
-def _line(context: TokenContext, scale: float) -> Line:
+def _line(context: TokenContext, scale: float) -> ContextLine:
     tokens = [
         Token(gap, text, a, None if a == 0 and i != context.peak else _strength(a, scale))
         for i, ((gap, text), a) in enumerate(
             zip(_pieces(context.tokens), context.activations, strict=True)
         )
     ]
-    return Line(tokens[: context.peak], tokens[context.peak], tokens[context.peak + 1 :])
+    return ContextLine(tokens[: context.peak], tokens[context.peak], tokens[context.peak + 1 :])
 
 
 def _strength(activation: float, scale: float) -> float:

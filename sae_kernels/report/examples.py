@@ -16,7 +16,7 @@ from .data import LatentExamples, TokenContext
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sae_kernels.data.batches import Rows, RowSource
+    from sae_kernels.data.rows import Rows, RowSource
     from sae_kernels.nn import SparseAutoencoder
 
 _BATCH = 4096
@@ -109,7 +109,7 @@ def _clarity(example: LatentExamples) -> tuple[bool, int, float]:
     return worded and 2 <= len(stems) <= 4, again, weakest
 
 
-class _Codes(NamedTuple):
+class _CodesByLatent(NamedTuple):
     """The codes of all rows, with their entries sorted by latent and then by strength."""
 
     values: Tensor  # [N], row after row
@@ -145,7 +145,7 @@ class _Codes(NamedTuple):
 
 
 @torch.inference_mode()
-def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
+def _encode(sae: SparseAutoencoder, rows: Rows) -> _CodesByLatent:
     device = sae.W_enc.device
     parts = [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
     values = torch.cat([part.values.flatten().cpu() for part in parts])
@@ -158,11 +158,11 @@ def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
     latents = indices[by_value]
     entries = by_value[latents.argsort(stable=True)]
     counts = torch.bincount(latents, minlength=sae.config.n_latents)
-    return _Codes(values, indices, tokens, entries, counts, counts.cumsum(0))
+    return _CodesByLatent(values, indices, tokens, entries, counts, counts.cumsum(0))
 
 
 def _context(
-    codes: _Codes, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
+    codes: _CodesByLatent, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
 ) -> TokenContext:
     """The context of a row: the tokens of its document around it."""
     start, stop = max(0, peak - radius), peak + radius + 1

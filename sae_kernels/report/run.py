@@ -83,12 +83,12 @@ def run_report(
         subtitle=subtitle(sae, None if path.name == SAE_FOLDER else path.name, measured, training),
         facts=facts(tables, sae, activations, last),
         metrics=results(measured, last, result),
-        curve=curve(lines),
+        curve=training_curve(lines),
         measured_fvu=None if measured is None else measured.fvu,
         latent_density=None if measured is None else measured.latent_density,
         decoder_cosine=decoder_cosine(sae.W_dec),
         examples=examples,
-        command=again(folder / RUN_FILE, tables),
+        command=repeat_command(folder / RUN_FILE, tables),
         dead_rule=dead_rule(last.get("tokens"), settings.get("dead_after_tokens")),
         measured_on="training" if training else "evaluation",
     )
@@ -119,17 +119,17 @@ def newest_sae(folder: Path) -> Path:
     return folder / SAE_FOLDER
 
 
-def again(run_file: Path, tables: Mapping[str, Any]) -> str | None:
+def repeat_command(run_file: Path, tables: Mapping[str, Any]) -> str | None:
     """The shell command that repeats a run on stored activations; None for other runs."""
     if not tables.get("data", {}).get("folders"):
         return None
     return f"sae-kernels train --config {shlex.quote(str(run_file))} --out again"
 
 
-def curve(lines: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
+def training_curve(lines: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
     """Converts metric lines to a training curve; missing numbers are NaN.
 
-    >>> curve([{"step": 10, "loss": 0.5, "fvu": None, "l0": 4.0}])
+    >>> training_curve([{"step": 10, "loss": 0.5, "fvu": None, "l0": 4.0}])
     [CurvePoint(step=10, loss=0.5, fvu=nan, l0=4.0, dead_fraction=nan)]
     """
     names = [field.name for field in dataclasses.fields(CurvePoint)][1:]

@@ -33,7 +33,7 @@ class FirstRows:
         return self._source.rows(start, stop)
 
 
-class Activations(NamedTuple):
+class RunActivations(NamedTuple):
     """The folders of activations that a report measures on.
 
     Attributes:
@@ -58,7 +58,7 @@ class Activations(NamedTuple):
 
 def opened(
     data: Sequence[str | Path], target: str | Path | None, tables: Mapping[str, Any]
-) -> Activations | None:
+) -> RunActivations | None:
     """Opens the given folders, or the run's own.
 
     None if none are given and the run's own lie in memory, in a stream, or not there any more.
@@ -80,13 +80,13 @@ def opened(
     return _open(folders, goal, training=True)
 
 
-def _open(data: Sequence[str | Path], target: str | Path | None, training: bool) -> Activations:
+def _open(data: Sequence[str | Path], target: str | Path | None, training: bool) -> RunActivations:
     layers = [ShardDataset(folder) for folder in data]
-    return Activations(layers, None if target is None else ShardDataset(target), training)
+    return RunActivations(layers, None if target is None else ShardDataset(target), training)
 
 
 def tokens_of(
-    name: str | Path | None, activations: Activations, tables: Mapping[str, Any]
+    name: str | Path | None, activations: RunActivations, tables: Mapping[str, Any]
 ) -> ToTokens | None:
     """The id-to-token function of a named tokenizer, or of the activations' local model.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.training.evaluate import Evaluation
 
-    from .run_data import Activations
+    from .run_data import RunActivations
 
 # Of the many settings of training, what a reader asks for first.
 _TRAIN = ("steps", "batch_size", "lr", "loss", "sparsity", "sparsity_coefficient", "target_l0",
@@ -43,7 +43,7 @@ def subtitle(
 def facts(
     tables: Mapping[str, Any],
     sae: SparseAutoencoder,
-    activations: Activations | None,
+    activations: RunActivations | None,
     last: Mapping[str, Any],
 ) -> dict[str, str]:
     """The settings of a run and facts about its weights, by name."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.config.train import TrainConfig
-from sae_kernels.data.batches import TensorRows
 from sae_kernels.data.joint import JointRows
 from sae_kernels.data.prefetch import Prefetched
+from sae_kernels.data.rows import TensorRows
 from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_source
 from sae_kernels.io.files import is_plain_name
 from sae_kernels.nn import SparseAutoencoder, architecture
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae_kernels.config.sae import SAEConfig
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.data.sources import Source, Stream
     from sae_kernels.training.run import OnStep
     from sae_kernels.training.start import MakeStep

@@ -12,14 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_kernels.data.shards import (
-    Rows,
-    ShardDataset,
-    ShardWriter,
-    ShuffledBatches,
-    TensorRows,
-    estimate_scale,
-)
+from sae_kernels.data import ShardDataset, ShardWriter, ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.data.rows import Rows
 from sae_kernels.errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:

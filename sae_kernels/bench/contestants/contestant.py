@@ -100,7 +100,7 @@ class Contestant:
             self.step(x)
 
     def step(self, x: torch.Tensor) -> object:
-        """A training step on x [B, D], for libraries whose loop is their user's."""
+        """Runs a training step on x [B, D], for libraries without a training loop."""
         raise Unable("it does not train")
 
     def dense(self, codes: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Cases as columns of text, for terminals, HTML and Markdown."""
+"""Tables of benchmark cases, for terminals, HTML and Markdown."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _time(record: Record) -> Ratio:
 
 
 def _apart(a: Ratio, b: Ratio) -> bool:
-    """Whether intervals do not touch and values differ by more than noise."""
+    """Whether two ratios differ by more than the noise and their intervals are disjoint."""
     disjoint = a.low > b.high or b.low > a.high
     return disjoint and not 1 / NOISE <= a.value / b.value <= NOISE
 

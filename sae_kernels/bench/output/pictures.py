@@ -185,7 +185,7 @@ def _against_size(
     text: Callable[[float], str],
     base: int = 10,
 ) -> Callable[[Figure], None]:
-    """Draws a line for each provider, of a value at each size, and its band from p20 to p80."""
+    """Draws each provider's values against a size, with a band from p20 to p80."""
 
     def draw(figure: Figure) -> None:
         axes = charts.lines(figure, _lines(axis, lines, value))

@@ -192,7 +192,7 @@ def fit(
 
 
 def _nonnegative(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:
-    """The least-squares solution without a negative part, of all sets of parts above 0 the best.
+    """Nonnegative least squares: the best solution over all subsets of positive coefficients.
 
     There are few units, so that all sets can be tried.
     """

@@ -102,7 +102,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """S shards of the latents times R replicas."""
+    """A layout of GPUs: S shards of the latents times R replicas."""
 
     shards: int
     replicas: int
@@ -136,7 +136,7 @@ class Layout:
         return Work(*sizes, element_bytes=problem.decoder_bytes)
 
     def gradient_rows(self, problem: Problem) -> tuple[str, float]:
-        """The kind of gradient rows that replicas exchange, and how many a GPU sends a matrix.
+        """The kind of gradient rows that replicas exchange, and how many a GPU sends per matrix.
 
         Dense: all f rows are added up in a ring. Touched: everybody collects everybody's rows that
         are not zero; it is taken where it sends less. Without replicas there is no exchange.
@@ -149,7 +149,7 @@ class Layout:
         return ("dense", dense) if dense <= touched else ("touched", touched)
 
     def messages(self, problem: Problem) -> list[Message]:
-        """The messages of a step; vectors of F and D are left out."""
+        """The messages of a step, without vectors of F and D elements."""
         D, S, b = problem.d_in, self.shards, self.tokens(problem)
         rest = (S - 1) / S
         rows = self.gradient_rows(problem)[1]
