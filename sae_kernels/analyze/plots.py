@@ -46,7 +46,9 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     used = [each for each in analyses if each.use is not None]
     compared = frontiers(analyses)
     kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
-    lowest = min(float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if _any(c))
+    lowest = min(
+        float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if c.isfinite().any()
+    )
     highest = max(max(duplicate_curve(cosines)) for cosines in kinds)
     drawings = [
         _drawing("neighbours", analyses, partial(neighbours_panel, low=lowest)),
@@ -57,10 +59,6 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     if compared:
         drawings.append(_drawing("frontiers", compared, frontier_panel))
     return figures.render(drawings, "the pictures of an analysis")
-
-
-def _any(cosines: torch.Tensor) -> bool:
-    return bool(cosines.isfinite().any())
 
 
 def _drawing(name: str, shown: Sequence[Named], panel: Callable[[Axes, Named], None]) -> Drawing:

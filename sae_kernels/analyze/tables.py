@@ -21,12 +21,8 @@ def comparison(analyses: Sequence[Analysis]) -> list[tuple[str, ...]]:
     """A table of measures by SAE; measures that no SAE has are left out."""
     columns = [_column(analysis) for analysis in analyses]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, *(column.get(name, _NONE) for column in columns)) for name in _ordered(names)]
-
-
-def _ordered(names: dict[str, None]) -> list[str]:
-    """Orders the measures so that indented ones follow the one they belong to."""
-    return sorted(names, key=list(_ORDER).index)
+    ordered = sorted(names, key=list(_ORDER).index)
+    return [(name, *(column.get(name, _NONE) for column in columns)) for name in ordered]
 
 
 _ORDER = (

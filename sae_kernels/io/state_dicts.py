@@ -9,7 +9,7 @@ import torch
 
 from sae_kernels.errors import DataError
 from sae_kernels.io.archives import open_checked
-from sae_kernels.io.pickles import PickleInterpreter, Storage, View
+from sae_kernels.io.pickles import PickleInterpreter, View
 from sae_kernels.io.tensor_files import HEADER_LIMIT, Stored, Tensors, reading
 
 if TYPE_CHECKING:
@@ -78,13 +78,10 @@ def _old(file: BinaryIO) -> Any:
         raise ValueError("the storages are not those of the tensors")
     file.seek(head.tell())
     for key in keys:
-        _skip(file, pickles.storages[key])
+        storage = pickles.storages[key]
+        if int.from_bytes(file.read(8), "little") != storage.numel:
+            raise ValueError(f"storage {key!r:.80} claims {storage.numel} numbers")
+        file.seek(storage.nbytes, 1)
     if file.tell() != length:
         raise ValueError(f"{length} bytes, where the storages end at {file.tell()}")
     return found
-
-
-def _skip(file: BinaryIO, storage: Storage) -> None:
-    if int.from_bytes(file.read(8), "little") != storage.numel:
-        raise ValueError(f"storage {storage.key!r:.80} claims {storage.numel} numbers")
-    file.seek(storage.nbytes, 1)

@@ -134,9 +134,8 @@ def training_curve(lines: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
     """
     names = [field.name for field in dataclasses.fields(CurvePoint)][1:]
     return [
-        CurvePoint(line["step"], *(_number(line.get(name)) for name in names)) for line in lines
+        CurvePoint(
+            line["step"], *(math.nan if (v := line.get(name)) is None else v for name in names)
+        )
+        for line in lines
     ]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
