@@ -46,9 +46,8 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     used = [each for each in analyses if each.use is not None]
     compared = frontiers(analyses)
     kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
-    lowest = min(
-        float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if c.isfinite().any()
-    )
+    cosines = torch.cat([torch.zeros(1), *kinds])
+    lowest = float(cosines[cosines.isfinite()].min())
     highest = max(max(duplicate_curve(cosines)) for cosines in kinds)
     drawings = [
         _drawing("neighbours", analyses, partial(neighbours_panel, low=lowest)),
