@@ -154,10 +154,10 @@ class SparseCodes:
         return torch.sparse_coo_tensor(where, self.values.flatten(), size, check_invariants=True)
 
     def to_scipy(self) -> csr_array:
-        """The same as a SciPy array in rows, ``scipy.sparse.csr_array`` [tokens, F] on the CPU.
+        """A SciPy ``csr_array`` [tokens, F] on the CPU, without gradient.
 
-        Leading dimensions are flattened. An entry of value 0 is a dropped one and is left out; each
-        row is sorted by latent. Values keep their dtype, fp32 or fp64, and have no gradient.
+        Leading dimensions are flattened, entries of value 0 are left out, and each row is sorted by
+        latent. Values keep their dtype, fp32 or fp64.
 
         Raises:
             ImportError: SciPy is not installed.
@@ -186,21 +186,19 @@ class SparseCodes:
         return array
 
     def columns(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """The values of some latents, dense, ``to_dense()[..., latents]`` without the rest.
-
-        Memory goes with tokens times the latents asked for; [..., F] never exists.
+        """The dense values of some latents: ``to_dense()[..., latents]`` without forming [..., F].
 
         Args:
-            latents: n numbers from 0 to F - 1, in any order; one may come twice. A tensor of them
-                is read by the host.
+            latents: n indices from 0 to F - 1, in any order, repeated or not. A tensor is read by
+                the host.
 
         Returns:
             [..., n] in the dtype of ``values``, with zeros where a token does not have the latent;
             differentiable in ``values``.
 
         Raises:
-            TypeError: no list of whole numbers.
-            ValueError: a latent that is not there.
+            TypeError: not a list of integers.
+            ValueError: an index outside [0, F).
 
         Example:
             >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 0.0, 1.0]]), k=2)
@@ -214,13 +212,13 @@ class SparseCodes:
         column = torch.full((self.n_latents,), -1, device=wanted.device)
         column[distinct] = torch.arange(width, device=wanted.device)
         at = column[self.indices.flatten().long()]
-        # Whatever was not asked for lands in one place behind all others, and is cut off.
+        # Entries of other latents go to an extra last element, which is cut off.
         where = torch.where(at < 0, n_tokens * width, self.tokens.flatten().long() * width + at)
         dense = self.values.new_zeros(n_tokens * width + 1).scatter(0, where, self.values.flatten())
         return dense[:-1].view(n_tokens, width)[:, places].view(*self.batch_shape, n)
 
     def _checked(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Numbers of latents as int64 [n] on the device of the codes."""
+        """Checks latent indices; returns int64 [n] on the device of the codes."""
         given = torch.as_tensor(latents)
         given = given.long() if given.numel() == 0 else given
         if given.dim() != 1 or given.dtype in (torch.bool, *checks.OPERAND_DTYPES):
