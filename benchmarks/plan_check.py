@@ -16,7 +16,7 @@ from sae_kernels.bench.cases import Shape, step
 from sae_kernels.bench.plan import calibration, device
 from sae_kernels.bench.providers import chosen
 from sae_kernels.bench.results import Results
-from sae_kernels.bench.run import Settings, measure
+from sae_kernels.bench.run import BenchSettings, measure
 
 # Both halves span the range; no shape of one is near a shape of the other.
 SEEN = (
@@ -92,7 +92,7 @@ def main() -> int:
     options = parser(__doc__, rounds=7, threads=torch.get_num_threads()).parse_args()
     torch.set_num_threads(options.threads)
     ours = [provider for provider in chosen([], "cpu") if provider.name == "ours"]
-    settings = Settings(threads=options.threads, rounds=options.rounds, budget_s=_BUDGET_S)
+    settings = BenchSettings(threads=options.threads, rounds=options.rounds, budget_s=_BUDGET_S)
     cases = [step(shape, "uniform") for shape in (*SEEN, *UNSEEN)]
     command = "python -m benchmarks.plan_check"
     results, interrupted = measure(cases, ours, settings, options.out, command=command)

@@ -1,4 +1,4 @@
-"""SparseCodes, the one sparse type of the package, and its latent-ordered transpose."""
+"""SparseCodes, the package's sparse type, and LatentOrder, its entries sorted by latent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Codes = TypeVar("_Codes", bound="SparseCodes")
 
 
 class LatentOrder(NamedTuple):
-    """The entries of one or several sets of codes, by latent: what weight gradients read.
+    """The entries of one or several sets of codes sorted by latent, as weight gradients read them.
 
     Attributes:
         offsets: int32 [F + 1], where each latent's entries start.
@@ -35,29 +35,29 @@ class LatentOrder(NamedTuple):
     rows: torch.Tensor
 
     def counts(self) -> torch.Tensor:
-        """How often each latent fired, int32 [F]."""
+        """Number of entries of each latent, int32 [F]."""
         return self.offsets.diff()
 
     def by_group(
         self, indices: torch.Tensor, group_ends: torch.Tensor, n_tokens: int
     ) -> LatentOrder:
-        """The same with the rows of [G * n_tokens, D]: each group of latents has its own.
+        """This order with rows in a source [G * n_tokens, D] that has n_tokens rows per group.
 
-        ``indices`` are those of the codes; group g ends before latent ``group_ends[g]``.
+        ``indices`` are those of the codes; the latents of group g end before ``group_ends[g]``.
         """
         group = torch.bucketize(indices.flatten(), group_ends, right=True, out_int32=True)
         return self._replace(rows=group[self.entries.long()] * n_tokens + self.rows)
 
     def term(self, coef: torch.Tensor, source: torch.Tensor | None) -> Term:
-        """``sum coef * source[row]`` per latent; a None source stands for ones."""
+        """The sum of ``coef * source[row]`` over each latent's entries; None stands for ones."""
         return Term(*self, coef.flatten(), source)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseCodes:
-    """The kept latents of every token.
+    """The kept latents of every token and their values: codes [..., F] without the zeros.
 
-    Either K of them each, or ragged: as many as there are, one token's entries after the other's.
+    Either K entries per token, or ragged: any number per token, concatenated token by token.
     A dropped entry (zeroed by ReLU) keeps its index and has the value +0: it adds nothing, gets no
     gradient and does not count as fired.
 
@@ -109,7 +109,7 @@ class SparseCodes:
         return rows.repeat_interleave(self.offsets.diff(), output_size=size)
 
     def flat(self) -> SparseCodes:
-        """The same with one leading dimension: [tokens, K], or ragged."""
+        """These codes with the leading dimensions flattened: [tokens, K], or ragged."""
         if self.offsets is not None:
             return self if self.leading is None else dataclasses.replace(self, leading=None)
         shape = (-1, self.k)
@@ -118,15 +118,18 @@ class SparseCodes:
     def with_values(
         self: _Codes, values: torch.Tensor, indices: torch.Tensor | None = None
     ) -> _Codes:
-        """Other values (and indices) in the same places."""
+        """A copy with other values (and indices) of the same shape."""
         indices = self.indices if indices is None else indices
         return dataclasses.replace(self, values=values, indices=indices)
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, k: int) -> SparseCodes:
-        """The k largest entries of each row of [..., F], ties to the lower latent.
+        """Keeps the k largest entries of each row of [..., F], ties to the lower latent.
 
         The values are differentiable.
+
+        Raises:
+            ValueError: k outside [1, F].
         """
         n_latents = dense.shape[-1]
         if not 1 <= k <= n_latents:
@@ -136,7 +139,7 @@ class SparseCodes:
         return cls(key.gather(-1, order), order.to(torch.int32), n_latents)
 
     def to_dense(self) -> torch.Tensor:
-        """[..., F] with the values in place and zeros elsewhere; differentiable."""
+        """The dense codes [..., F], zeros where no entry is; differentiable."""
         shape = (*self.batch_shape, self.n_latents)
         dense = self.values.new_zeros(shape)
         if self.offsets is None:
@@ -145,16 +148,16 @@ class SparseCodes:
         return dense.flatten().scatter(0, places, self.values).view(shape)
 
     def to_torch_sparse(self) -> torch.Tensor:
-        """The same as a torch sparse COO tensor [tokens, F] (leading dimensions flattened)."""
+        """A torch sparse COO tensor [tokens, F], leading dimensions flattened."""
         where = torch.stack([self.tokens.flatten().long(), self.indices.long().flatten()])
         size = (math.prod(self.batch_shape), self.n_latents)
         return torch.sparse_coo_tensor(where, self.values.flatten(), size, check_invariants=True)
 
     def to_scipy(self) -> csr_array:
-        """The same as a SciPy array in rows, ``scipy.sparse.csr_array`` [tokens, F] on the CPU.
+        """A SciPy ``csr_array`` [tokens, F] on the CPU, without gradient.
 
-        Leading dimensions are flattened. An entry of value 0 is a dropped one and is left out; each
-        row is sorted by latent. Values keep their dtype, fp32 or fp64, and have no gradient.
+        Leading dimensions are flattened, entries of value 0 are left out, and each row is sorted by
+        latent. Values keep their dtype, fp32 or fp64.
 
         Raises:
             ImportError: SciPy is not installed.
@@ -183,21 +186,19 @@ class SparseCodes:
         return array
 
     def columns(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """The values of some latents, dense, ``to_dense()[..., latents]`` without the rest.
-
-        Memory goes with tokens times the latents asked for; [..., F] never exists.
+        """The dense values of some latents: ``to_dense()[..., latents]`` without forming [..., F].
 
         Args:
-            latents: n numbers from 0 to F - 1, in any order; one may come twice. A tensor of them
-                is read by the host.
+            latents: n indices from 0 to F - 1, in any order, repeated or not. A tensor is read by
+                the host.
 
         Returns:
             [..., n] in the dtype of ``values``, with zeros where a token does not have the latent;
             differentiable in ``values``.
 
         Raises:
-            TypeError: no list of whole numbers.
-            ValueError: a latent that is not there.
+            TypeError: not a list of integers.
+            ValueError: an index outside [0, F).
 
         Example:
             >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0, 0.0, 1.0]]), k=2)
@@ -211,13 +212,13 @@ class SparseCodes:
         column = torch.full((self.n_latents,), -1, device=wanted.device)
         column[distinct] = torch.arange(width, device=wanted.device)
         at = column[self.indices.flatten().long()]
-        # Whatever was not asked for lands in one place behind all others, and is cut off.
+        # Entries of other latents go to an extra last element, which is cut off.
         where = torch.where(at < 0, n_tokens * width, self.tokens.flatten().long() * width + at)
         dense = self.values.new_zeros(n_tokens * width + 1).scatter(0, where, self.values.flatten())
         return dense[:-1].view(n_tokens, width)[:, places].view(*self.batch_shape, n)
 
     def _checked(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Numbers of latents as int64 [n] on the device of the codes."""
+        """Checks latent indices; returns int64 [n] on the device of the codes."""
         given = torch.as_tensor(latents)
         given = given.long() if given.numel() == 0 else given
         if given.dim() != 1 or given.dtype in (torch.bool, *checks.OPERAND_DTYPES):
@@ -234,7 +235,7 @@ class SparseCodes:
         return given.to(self.indices.device, torch.int64)
 
     def latent_order(self, *, drop_zeros: bool = True, backend: str | None = None) -> LatentOrder:
-        """The entries by latent; ``drop_zeros`` leaves out dropped entries (codes after ReLU)."""
+        """Sorts the entries by latent; ``drop_zeros`` leaves out entries whose value is 0."""
         flat = self.flat()
         values = flat.values.detach() if drop_zeros else None
         rows = None if self.offsets is None else self.tokens
@@ -265,12 +266,12 @@ def _structure(codes: SparseCodes) -> list[Any]:
 
 
 def flatten_codes(codes: SparseCodes) -> tuple[list[Any], list[Any]]:
-    """The tensors of codes, and what else they are made of."""
+    """Splits codes into their tensors and their sizes, for torch's pytrees."""
     return list(_leaves(codes).values()), _structure(codes)
 
 
 def unflatten_codes(leaves: Iterable[torch.Tensor], structure: list[Any]) -> SparseCodes:
-    """The inverse of :func:`flatten_codes`."""
+    """Rebuilds codes from the tensors and sizes of :func:`flatten_codes`."""
     values, indices, *offsets = leaves
     n_latents, leading = structure
     leading = None if leading is None else tuple(leading)

@@ -1,4 +1,4 @@
-"""What this package raises when it is not a plain ValueError or TypeError."""
+"""The package's own exceptions, for errors that are not a plain ValueError or TypeError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class SaeKernelsError(Exception):
-    """Base of the errors below: catch it to catch them all."""
+    """Base class of all exceptions of this package."""
 
 
 class BackendUnavailableError(SaeKernelsError, NotImplementedError):
@@ -22,7 +22,7 @@ class DataError(SaeKernelsError, ValueError):
 
 
 class ModelError(SaeKernelsError, ValueError):
-    """A model or one of its layers cannot be had."""
+    """A model or one of its layers cannot be found, loaded or used."""
 
 
 class NonFiniteError(SaeKernelsError, ArithmeticError):
@@ -30,7 +30,7 @@ class NonFiniteError(SaeKernelsError, ArithmeticError):
 
     @classmethod
     def in_step(cls, i: int) -> NonFiniteError:
-        """What stops a run at step i (from 0)."""
+        """The error that stops a run whose 0-based step i is not finite."""
         return cls(
             f"step {i + 1}: expected a finite loss and gradient norm, got NaN or infinity (a batch "
             "that is not finite, or a diverged run); the weights are those before it. Lower the "
@@ -39,7 +39,7 @@ class NonFiniteError(SaeKernelsError, ArithmeticError):
 
 
 def name_hint(name: str, known: Iterable[str]) -> str:
-    """What to write in the place of an unknown name: the nearest known one, or all of them.
+    """The remedy for an unknown name in an error message: the nearest known name, or all of them.
 
     Example:
         >>> name_hint("n_latent", ["d_in", "n_latents"])

@@ -1,4 +1,4 @@
-"""Which GPU is there, and whether the kernels and Triton can use it."""
+"""Checks of the GPU and of Triton: whether the kernels can use them, or the reason why not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _OLDEST_TRITON = (3, 6)
 
 
 @functools.cache
-def too_old(device: torch.device) -> str | None:
-    """Why a device of type "cuda" cannot run the kernels, or None."""
+def cuda_reason(device: torch.device) -> str | None:
+    """The reason why a device of type "cuda" cannot run the kernels, or None."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return f"{device} is not an NVIDIA GPU that this build of torch can use"
     capability = torch.cuda.get_device_capability(device)
@@ -28,14 +28,14 @@ def too_old(device: torch.device) -> str | None:
 
 
 def training_device(name: str) -> torch.device:
-    """The device that a ``device`` setting stands for.
+    """Resolves a ``device`` setting; "auto" is the first usable GPU, else the CPU.
 
     Raises:
         ValueError: it names no device, or a GPU that is not there or that the kernels cannot use.
     """
     if name == "auto":
         first = torch.device("cuda:0")
-        return torch.device("cpu") if too_old(first) else first
+        return torch.device("cpu") if cuda_reason(first) else first
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -48,7 +48,7 @@ def training_device(name: str) -> torch.device:
                 f"{torch.__version__} finds {torch.cuda.device_count()} of them; use device 'cpu', "
                 "or install a CUDA build of torch and a driver for it"
             )
-        reason = too_old(torch.device("cuda", index))
+        reason = cuda_reason(torch.device("cuda", index))
         if reason is not None:
             raise ValueError(f"device: {reason}")
     return device
@@ -56,7 +56,7 @@ def training_device(name: str) -> torch.device:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks of a persistent kernel fill the device; few where there is none."""
+    """Number of streaming multiprocessors, the grid of a persistent kernel; 2 on the CPU."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -79,7 +79,7 @@ def triton_version() -> tuple[int, int] | None:
 
 
 def triton_reason(device: torch.device) -> str | None:
-    """Why kernels that Triton compiles cannot run on tensors of a device, or None."""
+    """The reason why Triton kernels cannot run on tensors of a device, or None."""
     if device.type == "cpu" and not interpreted():
         return (
             "tensors are on cpu, its kernels run on NVIDIA GPUs (on the CPU only for checking, in "
@@ -93,11 +93,11 @@ def triton_reason(device: torch.device) -> str | None:
     if version < _OLDEST_TRITON:
         came, needed = (".".join(map(str, v)) for v in (version, _OLDEST_TRITON))
         return f"Triton {came} is older than {needed}: install a newer torch or Triton"
-    return too_old(device) if device.type == "cuda" else None
+    return cuda_reason(device) if device.type == "cuda" else None
 
 
 def architecture() -> int:
-    """80, 90, 100, ...: what Triton compiles for now; 0 in its interpreter."""
+    """The compute capability that Triton compiles for as a number (90 is 9.0); 0 if interpreted."""
     if interpreted():
         return 0
     from triton.runtime.driver import driver

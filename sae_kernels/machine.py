@@ -1,4 +1,4 @@
-"""What this machine and installation are, in words; it raises nothing."""
+"""Facts about this machine and installation for reports; what is unknown is None or empty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sae_kernels._version import __version__
 
 _ROOT = Path(__file__).parent
-_ASKED = (
+_SMI_FIELDS = (
     "driver_version",
     "clocks.sm",
     "clocks.mem",
@@ -36,7 +36,7 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides how the kernels run; None for what is not installed."""
+    """Versions of this package, Python, torch, Triton and CuPy; None for what is not installed."""
     return {
         "sae_kernels": __version__,
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def versions() -> dict[str, str | None]:
 def _version(module: str) -> str | None:
     if util.find_spec(module) is None:
         return None
-    # CuPy's distributions are called after the CUDA that they are built for.
+    # CuPy's distributions are named after their version of CUDA.
     names = metadata.packages_distributions().get(module, [module])
     try:
         return metadata.version(names[0])
@@ -58,18 +58,18 @@ def _version(module: str) -> str | None:
 
 
 def checkout() -> tuple[str | None, bool | None]:
-    """The commit of the checkout that this package lies in, and whether it has changes.
+    """The git commit that this package runs from, and whether the checkout has changes.
 
-    None where the package is installed apart from one.
+    Both are None where the package is not in a checkout.
     """
-    lies_in_one = _said("git", "ls-files", "--", "__init__.py")
-    commit = _said("git", "rev-parse", "--short", "HEAD") if lies_in_one else ""
-    changes = _said("git", "status", "--porcelain", "--untracked-files=no")
+    tracked = _output("git", "ls-files", "--", "__init__.py")
+    commit = _output("git", "rev-parse", "--short", "HEAD") if tracked else ""
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     return commit or None, bool(changes) if commit else None
 
 
 def gpu(device: torch.device) -> dict[str, object]:
-    """The GPU, its driver, and the clocks and limits it runs at just now."""
+    """Facts about a GPU: name, capability, sizes, CUDA, and nvidia-smi's driver, clocks, limits."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": properties.name,
@@ -83,13 +83,13 @@ def gpu(device: torch.device) -> dict[str, object]:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """What the driver says about the first GPU; empty without the program."""
-    said = _said("nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader")
-    return dict(zip(_ASKED, said.partition("\n")[0].split(", "), strict=False)) if said else {}
+    """Driver version, clocks, power limit, ... of the first GPU; empty without nvidia-smi."""
+    out = _output("nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader")
+    return dict(zip(_SMI_FIELDS, out.partition("\n")[0].split(", "), strict=False)) if out else {}
 
 
-def _said(*command: str) -> str:
-    """What a program prints; nothing where it is not there."""
+def _output(*command: str) -> str:
+    """The standard output of a program; empty if it is not installed."""
     try:
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sae_kernels.bench import cases, providers
-from sae_kernels.bench.run import Settings, measure
+from sae_kernels.bench.run import BenchSettings, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def compared(out: Path) -> Callable[[bool, float], Iterator[Record]]:
             preset, others, device = "tiny", [], "cpu"
         chosen = cases.chosen([preset], "step|encode|decode")
         who = providers.chosen(others, device)
-        settings = Settings(device, rounds=5, budget_s=seconds)
+        settings = BenchSettings(device, rounds=5, budget_s=seconds)
         for record in measure(chosen, who, settings, out)[0].records:
             what = f"{record['case']} {record['provider']} {record['dtype']}"
             if record["status"] in ("failed", "refused"):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from benchmarks.study import Record
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
 
 ARMS = ("width", "flops")

@@ -1,9 +1,9 @@
-"""Analyses of saved SAEs: geometry of latents, near-copies, and the work of experts."""
+"""Analyses of saved SAEs: nearest neighbours and duplicates of latents, and use of experts."""
 
 from sae_kernels.analyze.analysis import Analysis, analyze
 from sae_kernels.analyze.experts import ExpertUse, effective_number, expert_use
 from sae_kernels.analyze.geometry import Geometry, geometry
-from sae_kernels.analyze.groups import Groups
+from sae_kernels.analyze.groups import UnionFind
 from sae_kernels.analyze.output import write_analyses
 from sae_kernels.analyze.plots import check_drawable, draw
 
@@ -11,7 +11,7 @@ __all__ = [
     "Analysis",
     "ExpertUse",
     "Geometry",
-    "Groups",
+    "UnionFind",
     "analyze",
     "check_drawable",
     "draw",

@@ -1,4 +1,4 @@
-"""All analyses of one SAE."""
+"""Running all analyses on one SAE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
-from sae_kernels.data.batches import TensorRows
+from sae_kernels.data.rows import TensorRows
 from sae_kernels.training import evaluate
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.analyze.experts import ExpertUse
     from sae_kernels.analyze.geometry import Geometry
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.training import Evaluation
 
@@ -26,7 +26,7 @@ Side = Literal["decoder", "encoder"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """The analyses of one SAE.
+    """The results of all analyses of one SAE.
 
     Attributes:
         name: what tables and pictures call it.
@@ -46,7 +46,7 @@ class Analysis:
 
     @property
     def n_experts(self) -> int:
-        """E, the shared expert too; 1 for an SAE without experts."""
+        """Number of experts, a shared one included; 1 for an SAE without experts."""
         return int(getattr(self.config, "n_experts", 1))
 
     @property
@@ -55,7 +55,7 @@ class Analysis:
         return int(getattr(self.config, "shared_expert", False))
 
     def dead(self) -> torch.Tensor | None:
-        """The part of each expert's latents that fired on no token, fp64 [E], given data.
+        """The fraction of each expert's latents that fired on no token, fp64 [E]; needs data.
 
         Those of a shared expert come first; :attr:`use` does not have it.
         """
@@ -65,7 +65,7 @@ class Analysis:
         return (density == 0).double().view(self.n_experts, -1).mean(1)
 
     def values(self) -> dict[str, Any]:
-        """All numbers, for JSON, but those of single latents."""
+        """All results but those of single latents, as JSON values."""
         found: dict[str, Any] = {
             "name": self.name,
             "architecture": self.config.architecture,
@@ -97,7 +97,7 @@ def analyze(
     threshold: float = 0.9,
     progress: Callable[[int, int], None] | None = None,
 ) -> Analysis:
-    """The analyses of the Switch SAE paper (arXiv 2410.08201), for an SAE of any architecture.
+    """Runs the analyses of the Switch SAE paper (arXiv 2410.08201) on an SAE of any architecture.
 
     Args:
         sae: the SAE; left in the mode in which it was.

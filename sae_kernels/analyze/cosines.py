@@ -1,4 +1,4 @@
-"""Cosines between all pairs of rows of a matrix, tile by tile: [F, F] never exists."""
+"""Cosines between all pairs of rows of a matrix, in tiles instead of an [F, F] matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = 1 << 22
 
 
 class CosineTile(NamedTuple):
-    """The cosines of some rows to some that do not come before them.
+    """A tile of the upper triangle of the [F, F] matrix of cosines.
 
     Attributes:
         first: the number of the tile's first row.
@@ -31,13 +31,13 @@ class CosineTile(NamedTuple):
     cosines: torch.Tensor
 
     def pairs(self, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numbers of the two rows of all pairs with a cosine at or above the threshold."""
+        """The row numbers (i, j) of all pairs whose cosine is at or above the threshold."""
         i, j = (self.cosines >= threshold).nonzero(as_tuple=True)
         return i + self.first, j + self.second
 
 
 def tile_edge(width: int) -> int:
-    """Number of rows of this width in a tile."""
+    """Number of rows in a tile, for rows of this width."""
     return max(1, min(_EDGE, _BLOCK // max(1, width)))
 
 
@@ -48,7 +48,7 @@ def n_tiles(rows: torch.Tensor) -> int:
 
 
 def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[CosineTile]:
-    """Every pair of rows once, with its cosine, in fp32.
+    """Yields the fp32 cosine of every pair of rows once, in tiles.
 
     Args:
         rows: [F, D], of any floating point dtype.
@@ -79,7 +79,7 @@ def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Cosine
 
 
 def zero_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Mask of rows that are all zeros and so have no direction, bool [F].
+    """Mask of the rows that are all zeros, bool [F].
 
     >>> zero_rows(torch.tensor([[0.0, 1e-30], [0.0, -0.0]])).tolist()
     [False, True]
@@ -88,7 +88,7 @@ def zero_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _units(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of norm 1 in fp32, and which of them are zeros; in fp64 no square overflows."""
+    """Normalised rows in fp32, and the mask of zero rows; norms in fp64, where none overflows."""
     high = block.detach().double()
     norms = high.norm(dim=1, keepdim=True)
     if not norms.isfinite().all():

@@ -11,7 +11,7 @@ from sae_kernels.data.joint import JointRows
 from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SparseAutoencoder
 
 _ROWS, _NUMBERS = 4096, 1 << 22  # of a batch; its rows are in fp64 for a moment
@@ -19,7 +19,7 @@ _ROWS, _NUMBERS = 4096, 1 << 22  # of a batch; its rows are in fp64 for a moment
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertUse:
-    """Measures of the experts that a router chooses among, fp64 [E] each; NaN without tokens.
+    """Measures of each routed expert, fp64 [E]; NaN for an expert without tokens.
 
     Attributes:
         n_tokens: int64, the tokens that each expert has.
@@ -45,16 +45,16 @@ class ExpertUse:
 
     @property
     def balance(self) -> float:
-        """``E sum_i F_i P_i``, 1 where all are equally busy; over all tokens, not by batch."""
+        """Load balance ``E sum_i F_i P_i`` over all tokens; 1 if all experts are equally busy."""
         return len(self.load) * float((self.load * self.probability).sum())
 
     @property
     def effective_experts(self) -> float:
-        """See :func:`effective_number`."""
+        """The :func:`effective_number` of the loads."""
         return effective_number(self.load)
 
     def values(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All measures as JSON values."""
         vectors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del vectors["between"]
         return {
@@ -67,7 +67,7 @@ class ExpertUse:
 
 
 def entropy(load: torch.Tensor) -> float:
-    """``-sum F_i ln F_i`` in nats.
+    """Entropy ``-sum F_i ln F_i`` in nats of loads F_i, [E].
 
     >>> round(entropy(torch.tensor([0.5, 0.5, 0.0])), 4)
     0.6931
@@ -76,7 +76,7 @@ def entropy(load: torch.Tensor) -> float:
 
 
 def effective_number(load: torch.Tensor) -> float:
-    """exp of the entropy: how many equally busy experts would be as evenly used.
+    """The exponential of the entropy: the number of equally busy experts of the same entropy.
 
     >>> round(effective_number(torch.tensor([0.25, 0.25, 0.25, 0.25])), 4)
     4.0
@@ -86,11 +86,11 @@ def effective_number(load: torch.Tensor) -> float:
     return float(torch.tensor(entropy(load), dtype=torch.float64).exp())
 
 
-class Moments:
-    """Sums over the tokens of each expert, in fp64, from which means and variances follow.
+class ExpertMoments:
+    """Running fp64 sums over each expert's tokens, for means and variances.
 
     Example:
-        >>> moments = Moments(2, 1)
+        >>> moments = ExpertMoments(2, 1)
         >>> moments.add(torch.tensor([0, 1, 1]), torch.tensor([[0.0], [3.0], [3.0]]))
         >>> moments.between(), moments.about_mean().tolist()
         (1.0, [4.0, 2.0])
@@ -105,7 +105,7 @@ class Moments:
         self.square = torch.zeros(n_experts, **options)
 
     def add(self, experts: torch.Tensor, rows: torch.Tensor) -> None:
-        """Tokens [B, D] and the expert of each, [B]."""
+        """Adds tokens [B, D] and their experts, int [B]."""
         rows = rows.double()
         self.counts += experts.bincount(minlength=len(self.counts))
         self.total.index_add_(0, experts, rows)
@@ -116,18 +116,18 @@ class Moments:
         return self.total.sum(0) / self.counts.sum()
 
     def offsets(self) -> torch.Tensor:
-        """``|mean_i - mean|^2``, [E]; NaN without tokens."""
+        """Squared distance of each expert's mean from that of all, [E]; NaN without tokens."""
         return (self.total / self.counts[:, None] - self.mean()).square().sum(1)
 
     def about_mean(self) -> torch.Tensor:
-        """``sum |x - mean|^2`` over the tokens of each expert, the mean being that of all, [E]."""
+        """Each expert's sum of ``|x - mean|^2`` about the mean of all tokens, [E]."""
         mean = self.mean()
         about = self.square - 2 * self.total @ mean + self.counts * mean.square().sum()
         # The difference of sums may come out below 0 where there is no variance.
         return about.clamp_min(0)
 
     def between(self) -> float:
-        """The part of all variance that lies between the experts' means; 0 without variance."""
+        """The fraction of the variance between the experts' means; 0 without variance."""
         between = (self.counts * self.offsets()).nansum()
         return float((between / self.about_mean().sum()).nan_to_num(0, posinf=0))
 
@@ -139,7 +139,7 @@ def expert_use(
     *,
     target: RowSource | None = None,
 ) -> ExpertUse:
-    """Sends every row of the source through the SAE once and sums up by expert.
+    """Runs the SAE on every row of the source and measures each expert.
 
     Args:
         sae: in evaluation mode.
@@ -157,8 +157,8 @@ def expert_use(
     config, device = sae.config, sae.W_enc.device
     rows_of = source if target is None else JointRows([source, target])
     n_experts = config.n_routed
-    inputs = Moments(n_experts, config.input_width, device)
-    targets = Moments(n_experts, config.output_width, device) if config.transcodes else inputs
+    inputs = ExpertMoments(n_experts, config.input_width, device)
+    targets = ExpertMoments(n_experts, config.output_width, device) if config.transcodes else inputs
     sums = torch.zeros(3, n_experts, dtype=torch.float64, device=device)
     probability, chosen, error = sums
     step = max(1, min(_ROWS, _NUMBERS // rows_of.d_in))
@@ -178,7 +178,7 @@ def expert_use(
     return _use(inputs, targets, sums)
 
 
-def _use(inputs: Moments, targets: Moments, sums: torch.Tensor) -> ExpertUse:
+def _use(inputs: ExpertMoments, targets: ExpertMoments, sums: torch.Tensor) -> ExpertUse:
     probability, chosen, error = sums
     counts = inputs.counts
     n = counts.sum()

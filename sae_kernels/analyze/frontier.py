@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Frontier(NamedTuple):
-    """SAEs of several kinds that cost or hold the same, as the Switch SAE paper compares them.
+    """SAEs of several architectures with equal width or equal FLOPs, to compare (arXiv 2410.08201).
 
     Attributes:
         name: what they have in common.
@@ -24,10 +24,10 @@ class Frontier(NamedTuple):
 
 
 def frontiers(analyses: Sequence[Analysis]) -> list[Frontier]:
-    """The SAEs that ran on data, grouped by width and by the latents that a token meets.
+    """Groups the evaluated SAEs by width and by the latents that a token is encoded with.
 
-    Encoding takes 2 D FLOPs for each latent met (a router's E more are left out). A group of one
-    kind compares nothing and is left out.
+    Encoding takes 2 D FLOPs per latent (a router's E rows are not counted). Groups of a single
+    kind are left out.
     """
     measured = [each for each in analyses if each.evaluation is not None]
     found = _groups(measured, "equal width", "in all", lambda config: config.n_latents)

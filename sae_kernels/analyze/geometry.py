@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.analyze.cosines import cosine_tiles, n_tiles, zero_rows
-from sae_kernels.analyze.groups import Groups
+from sae_kernels.analyze.groups import UnionFind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _BINS = 50
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Geometry:
-    """Nearest neighbours and groups of duplicates among F rows.
+    """Nearest-neighbour cosines and groups of duplicates among F rows.
 
     Attributes:
         within: fp32 [F], the largest cosine to another row of the same expert.
@@ -45,16 +45,16 @@ class Geometry:
 
     @property
     def nearest(self) -> torch.Tensor:
-        """The largest cosine to any other row, [F]."""
+        """The largest cosine of each row to any other row, [F]."""
         return torch.maximum(self.within, self.across)
 
     @property
     def n_distinct(self) -> int:
-        """Rows that are left if of every group one stays, and none of zeros."""
+        """Number of rows after removing duplicates (one per group stays) and zero rows."""
         return int((self.groups.bincount() > 0).sum()) - int(self.zero.sum())
 
     def values(self, experts: bool) -> dict[str, Any]:
-        """Everything but the rows' own numbers, for JSON; within and across with experts alone."""
+        """Summaries as JSON values; ``within`` and ``across`` only if there are experts."""
         kinds = {"nearest": self.nearest}
         if experts:
             kinds |= {"within": self.within, "across": self.across}
@@ -84,7 +84,7 @@ def geometry(
     threshold: float = 0.9,
     progress: Callable[[int, int], None] | None = None,
 ) -> Geometry:
-    """Compares all pairs of rows once, in tiles: no [F, F] matrix is built.
+    """Finds nearest neighbours and duplicates among all pairs of rows, without an [F, F] matrix.
 
     Args:
         rows: [F, D], the decoder's (or the encoder's), a row per latent; their norms do not matter.
@@ -114,7 +114,7 @@ def geometry(
         raise ValueError(f"experts: expected shape [{n}], one per row, got {list(parts.shape)}")
     within = torch.full((n,), -math.inf, device=device)
     across = within.clone()
-    groups = Groups(n, device)
+    groups = UnionFind(n, device)
     total = n_tiles(rows)
     for done, tile in enumerate(cosine_tiles(rows), 1):
         groups.join(*tile.pairs(threshold))
@@ -128,7 +128,7 @@ def geometry(
 def _raise(
     within: torch.Tensor, across: torch.Tensor, tile: CosineTile, experts: torch.Tensor
 ) -> None:
-    """A pair's cosine counts for both of its rows."""
+    """Raises the largest cosines of both rows of every pair of a tile."""
     m, n = tile.cosines.shape
     one, other = slice(tile.first, tile.first + m), slice(tile.second, tile.second + n)
     same = experts[one, None] == experts[other]
@@ -144,7 +144,7 @@ def n_duplicates(cosines: torch.Tensor, threshold: float) -> int:
 
 
 def duplicate_curve(cosines: torch.Tensor, thresholds: Sequence[float] = CURVE) -> list[float]:
-    """The part of all latents that have a neighbour at or above each threshold.
+    """The fraction of latents with a neighbour at or above each threshold.
 
     Example:
         >>> duplicate_curve(torch.tensor([0.4, 0.7, 0.95, -torch.inf]), (0.5, 0.9))
@@ -154,7 +154,7 @@ def duplicate_curve(cosines: torch.Tensor, thresholds: Sequence[float] = CURVE) 
 
 
 def median(cosines: torch.Tensor) -> float:
-    """Median of the cosines that are finite; NaN if none is.
+    """The median of the finite cosines; NaN if there are none.
 
     >>> round(median(torch.tensor([0.2, 0.4, -torch.inf])), 3)
     0.3
@@ -164,7 +164,7 @@ def median(cosines: torch.Tensor) -> float:
 
 
 def summary(cosines: torch.Tensor) -> dict[str, Any]:
-    """Quantiles and a histogram of those that are finite.
+    """Quantiles and a histogram of the finite cosines.
 
     Example:
         >>> found = summary(torch.tensor([0.2, 0.4, 0.9, -torch.inf]))

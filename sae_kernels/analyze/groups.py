@@ -1,18 +1,18 @@
-"""Groups of near-copies: union-find over pairs that come a tile at a time."""
+"""Union-find over pairs that arrive in tiles, for groups of duplicates."""
 
 from __future__ import annotations
 
 import torch
 
 
-class Groups:
-    """Groups of n things that hang together, by the pairs seen so far.
+class UnionFind:
+    """Connected components of n items by the pairs seen so far (union-find).
 
     Attributes:
-        labels: int64 [n], the lowest number of each thing's group.
+        labels: int64 [n], the lowest item of each item's group.
 
     Example:
-        >>> groups = Groups(5)
+        >>> groups = UnionFind(5)
         >>> groups.join(torch.tensor([0, 3]), torch.tensor([3, 4]))
         >>> groups.labels.tolist(), groups.sizes().tolist()
         ([0, 1, 2, 0, 0], [3, 1, 1, 0, 0])
@@ -22,7 +22,7 @@ class Groups:
         self.labels = torch.arange(n, device=device)
 
     def join(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Unites the group of a[i] with that of b[i], for all i."""
+        """Merges the group of a[i] with that of b[i], for all i."""
         while True:
             a, b = self.labels[a], self.labels[b]
             apart = a != b
@@ -40,9 +40,9 @@ class Groups:
         return self.labels.bincount(minlength=len(self.labels))
 
     def spanning(self, parts: torch.Tensor) -> torch.Tensor:
-        """Mask of groups that hold things of more than one part, bool [n], at their labels.
+        """Mask of groups with items of more than one part, bool [n], set at their labels.
 
-        >>> groups = Groups(4)
+        >>> groups = UnionFind(4)
         >>> groups.join(torch.tensor([0, 2]), torch.tensor([1, 3]))
         >>> groups.spanning(torch.tensor([0, 0, 0, 1])).tolist()
         [False, False, True, False]
@@ -52,6 +52,6 @@ class Groups:
         return (lowest != highest) & (self.sizes() > 0)
 
     def _flatten(self) -> None:
-        """Every label becomes that of its group's root."""
+        """Points every label at its group's root."""
         while not torch.equal(above := self.labels[self.labels], self.labels):
             self.labels = above

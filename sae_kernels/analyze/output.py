@@ -1,4 +1,4 @@
-"""The folder that an analysis leaves behind."""
+"""Writing an analysis to a folder as JSON and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANALYSIS_FILE = "analysis.json"
 
 
 def write_analyses(analyses: Sequence[Analysis], folder: str | Path, **made: Any) -> list[Path]:
-    """Writes ``analysis.json`` and the pictures, none before all are made.
+    """Writes ``analysis.json`` and the pictures, after all are made.
 
     Args:
         analyses: one an SAE.

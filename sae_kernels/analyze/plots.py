@@ -1,4 +1,4 @@
-"""The pictures of an analysis: a panel for each SAE, cosines and thresholds on common axes."""
+"""The pictures of an analysis: one panel per SAE, on common axes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _COLOURS = (INK, BLUE, ORANGE, GREEN, PURPLE, MUTED)  # of lines that are compar
 
 
 def check_drawable() -> None:
-    """Raises ImportError at once if :func:`draw` would later."""
+    """Raises ImportError if :func:`draw` would, before any work is done."""
     figures.render([], "the pictures of an analysis")
 
 
 def draw(analyses: Sequence[Analysis]) -> list[Picture]:
-    """Nearest neighbours, duplicates and, where there are some, experts and frontiers.
+    """Draws nearest neighbours, duplicates and, if there are any, experts and frontiers.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -46,7 +46,8 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     used = [each for each in analyses if each.use is not None]
     compared = frontiers(analyses)
     kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
-    lowest = min(float(c[c.isfinite()].min()) for c in [torch.zeros(1), *kinds] if _any(c))
+    cosines = torch.cat([torch.zeros(1), *kinds])
+    lowest = float(cosines[cosines.isfinite()].min())
     highest = max(max(duplicate_curve(cosines)) for cosines in kinds)
     drawings = [
         _drawing("neighbours", analyses, partial(neighbours_panel, low=lowest)),
@@ -59,31 +60,27 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     return figures.render(drawings, "the pictures of an analysis")
 
 
-def _any(cosines: torch.Tensor) -> bool:
-    return bool(cosines.isfinite().any())
-
-
 def _drawing(name: str, shown: Sequence[Named], panel: Callable[[Axes, Named], None]) -> Drawing:
-    """A panel for each SAE or frontier, one below the other."""
+    """A drawing with one panel per SAE or frontier, stacked vertically."""
 
     def draw(figure: Figure) -> None:
         figure.set_size_inches(_WIDTH, 0.3 + _PANEL * len(shown))
         for axes, each in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
             panel(axes, each)
-            # A name is no formula, whatever signs are in it.
+            # A name may hold "$".
             axes.set_title(_title(each.name), parse_math=False)
 
     return Drawing(name, draw)
 
 
 def _title(name: str) -> str:
-    """A path's end says most; what is no text in its bytes, no font can show."""
+    """A panel title: the end of a long name, without lone surrogates."""
     name = name.encode("utf-8", "replace").decode()
     return name if len(name) <= _TITLE else f"…{name[1 - _TITLE :]}"
 
 
 def _kinds(analysis: Analysis) -> list[tuple[str, str, torch.Tensor]]:
-    """The cosines to draw of an SAE's latents, each with a name and a colour."""
+    """The sets of cosines to draw for an SAE, each with a name and a colour."""
     shape = analysis.geometry
     if analysis.n_experts == 1:
         return [("any other latent", INK, shape.nearest.cpu())]

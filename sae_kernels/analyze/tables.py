@@ -1,4 +1,4 @@
-"""An analysis as rows of text."""
+"""Tables of an analysis for the terminal."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ _NONE = "-"
 
 
 def comparison(analyses: Sequence[Analysis]) -> list[tuple[str, ...]]:
-    """A row for each measure and a column for each SAE; measures that none has are left out."""
+    """A table of measures by SAE; measures that no SAE has are left out."""
     columns = [_column(analysis) for analysis in analyses]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, *(column.get(name, _NONE) for column in columns)) for name in _ordered(names)]
-
-
-def _ordered(names: dict[str, None]) -> list[str]:
-    """Indented measures stay below the one that they belong to."""
-    return sorted(names, key=list(_ORDER).index)
+    ordered = sorted(names, key=list(_ORDER).index)
+    return [(name, *(column.get(name, _NONE) for column in columns)) for name in ordered]
 
 
 _ORDER = (
@@ -93,7 +89,7 @@ def _column(analysis: Analysis) -> dict[str, str]:
 
 
 def by_expert(analysis: Analysis) -> list[tuple[str, ...]]:
-    """A row for each expert of a Switch SAE that ran on data."""
+    """A table of the experts of a Switch SAE, given data."""
     use, dead = analysis.use, analysis.dead()
     if use is None or dead is None:
         return []

@@ -1,10 +1,10 @@
-"""Choice of the backend that runs a primitive, with the reasons against the others.
+"""Choosing the backend that runs a primitive, with a reason for each that cannot.
 
 Order of precedence: the ``backend=`` argument, the :func:`use` context manager, the environment
 variable ``SAE_KERNELS_BACKEND``, and last the automatic choice. A choice is a backend or several in
-order of preference, ``"gluon,triton"``: no backend writes every primitive, and a training step
-wants one for each. An explicit choice never falls back on what it does not name: it runs or it
-raises :class:`~sae_kernels.errors.BackendUnavailableError` with the reasons.
+order of preference, ``"gluon,triton"``, as not every backend implements every primitive. An
+explicit choice never falls back on a backend that it does not name: it runs or raises
+:class:`~sae_kernels.errors.BackendUnavailableError` with the reasons.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _chosen: ContextVar[str | None] = ContextVar("sae_kernels_backend", default=None
 
 
 class Candidate(NamedTuple):
-    """A backend with the reason why it cannot run a call; None if it can."""
+    """A backend and the reason why it cannot run a call; None if it can."""
 
     backend: str
     reason: str | None
@@ -43,7 +43,10 @@ class Candidate(NamedTuple):
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Runs every primitive inside the ``with`` block on one backend.
+    """Runs every primitive inside the ``with`` block on this backend (or several, "gluon,triton").
+
+    Raises:
+        ValueError: an unknown name.
 
     Example:
         >>> import torch, sae_kernels
@@ -63,7 +66,7 @@ def use(backend: str) -> Iterator[None]:
 def candidates(
     primitive: str, device: torch.device, dtype: torch.dtype, arguments: Sequence[Any] = ()
 ) -> list[Candidate]:
-    """Every backend in order of preference with its reason for not running the call.
+    """All backends in order of preference, each with its reason for not running the call.
 
     Without ``arguments`` the answer is about calls of this device and dtype in general; an
     implementation may still refuse some of them.
@@ -92,7 +95,12 @@ def implementation(
     argument: str | None,
     arguments: Sequence[Any] = (),
 ) -> ModuleType:
-    """The module that runs ``primitive`` for tensors of this device and dtype."""
+    """The module that runs ``primitive`` for tensors of this device and dtype.
+
+    Raises:
+        BackendUnavailableError: no allowed backend can; lists each with its reason.
+        ValueError: a choice that names an unknown backend.
+    """
     choice, origin = requested(argument)
     for name in _names(choice):
         if _reason(name, primitive, device, dtype, arguments) is None:
@@ -131,7 +139,7 @@ def _reason(
     reason: str | None = _BACKENDS[backend].reason(device, dtype)
     if reason is not None or not arguments:
         return reason
-    # An implementation may have limits that device and dtype do not tell, and says so here.
+    # An implementation may have limits besides device and dtype.
     refuses = getattr(_module(primitive, backend), "refuses", None)
     return None if refuses is None else refuses(*arguments)
 

@@ -1,4 +1,4 @@
-"""Backend cpu: calls of the host kernels in ``sae_kernels._C``."""
+"""Backend cpu: calls the C++ kernels of ``sae_kernels._C``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.flo
 
 @functools.cache
 def module() -> Any:
-    """The compiled module; a RuntimeError that names the remedy when it was not built."""
+    """The compiled module ``sae_kernels._C``.
+
+    Raises:
+        RuntimeError: it was not built; the message names the remedy.
+    """
     try:
-        # torch comes first on purpose: both then share torch's OpenMP runtime and thread pool.
+        # After torch, so that both share torch's OpenMP runtime and thread pool.
         from sae_kernels import _C
     except ImportError as error:
         raise RuntimeError(
@@ -32,10 +36,11 @@ def module() -> Any:
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the host kernels cannot run a call, or None."""
+    """The reason why the host kernels cannot run a call, or None."""
     if device.type != "cpu":
         return f"tensors are on {device}, its kernels run on the CPU"
-    if dtype not in _DTYPE_CODES and dtype not in (torch.int32, torch.int64):  # no operands
+    # Integers: primitives of indices alone.
+    if dtype not in _DTYPE_CODES and dtype not in (torch.int32, torch.int64):
         return f"no kernel for {dtype}, only for float32, float64, bfloat16 and float16"
     try:
         module()
@@ -46,12 +51,16 @@ def reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def supported_isas() -> tuple[str, ...]:
-    """ISA variants that are built and that this machine runs, fastest first."""
+    """The ISA variants that are built and that this machine can run, fastest first."""
     return tuple(name for name, supported in module().isas() if supported)
 
 
 def isa() -> str:
-    """The ISA variant in use: the fastest, or the lower one that ``SAE_KERNELS_CPU_ISA`` forces."""
+    """The ISA variant in use: the fastest, or the one that ``SAE_KERNELS_CPU_ISA`` forces.
+
+    Raises:
+        ValueError: the variable names a variant that this machine cannot run.
+    """
     forced = os.environ.get(ISA_VARIABLE)
     if not forced:
         return supported_isas()[0]
@@ -64,12 +73,12 @@ def isa() -> str:
 
 
 def threads() -> int:
-    """How many threads a kernel runs on: torch's own number."""
+    """The number of threads of a kernel: torch's ``get_num_threads``."""
     return torch.get_num_threads()
 
 
 def code(dtype: torch.dtype) -> int:
-    """The kernels' number for a dtype."""
+    """The code by which the kernels know a dtype."""
     return _DTYPE_CODES[dtype]
 
 
@@ -78,14 +87,14 @@ def run(kernel: str, *arguments: Any) -> Any:
 
     Args:
         kernel: its name in csrc/include/sae_kernels/kernels.h.
-        arguments: the fields of its struct in types.h, without the last (threads): packed tensors,
-            None where there is none, numbers, `code` of a dtype.
+        arguments: the fields of its struct in types.h but the last (threads): contiguous tensors
+            or None, numbers, and the `code` of dtypes.
     """
     return getattr(module(), kernel)(isa(), *arguments, threads())
 
 
 def run_with_workspace(kernel: str, *arguments: Any) -> Any:
-    """Runs a kernel with a workspace, which it allocates; otherwise like :func:`run`."""
+    """Allocates a kernel's workspace and runs it; arguments as of :func:`run`."""
     kernels, variant, n_threads = module(), isa(), threads()
     needs = getattr(kernels, f"{kernel}_workspace")
     workspace = torch.empty(needs(variant, *arguments, None, n_threads), dtype=torch.uint8)
@@ -93,7 +102,7 @@ def run_with_workspace(kernel: str, *arguments: Any) -> Any:
 
 
 def packed_terms(terms: Sequence[Term], dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    """Terms as kernels take them, for sums in ``dtype``."""
+    """Converts terms to the tuples that kernels take, for sums in ``dtype``."""
     tuples = []
     for term in terms:
         coef = term.coef.to(dtype).contiguous()

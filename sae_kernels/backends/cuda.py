@@ -1,8 +1,8 @@
 """Backend cuda: the CUDA C++ kernels, compiled ahead of time by nvcc or at first use by NVRTC.
 
-Where nvcc was there at build time, they are in ``sae_kernels._C``. Elsewhere CuPy compiles the same
-sources with NVRTC at first use. A launch is the same on both: a kernel's name, a grid, a block,
-bytes of shared memory and a list of 64-bit words, for every parameter of every kernel is one.
+Builds with nvcc have them in ``sae_kernels._C``; elsewhere CuPy compiles the same sources with
+NVRTC at first use. A launch is the same on both: a kernel's name, grid, block, bytes of shared
+memory, and the arguments as 64-bit words, which every kernel parameter is.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sae_kernels import gpu
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# int32: indices decide, there are no operands.
+# int32: primitives of indices alone.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
-_DEFAULT_SHARED_BYTES = 48 << 10  # what a block gets unless its kernel asks for more
+_DEFAULT_SHARED_BYTES = 48 << 10  # per block, unless a kernel opts in to more
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -30,7 +30,7 @@ class Route(NamedTuple):
     """A way to launch the kernels: compiled ahead of time or at run time.
 
     Attributes:
-        name: for people.
+        name: for messages.
         launch: called with a kernel's name, device index, grid, block, bytes of shared memory and
             the arguments.
     """
@@ -40,12 +40,12 @@ class Route(NamedTuple):
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the CUDA C++ kernels cannot run a call, or None."""
+    """The reason why the CUDA C++ kernels cannot run a call, or None."""
     if device.type != "cuda":
         return f"tensors are on {device}, its kernels run on NVIDIA GPUs"
     if dtype not in _DTYPES:
         return f"no kernel for {dtype}, only for float32, bfloat16 and float16"
-    old = gpu.too_old(device)
+    old = gpu.cuda_reason(device)
     if old is not None:
         return old
     found = _route(device)
@@ -55,7 +55,7 @@ def reason(device: torch.device, dtype: torch.dtype) -> str | None:
 def launch(
     kernel: str, grid: int, block: int, shared: int, *arguments: torch.Tensor | int | None
 ) -> None:
-    """Launches a kernel on torch's current stream; None stands for a pointer that is not there."""
+    """Launches a kernel on torch's current stream; None stands for a null pointer."""
     words = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments]
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     found = _route(device)
@@ -65,7 +65,10 @@ def launch(
 
 
 def route(device: torch.device | None = None) -> str:
-    """The route in use, or why there is none, in words; without a device, of this installation."""
+    """The name of the route in use, or the reason why there is none.
+
+    Without a device it is about this installation alone.
+    """
     found = _route(device)
     return found if isinstance(found, str) else found.name
 
@@ -140,9 +143,8 @@ def _compiled_by_cupy(device: int) -> Any:
 
 
 def translation_unit(folder: Path) -> str:
-    """All kernels as one source for NVRTC."""
-    # CuPy caches what it compiled by this text, in which a change of an included file would not
-    # show but for the digest.
+    """One source text that includes all kernels, for NVRTC."""
+    # CuPy caches by this text; the digest makes it change with the included files.
     files = sorted(folder.iterdir())
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
     includes = [f'#include "{path.name}"' for path in files if path.suffix == ".cu"]
@@ -150,6 +152,6 @@ def translation_unit(folder: Path) -> str:
 
 
 def sources() -> Path | None:
-    """Where the kernels' sources are: in an installed package, else in the repository."""
+    """The folder of the kernels' sources, in an installed package or in the repository, or None."""
     folders = (_PACKAGE / "cuda_sources", _PACKAGE.parent / "csrc" / "cuda")
     return next((folder for folder in folders if folder.is_dir()), None)

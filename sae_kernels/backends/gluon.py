@@ -1,7 +1,7 @@
 """Backend gluon: warp-specialised kernels in Gluon, Triton's lower-level language.
 
-Gluon is experimental and changes between versions of Triton, so its kernels are offered only with
-those they were checked with; the Triton kernels do the same work with all others.
+Gluon is experimental and changes between versions of Triton, so its kernels run only with those
+they were checked with; the Triton kernels do the same work with all others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _HOPPER = (9, 0)
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Gluon kernels cannot run a call, or None."""
+    """The reason why the Gluon kernels cannot run a call, or None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"no kernel for {dtype}, only for bfloat16 and float16"
     if gpu.interpreted():

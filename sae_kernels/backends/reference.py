@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the reference cannot run (it always can)."""
+    """Always None: the reference can run every call."""
     return None

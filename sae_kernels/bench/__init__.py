@@ -1,1 +1,1 @@
-"""The harness behind ``sae-kernels bench``: cases, contestants, a gate, a clock, reports."""
+"""The benchmark behind ``sae-kernels bench``: cases, contestants, correctness, timing, pages."""

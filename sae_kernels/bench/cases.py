@@ -1,4 +1,4 @@
-"""The registry of cases, for the command, the suites and the pictures."""
+"""The registry of benchmark cases and their presets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Shape(NamedTuple):
-    """Tokens, d_in, n_latents and kept per token."""
+    """The sizes of a case: B tokens, D d_in, F n_latents and K kept per token."""
 
     B: int
     D: int
@@ -38,7 +38,7 @@ POPULARITIES = ("uniform", "zipf", "real")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing to measure.
+    """A benchmark case: an operation in a mode at a shape.
 
     Attributes:
         operation: "encode", "decode" (codes of k latents), "sae" (both) or "step".
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique, and what --only matches.
+        """The unique name of the case, which ``--only`` matches.
 
         Example:
             >>> Case("step", "step", Shape(2048, 768, 24576, 32)).name
@@ -69,7 +69,7 @@ class Case:
         return f"{what}-{self.architecture}-{size}-{self.popularity}"
 
     def facts(self) -> dict[str, str | int]:
-        """The part of a record that says what was measured."""
+        """The fields of a record that describe the case."""
         return {
             "case": self.name,
             "operation": self.operation,
@@ -81,17 +81,17 @@ class Case:
 
 
 def step(shape: Shape, popularity: str = "zipf", architecture: str = "topk") -> Case:
-    """A training step."""
+    """The case of a training step."""
     return Case("step", "step", shape, popularity, architecture)
 
 
 def real(case: Case, d_in: int) -> Case:
-    """The same on stored activations of this width."""
+    """Training-step cases on stored activations of this width."""
     return dataclasses.replace(case, shape=case.shape._replace(D=d_in), popularity="real")
 
 
 def operators(shape: Shape, popularity: str = "zipf") -> list[Case]:
-    """Every operator and mode but the step."""
+    """Cases of all operations and modes except the training step."""
     return [
         Case(operation, mode, shape, popularity)
         for operation, modes in MODES.items()
@@ -104,7 +104,7 @@ _TINY = Shape(256, 64, 512, 8)
 
 
 def _sweep(shape: Shape, **values: tuple[int, ...]) -> list[Case]:
-    """Steps at a shape with one of its sizes varied."""
+    """Training-step cases at a shape with one size varied."""
     ((size, several),) = values.items()
     return [step(shape._replace(**{size: value})) for value in several]
 
@@ -134,7 +134,7 @@ PRESETS: dict[str, list[Case]] = {
 
 
 def chosen(presets: Iterable[str], only: str | None = None) -> list[Case]:
-    """The cases of presets, each once, whose names a regular expression is found in.
+    """The cases of presets, without duplicates, whose names match a regular expression.
 
     Raises:
         ValueError: an unknown preset, no regular expression, or none that is left.

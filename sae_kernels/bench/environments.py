@@ -1,4 +1,4 @@
-"""Environments of the peers' packages: one each, as they cannot all live beside one torch.
+"""Virtual environments of the peer packages, one each, as they need different versions of torch.
 
 They are made from the pinned files in ``requirements/`` below the user's cache folder:
 ``$SAE_KERNELS_CACHE_DIR/peers/NAME``, by default ``~/.cache/sae-kernels/peers/NAME``.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Peer(NamedTuple):
-    """A package that others train sparse autoencoders with.
+    """Another package that trains sparse autoencoders.
 
     Attributes:
         package: what pip calls it.
@@ -44,11 +44,11 @@ _MARKER = "installed.txt"
 
 
 class EnvironmentSetupError(SaeKernelsError, RuntimeError):
-    """An environment could not be made; the message holds what pip said last."""
+    """Raised when an environment could not be made; the message holds pip's error."""
 
 
 def folder(name: str) -> Path:
-    """The folder of a peer's environment, made or not.
+    """The folder of a peer's environment, which need not exist.
 
     Raises:
         ValueError: an unknown name.
@@ -65,7 +65,7 @@ def folder(name: str) -> Path:
 
 
 def python_of(name: str) -> Path | None:
-    """The interpreter that has a peer: of its environment, else this one if it can import it.
+    """The Python interpreter of a peer: its environment's, else this one if it can import it.
 
     Raises:
         ValueError: an unknown name.
@@ -78,7 +78,7 @@ def python_of(name: str) -> Path | None:
 
 
 def setup(names: Iterable[str], show: Callable[[str], None]) -> None:
-    """Makes the environments of these peers, where they are not there yet.
+    """Makes the environments of these peers that do not exist yet.
 
     An environment made from other pins is made again. One that was interrupted does not count.
 
@@ -105,7 +105,7 @@ def _python(where: Path) -> Path:
 
 
 def _passes(name: str) -> dict[Path, list[str]]:
-    """The files that pip installs from, in order, each with its options."""
+    """The requirement files to install from, in order, each with pip's options."""
     files = {REQUIREMENTS / f"{name}.txt": [], REQUIREMENTS / f"{name}.no-deps.txt": ["--no-deps"]}
     return {path: options for path, options in files.items() if path.exists()}
 
@@ -120,7 +120,7 @@ def _ready(where: Path, name: str) -> bool:
 
 
 def _make(where: Path, name: str) -> str:
-    """Makes an environment, in the place of an older one of ours; returns its torch's version."""
+    """Makes an environment, replacing an older one; returns its version of torch."""
     if where.exists():
         if any(where.iterdir()) and not (where / "pyvenv.cfg").exists():
             raise EnvironmentSetupError(
@@ -149,7 +149,7 @@ def _run(name: str, *command: str) -> str:
 
 
 def _reason(said: str) -> str:
-    """The first line that pip calls an error, else the last one: an exception's."""
+    """The first error line of pip's output, else the last line, an exception's."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return [*errors, *lines[-1:], ""][0].removeprefix("ERROR:").strip()

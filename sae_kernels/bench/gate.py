@@ -1,7 +1,7 @@
-"""The gate: no speed is reported for a wrong result.
+"""The correctness check: no speed is reported for a wrong result.
 
-A contestant says which weights it has, which codes it makes of the first tokens and what it
-reconstructs of them. All of it is judged by the plain formulas in fp64 on those weights:
+A contestant returns its weights, and the codes and reconstruction of the first tokens. They are
+checked against the plain formulas in fp64 on those weights:
 
 - the kept latents are the right ones, but for scores that rounding makes equal;
 - codes and reconstruction are within a bound of rounding (below);
@@ -33,13 +33,13 @@ _AGREE = 0.95
 
 
 class WrongResult(SaeKernelsError):
-    """A contestant's result is not what it should be."""
+    """Raised for a wrong result of a contestant."""
 
 
 class Deviation(NamedTuple):
-    """The error of a result and its budget, both relative to the result's largest element.
+    """The error of a result and its bound, relative to the result's largest element.
 
-    The reconstruction, or codes where there is none.
+    Of the reconstruction, or of the codes if there is none.
     """
 
     error: float
@@ -47,7 +47,7 @@ class Deviation(NamedTuple):
 
 
 def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Deviation:
-    """Judges what a contestant's worker left.
+    """Checks the results of a contestant.
 
     Args:
         task: what it was told to do.

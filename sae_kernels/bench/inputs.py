@@ -1,4 +1,4 @@
-"""The data of a case: the same for every contestant, written once and read by their processes."""
+"""The input data of a case, written once and read by every contestant's process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.bench.cases import Case
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
 
 
 def activations(
@@ -42,7 +42,7 @@ def activations(
 
 
 def threshold(x: torch.Tensor, W: torch.Tensor, l0: float) -> float:
-    """Above which this many pre-activations of a token lie, on average."""
+    """The threshold above which k pre-activations of a token lie on average."""
     some = x[:: max(1, x.shape[0] // 128)].bfloat16()
     return float(encode_batch_topk(some, W.bfloat16(), None, l0).values.min())
 

@@ -1,4 +1,4 @@
-"""Outcomes: a provider's part in a case while it is measured, and the record kept of it."""
+"""Outcomes: the measurements of a provider in a case, and the record made of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STATUS: dict[type[Exception], str] = {
 
 @dataclass
 class Outcome:
-    """A provider in a case: what is known of it so far.
+    """The measurements of a provider in a case so far.
 
     Attributes:
         provider: who.
@@ -51,12 +51,12 @@ class Outcome:
     phases: dict[str, float] | None = None
 
     def end(self, status: str, reason: str) -> None:
-        """Ends its part in the case."""
+        """Stops measuring the provider in this case, for a reason."""
         self.status, self.reason = status, reason
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Ends its part, and nothing else, where it cannot do what is asked, fails or is wrong."""
+        """Stops measuring this provider alone if the block finds it unable, failing or wrong."""
         try:
             yield
         except tuple(_STATUS) as error:
@@ -64,17 +64,17 @@ class Outcome:
 
     @property
     def timing(self) -> Timing | None:
-        """The summary of its turns, if it still takes part and had any."""
+        """The summary of its times; None if it has none or was stopped."""
         return summary(self.seconds) if self.status == "measured" and self.seconds else None
 
 
 def measured(outcomes: list[Outcome]) -> list[Outcome]:
-    """The outcomes that still take part."""
+    """The outcomes that are still being measured."""
     return [outcome for outcome in outcomes if outcome.status == "measured"]
 
 
 def records(case: Case, outcomes: list[Outcome]) -> list[Record]:
-    """The records of a case, one for each provider and dtype."""
+    """The records of a case, one per provider and dtype."""
     times = {o.provider.key: o.timing for o in outcomes}
     shipped = next(
         (o.timing for o in outcomes if o.provider.name == "ours" and o.provider.as_shipped), None
@@ -126,7 +126,7 @@ def _rates(
 
 
 def _phases(outcome: Outcome, product: Timing | None) -> Record | None:
-    """Milliseconds by phase; of our fused encoder, time over the product alone is the selection."""
+    """Milliseconds by phase; our fused encoder's time beyond the product counts as selection."""
     if outcome.phases is None:
         return None
     phases = {name: 1e3 * seconds for name, seconds in outcome.phases.items()}

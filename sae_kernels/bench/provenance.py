@@ -20,7 +20,7 @@ _PLACES = ("--out", "--plot", "--data", "--compare")
 
 
 def provenance(command: str, threads: int | None = None, device: str = "cpu") -> dict[str, object]:
-    """The machine, the versions, the commit and the command line.
+    """Collects the machine, versions, commit and command line of a result.
 
     Args:
         command: what was run, without its arguments.
@@ -43,7 +43,7 @@ def provenance(command: str, threads: int | None = None, device: str = "cpu") ->
 
 
 def without_places(arguments: Sequence[str]) -> list[str]:
-    """The arguments but for paths: ``--out`` and the like lose their values.
+    """Removes arguments that are paths, such as ``--out`` and its value.
 
     Example:
         >>> without_places(["--only", "step", "--out", "here/x.jsonl", "--plot=there"])

@@ -1,4 +1,4 @@
-"""Providers: ours, plain torch, the peers' packages, and the one product that is necessary."""
+"""Providers: ours, plain torch, the peer packages, and reference rates of the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Provider(NamedTuple):
-    """One contestant.
+    """A library in a dtype with options, which takes part in a benchmark.
 
     Attributes:
         name: what it is called.
@@ -44,17 +44,17 @@ class Provider(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Name and dtype, unique among providers."""
+        """The unique key of a provider: its name and dtype."""
         return f"{self.name} {self.dtype}"
 
     @property
     def python(self) -> Path | str | None:
-        """The interpreter that has its package; None where it is not installed."""
+        """The Python interpreter with its package; None if that is not installed."""
         peer = self.name in environments.PEERS
         return environments.python_of(self.name) if peer else sys.executable
 
     def unable(self, case: Case, device: str) -> str | None:
-        """Why it does not take part in a case; None if it does, as far as can be told from here."""
+        """The reason why it cannot run a case, or None."""
         if self.python is None:
             return f"not installed; sae-kernels bench --setup-peers {self.name} installs it"
         if device not in self.devices:
@@ -64,7 +64,7 @@ class Provider(NamedTuple):
         return None
 
     def task(self, case: Case, device: str, options: dict[str, float]) -> Task:
-        """The task it gets for a case, with the options of the case's data."""
+        """The contestant's task for a case, with the options of the case's data."""
         return Task(
             self.operation or case.operation,
             "inference" if self.operation else case.mode,
@@ -107,7 +107,7 @@ GROUPS: dict[str, list[Provider]] = {
 
 
 def chosen(against: Iterable[str], device: str) -> list[Provider]:
-    """Ours and those of the named groups, for a device ("cpu", "cuda").
+    """Our providers and those of the named groups, for a device ("cpu", "cuda").
 
     Raises:
         ValueError: an unknown name.

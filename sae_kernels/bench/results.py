@@ -1,8 +1,8 @@
-"""Results of a benchmark as JSON lines: where and how, then a record for each contestant.
+"""Benchmark results as JSON lines: the provenance, then a record for each provider.
 
-A record is what one provider did of one case in one dtype. ``status`` says whether it was measured;
-if not, ``reason`` says why. Numbers that there are none of are null. The first line is the
-provenance; later ones may add to it.
+A record is one provider's measurement of one case in one dtype. ``status`` says whether it was
+measured; if not, ``reason`` says why. Missing numbers are null. Later lines may add to the
+provenance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NUMBERS = (
 
 @dataclass(frozen=True)
 class Results:
-    """One run of the benchmark.
+    """The results of one run of the benchmark.
 
     Attributes:
         provenance: where, how and with what it was measured.
@@ -63,7 +63,7 @@ def measured(records: list[Record]) -> list[Record]:
 
 
 def roofs(results: Results) -> tuple[float, dict[str, float]]:
-    """Bytes/s of copying, read plus written (0: not known), and FLOP/s of products by dtype.
+    """Measured roofs: bytes/s of copies, read plus written (0: unknown), and FLOP/s by dtype.
 
     The best of the run.
     """
@@ -79,7 +79,7 @@ def roofs(results: Results) -> tuple[float, dict[str, float]]:
 
 
 class Writer(MetricLog):
-    """Writes a file of results, each line whole as soon as it is known.
+    """Appends results to a file, each line flushed as soon as it is known.
 
     Whatever ends the run, what was measured until then can be read. Numbers that are not finite
     become null, which JSON lacks.
@@ -105,7 +105,7 @@ class Writer(MetricLog):
 
 
 def read(path: str | Path) -> Results:
-    """The results in a file. Keys that are not known are kept and mean nothing.
+    """Reads a file of results; unknown keys are kept.
 
     A last line that was cut off, as a killed run leaves it, is left out and noted.
 
@@ -145,7 +145,7 @@ def _parsed(text: str) -> Any:
 
 
 def _check(found: Any, *, first: bool) -> None:
-    """Refuses a line that is not the provenance, where that comes first, or not a record."""
+    """Raises DataError for a line that is neither the provenance (first) nor a record."""
     if first:
         if not isinstance(found, dict) or not isinstance(found.get("provenance"), dict):
             raise ValueError(
@@ -173,6 +173,6 @@ def _check(found: Any, *, first: bool) -> None:
 
 
 def _short(text: str) -> str:
-    """The beginning of a piece of someone's file, on one line."""
+    """The beginning of a value from a file, on one line, for messages."""
     line = " ".join(text.split())
     return (line[:40] + "..." if len(line) > 40 else line) or "nothing"

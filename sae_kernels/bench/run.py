@@ -1,4 +1,4 @@
-"""A run of the benchmark: workers are started, judged and timed in turns, case by case."""
+"""Running the benchmark: starts, checks and times the workers of each case in turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sae_kernels.bench.contestants.contestant import Task
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Record
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
 
     Show = Callable[[str, int, int | None], None]  # told a stage, what is done of it, its total
 
@@ -40,8 +40,8 @@ _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of a run.
+class BenchSettings:
+    """The settings of a benchmark run.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -61,13 +61,13 @@ class Settings:
 def measure(
     cases: Sequence[Case],
     providers: Sequence[Provider],
-    settings: Settings,
+    settings: BenchSettings,
     out: Path | None = None,
     tell: Callable[[Record], None] = lambda line: None,
     show: Show = lambda stage, done, total: None,
     command: str = "sae-kernels",
 ) -> tuple[Results, bool]:
-    """Measures cases; every line goes out as soon as its case is done.
+    """Measures cases with providers; each case's lines are written as soon as it is done.
 
     Args:
         cases, providers, settings: what, who and how.
@@ -114,7 +114,7 @@ class BenchRun:
     def __init__(
         self,
         providers: Sequence[Provider],
-        settings: Settings,
+        settings: BenchSettings,
         show: Show = lambda stage, done, total: None,
     ) -> None:
         self.providers, self.settings, self._show = providers, settings, show
@@ -131,7 +131,7 @@ class BenchRun:
             worker.close()
 
     def records(self, cases: Sequence[Case]) -> Iterator[list[Record]]:
-        """The records of each case, all at once when it is done.
+        """Yields the records of each case when it is done.
 
         Ctrl-C ends a case early: what was measured of it comes before KeyboardInterrupt goes on.
         """
@@ -177,7 +177,7 @@ class BenchRun:
     def _start(
         self, case: Case, outcomes: list[Outcome], path: Path, options: dict[str, float]
     ) -> dict[str, Task]:
-        """Sets all contestants up at once: nothing is timed yet."""
+        """Sets up all contestants at once, as nothing is timed yet."""
         tasks = {}
         for outcome in outcomes:
             provider = outcome.provider
@@ -210,7 +210,7 @@ class BenchRun:
             outcome.error = judge(task, given["x"][:TOKENS], load_file(out), given)
 
     def _time(self, case: Case, outcomes: list[Outcome], deadline: float) -> None:
-        """Rounds of turns, as many as the time allows; the first runs of each do not count."""
+        """Times rounds of turns as the budget allows, after untimed runs of each contestant."""
         for outcome in measured(outcomes):
             self._show(f"{case.name}: warm up", 0, None)
             with outcome.guarded():
@@ -227,7 +227,7 @@ class BenchRun:
                 break
 
     def _warm_up(self, outcome: Outcome) -> None:
-        """Finds the memory of a run, and about how long one takes."""
+        """Measures the memory and approximate time of a run."""
         worker = self._worker(outcome)
         if outcome.provider.options.get("compile"):  # which takes memory of its own
             worker.ask(do="time", untimed=1, times=0)
@@ -235,7 +235,7 @@ class BenchRun:
         outcome.peak_bytes, outcome.last = answer["measured"], answer["seconds"]
 
     def _turn(self, outcome: Outcome) -> None:
-        """Times a turn, after an untimed run unless it is long: caches were others'."""
+        """Times one turn, after an untimed run to fill the caches unless runs are long."""
         time.sleep(_REST_S)
         untimed = int(outcome.last < _LONG_S)
         times = max(1, min(_MOST_REPEATS, round(_TURN_S / max(outcome.last, 1e-6))))

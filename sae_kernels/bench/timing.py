@@ -1,6 +1,6 @@
-"""Interleaved timing: every round runs every contestant once, so that drift hits all alike.
+"""Interleaved timing: every round runs every contestant once, so that drift affects all equally.
 
-The order rotates from round to round: what one leaves in the caches is not always another's.
+The order rotates from round to round, so that nobody always inherits the same caches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one contestant."""
+    """Median and percentiles of a contestant's times, in milliseconds."""
 
     median_ms: float
     p20_ms: float
@@ -33,7 +33,7 @@ def interleaved(
     warmup: int = 1,
     untimed: int = 0,
 ) -> dict[str, Timing]:
-    """Times each contestant once a round, after rounds of warm-up.
+    """Times each contestant once per round, after rounds of warm-up.
 
     ``untimed`` runs of it come first in each of its turns: a step of a training follows a step of
     the same training, and finds the caches and the allocator as that left them.
@@ -53,13 +53,13 @@ def interleaved(
 
 
 def in_turn(contestants: Sequence[_T], round_: int) -> list[_T]:
-    """The order of a round."""
+    """The order of the contestants in a round, rotated by its number."""
     turn = round_ % max(1, len(contestants))
     return [*contestants[turn:], *contestants[:turn]]
 
 
 def summary(seconds: Iterable[float]) -> Timing:
-    """Median, 20th and 80th percentile of some readings.
+    """Median, 20th and 80th percentile of times in seconds.
 
     Example:
         >>> summary([0.003, 0.001, 0.002])

@@ -1,6 +1,6 @@
-"""Floating-point operations and bytes of a training step and its parts: the one count of them.
+"""The model of work: FLOPs and bytes of a training step and its parts.
 
-Roofline shares, the planner, the floors of GPU checks and the Switch study all count with it.
+Used by roofline shares, the planner, the floors of GPU checks and the Switch study.
 B tokens, D d_in, F n_latents, K kept per token, E experts, s bytes an element of an operand.
 """
 
@@ -19,7 +19,7 @@ _CACHE_SHARE = 0.75  # of a cache that a table may fill and still be found there
 
 
 class Rates(NamedTuple):
-    """Rates at which a device moves data.
+    """A device's rates of data movement.
 
     Attributes:
         moved: bytes/s read plus written, from and to the device's memory.
@@ -32,16 +32,16 @@ class Rates(NamedTuple):
     cache_bytes: float
 
     def unit(self, table_bytes: float) -> str:
-        """The rate that rows of a table are read at: "gathered" if it is in cache, or "moved"."""
+        """The unit of reading rows of a table: "gathered" if the cache holds it, else "moved"."""
         return "gathered" if table_bytes <= _CACHE_SHARE * self.cache_bytes else "moved"
 
     def seconds(self, *amounts: Amount) -> float:
-        """The time of data movements one after another."""
+        """Seconds of data movements, one after another."""
         return sum(each.amount / float(getattr(self, each.unit)) for each in amounts)
 
 
 class Amount(NamedTuple):
-    """An amount of work of one unit ("moved" or "gathered" bytes among others) for one part."""
+    """The work of one part of a step in one unit, such as "moved" or "gathered" bytes."""
 
     part: str
     unit: str
@@ -49,7 +49,7 @@ class Amount(NamedTuple):
 
 
 def update_bytes(element_bytes: int, *, moment_bytes: int = 4, copied: bool | None = None) -> int:
-    """Bytes a weight that an update reads and writes: master, two moments, and a copy (written).
+    """Bytes that an update reads and writes per weight: master, two moments, copy (written).
 
     Args:
         element_bytes: of the compute dtype.
@@ -84,7 +84,7 @@ class Work:
 
     @classmethod
     def of(cls, shape: Shape, element_bytes: int = 2) -> Work:
-        """The work at a shape."""
+        """The work of a step at a case's shape."""
         return cls(*shape, element_bytes=element_bytes)
 
     @property
@@ -94,8 +94,9 @@ class Work:
 
     @property
     def visit(self) -> float:
-        """FLOPs of one pass over the kept entries, ``2 B K D``: decoding, the gradient of the codes
-        and those of both matrices take one each."""
+        """FLOPs of one pass over the kept entries, ``2 B K D``.
+
+        Decoding, the gradient of the codes and those of both matrices take one pass each."""
         return 2 * self.B * self.K * self.D
 
     @property
@@ -129,7 +130,7 @@ class Work:
 
     @property
     def used(self) -> float:
-        """Bytes of their decoder rows, each once."""
+        """Bytes of the decoder rows of the latents that fire, each counted once."""
         return self.used_rows * self.row
 
     @property
@@ -143,25 +144,27 @@ class Work:
         return self.D * self.element_bytes
 
     def decode(self, rates: Rates) -> Amount:
-        """Every row that is used leaves memory once, every use is gathered: the slower of the two,
-        unless all rows lie in the cache."""
+        """The data movement of decoding: each used row read from memory once, and gathered per use.
+
+        The slower of the two counts, unless all rows are in the cache.
+        """
         slow = self.used / rates.moved > self.gathered / rates.gathered
         if slow and rates.unit(self.F * self.row) == "moved":
             return Amount("decode", "moved", self.used)
         return Amount("decode", "gathered", self.gathered)
 
     def code_gradients(self) -> Amount:
-        """The same rows again, now in a cache."""
+        """The data movement of the codes' gradient: decoder rows gathered again, from the cache."""
         return Amount("code_gradients", "gathered", self.gathered)
 
     def latent_order(self, rates: Rates, source_bytes: int) -> Amount:
-        """A row of a source with so many bytes an element for each entry, in order of latents."""
+        """The data movement of one gradient pass: a row [D] of the source for each kept entry."""
         unit = rates.unit(self.B * self.D * source_bytes)
         return Amount("latent_order", unit, self.B * self.K * self.D * source_bytes)
 
 
 class Need(NamedTuple):
-    """FLOPs and bytes that a case needs, whoever computes it.
+    """The least FLOPs and bytes of a case, for any implementation.
 
     Attributes:
         flops: multiplications and additions.
@@ -179,7 +182,7 @@ class Need(NamedTuple):
 
 
 def of_case(case: Case, dtype: str) -> Need:
-    """The least work of an exact sparse method for a case in a compute dtype.
+    """The least work of an exact sparse implementation of a case in a compute dtype.
 
     All providers are measured by it: dense ones do more, and their rates fall short by that.
 

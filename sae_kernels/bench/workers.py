@@ -1,4 +1,4 @@
-"""The parent's side of a worker process: started, told what to do, given up when it hangs."""
+"""The parent's side of a worker process: starting it, sending commands, and timeouts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _START = (
 
 
 class Failed(Exception):
-    """The contestant raised, died or did not answer in time."""
+    """Raised when a contestant raised, died or did not answer in time."""
 
 
 class WorkerProcess:
-    """A process that holds one contestant.
+    """A worker process that runs one contestant.
 
     Args:
         provider: the contestant's.
@@ -40,8 +40,8 @@ class WorkerProcess:
 
     def __init__(self, provider: Provider, threads: int) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        # How threads wait stays each library's own: told to sleep at once, one that runs many small
-        # operations took 2.5 times as long. They sleep by themselves after some milliseconds.
+        # OMP_WAIT_POLICY is left alone: with passive waiting a library of many small operations
+        # took 2.5 times as long. Threads go to sleep by themselves after some milliseconds.
         self._process = subprocess.Popen(
             [str(provider.python), "-c", _START, str(_FOLDER), provider.module, str(threads)],
             stdin=subprocess.PIPE,
@@ -54,7 +54,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._process.pid
 
     @property
@@ -63,17 +63,17 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def tell(self, **command: Any) -> None:
-        """Sends a command, to which :meth:`answer` has the answer."""
+        """Sends a command; :meth:`answer` waits for the reply."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """Waits for the answer to the last command.
+        """Waits for the reply to the last command.
 
         Raises:
-            Unable, Failed: with the contestant's words.
+            Unable, Failed: with the contestant's message.
         """
         assert self._process.stdout is not None
         alarm = threading.Timer(LIMIT_S, self.kill)
@@ -91,17 +91,17 @@ class WorkerProcess:
         return answer
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        """Sends a command and waits for the answer."""
+        """Sends a command and waits for the reply."""
         self.tell(**command)
         return self.answer()
 
     def kill(self) -> None:
-        """Ends the process and all that it started."""
+        """Kills the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Ends the process, by its own will if it has one left."""
+        """Asks the process to exit, and kills it if it does not."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):

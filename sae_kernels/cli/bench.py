@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sae_kernels.bench.cases import Case
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Results
-    from sae_kernels.bench.run import Settings
+    from sae_kernels.bench.run import BenchSettings
 
 _DEFAULT = {"cpu": "cpu-small", "cuda": "gpu-small"}
 _OTHERS = [name for name in providers.GROUPS if name != "ours"]
@@ -94,7 +94,7 @@ def bench(
     stored = None if compare is None else results.read(compare)
     _check_places(out, plot, overwrite)
     number = {} if threads is None else {"threads": threads}
-    settings = run.Settings(device, rounds=rounds, budget_s=budget, data=source, **number)
+    settings = run.BenchSettings(device, rounds=rounds, budget_s=budget, data=source, **number)
     _measure(chosen, who, settings, out, plot, stored, output)
 
 
@@ -138,7 +138,7 @@ def _check_places(out: Path | None, plot: Path | None, overwrite: bool) -> None:
 def _measure(
     chosen: "Sequence[Case]",
     who: "Sequence[Provider]",
-    settings: "Settings",
+    settings: "BenchSettings",
     out: Path | None,
     plot: Path | None,
     stored: "Results | None",

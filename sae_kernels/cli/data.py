@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.data import DataConfig
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.data import ShardDataset
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.data.sources import Stream
 
 

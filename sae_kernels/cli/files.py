@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.data import ShardDataset
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
 
 
 class Data(NamedTuple):

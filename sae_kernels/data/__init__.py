@@ -1,4 +1,4 @@
-"""Activations: on disk, in memory, in a reproducible random order."""
+"""Activations from shards on disk or tensors in memory, in batches of reproducible order."""
 
 from sae_kernels.data.batches import Batches, ShuffledBatches
 from sae_kernels.data.joint import JointRows

@@ -1,4 +1,4 @@
-"""Rows of activations in a reproducible random order."""
+"""Batches of activations in a reproducible random order."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from sae_kernels.data.rows import Rows, RowSource, TensorRows, estimate_scale
-from sae_kernels.data.windows import Copied, Resident, RowOrder
+from sae_kernels.data.rows import TensorRows
+from sae_kernels.data.windows import BufferedWindows, RowOrder, TensorWindows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sae_kernels.data.windows import Taker, Window
-
-__all__ = ["Batches", "RowSource", "Rows", "ShuffledBatches", "TensorRows", "estimate_scale"]
+    from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.windows import Window, WindowReader
 
 
 class Batches(Protocol):
-    """Batches without end or with one, whose place can be kept and taken up again."""
+    """An iterator of batches [B, D], finite or endless, that can save and restore its position."""
 
     def __next__(self) -> Tensor: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -26,11 +25,11 @@ class Batches(Protocol):
 
 
 class ShuffledBatches:
-    """Batches [B, D] of a source, each row once an epoch, in the source's dtype and on its device.
+    """Batches [B, D] in random order, each row once an epoch, in the source's dtype and device.
 
     Blocks of consecutive rows are permuted, then the rows inside each window of blocks, so that
     reading is sequential. While one window is handed out the next is read, about a batch of rows
-    with every batch: memory holds two windows. A tensor's rows are taken from where they are.
+    with every batch: memory holds two windows. A tensor's rows are gathered without a copy first.
     The order is a pure function of the arguments, the epoch and the position: an iterator made with
     `skip=other.position` and otherwise the same arguments goes on exactly where `other` stands.
 
@@ -42,8 +41,8 @@ class ShuffledBatches:
         drop_last: leave out the rows of an epoch that do not fill a batch.
         skip: batches to pass over without reading them.
         block_rows, window_blocks: a window is `block_rows * window_blocks` rows.
-        reuse: put every batch where the one before it was. Memory that is new each time costs more
-            than the rows that go there, so whoever is done with a batch at the next one says so.
+        reuse: write every batch to the memory of the one before it, which then no longer holds.
+            Allocating afresh costs more than copying the rows.
 
     Attributes:
         position: batches yielded or skipped so far.
@@ -94,10 +93,10 @@ class ShuffledBatches:
         self._reuse = reuse
         self._kept: Tensor | None = None
         self._order = RowOrder(n, seed, block_rows, window_blocks)
-        self._taker: Taker = (
-            Resident(self.source, self._order)
+        self._reader: WindowReader = (
+            TensorWindows(self.source, self._order)
             if isinstance(self.source, TensorRows)
-            else Copied(self.source, self._order)
+            else BufferedWindows(self.source, self._order)
         )
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -109,27 +108,30 @@ class ShuffledBatches:
             raise StopIteration
         start = batch * self.batch_size
         stop = min(start + self.batch_size, self.source.n_tokens)
-        self._read_ahead(self._order.at(epoch, start), start)
-        rows = self._room(stop - start)
+        window = self._order.at(epoch, start)
+        following = self._following(window)
+        if following is not None:
+            self._reader.read_ahead(window, start - window.start, following)
+        rows = self._output(stop - start)
         filled = 0
         while start < stop:
             window = self._order.at(epoch, start)
             end = min(stop, window.stop)
             part = rows[filled : filled + end - start]
-            self._taker.take(window, start - window.start, end - window.start, part)
+            self._reader.gather(window, start - window.start, end - window.start, part)
             start, filled = end, filled + end - start
         self.position += 1
         return rows
 
-    def _room(self, n: int) -> Tensor:
+    def _output(self, n: int) -> Tensor:
         if self._kept is not None and len(self._kept) == n:
             return self._kept
-        rows = self._taker.room(n)
+        rows = self._reader.empty(n)
         self._kept = rows if self._reuse else None
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what the order depends on, as JSON can hold it.
+        """The position, and all settings that the order depends on, as JSON values.
 
         >>> import torch
         >>> ShuffledBatches(torch.zeros(6, 1), 2, skip=4).state_dict()["position"]
@@ -144,15 +146,15 @@ class ShuffledBatches:
             "block_rows": self._order.block_rows,
             "window_blocks": self._order.window_blocks,
             "drop_last": self.drop_last,
-            # Of data on disk, whose checksums are known; a tensor's rows are its owner's affair.
+            # None for a tensor: only data on disk have checksums to compare.
             "data": getattr(self.source, "fingerprint", None),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the iterator stood that the state is of; reads nothing.
+        """Continues where a saved iterator stood; reads nothing.
 
         Raises:
-            ValueError: the state of another order, or none at all.
+            ValueError: the state is of other data or settings, or is no state.
         """
         here = self.state_dict()
         differing = [
@@ -171,11 +173,6 @@ class ShuffledBatches:
                 f"position: expected a count of batches, got {position!r:.40}; begin anew"
             )
         self.position = position
-
-    def _read_ahead(self, window: Window, place: int) -> None:
-        following = self._following(window)
-        if following is not None:
-            self._taker.read_ahead(window, place - window.start, following)
 
     def _following(self, window: Window) -> Window | None:
         """The window that is needed after this one, if any."""

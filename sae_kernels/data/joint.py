@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.data.rows import Rows, TensorRows, combined
+from sae_kernels.data.rows import Rows, TensorRows, combined_fingerprint
 from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import DataError
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class JointRows:
-    """Sources of the same tokens side by side: row i is all their rows i, one after the other.
+    """A row source that concatenates the rows of several sources of the same tokens.
 
     Args:
         sources: at least one; tensors [N, D] or data sets.
 
     Attributes:
         n_tokens, d_in, dtype: as of any source; d_in is the sum of their widths.
-        fingerprint: of the data sets among them, or None.
+        fingerprint: combined from those of the data sets among them; None if there are none.
 
     Raises:
         ValueError: no sources, or sources of different lengths.
@@ -51,7 +51,9 @@ class JointRows:
         self.n_tokens = lengths[0]
         self.d_in = sum(source.d_in for source in self.sources)
         prints = [getattr(source, "fingerprint", None) for source in self.sources]
-        self.fingerprint = combined([each or "" for each in prints]) if any(prints) else None
+        self.fingerprint = (
+            combined_fingerprint([each or "" for each in prints]) if any(prints) else None
+        )
         self.dtype = self.sources[0].dtype
         for source in self.sources:
             self.dtype = torch.promote_types(self.dtype, source.dtype)
@@ -64,7 +66,7 @@ class JointRows:
         return Rows(activations, parts[0].tokens, parts[0].documents)
 
     def _check_tokens(self, start: int, parts: list[Rows]) -> None:
-        """Who has no tokens cannot be asked."""
+        """Raises DataError where two sources that store tokens hold different ones."""
         told = [i for i, part in enumerate(parts) if part.tokens is not None]
         for i in told[1:]:
             one, other = parts[told[0]].tokens, parts[i].tokens

@@ -1,4 +1,4 @@
-"""Batches made ahead by a thread, on a GPU beside the consumer's work."""
+"""Prefetching: a thread makes batches ahead and copies them to the device."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from sae_kernels.data.batches import Batches
 
 _CPU = torch.device("cpu")
-_PATIENCE = 5.0  # seconds that the end of the program waits for a batch in the making
+_EXIT_TIMEOUT = 5.0  # seconds that the end of the program waits for the batch being made
 
 
 class Prefetched:
-    """Hands out the batches of another iterator that a thread has made ahead, on a device.
+    """The batches of another iterator, made ahead by a thread and moved to a device.
 
-    Leave its `with` block, or call `close()`, to end the thread. The iterator inside belongs to
-    the thread and is ahead: ask this one for its state.
+    Leave its `with` block, or call `close()`, to end the thread. The wrapped iterator belongs to
+    the thread and is ahead: save the state of this one instead.
 
     Args:
-        batches: whose batches; a `ShuffledBatches`, say.
-        device: where they are handed out. On a GPU the copies run on a stream of their own, from
+        batches: the iterator to wrap, such as a `ShuffledBatches`.
+        device: where the batches go. To a GPU the copies run on a stream of their own, from
             pinned memory.
-        depth: batches that may lie ready; so many more are in memory.
+        depth: batches made ahead, which memory holds besides the one in use.
 
     Raises:
         ValueError: a depth below 1; a batch asked for after `close()`.
@@ -49,10 +49,14 @@ class Prefetched:
             raise ValueError(f"depth: expected at least 1 batch, got {depth}")
         self._batches = batches
         self._state = batches.state_dict()
-        make = _OnGPU(batches, device) if device.type == "cuda" else _Plain(batches, device)
+        make = (
+            _OnGPU(batches, device)
+            if device.type == "cuda"
+            else lambda: (next(batches).to(device), None)
+        )
         self._worker = _Worker(make, batches.state_dict, depth)
-        # Also when this object is dropped unclosed, and before the interpreter takes itself apart.
-        self._forgotten = weakref.finalize(self, self._worker.stop, _PATIENCE)
+        # Ends the thread also when this object is dropped unclosed, and before interpreter exit.
+        self._finalizer = weakref.finalize(self, self._worker.stop, _EXIT_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
@@ -64,12 +68,12 @@ class Prefetched:
         return self
 
     def __next__(self) -> Tensor:
-        item = self._worker.take()
+        item = self._worker.get()
         self._state = item.state
         if item.ready is not None:
             stream = torch.cuda.current_stream(item.batch.device)
             stream.wait_event(item.ready)
-            # Or the memory could go to a later copy while this stream still reads it.
+            # Otherwise the allocator could reuse the memory while this stream still reads it.
             item.batch.record_stream(stream)
         return item.batch
 
@@ -78,7 +82,7 @@ class Prefetched:
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; before the first batch.
+        """Continues from a state of the wrapped iterator; call it before the first batch.
 
         Raises:
             ValueError: batches have been made, or the state does not fit.
@@ -92,13 +96,13 @@ class Prefetched:
         self._state = self._batches.state_dict()
 
     def close(self) -> None:
-        """Ends the thread, at the latest after the batch that it is making."""
-        self._forgotten.detach()
+        """Ends the thread, at the latest when the batch under way is made."""
+        self._finalizer.detach()
         self._worker.stop()
 
 
 class _Item(NamedTuple):
-    """A batch, the state after it, and what its copy signals."""
+    """A batch, the iterator's state after it, and the event that its copy to a GPU records."""
 
     batch: Tensor
     state: dict[str, Any]
@@ -106,7 +110,7 @@ class _Item(NamedTuple):
 
 
 class _Worker:
-    """The thread and its queue; does not know the `Prefetched`, which may thus be forgotten."""
+    """The thread and its queue; does not refer to the `Prefetched`, which can thus be collected."""
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class _Worker:
         self._thread = threading.Thread(target=self._run, name="Prefetched", daemon=True)
         self.started = False
 
-    def take(self) -> _Item:
+    def get(self) -> _Item:
         """The next batch; starts the thread for the first one."""
         if self._ended is None and not self._stopped.is_set():
             if not self.started:
@@ -139,7 +143,7 @@ class _Worker:
         raise self._ended
 
     def stop(self, timeout: float | None = None) -> None:
-        """Ends the thread whatever it waits for, and whoever waits for it."""
+        """Ends the thread and wakes up a caller that waits in `get`."""
         self._stopped.set()
         self._room.release()
         if self.started and self._thread is not threading.current_thread():
@@ -154,29 +158,19 @@ class _Worker:
             try:
                 batch, ready = self._make()
                 self._items.put(_Item(batch, self._state(), ready))
-            except BaseException as error:  # the caller's, whatever it is
+            except BaseException as error:  # raised again in the consumer's thread
                 self._items.put(error)
                 return
 
 
-class _Plain:
-    """Hands batches over as they are."""
-
-    def __init__(self, batches: Batches, device: torch.device) -> None:
-        self._batches, self._device = batches, device
-
-    def __call__(self) -> tuple[Tensor, None]:
-        return next(self._batches).to(self._device), None
-
-
 class _OnGPU:
-    """Copies batches to a GPU on a stream of its own, by way of two pinned buffers."""
+    """Makes the next batch and copies it to a GPU on its own stream through two pinned buffers."""
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._batches, self._device = batches, torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self._device)
-        # A source that lies on the GPU may still be being written.
+        # A source on the GPU may still be being written by the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._pinned: list[tuple[Tensor, torch.cuda.Event]] = []
 
@@ -193,7 +187,7 @@ class _OnGPU:
             return copy, ready
 
     def _buffer(self, batch: Tensor) -> Tensor:
-        """A pinned buffer that no copy reads any more and that is long enough."""
+        """A pinned buffer as long as the batch that no copy reads any more."""
         if len(self._pinned) == 2:
             pinned, ready = self._pinned.pop(0)
             ready.synchronize()

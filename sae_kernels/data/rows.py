@@ -1,4 +1,4 @@
-"""Rows of activations: what a source of them offers, and a tensor as one."""
+"""Row sources: random access to rows of activations, with a tensor as the simplest one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Consecutive rows of a source; read-only, as they may be views of the source itself."""
+    """Consecutive rows of a source; read-only, as they may be views of the source's memory."""
 
     activations: Tensor  # [n, D]
     tokens: Tensor | None = None  # int32 [n]
@@ -19,7 +19,7 @@ class Rows(NamedTuple):
 
 
 class RowSource(Protocol):
-    """What a source of activations offers: its size and any run of consecutive rows."""
+    """Activations [n_tokens, d_in] of which any range of consecutive rows can be read."""
 
     @property
     def n_tokens(self) -> int: ...
@@ -31,7 +31,11 @@ class RowSource(Protocol):
 
 
 class TensorRows:
-    """A floating point tensor [N, D] in memory as a row source."""
+    """A row source of a floating point tensor [N, D], on any device.
+
+    Raises:
+        ValueError: a tensor that is not a matrix of floats.
+    """
 
     def __init__(self, activations: Tensor) -> None:
         if activations.ndim != 2 or not activations.is_floating_point():
@@ -47,18 +51,18 @@ class TensorRows:
         """Rows `start` to `stop`, as a view."""
         return Rows(self._activations[start:stop])
 
-    def take(self, rows: Tensor, out: Tensor) -> None:
-        """Copies any rows in any order, by their numbers on the same device."""
+    def gather(self, rows: Tensor, out: Tensor) -> None:
+        """Copies rows by number (int64 [n] on the same device) to out [n, D]."""
         torch.index_select(self._activations, 0, rows, out=out)
 
 
-def combined(digests: list[str]) -> str:
-    """A short name for what has these checksums, in this order."""
+def combined_fingerprint(digests: list[str]) -> str:
+    """One fingerprint of several checksums in order: 16 hexadecimal digits of their SHA-256."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
 def estimate_scale(source: RowSource | Tensor, n: int = 16384) -> float:
-    """sqrt(D) over the mean norm of the first `n` rows: times this, rows have norm sqrt(D).
+    """The factor that scales rows to a mean norm of sqrt(D), estimated from the first `n` rows.
 
     Raises:
         ValueError: no rows, or rows without a positive finite norm.

@@ -1,4 +1,4 @@
-"""One shard: what may be believed of a file before it is mapped, and its rows."""
+"""Reading one shard: its header and checksum are checked before its rows are mapped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from sae_kernels.data.rows import Rows
-from sae_kernels.data.shard_index import INDEX, own_size
+from sae_kernels.data.shard_index import INDEX, regular_file_size
 from sae_kernels.errors import DataError
 from sae_kernels.io.files import digest
 from sae_kernels.io.tensor_files import STORED_DTYPES
@@ -26,9 +26,9 @@ class ShardReader:
     """Checks and maps the shards of a folder.
 
     Args:
-        folder: that the index was read from.
-        index: what is to be found.
-        check_content: whether mapping a shard for the first time compares its SHA-256.
+        folder: the folder of the index.
+        index: describes the shards.
+        check_content: compare a shard's SHA-256 when it is mapped for the first time.
     """
 
     def __init__(self, folder: Path, index: Index, check_content: bool) -> None:
@@ -40,8 +40,8 @@ class ShardReader:
         """A shard's rows, views of the file."""
         with self._opened(shard) as file:
             if self.check_content and shard not in self._checked:
-                if not self.is_whole(shard):
-                    raise DataError(changed(self.folder, [shard]))
+                if not self.is_unchanged(shard):
+                    raise DataError(changed_message(self.folder, [shard]))
                 self._checked.add(shard)
             try:
                 return Rows(**{name: file.get_tensor(name) for name in self.columns})
@@ -49,26 +49,26 @@ class ShardReader:
                 path = self.folder / shard.file
                 raise DataError(f"{path} changed while it was opened ({error!s:.200})") from None
 
-    def is_whole(self, shard: Shard) -> bool:
-        """Reads all of a shard: whether it is what was written."""
+    def is_unchanged(self, shard: Shard) -> bool:
+        """Reads a whole shard and compares its SHA-256 with the index."""
         path = self.folder / shard.file
-        own_size(path)
+        regular_file_size(path)
         return digest(path) == shard.sha256
 
     def check_header(self, shard: Shard) -> None:
         """Compares size and header with the index; reads no payload.
 
         Raises:
-            DataError: a file that is not there, is none or is not the one of the index.
+            DataError: a file that is missing, not a regular file, or not the one of the index.
         """
         with self._opened(shard):
             pass
 
     @contextmanager
     def _opened(self, shard: Shard) -> Iterator[Any]:
-        """The file, once its size and header are those of the index."""
+        """Opens a shard whose size and header agree with the index."""
         path = self.folder / shard.file
-        size = own_size(path)
+        size = regular_file_size(path)
         if size != shard.bytes:
             raise DataError(
                 f"{path}: expected {shard.bytes} bytes, got {size}; the file was cut or replaced, "
@@ -100,8 +100,8 @@ class ShardReader:
             yield file
 
 
-def changed(folder: Path, shards: list[Shard]) -> str:
-    """What to say of shards whose content is not what was written."""
+def changed_message(folder: Path, shards: list[Shard]) -> str:
+    """The error message for shards whose SHA-256 differs from the index."""
     names = ", ".join(shard.file for shard in shards)
     return (
         f"{folder}: {names} changed since written (SHA-256 differs); restore from a copy or "

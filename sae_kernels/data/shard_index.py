@@ -1,4 +1,4 @@
-"""index.json of a folder of activations: written last, believed only after checks."""
+"""index.json, which lists the shards of a folder of activations; validated when it is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = "sae_kernels.activations"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = ("activations", "tokens", "documents")
-_MOST = 1 << 62  # of any count: sums of larger ones may be too long to be printed
+_MAX_COUNT = 1 << 62  # sums of larger counts may have more digits than Python prints
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What index.json says."""
+    """The content of index.json: width, dtype, columns, metadata and shards."""
 
     d_in: int
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class Index:
     shards: tuple[Shard, ...]
 
     def write(self, folder: Path) -> None:
-        """Make `folder` a data set."""
+        """Writes index.json, which makes `folder` a data set."""
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -60,10 +60,10 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """Read and check the index alone, no other file.
+        """Reads and checks index.json, and no other file.
 
         Raises:
-            DataError: no index, or one that is damaged, foreign or contradicts itself.
+            DataError: the index is missing, damaged, of another format, or contradicts itself.
         """
         path = folder / INDEX
         record = _load(path)
@@ -104,7 +104,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path.parent} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
             "finished, and write an interrupted one again"
         )
-    own_size(path)
+    regular_file_size(path)
     return read_json(path, "the index of a data set")
 
 
@@ -115,8 +115,10 @@ def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:
             f"{path}: expected {name} of type {kind.__name__}, got {value!r:.80}; "
             "write the data set again"
         )
-    if isinstance(value, int) and value > _MOST:
-        raise DataError(f"{path}: expected {name} of at most {_MOST}; write the data set again")
+    if isinstance(value, int) and value > _MAX_COUNT:
+        raise DataError(
+            f"{path}: expected {name} of at most {_MAX_COUNT}; write the data set again"
+        )
     return value
 
 
@@ -129,7 +131,7 @@ def _shard(path: Path, entry: object) -> Shard:
         _field(path, entry, "bytes", int),
         _field(path, entry, "sha256", str),
     )
-    # What cannot be printed cannot be said in an error either.
+    # Error messages print the name.
     if not (is_plain_name(shard.file) and shard.file.isprintable() and len(shard.file) < 256):
         raise DataError(
             f"{path}: expected the plain name of a file in its folder, got {shard.file!r:.80}; "
@@ -140,11 +142,11 @@ def _shard(path: Path, entry: object) -> Shard:
     return shard
 
 
-def own_size(path: Path) -> int:
-    """Size of a regular file that lies in its folder, if need be by way of a link inside it.
+def regular_file_size(path: Path) -> int:
+    """Size in bytes of a regular file, which a link may reach only inside its own folder.
 
     Raises:
-        DataError: anything else; a pipe, say, would be waited on for ever.
+        DataError: anything else, such as a pipe, which would block for ever.
     """
     try:
         leaves = path.is_symlink() and path.resolve().parent != path.parent.resolve()

@@ -1,4 +1,4 @@
-"""Writing activations: shards that appear whole, and an index that appears last.
+"""Writing activations to disk as shards, each atomically, and the index last.
 
 A folder without index.json is not a data set: an interrupted writer leaves finished shards and
 no index. docs/data.md describes the files.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_kernels.data.shard_index import DTYPES, INDEX, Index, Shard
 from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.io.files import digest, publish, sweep
+from sae_kernels.io.files import digest, publish, remove_stale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ class ShardWriter:
         dtype: float32, bfloat16 or float16; what is written is converted.
         rows_per_shard: rows of every shard but the last.
         metadata: anything JSON can hold: the model, the layer, ...
-        overwrite: replace the data set that is there; its index goes first.
+        overwrite: replace a data set in the folder; its index is removed first.
 
     Raises:
         DataError: the folder holds a data set already.
@@ -74,7 +74,7 @@ class ShardWriter:
             )
         self.folder, self.d_in, self.dtype = Path(folder), d_in, dtype
         self.rows_per_shard = rows_per_shard
-        # Through JSON now: what cannot be written must not show after hours of work.
+        # Serialised now, so that unserialisable metadata fail before hours of work.
         self.metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
         if not overwrite and (self.folder / INDEX).exists():
             raise DataError(
@@ -140,7 +140,7 @@ class ShardWriter:
             raise ValueError(f"expected activations [n, {self.d_in}], got {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"expected floating point activations, got {x.dtype}")
-        # NaN, infinity and overflow all show in the extremes, at a fraction of isfinite's cost.
+        # The extremes show NaN, infinity and overflow at a fraction of isfinite's cost.
         extremes = [float(e.to(self.dtype)) for e in x.aminmax()] if len(x) else []
         if not all(map(math.isfinite, extremes)):
             raise NonFiniteError(
@@ -164,9 +164,9 @@ class ShardWriter:
     def _finish(self) -> None:
         if self._filled:
             self._flush()
-        sweep(self.folder)
+        remove_stale(self.folder)
         for path in self.folder.glob("shard_*.safetensors"):
-            # Left by an earlier writer that was interrupted or went further.
+            # Of an earlier writer that was interrupted or wrote more shards.
             number = re.fullmatch(r"shard_(\d{5,})\.safetensors", path.name)
             if number and int(number[1]) >= len(self._shards):
                 path.unlink()

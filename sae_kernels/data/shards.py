@@ -1,4 +1,4 @@
-"""Activations on disk, read through memory maps. docs/data.md describes the files."""
+"""Reading activations on disk through memory maps. docs/data.md describes the files."""
 
 from __future__ import annotations
 
@@ -10,31 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_kernels.data.batches import ShuffledBatches
-from sae_kernels.data.rows import Rows, RowSource, TensorRows, combined, estimate_scale
-from sae_kernels.data.shard_file import ShardReader, changed
+from sae_kernels.data.rows import Rows, combined_fingerprint
+from sae_kernels.data.shard_file import ShardReader, changed_message
 from sae_kernels.data.shard_index import Index
-from sae_kernels.data.shard_writer import ShardWriter
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
     from sae_kernels.data.shard_index import Shard
 
-__all__ = [
-    "RowSource",
-    "Rows",
-    "ShardDataset",
-    "ShardWriter",
-    "ShuffledBatches",
-    "TensorRows",
-    "estimate_scale",
-]
-
-_MAPPED = 4  # shards at a time: pages of a mapped file count as memory of the process
+_MAPPED = 4  # shards kept mapped: pages of a mapped file count as memory of the process
 
 
 class ShardDataset:
-    """A folder written by `ShardWriter`, read through memory maps; a `RowSource`.
+    """A row source of a folder written by `ShardWriter`, read through memory maps.
 
     Opening checks the index, every file's size and every header, and reads no payload;
     `verify()` reads everything. The four shards that were read last stay mapped, so that memory
@@ -42,8 +30,7 @@ class ShardDataset:
 
     Args:
         folder: with an index.json.
-        check_on_read: compare a shard's SHA-256 when it is read for the first time, which costs
-            one reading of the whole file.
+        check_on_read: compare a shard's SHA-256 when it is first read, which reads the whole file.
 
     Attributes:
         n_tokens: rows in all.
@@ -51,7 +38,7 @@ class ShardDataset:
         dtype: of the activations.
         columns: "activations", and "tokens" and "documents" where they were written.
         metadata: what the writer was given.
-        fingerprint: of its shards' checksums, by which a run knows its data again.
+        fingerprint: a hash of all shards' checksums, by which a resumed run recognises its data.
 
     Raises:
         DataError: a missing, damaged or contradictory file; the message names it.
@@ -63,7 +50,7 @@ class ShardDataset:
         self.d_in, self.dtype = index.d_in, index.dtype
         self.columns, self.metadata = index.columns, index.metadata
         self._shards = index.shards
-        self.fingerprint = combined([shard.sha256 for shard in index.shards])
+        self.fingerprint = combined_fingerprint([shard.sha256 for shard in index.shards])
         self._starts = list(accumulate((shard.count for shard in index.shards), initial=0))
         self.n_tokens = self._starts[-1]
         self._reader = ShardReader(self.folder, index, check_on_read)
@@ -103,12 +90,12 @@ class ShardDataset:
         Raises:
             DataError: names the shards whose content is not what was written.
         """
-        damaged = [shard for shard in self._shards if not self._reader.is_whole(shard)]
+        damaged = [shard for shard in self._shards if not self._reader.is_unchanged(shard)]
         if damaged:
-            raise DataError(changed(self.folder, damaged))
+            raise DataError(changed_message(self.folder, damaged))
 
     def where(self, row: int) -> str:
-        """The file that a row lies in and its number there, for messages."""
+        """The file of a row and the row's number in it, for messages."""
         shard, base = self._at(row)
         return f"{self.folder / shard.file}, row {row - base}"
 

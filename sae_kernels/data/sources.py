@@ -1,4 +1,4 @@
-"""What activations come from, as a trainer sees it: stored rows, a stream, or any batches."""
+"""Sources of activations that a trainer accepts: stored rows, a stream, or any iterable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from sae_kernels.data.batches import Batches, RowSource, ShuffledBatches, TensorRows
+from sae_kernels.data.batches import Batches, ShuffledBatches
+from sae_kernels.data.rows import RowSource, TensorRows
 from sae_kernels.data.shards import ShardDataset
 
 if TYPE_CHECKING:
@@ -17,25 +18,25 @@ if TYPE_CHECKING:
 
 
 class Stream(Batches, Protocol):
-    """Batches that come from no set of rows, such as a model's while it reads text."""
+    """Batches without random access to rows, such as a model's activations while it reads text."""
 
     d_in: int
     batch_size: int
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first n rows, without moving on."""
+        """The first n rows [n, D], without advancing the stream."""
 
 
 Source = RowSource | torch.Tensor | Stream
 
 
 def is_rows(source: RowSource | Stream) -> TypeIs[RowSource]:
-    """Whether any row can be asked for, and not only the next batch."""
+    """Whether a source gives any row by number, and not only the next batch."""
     return hasattr(source, "rows")
 
 
-def opened(source: Any) -> RowSource | Stream:
-    """A source of activations from whatever a user has.
+def open_source(source: Any) -> RowSource | Stream:
+    """Converts what a user passes as activations to a row source or a stream.
 
     Args:
         source: a tensor [N, D], a folder of stored activations, a row source, a stream, or batches
@@ -46,9 +47,9 @@ def opened(source: Any) -> RowSource | Stream:
         DataError: a folder without activations.
 
     Example:
-        >>> opened(torch.zeros(6, 2)).n_tokens
+        >>> open_source(torch.zeros(6, 2)).n_tokens
         6
-        >>> opened([torch.zeros(3, 2), torch.zeros(3, 2)]).batch_size
+        >>> open_source([torch.zeros(3, 2), torch.zeros(3, 2)]).batch_size
         3
     """
     if isinstance(source, torch.Tensor):
@@ -69,14 +70,17 @@ def opened(source: Any) -> RowSource | Stream:
 def batches_of(
     source: RowSource | Stream, batch_size: int, seed: int, *, reuse: bool = False
 ) -> Batches:
-    """The batches of a source in a reproducible order; ``reuse`` as of ShuffledBatches."""
+    """The batches of a source: rows shuffled by `seed`, a stream as it comes.
+
+    ``batch_size``, ``seed`` and ``reuse`` are those of ShuffledBatches; a stream ignores them.
+    """
     if is_rows(source):
         return ShuffledBatches(source, batch_size, seed=seed, reuse=reuse)
     return source
 
 
 class IterableStream:
-    """Batches [B, D] of anybody's iterable; gone through again where it ends and can be.
+    """A stream of the batches [B, D] of an iterable, which is restarted at its end if it can be.
 
     Args:
         batches: a list, a ``torch.utils.data.DataLoader``, a generator. A generator is read once:
@@ -107,7 +111,7 @@ class IterableStream:
         self._ahead.append(first)
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first n rows or, where there are fewer, all, without moving on."""
+        """The first n rows [n, D], or all if there are fewer, without advancing the stream."""
         while sum(map(len, self._ahead)) < n:
             following = next(self._source, None)
             if following is None:
@@ -133,11 +137,15 @@ class IterableStream:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON can hold it."""
+        """The position, as a JSON value."""
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Passes over as many batches as the state says; they must come in the same order."""
+        """Skips the batches up to the saved position; they must come in the same order.
+
+        Raises:
+            ValueError: the iterable ends before that position.
+        """
         while self.position < int(state["position"]):
             if next(self, None) is None:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""In which order rows come, and the windows they are taken from."""
+"""The shuffled order of rows, and reading them window by window."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """Blocks of rows that are shuffled together; they fill the places start to stop of an epoch."""
+    """Blocks of rows that are shuffled together to be rows start to stop of an epoch's order."""
 
     epoch: int
     number: int  # in the epoch
@@ -25,14 +25,14 @@ class Window(NamedTuple):
 
 
 def permutation(n: int, *key: object) -> Tensor:
-    """Of n, int64: a pure function of what stands in the key, such as seed, epoch and window."""
+    """A random permutation of n, int64 [n]: a pure function of n and the key (seed, epoch, ...)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.randperm(n, generator=generator)
 
 
 class RowOrder:
-    """Blocks of rows in random order, then the rows inside each window of blocks.
+    """The random order of rows: blocks are permuted, then the rows inside each window of blocks.
 
     A pure function of the arguments and the epoch.
     """
@@ -43,19 +43,19 @@ class RowOrder:
         self._epochs: dict[int, list[Window]] = {}
 
     def windows(self, epoch: int) -> list[Window]:
-        """The windows of an epoch, in their order."""
+        """The windows of an epoch, in order."""
         if epoch not in self._epochs:
             near = {e: windows for e, windows in self._epochs.items() if abs(e - epoch) == 1}
             self._epochs = near | {epoch: self._plan(epoch)}
         return self._epochs[epoch]
 
     def at(self, epoch: int, place: int) -> Window:
-        """The window that fills a place of an epoch."""
+        """The window that holds row number `place` of an epoch's order."""
         windows = self.windows(epoch)
         return windows[bisect_right(windows, place, key=lambda window: window.start) - 1]
 
     def within(self, window: Window) -> Tensor:
-        """int64 [rows]: place after place, which row of the blocks laid end to end comes there."""
+        """The permutation of a window's rows, int64: numbers in its concatenated blocks."""
         return permutation(window.stop - window.start, self.seed, window.epoch, window.number)
 
     def _plan(self, epoch: int) -> list[Window]:
@@ -73,35 +73,35 @@ class RowOrder:
         ]
 
 
-class Taker(Protocol):
-    """Gives the rows of windows."""
+class WindowReader(Protocol):
+    """Copies shuffled rows out of windows."""
 
-    def take(self, window: Window, start: int, stop: int, out: Tensor) -> None:
-        """Copies the rows at the places start to stop of a window, counted from its own start."""
+    def gather(self, window: Window, start: int, stop: int, out: Tensor) -> None:
+        """Copies rows start to stop of a window's shuffled order to out."""
 
-    def room(self, n: int) -> Tensor:
-        """Memory for so many rows."""
+    def empty(self, n: int) -> Tensor:
+        """An uninitialised tensor for n rows, in the source's dtype and on its device."""
 
     def read_ahead(self, window: Window, start: int, following: Window) -> None:
-        """Reads of the following window as large a share as lies before start in this one."""
+        """Reads as large a share of the following window as lies before start in this one."""
 
 
-class Resident:
-    """Windows of a tensor in memory, which nothing need be copied from."""
+class TensorWindows:
+    """Gathers rows straight from a tensor in memory; nothing is read ahead."""
 
     def __init__(self, source: TensorRows, order: RowOrder) -> None:
         self._source, self._order = source, order
         self._window: Window | None = None
         self._rows = torch.empty(0, dtype=torch.int64)
 
-    def take(self, window: Window, start: int, stop: int, out: Tensor) -> None:
+    def gather(self, window: Window, start: int, stop: int, out: Tensor) -> None:
         if self._window != window:
             rows = torch.cat([torch.arange(*block) for block in window.blocks])
             self._rows = rows[self._order.within(window)].to(self._source.device)
             self._window = window
-        self._source.take(self._rows[start:stop], out)
+        self._source.gather(self._rows[start:stop], out)
 
-    def room(self, n: int) -> Tensor:
+    def empty(self, n: int) -> Tensor:
         source = self._source
         return torch.empty(n, source.d_in, dtype=source.dtype, device=source.device)
 
@@ -109,60 +109,57 @@ class Resident:
         pass
 
 
-class Copied:
-    """Windows copied from a source block by block: one is taken from while the next is filled."""
+class BufferedWindows:
+    """Gathers rows from a window read into memory, while the next one is read block by block."""
 
     def __init__(self, source: RowSource, order: RowOrder) -> None:
         self._source, self._order = source, order
-        self._current: _Filled | None = None
-        self._next: _Filled | None = None
-        self._row: Tensor | None = None  # of the device and dtype of all
-        self._free: list[Tensor] = []  # buffers of a window each; there are two at most
+        self._current: _WindowBuffer | None = None
+        self._next: _WindowBuffer | None = None
+        self._row: Tensor | None = None  # empty, with the device and dtype of the rows
+        self._free: list[Tensor] = []  # window buffers to reuse; there are two in all
 
-    def take(self, window: Window, start: int, stop: int, out: Tensor) -> None:
-        if not _is(self._current, window):
-            ready, other = (self._next, None) if _is(self._next, window) else (None, self._next)
+    def gather(self, window: Window, start: int, stop: int, out: Tensor) -> None:
+        if not _holds(self._current, window):
+            ready, other = (self._next, None) if _holds(self._next, window) else (None, self._next)
             self._release(self._current, other)
             self._current, self._next = ready, None
         if self._current is None:
-            self._current = self._begun(window)
+            self._current = self._start_reading(window)
         self._current.read(len(window.blocks))
         torch.index_select(self._current.rows, 0, self._current.places[start:stop], out=out)
 
-    def room(self, n: int) -> Tensor:
+    def empty(self, n: int) -> Tensor:
         if self._row is None:
             # A view of a row would keep its shard mapped.
             self._row = self._source.rows(0, 1).activations.new_empty(0)
         return self._row.new_empty(n, self._source.d_in)
 
     def read_ahead(self, window: Window, start: int, following: Window) -> None:
-        if not _is(self._current, window):
-            return  # one that is only about to be entered comes first
-        if not _is(self._next, following):
+        if not _holds(self._current, window):
+            return  # this window itself is not read yet
+        if not _holds(self._next, following):
             self._release(self._next)
             self._next = None
-            self._next = self._begun(following)
+            self._next = self._start_reading(following)
         assert self._next is not None
         self._next.read(-(-start * len(following.blocks) // (window.stop - window.start)))
 
-    def _begun(self, window: Window) -> _Filled:
-        rows = self._free.pop() if self._free else self._buffer()
-        return _Filled(window, self._source, rows, self._order.within(window).to(rows.device))
+    def _start_reading(self, window: Window) -> _WindowBuffer:
+        n = min(self._order.n, self._order.block_rows * self._order.window_blocks)
+        rows = self._free.pop() if self._free else self.empty(n)
+        return _WindowBuffer(window, self._source, rows, self._order.within(window).to(rows.device))
 
-    def _release(self, *others: _Filled | None) -> None:
+    def _release(self, *others: _WindowBuffer | None) -> None:
         self._free += [filled.rows for filled in others if filled is not None]
 
-    def _buffer(self) -> Tensor:
-        n = min(self._order.n, self._order.block_rows * self._order.window_blocks)
-        return self.room(n)
 
-
-def _is(filled: _Filled | None, window: Window) -> bool:
+def _holds(filled: _WindowBuffer | None, window: Window) -> bool:
     return filled is not None and filled.window == window
 
 
-class _Filled:
-    """A window and its rows as they lie on disk, as far as they have been read."""
+class _WindowBuffer:
+    """A window and the rows of its blocks that have been read, in the order of the source."""
 
     def __init__(self, window: Window, source: RowSource, rows: Tensor, places: Tensor) -> None:
         self.window, self.rows, self.places = window, rows, places
@@ -170,7 +167,7 @@ class _Filled:
         self._blocks = self._end = 0
 
     def read(self, blocks: int) -> None:
-        """Reads on until so many blocks are there."""
+        """Reads until this many blocks of the window are in memory."""
         for start, stop in self.window.blocks[self._blocks : blocks]:
             end = self._end + stop - start
             self.rows[self._end : end] = self._source.rows(start, stop).activations

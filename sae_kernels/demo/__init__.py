@@ -1,4 +1,4 @@
-"""The demo: a transformer's activations, an SAE trained on them, a page about it."""
+"""The demo: harvests MiniLM's activations, trains a TopK SAE on them and writes a report."""
 
 from sae_kernels.demo.run import DemoResult, run_demo, sae_config, train_config
 

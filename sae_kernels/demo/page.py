@@ -1,4 +1,4 @@
-"""The demo's page."""
+"""The report of a demo run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from sae_kernels import machine
 from sae_kernels.report import RunReport
 from sae_kernels.report.examples import decoder_cosine, latent_examples
-from sae_kernels.report.run import curve
+from sae_kernels.report.run import training_curve
 from sae_kernels.report.run_data import to_text
 from sae_kernels.report.run_facts import dead_rule
 from sae_kernels.step.compute import compute_dtype
@@ -29,7 +29,7 @@ def describe(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RunReport:
-    """The report of a run of the demo."""
+    """Fills in the report of a demo run."""
     sae = trained.sae
     shape = sae.config
     assert config.objective is not None
@@ -60,7 +60,7 @@ def describe(
             "seconds": trained.seconds,
             "tokens_per_second": seen / trained.seconds,
         },
-        curve=curve(trained.metrics),
+        curve=training_curve(trained.metrics),
         measured_fvu=held_out.fvu,
         latent_density=held_out.latent_density,
         decoder_cosine=decoder_cosine(sae.W_dec),

@@ -1,4 +1,4 @@
-"""A transformer's activations to a trained SAE and a page about it, in about a minute."""
+"""Running the demo, from a transformer's activations to a trained SAE and a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from sae_kernels.config import DataConfig, OutputConfig, TrainConfig
 from sae_kernels.data import ShardDataset
 from sae_kernels.demo.page import describe
-from sae_kernels.demo.stages import Clock
+from sae_kernels.demo.stages import StageTimer
 from sae_kernels.errors import DataError
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
 from sae_kernels.nn import TopKConfig, TopKObjective
@@ -34,7 +34,7 @@ MARKER = "demo.json"
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What the demo leaves.
+    """The figures and files of a demo run.
 
     Attributes:
         fvu: on the held-out documents, about their mean.
@@ -57,13 +57,13 @@ class DemoResult:
 
 
 def train_config(steps: int, seed: int) -> TrainConfig:
-    """The demo's settings: a short run, so a high learning rate, small batches and early death."""
+    """The demo's training settings, for a short run: high learning rate, small batches."""
     objective = TopKObjective(dead_after_tokens=DEAD_AFTER_TOKENS)
     return TrainConfig(steps=steps, batch_size=1024, lr=2e-3, seed=seed, objective=objective)
 
 
 def sae_config(d_in: int) -> TopKConfig:
-    """The demo's SAE."""
+    """The configuration of the demo's SAE."""
     return TopKConfig(d_in=d_in, n_latents=8 * d_in, k=32)
 
 
@@ -93,17 +93,17 @@ def run_demo(
         DataError: the folder holds something else.
         ModelError, ImportError: the demo's extra is not installed.
     """
-    clock = Clock(progress)
+    timer = StageTimer(progress)
     model = minilm_folder()
     _claim(out)
-    clock.stage("read text", 1)
+    timer.stage("read text", 1)
     texts = split_documents(python_corpus() if documents is None else documents)
-    tokenizer = _harvest(model, texts, (train_tokens, held_out_tokens), out / ACTIVATIONS, clock)
+    tokenizer = _harvest(model, texts, (train_tokens, held_out_tokens), out / ACTIVATIONS, timer)
     sides = {side: ShardDataset(out / ACTIVATIONS / side) for side in SIDES}
-    clock.stage("train", steps)
+    timer.stage("train", steps)
 
     def on_step(step: int, line: dict[str, Any] | None) -> None:
-        clock.advance(1)
+        timer.advance(1)
         if line is not None:
             on_metrics(line)
 
@@ -119,9 +119,9 @@ def run_demo(
         overwrite=True,
         on_step=on_step,
     )
-    clock.stage("evaluate", 1)
+    timer.stage("evaluate", 1)
     held_out = evaluate(trained.sae, sides["held_out"])
-    clock.stage("report", 1)
+    timer.stage("report", 1)
     page = write_report(describe(trained, held_out, sides, config, tokenizer), out)
     result = DemoResult(
         fvu=held_out.fvu,
@@ -129,8 +129,8 @@ def run_demo(
         l0=held_out.l0,
         cosine=held_out.cosine,
         dead_fraction=float(trained.dead.float().mean()),
-        seconds=clock.finish(),
-        stages=clock.seconds,
+        seconds=timer.finish(),
+        stages=timer.seconds,
         report=page,
         sae=out / SAE_FOLDER,
     )
@@ -143,13 +143,13 @@ def _harvest(
     texts: tuple[list[str], list[str]],
     limits: tuple[int, int],
     folder: Path,
-    clock: Clock,
+    timer: StageTimer,
 ) -> PreTrainedTokenizerBase:
-    clock.stage("load model", 1)
+    timer.stage("load model", 1)
     model, tokenizer = load_model(model_folder)
     native = compute_dtype("auto")
     for side, text, limit in zip(SIDES, texts, limits, strict=True):
-        clock.stage(f"harvest {side.replace('_', '-')}", limit)
+        timer.stage(f"harvest {side.replace('_', '-')}", limit)
         harvest(
             model,
             tokenizer,
@@ -157,17 +157,17 @@ def _harvest(
             LAYER,
             folder / side,
             max_tokens=limit,
-            # The layer norm's output has a few units at most: float16 halves the disk's work.
+            # float16 holds the layer norm's small values and halves the bytes on disk.
             dtype=torch.float16,
             autocast=None if native == torch.float32 else native,
             overwrite=True,
-            progress=clock.advance,
+            progress=timer.advance,
         )
     return tokenizer
 
 
 def _claim(out: Path) -> None:
-    """Makes the folder the demo's own; one that holds something else stays as it is."""
+    """Makes and marks the demo's folder; raises DataError if it holds anything else."""
     if out.exists() and not (out / MARKER).is_file() and (out.is_file() or any(out.iterdir())):
         raise DataError(
             f"{out}: expected a new folder or one of an earlier demo, got something else; "

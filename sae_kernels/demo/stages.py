@@ -1,4 +1,4 @@
-"""Where the demo is and how long each of its stages took."""
+"""Progress and timing of the demo's stages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class Clock:
-    """Tells progress apart by stage and takes the time of each."""
+class StageTimer:
+    """Reports progress by stage and measures the seconds of each stage."""
 
     def __init__(self, progress: Callable[[str, int, int], object]) -> None:
         self.seconds: dict[str, float] = {}
@@ -19,18 +19,18 @@ class Clock:
         self._name, self._done, self._total = "", 0, 0
 
     def stage(self, name: str, total: int) -> None:
-        """Ends the stage before and starts this one."""
+        """Ends the previous stage and starts this one."""
         self._close()
         self._name, self._done, self._total = name, 0, total
         self._progress(name, 0, total)
 
     def advance(self, n: int) -> None:
-        """So much more of the stage is done."""
+        """Reports that this much more of the stage is done."""
         self._done += n
         self._progress(self._name, self._done, self._total)
 
     def finish(self) -> float:
-        """Ends the last stage; the seconds of all."""
+        """Ends the last stage and returns the seconds of all together."""
         self._close()
         return self._since - self._start
 

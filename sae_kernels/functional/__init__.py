@@ -1,4 +1,4 @@
-"""The public differentiable functions.
+"""Differentiable functions: encoders, the decoder, and functions of codes.
 
 Gradients are of first order: a backward pass that is itself recorded (``create_graph=True``)
 raises. Shapes: B tokens (any leading dimensions), D d_in, F n_latents, K kept per token.

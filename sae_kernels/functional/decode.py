@@ -1,4 +1,4 @@
-"""The decoder: reconstructions from codes."""
+"""The decoder: reconstructs activations from codes."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ def decode(
     """Reconstructs tokens from codes: ``x_hat = b_dec + sum_j values_j W_dec[indices_j]``.
 
     Args:
-        codes: of any leading shape; indices outside [0, F) raise IndexError.
-        W_dec: [F, D_out], row after row: a transposed view is copied at every call, which a
-            warning says once. D_out need not be d_in (transcoders).
+        codes: of any leading shape.
+        W_dec: [F, D_out], contiguous rows: a transposed view is copied at every call, with a
+            warning at the first. D_out need not be d_in (transcoders).
         b_dec: [D_out] or None.
         group_ends: int32 [G], ascending, the last being F: returns the G prefix reconstructions
             of a Matryoshka SAE (arXiv 2503.17547), shape [G, ..., D_out].
-        compute_dtype: the dtype in which W_dec is read; sums are fp32 (fp64 for fp64). Default as
-            in :func:`encode_topk`.
+        compute_dtype: the dtype that W_dec is rounded to; sums are fp32 (fp64 for fp64). Default
+            as in :func:`encode_topk`.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
-        [..., D_out] in the accumulator dtype, fp32 (or fp64).
+        [..., D_out], fp32 (fp64 for fp64).
+
+    Raises:
+        IndexError: codes with indices outside [0, F).
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, named in the message.
 
     Example:
         >>> codes = SparseCodes.from_dense(torch.tensor([[0.0, 3.0]]), k=1)
@@ -93,7 +97,7 @@ class _Decode(torch.autograd.Function):
         if needs_b:
             db = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.b_dtype)
         if group_ends is not None:
-            # A latent of group g is in the prefixes g, g + 1, ...: its gradient is their sum.
+            # A latent of group g is in prefixes g, g + 1, ...: its gradient sums theirs.
             grad = grad.flip(0).cumsum(0).flip(0).contiguous()
         if needs_values:
             rows = W.to(ctx.dtype)
@@ -108,7 +112,7 @@ class _Decode(torch.autograd.Function):
 def decoder_grad(
     codes: SparseCodes, grad: torch.Tensor, group_ends: torch.Tensor | None, backend: str | None
 ) -> torch.Tensor:
-    """dL/dW_dec from dL/dx_hat [B, D], or [G, B, D] for prefixes."""
+    """dL/dW_dec [F, D] from dL/dx_hat [B, D], or [G, B, D] of prefix reconstructions."""
     order = codes.latent_order(backend=backend)
     if group_ends is not None:
         order = order.by_group(codes.indices, group_ends, grad.shape[1])

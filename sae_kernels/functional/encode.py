@@ -1,4 +1,4 @@
-"""Encoders: which latents a token keeps, and their pre-activations."""
+"""Encoders: the product with W_enc fused with the selection of the latents to keep."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def encode_topk(
             no difference to any value, gradient or count.
         rank_scale: [F], multiplies h for ranking only (SAELens ranks by the decoder norm); no
             gradient flows into it.
-        routing: from :func:`route_top1`: latents are E experts' in equal parts, and a token meets
-            those of its own expert alone, at 1/E of the cost (k is at most F/E). Values are not
-            multiplied with the gates. Not together with rank_scale.
+        routing: from :func:`route_top1`: the latents are divided equally among E experts, and a
+            token is encoded by its own expert's alone, at 1/E of the cost (k is at most F/E).
+            Values are not multiplied by the gates. Not together with rank_scale.
         compute_dtype: of the operands of the product; sums and values are fp32 (fp64 for fp64).
             Default: the autocast dtype inside autocast, else the dtype of W_enc.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
-        SparseCodes with values and indices [..., k], largest key first; RoutedCodes of a routing.
+        SparseCodes with values and indices [..., k], largest first; with a routing, RoutedCodes.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or k that do not fit, named in the message.
@@ -122,9 +122,9 @@ def encode_threshold(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> SparseCodes:
-    """Every latent whose pre-activation is above a threshold; with 0, a ReLU encoder.
+    """Encodes tokens into all latents above a threshold; with threshold 0, a ReLU encoder.
 
-    ``h = (x - b_dec) W_enc^T + b_enc``; kept is every h that is not ``<= threshold`` (so NaN is).
+    ``h = (x - b_dec) W_enc^T + b_enc``; kept is every h that is not ``<= threshold`` (NaN too).
 
     Args:
         x, W_enc, b_enc, b_dec, compute_dtype, backend: as of :func:`encode_topk`.
@@ -132,8 +132,10 @@ def encode_threshold(
             :func:`encode_jumprelu`).
 
     Returns:
-        Ragged SparseCodes; values are h. Waits for the device, which alone knows how many there
-        are.
+        Ragged SparseCodes with values h. Waits for the device to learn their number.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, named in the message.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [-1.0, -1.0]])
@@ -164,19 +166,22 @@ def encode_jumprelu(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> SparseCodes:
-    """JumpReLU codes, ``h * 1[h > threshold]`` (Rajamanoharan et al., arXiv 2407.14435).
+    """Encodes tokens by JumpReLU, ``h * 1[h > threshold]`` (arXiv 2407.14435).
 
-    The threshold learns through the rectangle that stands for the derivative of the step: entries
-    within half the bandwidth of the threshold. Those below it are among the codes, with the value
-    0, as dropped entries.
+    The threshold's gradient is a straight-through estimate with a rectangular kernel: from entries
+    within half the bandwidth of the threshold. Those below it are in the codes as dropped entries,
+    with value 0.
 
     Args:
         x, W_enc, b_enc, b_dec, compute_dtype, backend: as of :func:`encode_topk`.
-        threshold: [F]; fp32 also where the rest is bf16, or it stops learning.
-        bandwidth: width of the rectangle; 0 for inference.
+        threshold: [F]; keep it in fp32 with bf16 weights too, or small updates round away.
+        bandwidth: width of the kernel; 0 for inference.
 
     Returns:
-        Ragged SparseCodes, differentiable in x, W_enc, b_enc and, by the estimator, threshold.
+        Ragged SparseCodes, differentiable in x, W_enc, b_enc and threshold.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, named in the message.
 
     Example:
         >>> x, W_enc = torch.tensor([[1.0]]), torch.tensor([[1.0], [2.0], [3.0]])
@@ -204,17 +209,21 @@ def encode_batch_topk(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> SparseCodes:
-    """The int(k B) largest positive pre-activations of a batch of B tokens (arXiv 2412.06410).
+    """Keeps the int(k B) largest positive pre-activations of B tokens (arXiv 2412.06410).
 
     Args:
         x, W_enc, b_enc, b_dec, rank_scale, compute_dtype, backend: as of :func:`encode_topk`; the
             batch is all leading dimensions of x together.
         k: latents per token on average, more than 0 and at most F; may be a fraction.
-        start: scalar, a guess of the smallest kept key; it saves work and changes no result.
+        start: scalar tensor, a guess of the smallest kept ``h * rank_scale``; it saves work and
+            does not change the result.
 
     Returns:
         Ragged SparseCodes of exactly min(int(k B), positives) entries, ties to the lower token and
-        then the lower latent; values are h, all of them positive (or NaN).
+        then the lower latent; values are h, all positive (or NaN).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or k that do not fit, named in the message.
 
     Example:
         >>> x, W_enc = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0], [3.0]])
@@ -231,7 +240,7 @@ def encode_batch_topk(
 
 
 class _Call(NamedTuple):
-    """A checked call of an encoder."""
+    """The checked arguments that all encoders share."""
 
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # centred x [B, D], W, b
     dtype: torch.dtype

@@ -1,6 +1,6 @@
-"""Functions of the entries of codes: what an architecture does between encoder and decoder.
+"""Functions of the kept entries of codes, used between encoder and decoder.
 
-Each acts on the kept entries alone. What is a matrix [B, F] on paper is a vector of entries here.
+A matrix [B, F] in a formula is a vector of its kept entries here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sae_kernels.primitives.row_grad import row_grad
 def gather_by_latent(
     vector: torch.Tensor, codes: SparseCodes, *, backend: str | None = None
 ) -> torch.Tensor:
-    """The number of each entry's latent, like ``codes.values``; differentiable in ``vector``.
+    """``vector[codes.indices]``: each entry's value of a per-latent vector, differentiable.
 
-    Its gradient adds up a latent's entries in a fixed order, unlike that of indexing.
+    Unlike indexing's, its gradient sums a latent's entries in a fixed order.
 
     Args:
         vector: fp32 or fp64 [F].
@@ -33,7 +33,7 @@ def gather_by_latent(
     """
     rows = codes.offsets is None and codes.indices.dim() == 2 and len(codes.indices) > 0
     if rows and codes.indices.stride(0) == 0:
-        # All tokens have the same latents (a dense tile): one row of numbers serves them.
+        # All tokens have the same latents (a dense tile): one row serves them all.
         return vector[codes.indices[:1].long().flatten()].expand(codes.indices.shape)
     if not vector.requires_grad:
         return vector[codes.indices.long()]
@@ -46,15 +46,15 @@ def gather_by_latent(
 def jumprelu(
     preacts: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
 ) -> SparseCodes:
-    """``h * 1[h > threshold]`` of kept pre-activations.
+    """JumpReLU of kept pre-activations, ``h * 1[h > threshold]``.
 
-    The estimator of arXiv 2407.14435: ``d/dh = 1[h > threshold]`` and ``d/dthreshold =
+    Gradients after arXiv 2407.14435: ``d/dh = 1[h > threshold]`` and ``d/dthreshold =
     -(threshold / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]``.
 
     Args:
-        preacts: pre-activations, from ``threshold - bandwidth / 2`` on.
+        preacts: the pre-activations above ``threshold - bandwidth / 2``.
         threshold: [F].
-        bandwidth: width of the rectangle.
+        bandwidth: width of the rectangular kernel.
         backend: see :mod:`sae_kernels.backends`.
     """
     thresholds = gather_by_latent(threshold, preacts, backend=backend)
@@ -64,10 +64,11 @@ def jumprelu(
 def heaviside_ste(
     preacts: SparseCodes, threshold: torch.Tensor, bandwidth: float, *, backend: str | None = None
 ) -> torch.Tensor:
-    """``1[h > threshold]`` of kept pre-activations, by entry; their sum is what L0 counts.
+    """``1[h > threshold]`` of each kept pre-activation; their sum over a token is its L0.
 
     ``d/dthreshold = -(1 / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]`` and
-    ``d/dh = 0``. It acts on pre-activations, so both halves of the window count.
+    ``d/dh = 0`` (arXiv 2407.14435). Arguments as of :func:`jumprelu`; ``pre`` must not have been
+    zeroed below the threshold, as both halves of the window have a gradient.
     """
     thresholds = gather_by_latent(threshold, preacts, backend=backend)
     entries: torch.Tensor = _Heaviside.apply(preacts.values, thresholds, bandwidth)
@@ -75,7 +76,7 @@ def heaviside_ste(
 
 
 def _in_window(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    # The lower edge as encode_jumprelu computes it, so that no entry of the window is missing.
+    # Computed as encode_jumprelu does, so that it keeps every entry of the window.
     return (h > threshold - bandwidth / 2) & (h < threshold + bandwidth / 2)
 
 
@@ -100,7 +101,7 @@ class _GatherByLatent(torch.autograd.Function):
         refuse_double_backward()
         indices, offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        # An entry of gradient 0 adds nothing: of a window only its few entries are sorted.
+        # Entries of gradient 0 are dropped: few of them lie in a kernel's window.
         codes = SparseCodes(grad, indices, ctx.n_latents, offsets)
         order = codes.latent_order(backend=ctx.backend)
         total = row_grad([order.term(grad, None)], ctx.n_latents, 1, backend=ctx.backend)
@@ -110,7 +111,7 @@ class _GatherByLatent(torch.autograd.Function):
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(h: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-        return torch.where(h <= threshold, 0, h)  # so that NaN stays
+        return torch.where(h <= threshold, 0, h)  # keeps NaN
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -10,7 +10,7 @@ _warned: set[str] = set()
 
 
 def warn_of_copies(name: str, weights: torch.Tensor, stacklevel: int) -> None:
-    """Warns once a process and argument about a matrix whose rows do not lie one after the other.
+    """Warns once per process and argument about a matrix whose rows are not contiguous.
 
     The kernels read [F, D] row by row, so a transposed view of a [D, F] tensor is copied at every
     call.

@@ -1,4 +1,4 @@
-"""The router of a Switch SAE: which expert a token goes to, and what keeps experts equally busy."""
+"""The router of a Switch SAE: top-1 expert per token, and the load-balancing loss."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Routing(NamedTuple):
-    """Where tokens go; their leading shape is flattened.
+    """The expert of each token and the tokens of each expert; leading shapes are flattened.
 
     Attributes:
         experts: int32 [B], each token's expert.
         probabilities: [B, E], the router's softmax, fp32 (fp64 for fp64); differentiable.
-        tokens: int32 [B], the tokens by expert, each expert's own in ascending order.
+        tokens: int32 [B], the tokens sorted by expert, ascending within each.
         starts: int32 [E + 1], where each expert's tokens start.
     """
 
@@ -34,20 +34,20 @@ class Routing(NamedTuple):
     starts: torch.Tensor
 
     def gates(self) -> torch.Tensor:
-        """The probability of each token's expert, [B]: what its codes are multiplied with."""
+        """The probability of each token's expert, [B], by which its codes are multiplied."""
         return self.probabilities.gather(1, self.experts.long()[:, None])[:, 0]
 
     def load(self) -> torch.Tensor:
-        """The part of the tokens that each expert has, [E]."""
+        """The fraction of the tokens that each expert has, [E]."""
         return self.starts.diff().to(self.probabilities.dtype) / max(1, self.experts.shape[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RoutedCodes(SparseCodes):
-    """Codes of tokens that went to one expert each.
+    """Sparse codes of a Switch SAE, with the routing of their tokens.
 
     Attributes:
-        routing: where they went.
+        routing: the expert of each token.
     """
 
     routing: Routing = dataclasses.field(kw_only=True)
@@ -61,10 +61,10 @@ def route_top1(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Routing:
-    """Sends each token to the expert that its router likes best (Switch SAE, arXiv 2410.08201).
+    """Routes each token to its most probable expert (Switch SAE, arXiv 2410.08201).
 
-    ``p = softmax((x - b_router) W_router^T)``; a token's expert is the first of the largest
-    logits, NaN before all others. Nothing waits for the device.
+    ``p = softmax((x - b_router) W_router^T)``; ties go to the lower expert, and NaN counts as the
+    largest. Does not wait for the device.
 
     Args:
         x: [..., D].
@@ -75,7 +75,7 @@ def route_top1(
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
-        Routing, its probabilities differentiable in x, W_router and b_router.
+        Routing with probabilities that are differentiable in x, W_router and b_router.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, named in the message.
@@ -104,10 +104,10 @@ def route_top1(
 
 
 def load_balance(routing: Routing) -> torch.Tensor:
-    """``E sum_i F_i P_i``, a scalar: 1 where all experts are equally busy, E where one has all.
+    """Load-balancing loss ``E sum_i F_i P_i``: 1 for equally busy experts, E if one has all tokens.
 
-    F_i is the part of the tokens that expert i has, without gradient, and P_i its probability on
-    average (Switch Transformer, arXiv 2101.03961).
+    A scalar. F_i is the fraction of the tokens that expert i has, without gradient, and P_i its
+    mean probability (Switch Transformer, arXiv 2101.03961).
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -150,7 +150,7 @@ class _Route(torch.autograd.Function):
 
 
 def softmax_backward(probabilities: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """dL/dlogits from dL/dprobabilities, [B, E]."""
+    """dL/dlogits [B, E] from softmax probabilities and dL/dprobabilities."""
     weighted = probabilities * grad
     return weighted - probabilities * weighted.sum(1, keepdim=True)
 

@@ -1,9 +1,8 @@
-"""Activations of real models on real text, as data sets to train on; SAEs back in the models."""
+"""Activations of language models, stored or streamed, and SAEs spliced back into the models."""
 
 from sae_kernels.harvest.collect import harvest
 from sae_kernels.harvest.hub_text import DatasetDocuments, dataset_documents
 from sae_kernels.harvest.language_model import LanguageModelLoss, language_model_loss
-from sae_kernels.harvest.live import LiveBatches
 from sae_kernels.harvest.model import (
     layer_output,
     load_causal_model,
@@ -12,6 +11,7 @@ from sae_kernels.harvest.model import (
     resolve_layer,
 )
 from sae_kernels.harvest.splice import splice, spliced_logits
+from sae_kernels.harvest.stream import LiveBatches
 from sae_kernels.harvest.text import python_corpus, read_documents, split_documents
 from sae_kernels.harvest.tokens import TokenBatch, token_batches
 

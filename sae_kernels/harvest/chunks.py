@@ -1,4 +1,4 @@
-"""Documents as chunks of tokens, and chunks of like length together."""
+"""Cutting documents into chunks of tokens, and batching chunks of similar length."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_DOCUMENTS = 64  # tokenized at once
+_DOCUMENTS = 64  # tokenized together
 
 
 class Chunk(NamedTuple):
-    """A document, or as much of one as the model sees at once.
+    """A document, or a piece of one of at most the context length, as tokens.
 
     Attributes:
-        document: its number.
+        document: the document's number.
         ids: int64 [length], special tokens included.
-        kept: bool [length], which tokens count.
-        rows: how many do.
+        kept: bool [length], the tokens whose activations are kept.
+        rows: the number of kept tokens.
     """
 
     document: int
@@ -41,7 +41,7 @@ def check_options(
     context_length: int,
     max_tokens: int | None,
 ) -> None:
-    """Raises ModelError or ValueError for what :func:`cut` and the model cannot do."""
+    """Raises ModelError for a slow tokenizer and ValueError for options out of range."""
     if not tokenizer.is_fast:
         raise ModelError(f"expected a fast tokenizer, got {type(tokenizer).__name__}")
     least = tokenizer.num_special_tokens_to_add() + 1
@@ -56,10 +56,10 @@ def check_options(
         )
 
 
-def cut(
+def cut_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, drop: bool
 ) -> Iterator[Chunk]:
-    """The documents in order, cut to the length the model sees; ``drop`` special tokens."""
+    """Tokenizes documents in order into chunks of ``length``; ``drop`` keeps no special tokens."""
     source = iter(documents)
     first = 0
     while texts := list(islice(source, _DOCUMENTS)):
@@ -78,8 +78,8 @@ def cut(
         first += len(texts)
 
 
-def limited(chunks: Iterable[Chunk], max_tokens: int | None) -> Iterator[Chunk]:
-    """Chunks with rows to keep, ``max_tokens`` rows in all."""
+def limit_rows(chunks: Iterable[Chunk], max_tokens: int | None) -> Iterator[Chunk]:
+    """The chunks that have kept tokens, ending after ``max_tokens`` of them in all."""
     left = max_tokens
     for chunk in chunks:
         if left is not None and chunk.rows >= left:
@@ -92,7 +92,7 @@ def limited(chunks: Iterable[Chunk], max_tokens: int | None) -> Iterator[Chunk]:
 
 
 def windows(chunks: Iterable[Chunk], rows: int) -> Iterator[list[Chunk]]:
-    """Runs of chunks with at most ``rows`` rows together."""
+    """Groups consecutive chunks to windows of at most ``rows`` rows."""
     window: list[Chunk] = []
     held = 0
     for chunk in chunks:
@@ -106,7 +106,10 @@ def windows(chunks: Iterable[Chunk], rows: int) -> Iterator[list[Chunk]]:
 
 
 def by_length(window: list[Chunk], budget: int) -> Iterator[list[int]]:
-    """Numbers of chunks of like length that make at most ``budget`` tokens with their padding."""
+    """Batches of a window's chunks by similar length, at most ``budget`` tokens with padding.
+
+    Yields the chunks' numbers in the window.
+    """
     batch: list[int] = []
     for number in sorted(range(len(window)), key=lambda i: -len(window[i].ids)):
         if batch and len(window[batch[0]].ids) * (len(batch) + 1) > budget:

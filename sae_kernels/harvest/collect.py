@@ -1,4 +1,4 @@
-"""Documents through a model, the activations of one layer to disk."""
+"""Harvesting: runs a model on documents and stores the activations of one layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.data.shards import ShardWriter
-from sae_kernels.harvest.chunks import check_options, cut, limited, windows
+from sae_kernels.data.shard_writer import ShardWriter
+from sae_kernels.harvest.chunks import check_options, cut_documents, limit_rows, windows
 from sae_kernels.harvest.rows import LayerRows
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Rows held while batches run in order of length; enough that hardly any padding is computed.
+# Rows sorted by length together; enough that hardly any padding is computed.
 _WINDOW_ROWS = 32768
 
 
@@ -38,32 +38,33 @@ def harvest(
     overwrite: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> int:
-    """Store a layer's output for every token of the documents; returns the number of tokens.
+    """Stores a layer's output for every token of the documents; returns the number of tokens.
 
-    Documents longer than `context_length` are cut in chunks that the model sees one by one. Rows
-    come in the order of the text, with the token and the number of the document beside them, so
-    the context of a row are its neighbours of the same document. Padding is never stored. Memory
-    does not grow with the number of documents, which may be a generator without end.
+    Documents longer than `context_length` are cut into chunks that the model sees one by one. Rows
+    are stored in the order of the text, with their token and document number, so a row's context
+    is its neighbours of the same document. Padding is never stored. Memory does not grow with the
+    number of documents, which may be an endless generator.
 
     Args:
-        model: left in evaluation mode, on the device where it is.
+        model: put in evaluation mode; it stays on its device.
         tokenizer: a fast tokenizer.
-        layer: the dotted path of a module that puts out [batch, length, D] or a tuple of it first.
+        documents: the texts.
+        layer: dotted path of a module whose output, or its first element, is [batch, length, D].
         folder: written as `ShardWriter` does.
-        batch_size: chunks of full length in a forward pass; of shorter ones as many more as fit.
-        context_length: tokens in a chunk, special tokens among them.
+        batch_size: chunks of full length in a forward pass; more if they are shorter.
+        context_length: tokens in a chunk, special tokens included.
         max_tokens: stop after this many rows.
         dtype: stored dtype.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
         drop_special_tokens: leave out what the tokenizer adds, such as [CLS].
         rows_per_shard, overwrite: see `ShardWriter`.
-        metadata: joins what is stored about the model, layer and options.
-        progress: called with the number of rows that are new, as `tqdm.update` expects.
+        metadata: stored besides the model, layer and options.
+        progress: called with the number of new rows, as `tqdm.update` expects.
 
     Raises:
-        ModelError: an unknown layer, one without such an output, or a tokenizer that is not fast.
+        ModelError: an unknown layer, one with another output, or a tokenizer that is not fast.
         DataError: the folder holds a data set already.
-        NonFiniteError: the layer puts out NaN or infinity.
+        NonFiniteError: the layer's output holds NaN or infinity.
         ValueError, TypeError: an option out of range, documents that are not strings or empty.
     """
     if isinstance(documents, str):
@@ -79,12 +80,12 @@ def harvest(
         **(metadata or {}),
     }
     window_rows = max(min(_WINDOW_ROWS, rows_per_shard), context_length)
-    chunks = cut(tokenizer, documents, context_length, drop_special_tokens)
+    chunks = cut_documents(tokenizer, documents, context_length, drop_special_tokens)
     held = torch.empty(window_rows, layer_rows.d_in, dtype=dtype)
     total = 0
     options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "overwrite": overwrite}
     with ShardWriter(folder, layer_rows.d_in, dtype=dtype, metadata=record, **options) as writer:
-        for window in windows(limited(chunks, max_tokens), window_rows):
+        for window in windows(limit_rows(chunks, max_tokens), window_rows):
             rows = layer_rows.fill(window, held, progress)
             tokens = torch.cat([chunk.ids[chunk.kept] for chunk in window])
             numbers = torch.tensor([chunk.document for chunk in window])

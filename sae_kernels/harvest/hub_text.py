@@ -1,4 +1,4 @@
-"""Text from Hugging Face datasets, on the hub or in a folder."""
+"""Documents from Hugging Face datasets, on the hub or in a folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from types import ModuleType
 
-# Builders of tables; the others decode media, or formats that may hold more than text.
+# Builders of tables; others decode media or formats that may hold more than text.
 _TABLES = ("parquet", "json", "csv", "text", "arrow")
-_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
+_SAVED = ("dataset_dict.json", "state.json")  # written by save_to_disk
 
 
 def dataset_documents(
@@ -26,26 +26,26 @@ def dataset_documents(
     streaming: bool = True,
     revision: str | None = None,
 ) -> DatasetDocuments:
-    """The texts of a column of a dataset, as an iterable that starts afresh each time.
+    """The texts of a dataset's column, as an iterable that can be iterated repeatedly.
 
     A folder holds parquet, json, jsonl, csv, arrow or txt files, or is what `Dataset.save_to_disk`
-    or `DatasetDict.save_to_disk` left; it is read without asking the network. Any other name is
-    taken from the Hugging Face hub. Blank and missing texts are left out. No code of a repository
-    runs: `datasets` 4 and later know of none, and older ones are refused.
+    or `DatasetDict.save_to_disk` wrote; it is read offline. Any other name is loaded from the
+    Hugging Face hub. Blank and missing texts are left out. No code of a repository runs:
+    `datasets` 4 and later support none, and older versions are refused.
 
     Args:
         name_or_folder: a folder, or a name on the hub.
         subset: the name of a configuration, where a dataset has several.
-        split: which part; ``"train[:10%]"`` and the like with ``streaming=False``.
-        column: which column holds the text.
-        streaming: read as it comes, with nothing on disk; otherwise `datasets` first writes its
-            cache, which is faster from the second pass on. What was saved to disk is mapped.
-        revision: a commit, tag or branch of a dataset on the hub. To resume a run exactly the text
-            must stay the same: name a commit.
+        split: the split; also slices such as ``"train[:10%]"`` with ``streaming=False``.
+        column: the column of text.
+        streaming: read without writing to disk; otherwise `datasets` first writes its cache,
+            which is faster from the second pass on. Data of `save_to_disk` are memory-mapped.
+        revision: a commit, tag or branch of a dataset on the hub. Name a commit to be able to
+            resume a run exactly.
 
     Raises:
-        DataError: nothing there or nothing that loads under these rules, no such subset, split or
-            column (the message lists what there is), a column that holds no text.
+        DataError: nothing found or nothing that loads under these rules, an unknown subset, split
+            or column (the message lists those that exist), a column that holds no text.
         ImportError: `datasets` is not installed, or is older than 4.
     """
     library = _library()
@@ -74,10 +74,10 @@ def dataset_documents(
 
 
 class DatasetDocuments:
-    """What :func:`dataset_documents` gives: a fresh iterator over the texts each time.
+    """The texts of :func:`dataset_documents`; every ``iter`` starts at the first one.
 
     Raises:
-        DataError: while iterating, a text that is no string, or rows that cannot be read.
+        DataError: while iterating, a text that is not a string, or rows that cannot be read.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], column: str, name: str) -> None:
@@ -113,7 +113,7 @@ def _library() -> ModuleType:
 
 
 def _saved(library: ModuleType, folder: Path, split: str) -> Any:
-    """The rows of what save_to_disk wrote."""
+    """The rows of a folder written by save_to_disk."""
     saved = library.load_from_disk(str(folder))
     if isinstance(saved, library.DatasetDict):
         if split not in saved:
@@ -132,7 +132,7 @@ def _built(
     streaming: bool,
     revision: str | None,
 ) -> Any:
-    """The rows of a folder of files, or of a dataset on the hub."""
+    """The rows of a folder of table files, or of a dataset on the hub."""
     kind = library.load_dataset_builder(source, subset, revision=revision).info.builder_name
     if kind not in _TABLES:
         raise DataError(
@@ -144,7 +144,7 @@ def _built(
 
 @contextmanager
 def _reading(library: ModuleType, name: str) -> Iterator[None]:
-    """Whatever fails is a DataError in one line."""
+    """Turns the library's errors into a DataError of one line."""
     try:
         yield
     except DataError:
@@ -163,7 +163,7 @@ def _reading(library: ModuleType, name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(library: ModuleType) -> Iterator[None]:
-    """Without the library's progress bars, which come unasked, and what it logs before it fails."""
+    """Hides the library's progress bars and log messages."""
     shown, verbosity = not library.are_progress_bars_disabled(), library.logging.get_verbosity()
     library.disable_progress_bars()
     library.logging.set_verbosity(library.logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What an SAE does to the language model that it came from."""
+"""The effect of an SAE on its language model: next-token loss with reconstructions spliced in."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelLoss:
-    """Cross entropies of next tokens in nats per token, with and without an SAE in the model.
+    """Next-token cross entropies in nats per token, with and without an SAE in the model.
 
     Attributes:
-        n_predictions: over how many tokens, each predicted from those before it.
-        clean_loss: of the model as it is.
+        n_predictions: the number of predicted tokens.
+        clean_loss: of the unchanged model.
         spliced_loss: with the layer's output replaced by its reconstruction.
         zero_loss: with the layer's output set to zero.
         mean_loss: with the layer's output set to its mean over these tokens.
@@ -51,7 +51,7 @@ class LanguageModelLoss:
 
     @property
     def loss_recovered(self) -> float:
-        """``(zero_loss - spliced_loss) / (zero_loss - clean_loss)``.
+        """Loss recovered against zeros: ``(zero_loss - spliced_loss) / (zero_loss - clean_loss)``.
 
         1 for a perfect reconstruction, 0 for one that is no better than zeros; NaN where zeros do
         not change the loss.
@@ -60,7 +60,7 @@ class LanguageModelLoss:
 
     @property
     def loss_recovered_from_mean(self) -> float:
-        """The same with ``mean_loss`` in the place of ``zero_loss``."""
+        """``(mean_loss - spliced_loss) / (mean_loss - clean_loss)``, see :attr:`loss_recovered`."""
         return self._recovered(self.mean_loss)
 
     def _recovered(self, ablated: float) -> float:
@@ -68,7 +68,7 @@ class LanguageModelLoss:
         return (ablated - self.spliced_loss) / lost if lost else math.nan
 
     def scalars(self) -> dict[str, float]:
-        """All numbers, for JSON."""
+        """All losses and derived scores by name, for JSON."""
         return {
             **dataclasses.asdict(self),
             "loss_recovered": self.loss_recovered,
@@ -85,23 +85,23 @@ def language_model_loss(
     keep_first: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> LanguageModelLoss:
-    """Runs the model over the tokens clean, with the SAE spliced in, and with the layer ablated.
+    """Measures next-token loss: clean, with the SAE spliced in, and with the layer ablated.
 
-    Every token that has an attended one before it is predicted. The replacement is made at all
-    attended positions, in the dtype of the layer's output.
+    Every token with an attended token before it is predicted. The layer's output is replaced at
+    all attended positions, in its own dtype.
 
     Args:
-        model: a causal model, see :func:`load_causal_model`; left as it was.
-        batches: from :func:`token_batches`, or token ids [B, S]. They are gone through twice, the
-            second time for the mean, so their ids are kept.
+        model: a causal model, see :func:`load_causal_model`; its mode and gradients are restored.
+        batches: from :func:`token_batches`, or token ids [B, S]. Their ids are kept for a second
+            pass, which measures the mean ablation.
         layer: the dotted path of the module whose output the SAE reconstructs.
-        sae: gives an ``SAEOutput`` for activations [n, D], on the model's device; in evaluation
-            mode meanwhile.
-        keep_first: the first token of each sequence keeps its activation. It still predicts.
+        sae: maps activations [n, D] on the model's device to an ``SAEOutput``; put in evaluation
+            mode during the call.
+        keep_first: keep the activation of each sequence's first token, which still predicts.
         progress: called with 1 after each batch of either pass, as `tqdm.update` expects.
 
     Raises:
-        ModelError: no such layer, one without such an output, or a model without logits.
+        ModelError: an unknown layer, one with another output, or a model without logits.
         ValueError: a layer of another width than the SAE, or no token to predict.
     """
     kept: list[TokenBatch] = []
@@ -123,7 +123,7 @@ def language_model_loss(
 
 
 class _Meter:
-    """Sums over the predicted tokens, in fp64."""
+    """Accumulates losses and KL over the predicted tokens, in fp64."""
 
     def __init__(self, model: nn.Module, layer: str, keep_first: bool) -> None:
         self.model, self.layer, self.keep_first = model, layer, keep_first
@@ -171,22 +171,22 @@ class _Meter:
 
 
 def _predicted(batch: TokenBatch) -> Tensor:
-    """Which tokens but the first of each sequence have an attended one before them."""
+    """Mask [B, S - 1] of the tokens from the second on that have an attended one before them."""
     return batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
 
 
 def _log_predictions(logits: Tensor, batch: TokenBatch) -> Tensor:
-    """Log probabilities [n, V] of the predicted tokens, in fp32 at least."""
+    """Log probabilities [n, V] at the positions that predict, in fp32 or fp64."""
     return log_probabilities(logits[:, :-1][_predicted(batch)])
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """``log softmax`` in fp32, or in fp64 where the logits are."""
+    """``log softmax`` over the last dimension, in fp32 (fp64 for fp64 logits)."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``KL(p || q)`` in nats of distributions [..., V] given by their log probabilities.
+    """``KL(p || q)`` [...] in nats, from log probabilities [..., V].
 
     >>> p = torch.tensor([0.5, 0.5])
     >>> round(float(divergence(p.log(), torch.tensor([0.25, 0.75]).log())), 4)

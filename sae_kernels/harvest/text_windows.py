@@ -1,11 +1,11 @@
-"""A text that can be read again, as numbered windows of chunks."""
+"""Numbered windows of chunks over documents that can be read repeatedly."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import TYPE_CHECKING
 
-from sae_kernels.harvest.chunks import cut, limited, windows
+from sae_kernels.harvest.chunks import cut_documents, limit_rows, windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def reopenable(
     documents: Iterable[str] | Callable[[], Iterable[str]],
 ) -> Callable[[], Iterator[str]]:
-    """Gives the documents from the start at each call.
+    """A function that returns a new iterator of the documents at each call.
 
     Raises:
-        TypeError: one string, or an iterator, which can be gone through once only.
+        TypeError: one string, or an iterator, which can be read only once.
     """
     if isinstance(documents, str):
         raise TypeError("expected an iterable of documents, got one string; put it in a list")
@@ -39,12 +39,12 @@ def reopenable(
 
 
 class TextWindows:
-    """The windows of a text by number; going on is cheap, going back starts over.
+    """The windows of a text by number; going forward is cheap, going back starts over.
 
-    Windows are cut by the tokenizer alone, so that passing one over costs no model run.
+    Only the tokenizer makes windows, so skipping one does not run the model.
 
     Attributes:
-        digest: of the tokens of all windows up to the one that was given last.
+        digest: a hash of the tokens of all windows up to the last one returned.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TextWindows:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the text; the next window opens it again."""
+        """Drops the iterator; the next window opens the text again."""
         self._source: Iterator[list[Chunk]] | None = None
         self._number = -1
         self._window: list[Chunk] | None = None
@@ -74,7 +74,7 @@ class TextWindows:
         return self._hash.hexdigest()
 
     def window(self, number: int) -> list[Chunk] | None:
-        """The window of this number, None after the last one."""
+        """The chunks of window `number`, or None after the last window."""
         if self._source is None or number < self._number:
             self._open()
         try:
@@ -83,14 +83,14 @@ class TextWindows:
                 if self._window is None:
                     break
         except BaseException:
-            self.close()  # an interrupted generator looks like one that ended
+            self.close()  # an interrupted generator would look exhausted
             raise
         return self._window
 
     def _open(self) -> None:
         self.close()
-        chunks = cut(self._tokenizer, self._documents(), self._length, self._drop)
-        self._source = windows(limited(chunks, self._max_tokens), self._rows)
+        chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._drop)
+        self._source = windows(limit_rows(chunks, self._max_tokens), self._rows)
 
     def _advance(self) -> None:
         assert self._source is not None

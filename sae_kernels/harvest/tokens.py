@@ -1,4 +1,4 @@
-"""Text as batches of tokens."""
+"""Tokenizing documents into padded batches of token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_kernels.harvest.chunks import by_length, check_options, cut, limited, windows
+from sae_kernels.harvest.chunks import by_length, check_options, cut_documents, limit_rows, windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ _WINDOW_BATCHES = 16  # sorted by length together, so that hardly any padding is
 
 
 class TokenBatch(NamedTuple):
-    """Sequences of tokens as a model reads them.
+    """Token ids and attention mask of a batch of sequences.
 
     Attributes:
         input_ids: int64 [B, S].
@@ -32,7 +32,7 @@ class TokenBatch(NamedTuple):
 
     @classmethod
     def of(cls, inputs: TokenBatch | Tensor | Mapping[str, Tensor]) -> TokenBatch:
-        """From token ids [B, S], all of which count, or from what a tokenizer returns.
+        """A batch from token ids [B, S] without padding, or from a tokenizer's output.
 
         Raises:
             ValueError: ids that are not whole numbers [B, S], or a mask of another shape.
@@ -56,15 +56,15 @@ class TokenBatch(NamedTuple):
         return cls(ids.long(), mask.bool())
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same on a device."""
+        """This batch on another device."""
         return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device))
 
     def without_first(self) -> Tensor:
-        """The attention mask less the first attended token of each sequence."""
+        """The attention mask [B, S] without the first attended token of each sequence."""
         return self.attention_mask & (self.attention_mask.cumsum(1) > 1)
 
     def replaced(self, keep_first: bool) -> Tensor:
-        """Where a splice replaces the activations, bool [B, S]."""
+        """The positions that a splice replaces, bool [B, S]."""
         return self.without_first() if keep_first else self.attention_mask
 
 
@@ -77,14 +77,14 @@ def token_batches(
     context_length: int = 128,
     max_tokens: int | None = None,
 ) -> Iterator[TokenBatch]:
-    """Documents as batches of tokens, cut and with the special tokens as :func:`harvest` does.
+    """Tokenizes documents into batches, cut into chunks as by :func:`harvest`, special tokens kept.
 
     Args:
-        model, tokenizer: what reads them.
+        model, tokenizer: the model, for its longest context, and its fast tokenizer.
         documents: texts.
-        batch_size: chunks of full length in a batch; of shorter ones as many more as fit.
-        context_length: tokens in a chunk, special tokens among them.
-        max_tokens: stop after this many.
+        batch_size: chunks of full length in a batch; more if they are shorter.
+        context_length: tokens in a chunk, special tokens included.
+        max_tokens: stop after this many tokens.
 
     Raises:
         ModelError: a tokenizer that is not fast.
@@ -95,7 +95,8 @@ def token_batches(
     pad = tokenizer.pad_token_id or 0
 
     def batches() -> Iterator[TokenBatch]:
-        whole = limited(cut(tokenizer, documents, context_length, False), max_tokens)
+        chunks = cut_documents(tokenizer, documents, context_length, False)
+        whole = limit_rows(chunks, max_tokens)
         sequences = (chunk._replace(ids=chunk.ids[chunk.kept]) for chunk in whole)
         for window in windows(sequences, _WINDOW_BATCHES * budget):
             for numbers in by_length(window, budget):

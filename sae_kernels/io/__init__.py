@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and strangers' files read so that nothing in them runs."""
+"""Atomic writes of files and folders, and safe reading of tensor files from untrusted sources."""

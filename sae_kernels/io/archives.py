@@ -1,8 +1,8 @@
-"""Zip files of strangers: what must hold before an entry of one is read.
+"""Safe opening of untrusted zip files (``.npz`` and ``.pt``): all checks precede any reading.
 
-``.npz`` and ``.pt`` files are zip files. Whoever reads one next must see the entries that were
-checked here, so only the plain layout is let through that NumPy and torch write: entries one after
-the other, their directory, its end, and nothing else.
+NumPy or torch, which parse the file next, must see the entries that were checked here. So only the
+plain layout that they write is accepted: entries one after the other, the directory, its end
+record, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import BinaryIO
 
-ENTRIES = 1024  # an SAE has a dozen
-DIRECTORY = 1 << 20  # bytes
-RATIO, SLACK = 64, 64 << 20  # deflated zeros shrink 1,000 times, weights hardly
+MAX_ENTRIES = 1024  # an SAE has a dozen
+MAX_DIRECTORY = 1 << 20  # bytes
+# Deflated zeros shrink 1,000 times, weights hardly: the most that a file may unpack to.
+MAX_RATIO, RATIO_SLACK = 64, 64 << 20
 _LOCAL = struct.Struct("<4s22x2H")
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 
 
-def checked(file: BinaryIO, stored: bool = False) -> zipfile.ZipFile:
-    """The zip file, open, once its directory is known to promise no more than it may.
+def open_checked(file: BinaryIO, stored: bool = False) -> zipfile.ZipFile:
+    """Opens a zip file after checking its directory: names, layout, sizes, compression.
 
     Args:
         file: open for reading; nothing of an entry is decompressed.
         stored: no entry may be compressed.
 
     Raises:
-        ValueError, zipfile.BadZipFile: what is wrong.
+        ValueError, zipfile.BadZipFile: a failed check; the message says which.
     """
     length = file.seek(0, 2)
     start = _directory(file, length)
@@ -48,7 +49,7 @@ def checked(file: BinaryIO, stored: bool = False) -> zipfile.ZipFile:
             raise ValueError(f"{entry.filename!r:.80} is stored with two sizes")
     if len({entry.filename for entry in entries}) < len(entries):
         raise ValueError("two entries have one name")
-    if (total := sum(entry.file_size for entry in entries)) > RATIO * length + SLACK:
+    if (total := sum(entry.file_size for entry in entries)) > MAX_RATIO * length + RATIO_SLACK:
         raise ValueError(f"its {length} bytes claim to unpack to {total}")
     spans = sorted(_span(file, entry) for entry in entries)
     if spans and spans[0][0]:
@@ -59,7 +60,7 @@ def checked(file: BinaryIO, stored: bool = False) -> zipfile.ZipFile:
 
 
 def _directory(file: BinaryIO, length: int) -> int:
-    """Where the directory starts; its sizes are checked before anything walks through it."""
+    """The offset of the directory, whose sizes are checked before it is parsed."""
     file.seek(max(0, length - _END.size - _LOCATOR.size - _END_64.size))
     tail = file.read()
     end = length - _END.size
@@ -74,19 +75,19 @@ def _directory(file: BinaryIO, length: int) -> int:
         record = _END_64.unpack(tail[: _END_64.size])
         sign, own, _, _, disk, first, here, count, size, start = record
         _, locator_disk, at, disks = _LOCATOR.unpack(locator)
-        # Two readers may look for this record in two places: they must be one.
+        # Readers find this record by the locator or by its distance from the end: both must agree.
         sane = sign == b"PK\6\6" and own == _END_64.size - 12 and at == end and here == count
         if not sane or disk or first or locator_disk or disks != 1:
             raise ValueError("damaged end of a zip64 file's directory")
     if start + size != end:
         raise ValueError("the directory does not lie before its end")
-    if count > ENTRIES or size > DIRECTORY:
+    if count > MAX_ENTRIES or size > MAX_DIRECTORY:
         raise ValueError(f"{count} entries, listed in {size} bytes, are too many")
     return int(start)
 
 
 def _check_name(name: str) -> None:
-    """Entries are never written to a disk, but a name like these is nobody's tensor."""
+    """Refuses path-like and unprintable names, which no tensor has (entries are never unpacked)."""
     parts = name.split("/")
     strange = len(name) > 200 or not name.isprintable() or set(name) & set("\\:")
     if strange or {"", ".", ".."} & {*parts}:
@@ -94,7 +95,7 @@ def _check_name(name: str) -> None:
 
 
 def _span(file: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """From an entry's own header to the end of its bytes."""
+    """Start and end of an entry in the file, its local header included."""
     file.seek(entry.header_offset)
     sign, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
     if sign != b"PK\3\4":

@@ -1,4 +1,4 @@
-"""NumPy's ``.npz``: numbers only, and no more of them than the file can hold."""
+"""Safe reading of NumPy's ``.npz``: numeric arrays whose sizes the file confirms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.io.archives import checked
+from sae_kernels.io.archives import open_checked
 from sae_kernels.io.tensor_files import Sizes, Stored, Tensors, reading
 
 if TYPE_CHECKING:
@@ -19,24 +19,24 @@ _DIMENSIONS, _HEADER = 8, 1024
 
 
 def stored_npz(path: Path) -> Stored:
-    """An .npz file, its directory and the header of each array read.
+    """Opens an .npz file and reads the header of each array.
 
     Raises:
-        DataError: no file, a damaged one, one that would unpack to far more than it is, or an array
-            of objects in it; `load` raises it too.
+        DataError: a missing or damaged file, one that would unpack to far more than its size, or
+            an array of objects; `load` raises it too.
     """
-    with reading(path, _WHAT), path.open("rb") as file, checked(file) as archive:
+    with reading(path, _WHAT), path.open("rb") as file, open_checked(file) as archive:
         sizes: Sizes = dict(_header(archive, entry) for entry in archive.infolist())
 
     def load() -> Tensors:
-        with reading(path, _WHAT), path.open("rb") as file, checked(file) as archive:
+        with reading(path, _WHAT), path.open("rb") as file, open_checked(file) as archive:
             return {name: _array(archive, f"{name}.npy") for name in sizes}
 
     return Stored(path, sizes, load)
 
 
 def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[str, tuple[int, ...]]:
-    """An array's name and shape, which must fill its entry to the byte."""
+    """An array's name and shape; its bytes must fill the entry exactly."""
     from numpy.lib import format as npy
 
     name = entry.filename
@@ -45,7 +45,7 @@ def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[str, tupl
     with archive.open(entry) as file:
         if (version := npy.read_magic(file)) != (1, 0):  # later ones allow headers of gigabytes
             raise ValueError(f"{name!r:.80} has a header of version {version}, not (1, 0)")
-        read: Any = npy.read_array_header_1_0  # NumPy's own types forget the limit
+        read: Any = npy.read_array_header_1_0  # NumPy's stubs lack max_header_size
         shape, _, dtype = read(file, max_header_size=_HEADER)
         start = file.tell()
     if dtype.kind not in "fiu" or dtype.itemsize > 8 or dtype.subdtype is not None:
@@ -62,5 +62,5 @@ def _array(archive: zipfile.ZipFile, name: str) -> torch.Tensor:
 
     with archive.open(name) as file:
         array = npy.read_array(file, allow_pickle=False)
-        file.read(1)  # at its end the entry's checksum is compared
+        file.read(1)  # zipfile compares the checksum at the entry's end
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))

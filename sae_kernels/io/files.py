@@ -1,8 +1,7 @@
-"""Files and folders that appear whole or not at all, and are known by their SHA-256.
+"""Atomic writes of files and folders, JSON files, and SHA-256 checksums.
 
-Whatever is written goes to a sibling first, is flushed to the disk and then takes its place in one
-rename. A process that dies in between leaves the sibling, whose name says whose it was:
-:func:`sweep` removes what the dead have left.
+Everything is written to a temporary sibling, flushed to the disk and renamed. A process that dies
+in between leaves the sibling, whose name holds host and process id: :func:`remove_stale` finds it.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from sae_kernels.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-JSON_LIMIT = 64 << 20  # bytes; an index of a million shards is longer than any other of our files
+JSON_LIMIT = 64 << 20  # bytes; the longest of our files is an index of a million shards
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[\w-]+)-(?P<pid>\d+)")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside this one; what is there at the end takes its place, whole.
+    """Yields a temporary path beside ``path``, and renames it to ``path`` at the end.
 
-    Either a file or a folder, whose files have been flushed by whoever wrote them. A file replaces
-    the one that is there; a folder must be new. After an error the old one stays.
+    The block creates a file, which replaces an existing one, or a folder of files that it flushes
+    itself, where none may exist. After an error the old content stays.
     """
-    sweep(path.parent, path.name)
+    remove_stale(path.parent, path.name)
     partial = path.with_name(f".{path.name}.partial-{_host()}-{os.getpid()}")
     _remove(partial)
     try:
@@ -46,17 +45,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Has ``write`` fill a sibling of ``path``, which then takes its place."""
+    """Writes a file atomically: ``write`` creates a temporary sibling, renamed to ``path``."""
     with replacing(path) as partial:
         write(partial)
 
 
 def publish_all(folder: str | Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """The same for several files of a folder: none is replaced before all are written.
+    """Writes several files of a folder, none of which is replaced before all are written.
 
     Args:
         folder: made when missing; other files in it stay.
-        files: by name, what writes each to the path that it is given.
+        files: by name, a function that writes the file to the path it is given.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,25 +66,25 @@ def publish_all(folder: str | Path, files: Mapping[str, Callable[[Path], object]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """A file of this content, whole or not at all."""
+    """Writes a file of this content atomically."""
     publish(path, lambda partial: partial.write_bytes(content))
 
 
 def json_writer(values: Mapping[str, Any]) -> Callable[[Path], object]:
-    """For :func:`publish`: writes a JSON object.
+    """A function for :func:`publish` that writes a JSON object.
 
     Raises:
-        ValueError, TypeError: at once, for what JSON cannot hold.
+        ValueError, TypeError: at once, for values that JSON cannot represent.
     """
     text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, what: str = "a JSON object", limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Reads a JSON file that holds one object.
 
     Raises:
-        DataError: no such file, one that is too long to be true, no JSON, or no object.
+        DataError: a missing file, one above ``limit`` bytes, invalid JSON, or no object.
     """
     try:
         if not path.is_file():
@@ -112,9 +111,9 @@ def digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder's list of names to the disk."""
+    """Flushes a file, or a folder's directory entry, to the disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
-        return  # Windows cannot open a folder, and needs no flush of it
+        return  # Windows cannot open a folder and does not need to flush it
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -123,15 +122,15 @@ def sync(path: Path) -> None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name stays in its folder; separators of other systems count too, and drives."""
+    """Whether a name stays in its folder: no separator or drive letter of any system, no dots."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
-def sweep(folder: Path, name: str | None = None, *, of_anyone: bool = False) -> None:
-    """Removes what dead processes left half written: of this name, or of any.
+def remove_stale(folder: Path, name: str | None = None, *, of_anyone: bool = False) -> None:
+    """Removes temporary siblings left by dead processes, of one file name or of all.
 
-    A process of another machine is taken to be alive. With ``of_anyone``, for whoever has locked
-    the folder, all that is half written goes.
+    A process of another machine counts as alive. ``of_anyone`` removes all, for a caller that has
+    locked the folder.
     """
     host = _host()
     for path in folder.glob(".*.partial-*"):
@@ -151,8 +150,8 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True
+    except OSError:  # of another user
+        pass
     return True
 
 

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub: what a repository holds, and some of it on this disk."""
+"""Listing and downloading files of repositories on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HubPlace(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> HubPlace | None:
-        """The place that ``owner/repo`` or ``owner/repo/folder`` names; None for a path on disk."""
+        """Parses ``owner/repo`` or ``owner/repo/folder``; None for a path on disk."""
         if name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") < 1:
             return None
         owner, repository, *inside = name.rstrip("/").split("/")
@@ -34,7 +34,7 @@ class HubPlace(NamedTuple):
 
 @contextmanager
 def _asking(repository: str) -> Iterator[None]:
-    """Turns what the hub client raises into one line."""
+    """Turns errors of the hub client into a DataError of one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -48,10 +48,10 @@ def _asking(repository: str) -> Iterator[None]:
 
 
 class Listing(NamedTuple):
-    """A repository at one moment.
+    """The files of a repository at a commit.
 
     Attributes:
-        commit: which moment; ask for files with it, and they are all of the same.
+        commit: the commit; downloads by it are consistent with each other.
         files: the paths of all files.
     """
 
@@ -60,7 +60,7 @@ class Listing(NamedTuple):
 
 
 def listing(repository: str, revision: str | None = None) -> Listing:
-    """What a repository holds, as the hub says.
+    """Asks the hub for the commit and files of a repository.
 
     Raises:
         DataError: the hub cannot be reached, or has no such repository or revision.
@@ -73,10 +73,10 @@ def listing(repository: str, revision: str | None = None) -> Listing:
 
 
 def cached_folder(repository: str, revision: str | None = None) -> Path:
-    """What the cache on this disk holds of a repository, without asking the hub.
+    """The folder of a repository in the local cache, without asking the hub.
 
     Raises:
-        DataError: it holds nothing of it.
+        DataError: the repository is not cached.
     """
     import huggingface_hub
 
@@ -93,16 +93,16 @@ def download(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> list[Path]:
-    """The files of a repository on this disk, in the order in which they are asked for.
+    """Downloads files of a repository, or finds them in the cache; returns their paths in order.
 
     Args:
         repository: ``owner/repo``.
         files: paths inside it.
         revision: a branch, a tag or a commit; None is the newest.
-        local_files_only: take what the cache holds, and never ask the hub.
+        local_files_only: use the cache alone and never ask the hub.
 
     Raises:
-        DataError: a file cannot be had, with the hub's reason.
+        DataError: a file is not available, with the hub's reason.
     """
     import huggingface_hub
 

@@ -1,9 +1,9 @@
-"""What a pickle of torch.save says, without making anything of it.
+"""Safe interpretation of torch.save's pickles: names and shapes of tensors, nothing allocated.
 
-``torch.load(weights_only=True)`` runs no code of a stranger's, but a short pickle can still have it
+``torch.load(weights_only=True)`` runs no foreign code, but a short pickle can still make it
 allocate gigabytes (a bytearray), hash for hours (a tuple of the same tuple twice, and so on) or
-overflow the stack (a tuple in a tuple, a million times). So the pickle is first played with
-stand-ins that have no size: only what makes up a dictionary of dense tensors is known here.
+overflow the stack (a tuple in a tuple, a million times). So the pickle is first interpreted with
+placeholders, and only the operations that build a dictionary of dense tensors are known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import BinaryIO
 
-OPERATIONS = 20_000  # a tensor takes some forty
+MAX_OPERATIONS = 20_000  # a tensor takes some forty
 _DIMENSIONS = 8
 _ITEM_SIZES = {
     f"torch {name}Storage": size
@@ -34,7 +34,7 @@ _LITERALS = ("BINFLOAT", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
 
 
 class Storage(NamedTuple):
-    """Numbers that lie outside the pickle."""
+    """A placeholder of a tensor storage, whose bytes are outside the pickle."""
 
     key: str
     kind: str
@@ -42,12 +42,12 @@ class Storage(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """As many as the file must hold."""
+        """Bytes that the file must hold for it."""
         return self.numel * _ITEM_SIZES[self.kind]
 
 
 class View(NamedTuple):
-    """A tensor: a window on a storage."""
+    """A placeholder of a tensor: a strided view of a storage."""
 
     storage: Storage
     offset: int
@@ -56,9 +56,9 @@ class View(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether it has numbers, lies in its storage, and is neither larger nor much smaller.
+        """Whether the view is not empty, lies inside its storage and is about as large as it.
 
-        A view can claim any shape over a few bytes (stride 0): copying it would take all memory.
+        With stride 0 a view of a few bytes can have any shape: copying it would take all memory.
         """
         numel = math.prod(self.size)
         reach = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
@@ -70,19 +70,20 @@ class _Global(NamedTuple):
     name: str
 
 
-class Player:
-    """Plays pickles one after the other from a file; their storages add up."""
+class PickleInterpreter:
+    """Interprets the pickles of a file one after the other, and collects their storages."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.storages: dict[str, Storage] = {}
         self._file = file
-        self._left = OPERATIONS
+        self._left = MAX_OPERATIONS
 
-    def play(self) -> Any:
-        """What the next pickle holds: dict, list, str, int, Storage or View.
+    def read(self) -> Any:
+        """Interprets the next pickle and returns its value: dict, list, str, int, Storage or View.
 
         Raises:
-            ValueError, IndexError, KeyError, TypeError: the pickle is damaged or holds more.
+            ValueError, IndexError, KeyError, TypeError: the pickle is damaged, or is not built of
+                the operations of a state dict.
         """
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -90,7 +91,7 @@ class Player:
         for operation, argument, _ in pickletools.genops(self._file):
             self._left -= 1
             if self._left < 0:
-                raise ValueError(f"more than {OPERATIONS} operations of a pickle")
+                raise ValueError(f"more than {MAX_OPERATIONS} operations of a pickle")
             self._step(operation.name, argument)
         return self._stack.pop()
 
@@ -131,12 +132,12 @@ class Player:
     def _set(self, items: list[Any]) -> None:
         _expect(type(self._stack[-1]) is dict, "a dict")
         for name, value in zip(items[::2], items[1::2], strict=True):
-            if type(name) is not str:  # a tuple may take for ever to hash
+            if type(name) is not str:  # hashing a nested tuple may take for ever
                 raise TypeError(f"expected names of tensors, got {type(name).__name__}")
             self._stack[-1][name] = value
 
     def _build(self) -> None:
-        """A state dict has attributes, its metadata, which say nothing here."""
+        """Drops the attributes of a state dict, its metadata."""
         target, state = self._stack[-2:]
         _expect(type(target) is dict and type(state) is dict, "a dict and its attributes")
         self._stack.pop()
@@ -171,10 +172,6 @@ def _known(name: str) -> _Global:
     return _Global(name)
 
 
-def _ordered_dict() -> dict[str, Any]:
-    return {}
-
-
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
 ) -> View:
@@ -193,23 +190,23 @@ def _parameter(tensor: Any, grad: Any, hooks: Any) -> View:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "collections OrderedDict": _ordered_dict,
+    "collections OrderedDict": lambda: {},
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": _parameter,
 }
-_ACTIONS: dict[str, Callable[[Player], None]] = {
-    "MARK": Player._mark,
-    "EMPTY_DICT": lambda player: player._stack.append({}),
-    "EMPTY_LIST": lambda player: player._stack.append([]),
-    "TUPLE": lambda player: player._tuple(player._marked()),
-    "TUPLE1": lambda player: player._tuple(player._last(1)),
-    "TUPLE2": lambda player: player._tuple(player._last(2)),
-    "TUPLE3": lambda player: player._tuple(player._last(3)),
-    "APPEND": lambda player: player._append(player._last(1)),
-    "APPENDS": lambda player: player._append(player._marked()),
-    "SETITEM": lambda player: player._set(player._last(2)),
-    "SETITEMS": lambda player: player._set(player._marked()),
-    "BUILD": Player._build,
-    "BINPERSID": Player._persist,
-    "REDUCE": Player._reduce,
+_ACTIONS: dict[str, Callable[[PickleInterpreter], None]] = {
+    "MARK": PickleInterpreter._mark,
+    "EMPTY_DICT": lambda p: p._stack.append({}),
+    "EMPTY_LIST": lambda p: p._stack.append([]),
+    "TUPLE": lambda p: p._tuple(p._marked()),
+    "TUPLE1": lambda p: p._tuple(p._last(1)),
+    "TUPLE2": lambda p: p._tuple(p._last(2)),
+    "TUPLE3": lambda p: p._tuple(p._last(3)),
+    "APPEND": lambda p: p._append(p._last(1)),
+    "APPENDS": lambda p: p._append(p._marked()),
+    "SETITEM": lambda p: p._set(p._last(2)),
+    "SETITEMS": lambda p: p._set(p._marked()),
+    "BUILD": PickleInterpreter._build,
+    "BINPERSID": PickleInterpreter._persist,
+    "REDUCE": PickleInterpreter._reduce,
 }

@@ -1,4 +1,4 @@
-"""State dicts that torch.save wrote: checked first, then loaded with weights_only=True."""
+"""Safe reading of state dicts of torch.save: checked first, then loaded with weights_only=True."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.errors import DataError
-from sae_kernels.io.archives import checked
-from sae_kernels.io.pickles import Player, Storage, View
+from sae_kernels.io.archives import open_checked
+from sae_kernels.io.pickles import PickleInterpreter, View
 from sae_kernels.io.tensor_files import HEADER_LIMIT, Stored, Tensors, reading
 
 if TYPE_CHECKING:
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 _WHAT = "a state dict of tensors, as torch.load takes it with weights_only=True"
 _ADVICE = "; do not load it in another way unless you trust where it comes from"
-# How files begin that torch wrote before version 1.6: a pickle of a number. No .tar file does.
+# The first bytes of files of torch before version 1.6, a pickled number; no .tar file has them.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 
 
 def stored_state_dict(path: Path) -> Stored:
-    """A state dict that torch.save wrote, its pickle played without making anything.
+    """Opens a state dict of torch.save and reads its tensors' shapes, without allocating any.
 
     Raises:
-        DataError: no file, a damaged one, or anything but dense tensors by name in it; `load`
-            raises it too.
+        DataError: a missing or damaged file, or one that holds anything but dense tensors by name;
+            `load` raises it too.
     """
     with reading(path, _WHAT, _ADVICE), path.open("rb") as file:
         zipped = file.read(4) == b"PK\3\4"
@@ -39,7 +39,7 @@ def stored_state_dict(path: Path) -> Stored:
             raise DataError(f"{path}: {name!r:.80}: expected a dense tensor")
 
     def load() -> Tensors:
-        # An open file: by a name torch would also take another format.
+        # torch would also accept other formats if it were given the path.
         with reading(path, _WHAT, _ADVICE), path.open("rb") as file:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
             return {name: tensor.detach() for name, tensor in tensors.items()}
@@ -48,8 +48,8 @@ def stored_state_dict(path: Path) -> Stored:
 
 
 def _zipped(file: BinaryIO) -> Any:
-    """The pickle of a zip file, in which every storage is an entry of its own."""
-    with checked(file, stored=True) as archive:
+    """Interprets the pickle of a zip file, where every storage is an entry of its own."""
+    with open_checked(file, stored=True) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         root = next(iter(sizes)).split("/")[0]
         if len({name.lower() for name in sizes}) < len(sizes):  # torch ignores case
@@ -57,34 +57,31 @@ def _zipped(file: BinaryIO) -> Any:
         for name, size in sizes.items():
             if size > HEADER_LIMIT and not name.startswith(f"{root}/data/"):
                 raise ValueError(f"{name!r:.80} has {size} bytes, {HEADER_LIMIT} are the most")
-        player = Player(io.BytesIO(archive.read(f"{root}/data.pkl")))
-    found = player.play()
-    for storage in player.storages.values():
+        pickles = PickleInterpreter(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    found = pickles.read()
+    for storage in pickles.storages.values():
         if sizes.get(f"{root}/data/{storage.key}") != storage.nbytes:
             raise ValueError(f"storage {storage.key!r:.80} claims {storage.nbytes} bytes")
     return found
 
 
 def _old(file: BinaryIO) -> Any:
-    """Five pickles, then the storages one after the other: how many numbers, and these."""
+    """Interprets an old file: five pickles, then each storage's length and numbers."""
     length = file.seek(0, 2)
     file.seek(0)
     head = io.BytesIO(file.read(HEADER_LIMIT))
     if not head.getbuffer()[: len(_OLD)] == _OLD:
         raise ValueError("neither a zip file nor a pickle of torch.save")
-    player = Player(head)
-    _, _, _, found, keys = (player.play() for _ in range(5))
-    if not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(player.storages):
+    pickles = PickleInterpreter(head)
+    _, _, _, found, keys = (pickles.read() for _ in range(5))
+    if not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(pickles.storages):
         raise ValueError("the storages are not those of the tensors")
     file.seek(head.tell())
     for key in keys:
-        _skip(file, player.storages[key])
+        storage = pickles.storages[key]
+        if int.from_bytes(file.read(8), "little") != storage.numel:
+            raise ValueError(f"storage {key!r:.80} claims {storage.numel} numbers")
+        file.seek(storage.nbytes, 1)
     if file.tell() != length:
         raise ValueError(f"{length} bytes, where the storages end at {file.tell()}")
     return found
-
-
-def _skip(file: BinaryIO, storage: Storage) -> None:
-    if int.from_bytes(file.read(8), "little") != storage.numel:
-        raise ValueError(f"storage {storage.key!r:.80} claims {storage.numel} numbers")
-    file.seek(storage.nbytes, 1)

@@ -1,4 +1,4 @@
-"""Strangers' files, read so that nothing in them runs, and headers before anything is allocated."""
+"""Safe reading of untrusted tensor files and settings: no code runs, headers are checked first."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Sizes = dict[str, tuple[int, ...]]
 
 SETTINGS_LIMIT = 1 << 20  # bytes of a JSON file beside the weights; real ones have a few thousand
 SETTINGS_DEPTH = 32
-INTEGER_BITS = 63  # what multiplies and prints without end is no width
-HEADER_LIMIT = 1 << 20  # bytes of what a file says of its tensors
+INTEGER_BITS = 63  # no width is longer; arithmetic on huge integers could take for ever
+HEADER_LIMIT = 1 << 20  # bytes of the header that lists a file's tensors
 
 
 class Stored(NamedTuple):
-    """What a file says of its tensors, and how to get them.
+    """The tensors of an open file: their shapes, read and checked, and a function to load them.
 
     Attributes:
         path: the file.
-        sizes: every tensor's shape, from the header; of the numbers nothing has been read.
-        load: reads them all, on the CPU. What it allocates is in proportion to the file's length.
+        sizes: every tensor's shape, from the header; no data have been read.
+        load: reads all tensors, on the CPU; allocates in proportion to the file's length.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class Stored(NamedTuple):
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object beside an SAE's weights.
+    """Reads the JSON object of settings beside an SAE's weights.
 
     Raises:
-        DataError: no such file, no JSON object, or one that is longer or deeper than any is.
+        DataError: a missing file, no JSON object, or one above the limits of length and depth.
     """
     values = read_json(path, limit=SETTINGS_LIMIT)
     if _deeper(values, SETTINGS_DEPTH):
@@ -71,7 +71,7 @@ def _deeper(value: object, levels: int) -> bool:
 
 
 def check_integers(path: Path, values: Mapping[str, Any]) -> None:
-    """Raises DataError for integers that no setting has, before anything multiplies them."""
+    """Raises DataError for integers of more than 63 bits, before anything computes with them."""
     for name, value in values.items():
         if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
             shown = name if name.isprintable() else repr(name)
@@ -82,10 +82,10 @@ def check_integers(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def whole(path: Path, values: dict[str, Any], key: str, default: int | None = None) -> int:
-    """An integer of a JSON object.
+    """A non-negative integer of a JSON object.
 
     Raises:
-        DataError: the key is missing and has no default, or holds something else.
+        DataError: the key is missing without a default, or holds something else.
     """
     value = values.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -94,7 +94,7 @@ def whole(path: Path, values: dict[str, Any], key: str, default: int | None = No
 
 
 def flag(path: Path, values: dict[str, Any], key: str, default: bool) -> bool:
-    """A truth value of a JSON object.
+    """A boolean of a JSON object.
 
     Raises:
         DataError: the key holds something else.
@@ -107,12 +107,12 @@ def flag(path: Path, values: dict[str, Any], key: str, default: bool) -> bool:
 
 @contextmanager
 def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
-    """Turns whatever damage does to a reader into one line.
+    """Turns any exception of a parser into a DataError of one line.
 
     Raises:
-        DataError: there is no file, or anything is raised inside.
+        DataError: the file is missing, or the block raises.
     """
-    if not path.is_file():  # a named pipe is none: opening one waits for ever
+    if not path.is_file():  # opening a named pipe would block
         raise DataError(f"{path}: expected the file of a saved SAE, it is not there")
     try:
         yield
@@ -125,10 +125,10 @@ def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
 
 
 def stored_safetensors(path: Path) -> Stored:
-    """A safetensors file, its header read.
+    """Opens a safetensors file and reads its header.
 
     Raises:
-        DataError: no file, or a damaged one; `load` raises it too.
+        DataError: a missing or damaged file; `load` raises it too.
     """
     what = "a safetensors file"
     with reading(path, what):
@@ -148,9 +148,9 @@ def stored_safetensors(path: Path) -> Stored:
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file, on the CPU.
+    """Loads all tensors of a safetensors file, on the CPU.
 
     Raises:
-        DataError: no file, or a damaged one.
+        DataError: a missing or damaged file.
     """
     return stored_safetensors(path).load()

@@ -1,4 +1,4 @@
-"""Axes, ticks and labels that all pictures share, on matplotlib's object interface."""
+"""Axes, ticks and labels that all pictures share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROUND = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3
 def line(
     axes: Axes, steps: Sequence[int], values: Sequence[float], text: Callable[[float], str]
 ) -> None:
-    """Draws a curve and writes its last value beside its end; says so if there is none."""
+    """Draws a curve with its last value at its end, or notes that it has no finite values."""
     points = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
     if not points:
         empty(axes)
@@ -45,14 +45,14 @@ def band(
     between: tuple[Sequence[float], Sequence[float]] | None,
     **look: Any,
 ) -> None:
-    """Draws a line and, in a light shade of it, the band between two others."""
+    """Draws a line and, lightly shaded, the band between two others."""
     axes.plot(x, y, **look)
     if between is not None:
         axes.fill_between(x, *between, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def empty(axes: Axes) -> None:
-    """Says in an empty plot that it is empty on purpose."""
+    """Writes into an empty plot why it is empty."""
     axes.tick_params(axis="y", left=False, labelleft=False)
     axes.grid(False)
     axes.text(0.5, 0.5, "no finite values", color=MUTED, transform=axes.transAxes,
@@ -128,7 +128,7 @@ def log_ticks(
 
 
 def size_ticks(axis: Axis, sizes: Sequence[float]) -> None:
-    """Labels a log axis at the sizes that were measured, the largest first where room is short."""
+    """Labels a log axis at the measured sizes, the largest first if there is too little room."""
     from matplotlib.ticker import NullLocator
 
     span = math.log(sizes[-1] / sizes[0]) or 1.0
@@ -166,7 +166,7 @@ def end_labels(axes: Axes) -> None:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Rising places, moved to be a gap apart by the least squares that this takes.
+    """Moves ascending positions to be at least a gap apart, least squares from where they were.
 
     >>> spread([0.0, 0.25, 0.25, 1.0], 0.5)
     [-0.375, 0.125, 0.625, 1.125]

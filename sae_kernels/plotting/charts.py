@@ -1,4 +1,4 @@
-"""Kinds of charts that take plain numbers: bars, shares, lines against a size, and rooflines."""
+"""Charts of plain numbers: bars, shares, lines against a size, and rooflines."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def shares(
 
 
 def lines(figure: Figure, several: Sequence[Line]) -> Axes:
-    """Lines with the bands that their points range over."""
+    """Draws lines, each with the band that its points range over."""
     axes = figure.subplots()
     for each in several:
         low, y, high = (list(values) for values in zip(*each.y, strict=True))
@@ -108,7 +108,7 @@ def lines(figure: Figure, several: Sequence[Line]) -> Axes:
 def finish_sizes(
     axes: Axes, sizes: Sequence[float], text: Callable[[float], str], base: int = 10
 ) -> None:
-    """Log scales with the measured sizes below, and a name at the end of each line."""
+    """Sets log scales with the measured sizes as ticks, and names each line at its end."""
     axes.set_xscale("log")
     axes.set_yscale("log", base=base)
     log_ticks(axes.yaxis, text, base)
@@ -119,7 +119,7 @@ def finish_sizes(
 def roofline(
     figure: Figure, points: Sequence[Line], slope: float, slope_name: str, roofs: dict[str, float]
 ) -> Axes:
-    """Points under roofs and the slope below them, on log scales.
+    """Draws points under a roofline: horizontal roofs and a slope, on log scales.
 
     Args:
         figure: where to draw.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture to draw, and the words that go with it.
+    """A picture to draw, with its alternative text and caption.
 
     Attributes:
         name: file stem, also the prefix of every id inside an SVG.
@@ -33,7 +33,7 @@ class Drawing:
 
 
 class Picture(NamedTuple):
-    """A drawing as files (see :class:`Drawing` for name, alt and caption).
+    """A rendered drawing (see :class:`Drawing` for name, alt and caption).
 
     Attributes:
         png: the image on white, as the bytes of a PNG file.
@@ -55,7 +55,7 @@ def render(
     dpi: int = 200,
     svg: bool = False,
 ) -> list[Picture]:
-    """Renders drawings in the house style.
+    """Renders drawings to PNG and SVG in the common style.
 
     Args:
         drawings: what to draw.
@@ -93,7 +93,7 @@ def _render(drawing: Drawing, size: tuple[float, float], dpi: int, svg: bool) ->
 
 
 def inline_svg(svg: str, name: str) -> str:
-    """A standalone SVG cut down to an element several of which can share one HTML page."""
+    """Reduces a standalone SVG to an element; several can share one HTML page."""
     svg = svg[svg.index("<svg") :].strip()
     opening, rest = svg.split(">", 1)
     view_box = re.search(r'viewBox="[^"]+"', opening)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Templates lie beside the modules that fill them, ``report/page.html`` say."""
+    """The jinja2 environment; a template is named by its path in the package: report/page.html."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sae_kernels", ""),
         autoescape=True,  # pages show strings of strangers: tokens, paths, error messages
@@ -38,7 +38,7 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page as HTML text.
+    """Renders a template to HTML text.
 
     Args:
         template: path of the template below the package.

@@ -1,4 +1,4 @@
-"""Colours and matplotlib settings of every picture."""
+"""Colours and matplotlib settings of all pictures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def house_style(what: str) -> Iterator[None]:
-    """Applies these settings to what is drawn in the block; ``what`` names it in the error.
+    """Applies the common matplotlib settings in the block; ``what`` is named in the error.
 
     Raises:
         ImportError: matplotlib is not installed.

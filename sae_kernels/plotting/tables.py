@@ -1,4 +1,4 @@
-"""Tables as columns of text, shown on a terminal, in Markdown or on an HTML page (macros.html)."""
+"""Tables of text cells for the terminal, Markdown or an HTML page (macros.html)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """A column: its heading, of a line or two, its cells, and whether they are words."""
+    """A column of a table: heading (one or two lines), cells, and whether they are words."""
 
     heading: str
     cells: list[str]
@@ -20,12 +20,12 @@ class Column(NamedTuple):
 
 
 def rows(columns: list[Column]) -> list[tuple[str, ...]]:
-    """The cells of columns, row by row."""
+    """Transposes columns to rows of cells."""
     return list(zip(*(column.cells for column in columns), strict=True))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; all columns but the first ``words`` hold numbers, on the right.
+    """A Markdown table; columns after the first ``words`` hold numbers and are right-aligned.
 
     >>> print(markdown(["who", "ms"], [["ours", "1.0"]]))
     | who | ms |
@@ -38,16 +38,16 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1)
 
 
 def say(console: Console, line: str, style: str = "") -> None:
-    """Prints a line as it is, wrapped at words."""
+    """Prints a line without markup, wrapped at words."""
     from rich.text import Text
 
     console.print(Text(line, style, overflow="fold"))
 
 
 def show(first: list[Column], others: list[Column], console: Console) -> None:
-    """Prints one table where the terminal is wide enough, otherwise several that begin alike.
+    """Prints a table, split into several with the same first column if the terminal is narrow.
 
-    Nothing is cut: what does not fit goes below. A row that begins with a star is bold.
+    No cell is cut. A row that begins with a star is bold.
     """
     part: list[Column] = []
     for column in others:

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: few digits, a unit, and "n/a" where there is no value."""
+"""Formatting numbers for readers: few digits, a unit, and "n/a" for missing values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MISSING = "n/a"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A value to ``digits`` significant digits, with thousands separators.
+    """Formats a value with ``digits`` significant digits and thousands separators.
 
     >>> number(0.08713), number(12288), number(float("nan"))
     ('0.0871', '12,288', 'n/a')
@@ -27,16 +27,16 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(fraction: float | None, digits: int = 3) -> str:
-    """A fraction (1.0 is the whole) as a percentage."""
+    """Formats a fraction as a percentage."""
     if fraction is None or not math.isfinite(fraction):
         return MISSING
     text = number(100 * fraction, digits)
-    # "0.0400 %" and "100.0 %" claim a precision that says nothing to a reader.
+    # "0.0400 %" and "100.0 %" would claim a precision that is not there.
     return f"{text.rstrip('0').rstrip('.') if '.' in text and 'e' not in text else text}\u202f%"
 
 
 def duration(seconds: float | None) -> str:
-    """A number of seconds as seconds, minutes or hours."""
+    """Formats seconds as seconds, minutes or hours."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 100:
@@ -48,7 +48,7 @@ def duration(seconds: float | None) -> str:
 
 
 def rate(per_second: float | None) -> str:
-    """A number of tokens per second with an SI prefix; empty if unknown."""
+    """Formats tokens per second with an SI prefix; empty if unknown."""
     if per_second is None or not math.isfinite(per_second) or per_second <= 0:
         return ""
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -58,7 +58,7 @@ def rate(per_second: float | None) -> str:
 
 
 def parse(text: str | None) -> float | None:
-    """A plain number or a number of seconds, read from text; None for anything else.
+    """Parses a formatted number or number of seconds; None for anything else.
 
     >>> parse("20,000,000"), parse("61.5 s"), parse("20 M")
     (20000000.0, 61.5, None)
@@ -68,7 +68,7 @@ def parse(text: str | None) -> float | None:
 
 
 def size(n_bytes: float) -> str:
-    """A number of bytes with its unit.
+    """Formats a number of bytes with a binary unit.
 
     >>> size(3 * 2**19), size(300 * 2**30)
     ('1.50 MiB', '300 GiB')
@@ -80,7 +80,7 @@ def size(n_bytes: float) -> str:
 
 
 def si(value: float) -> str:
-    """A number in thousands, millions or billions.
+    """Formats a number in an SI prefix: k, M or G.
 
     >>> si(500), si(20_000), si(2.5e6)
     ('500', '20k', '2.5M')

@@ -1,4 +1,4 @@
-"""The page a training run leaves behind: figures, headline numbers and latents in context."""
+"""The HTML report of a training run: figures, headline numbers and latents in context."""
 
 from .data import CurvePoint, LatentExamples, RunReport, TokenContext
 from .page import draw_figures, render_page, write_report

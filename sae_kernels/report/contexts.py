@@ -13,7 +13,7 @@ _VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "⇥"})
 
 
 class Token(NamedTuple):
-    """A token as it is shown.
+    """A token of a context with its activation and background colour.
 
     Attributes:
         gap: the space before it.
@@ -28,8 +28,8 @@ class Token(NamedTuple):
     strength: float | None
 
 
-class Line(NamedTuple):
-    """A context: the tokens before its peak, the peak itself and those after it."""
+class ContextLine(NamedTuple):
+    """A context of a latent: the tokens before its peak, the peak, and those after it."""
 
     left: list[Token]
     peak: Token
@@ -37,15 +37,15 @@ class Line(NamedTuple):
 
 
 class Card(NamedTuple):
-    """The page's card of one latent: the words it peaks on, each with its count, and lines."""
+    """A latent on the page: the words it peaks on with their counts, and its contexts."""
 
     example: LatentExamples
     words: list[tuple[str, int]]
-    lines: list[Line]
+    lines: list[ContextLine]
 
 
 def card(example: LatentExamples) -> Card:
-    """The card of a latent."""
+    """Lays out the contexts of a latent for the page."""
     words = Counter(peak_word(c) for c in example.contexts).most_common(4)
     # The scale ends at what is shown if the recorded maximum is missing or too small for it.
     shown = [a for c in example.contexts for a in c.activations]
@@ -63,14 +63,14 @@ def peak_word(context: TokenContext) -> str:
     return "".join(text for _, text in _pieces(context.tokens[first:last])).strip()
 
 
-def _line(context: TokenContext, scale: float) -> Line:
+def _line(context: TokenContext, scale: float) -> ContextLine:
     tokens = [
         Token(gap, text, a, None if a == 0 and i != context.peak else _strength(a, scale))
         for i, ((gap, text), a) in enumerate(
             zip(_pieces(context.tokens), context.activations, strict=True)
         )
     ]
-    return Line(tokens[: context.peak], tokens[context.peak], tokens[context.peak + 1 :])
+    return ContextLine(tokens[: context.peak], tokens[context.peak], tokens[context.peak + 1 :])
 
 
 def _strength(activation: float, scale: float) -> float:
@@ -83,7 +83,7 @@ def _continues(token: str) -> bool:
 
 
 def _pieces(tokens: list[str]) -> list[tuple[str, str]]:
-    """Each token as the space before it and its visible text."""
+    """Splits each token into the space before it and its visible text."""
     # Tokenisers that keep the space inside the token need none added between tokens.
     spaced = not any(token.startswith(" ") for token in tokens)
     pieces = []

@@ -1,4 +1,4 @@
-"""The values that a report shows, plain ones, so that any trainer can fill them in."""
+"""The data of a report as plain values, which any trainer can fill in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The latents that a report shows, and the text on which they fire."""
+"""Choosing the latents that a report shows, and the text on which they fire most strongly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .data import LatentExamples, TokenContext
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sae_kernels.data.batches import Rows, RowSource
+    from sae_kernels.data.rows import Rows, RowSource
     from sae_kernels.nn import SparseAutoencoder
 
 _BATCH = 4096
@@ -24,7 +24,7 @@ _COSINES = 1 << 22  # held at once
 
 
 def decoder_cosine(W_dec: Tensor) -> Tensor:
-    """Each decoder row's largest cosine to another row, [F] (0 where there is no other).
+    """The largest cosine of each decoder row to another row, [F] (0 if there is only one row).
 
     >>> decoder_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).tolist()
     [1.0, 0.0, 1.0]
@@ -51,7 +51,7 @@ def latent_examples(
     radius: int = 12,
     density: tuple[float, float] = (5e-4, 1e-2),
 ) -> list[LatentExamples]:
-    """Latents with a clear subject, and the contexts in which they fire most strongly.
+    """Chooses latents with a clear subject, with the contexts in which they fire most strongly.
 
     The densities are cut into bands, evenly on a log scale, and each band gives the latent whose
     strongest contexts, one a document, share their words best without all having the same one; no
@@ -96,12 +96,12 @@ def latent_examples(
 
 
 def _stems(example: LatentExamples) -> Counter[str]:
-    """Counts of how the strongest words begin: crude, and enough to tell a subject."""
+    """Counts the beginnings of the strongest words, a crude stemming."""
     return Counter(peak_word(context).lower()[:4] for context in example.contexts)
 
 
 def _clarity(example: LatentExamples) -> tuple[bool, int, float]:
-    """A few words that come again beat one word only, which beats many different ones."""
+    """A score of how clear a subject is: a few repeated words, then one word, then many words."""
     stems = _stems(example)
     worded = all(stem.isalpha() and len(stem) > 2 for stem in stems)
     again = sum(times for times in stems.values() if times > 1)
@@ -109,8 +109,8 @@ def _clarity(example: LatentExamples) -> tuple[bool, int, float]:
     return worded and 2 <= len(stems) <= 4, again, weakest
 
 
-class _Codes(NamedTuple):
-    """The codes of all rows, and their entries by latent, the strongest first."""
+class _CodesByLatent(NamedTuple):
+    """The codes of all rows, with their entries sorted by latent and then by strength."""
 
     values: Tensor  # [N], row after row
     indices: Tensor  # [N]
@@ -120,13 +120,13 @@ class _Codes(NamedTuple):
     ends: Tensor  # int64 [F]
 
     def top(self, latent: int) -> tuple[Tensor, Tensor]:
-        """Values and rows of a latent's entries."""
+        """The values and rows of a latent's entries, strongest first."""
         end, count = int(self.ends[latent]), int(self.counts[latent])
         entries = self.entries[end - count : end]
         return self.values[entries], self.rows[entries]
 
     def activations(self, latent: int, first: int, last: int) -> list[float]:
-        """A latent's codes on the rows from ``first`` up to ``last``."""
+        """A latent's activations on the rows from ``first`` up to ``last``."""
         start, stop = torch.searchsorted(self.rows, torch.tensor([first, last])).tolist()
         here = self.indices[start:stop] == latent
         result = torch.zeros(last - first)
@@ -134,7 +134,7 @@ class _Codes(NamedTuple):
         return result.tolist()
 
     def peaks(self, latent: int, documents: Tensor, n: int) -> list[int]:
-        """The rows where a latent is strongest, one of each document."""
+        """The rows where a latent fires most strongly, one per document."""
         peaks: dict[int, int] = {}
         rows = self.top(latent)[1]
         for row, document in zip(rows.tolist(), documents[rows].tolist(), strict=True):
@@ -145,7 +145,7 @@ class _Codes(NamedTuple):
 
 
 @torch.inference_mode()
-def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
+def _encode(sae: SparseAutoencoder, rows: Rows) -> _CodesByLatent:
     device = sae.W_enc.device
     parts = [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
     values = torch.cat([part.values.flatten().cpu() for part in parts])
@@ -158,13 +158,13 @@ def _encode(sae: SparseAutoencoder, rows: Rows) -> _Codes:
     latents = indices[by_value]
     entries = by_value[latents.argsort(stable=True)]
     counts = torch.bincount(latents, minlength=sae.config.n_latents)
-    return _Codes(values, indices, tokens, entries, counts, counts.cumsum(0))
+    return _CodesByLatent(values, indices, tokens, entries, counts, counts.cumsum(0))
 
 
 def _context(
-    codes: _Codes, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
+    codes: _CodesByLatent, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
 ) -> TokenContext:
-    """The tokens of the same document around a row."""
+    """The context of a row: the tokens of its document around it."""
     start, stop = max(0, peak - radius), peak + radius + 1
     same = (documents[start:stop] == documents[peak]).nonzero().flatten() + start
     first, last = int(same[0]), int(same[-1]) + 1

@@ -1,4 +1,4 @@
-"""The page a training run leaves behind: one HTML file and its figures as PNG files."""
+"""Writing the page of a training run: one HTML file and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def render_page(report: RunReport, figures: list[Picture]) -> str:
 
 
 def _tiles(report: RunReport) -> list[tuple[str, str, str]]:
-    """Headline numbers: a name, a value and a note each."""
+    """The headline numbers, each a name, a value and a note."""
     metrics, measured = report.metrics, report.measured_fvu
     fvu, l0 = metrics.get("fvu") if measured is None else measured, metrics.get("l0")
     name = "FVU" if measured is None else f"{report.measured_on.capitalize()} FVU"
@@ -104,7 +104,7 @@ def _tiles(report: RunReport) -> list[tuple[str, str, str]]:
 
 
 def _metric(report: RunReport, key: str, value: float) -> tuple[str, str, str]:
-    """A result: its name, its value and what it means."""
+    """Name, value and explanation of a result."""
     name, meaning = _METRICS.get(key, (key.replace("_", " "), ""))
     show = _FORMATS.get(key, percent if key.endswith("_fraction") else number)
     return (

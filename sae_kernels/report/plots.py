@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def drawings(report: RunReport) -> list[Drawing]:
-    """The figures for which a report has data, in the order of the page."""
+    """The drawings for which a report has data, in the order of the page."""
     cosine = report.decoder_cosine.detach().double().cpu()
     density = report.latent_density
     density = None if density is None else density.detach().double().cpu()

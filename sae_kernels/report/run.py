@@ -1,4 +1,4 @@
-"""A run's folder as a report: what it says of itself, and its SAE measured on activations."""
+"""Making the report of a run's folder: its settings and metrics, and its SAE measured on data."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run_report(
     max_tokens: int = MAX_TOKENS,
     tokenizer: str | Path | None = None,
 ) -> RunReport:
-    """The report of any run, finished or not.
+    """Makes the report of a run, finished or not.
 
-    Without data the SAE is measured on the run's own, if that lies in folders that are still
-    there, and the page says that this is training data. What cannot be known is left out.
+    Without ``data`` the SAE is measured on the run's own folders, if they still exist, and the page
+    says that these are training data. Whatever is unknown is left out.
 
     Args:
         folder: of the run.
@@ -83,19 +83,19 @@ def run_report(
         subtitle=subtitle(sae, None if path.name == SAE_FOLDER else path.name, measured, training),
         facts=facts(tables, sae, activations, last),
         metrics=results(measured, last, result),
-        curve=curve(lines),
+        curve=training_curve(lines),
         measured_fvu=None if measured is None else measured.fvu,
         latent_density=None if measured is None else measured.latent_density,
         decoder_cosine=decoder_cosine(sae.W_dec),
         examples=examples,
-        command=again(folder / RUN_FILE, tables),
+        command=repeat_command(folder / RUN_FILE, tables),
         dead_rule=dead_rule(last.get("tokens"), settings.get("dead_after_tokens")),
         measured_on="training" if training else "evaluation",
     )
 
 
 def newest_sae(folder: Path) -> Path:
-    """The folder of a run's SAE: its result, or the newest whole checkpoint if it goes on.
+    """The folder of a run's SAE: the final one, or that of the newest undamaged checkpoint.
 
     Raises:
         DataError: there is none yet, or all checkpoints are damaged.
@@ -119,24 +119,23 @@ def newest_sae(folder: Path) -> Path:
     return folder / SAE_FOLDER
 
 
-def again(run_file: Path, tables: Mapping[str, Any]) -> str | None:
-    """The command that repeats a run on stored activations; another kind needs more than a file."""
+def repeat_command(run_file: Path, tables: Mapping[str, Any]) -> str | None:
+    """The shell command that repeats a run on stored activations; None for other runs."""
     if not tables.get("data", {}).get("folders"):
         return None
     return f"sae-kernels train --config {shlex.quote(str(run_file))} --out again"
 
 
-def curve(lines: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
-    """Metric lines as a curve; numbers that a line lacks are NaN.
+def training_curve(lines: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
+    """Converts metric lines to a training curve; missing numbers are NaN.
 
-    >>> curve([{"step": 10, "loss": 0.5, "fvu": None, "l0": 4.0}])
+    >>> training_curve([{"step": 10, "loss": 0.5, "fvu": None, "l0": 4.0}])
     [CurvePoint(step=10, loss=0.5, fvu=nan, l0=4.0, dead_fraction=nan)]
     """
     names = [field.name for field in dataclasses.fields(CurvePoint)][1:]
     return [
-        CurvePoint(line["step"], *(_number(line.get(name)) for name in names)) for line in lines
+        CurvePoint(
+            line["step"], *(math.nan if (v := line.get(name)) is None else v for name in names)
+        )
+        for line in lines
     ]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""The activations that a run's SAE is measured on, and the tokens that they belong to."""
+"""The activations on which a report measures an SAE, and their tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class FirstRows:
-    """The first rows of a source, at most so many."""
+    """A row source of the first ``n`` rows of another."""
 
     def __init__(self, source: RowSource, n_tokens: int) -> None:
         self._source = source
@@ -33,8 +33,8 @@ class FirstRows:
         return self._source.rows(start, stop)
 
 
-class Activations(NamedTuple):
-    """Folders of activations.
+class RunActivations(NamedTuple):
+    """The folders of activations that a report measures on.
 
     Attributes:
         layers: what the SAE reads.
@@ -48,18 +48,18 @@ class Activations(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of these tokens on the page."""
+        """The name of these tokens on the page, "training" or "evaluation"."""
         return "training" if self.training else "evaluation"
 
     def source(self) -> RowSource:
-        """The layers side by side."""
+        """The layers' rows, concatenated."""
         return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
 
 
 def opened(
     data: Sequence[str | Path], target: str | Path | None, tables: Mapping[str, Any]
-) -> Activations | None:
-    """The given folders, or the run's own.
+) -> RunActivations | None:
+    """Opens the given folders, or the run's own.
 
     None if none are given and the run's own lie in memory, in a stream, or not there any more.
 
@@ -80,15 +80,15 @@ def opened(
     return _open(folders, goal, training=True)
 
 
-def _open(data: Sequence[str | Path], target: str | Path | None, training: bool) -> Activations:
+def _open(data: Sequence[str | Path], target: str | Path | None, training: bool) -> RunActivations:
     layers = [ShardDataset(folder) for folder in data]
-    return Activations(layers, None if target is None else ShardDataset(target), training)
+    return RunActivations(layers, None if target is None else ShardDataset(target), training)
 
 
 def tokens_of(
-    name: str | Path | None, activations: Activations, tables: Mapping[str, Any]
+    name: str | Path | None, activations: RunActivations, tables: Mapping[str, Any]
 ) -> ToTokens | None:
-    """The tokens of the named tokenizer, or of the local model that the activations came from.
+    """The id-to-token function of a named tokenizer, or of the activations' local model.
 
     None if the activations have no tokens beside them, or no such model is there.
     """
@@ -107,7 +107,7 @@ def tokens_of(
 
 
 def to_tokens(name: str | Path) -> ToTokens:
-    """A function from ids to tokens; no code of the tokenizer's folder runs.
+    """Loads a tokenizer as a function from ids to tokens; no code of its folder runs.
 
     Raises:
         ModelError: nothing there, or nothing that loads under this rule.

@@ -1,4 +1,4 @@
-"""Words and single numbers on the page of a run."""
+"""The subtitle, settings and headline results on the page of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.training.evaluate import Evaluation
 
-    from .run_data import Activations
+    from .run_data import RunActivations
 
 # Of the many settings of training, what a reader asks for first.
 _TRAIN = ("steps", "batch_size", "lr", "loss", "sparsity", "sparsity_coefficient", "target_l0",
@@ -25,7 +25,7 @@ _SAE = ("d_in", "n_latents", "d_out", "n_layers", "k", "groups", "skip", "thresh
 def subtitle(
     sae: SparseAutoencoder, checkpoint: str | None, measured: Evaluation | None, training: bool
 ) -> str:
-    """A sentence about what was trained, how far it has come and what the numbers are worth."""
+    """One sentence: what was trained, how far the run is, and on which data it was measured."""
     config = sae.config
     text = f"{config.architecture}, {config.n_latents:,} latents of {config.input_width:,} inputs"
     if checkpoint is not None:
@@ -43,7 +43,7 @@ def subtitle(
 def facts(
     tables: Mapping[str, Any],
     sae: SparseAutoencoder,
-    activations: Activations | None,
+    activations: RunActivations | None,
     last: Mapping[str, Any],
 ) -> dict[str, str]:
     """The settings of a run and facts about its weights, by name."""
@@ -63,12 +63,12 @@ def facts(
 
 
 def training_settings(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of training, objective and optimizer in a run's tables, by name."""
+    """The training, objective and optimizer settings of a run, by name."""
     return {k: v for n in ("train", "objective", "optimizer") for k, v in tables.get(n, {}).items()}
 
 
 def weights(sae: SparseAutoencoder) -> dict[str, str]:
-    """Number and dtype of the weights, and the norms of decoder rows."""
+    """Facts about the weights: number, dtype and decoder norms."""
     norms = sae.decoder_norms().detach()
     low, median, high = (float(v) for v in (norms.min(), norms.median(), norms.max()))
     spread = f"{number(median)} (from {number(low)} to {number(high)})"
@@ -83,7 +83,7 @@ def weights(sae: SparseAutoencoder) -> dict[str, str]:
 def results(
     measured: Evaluation | None, last: Mapping[str, Any], result: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The measures, then what training itself says: dead latents, time and speed."""
+    """Results by name: the evaluation, then training's own dead latents, time and speed."""
     found: dict[str, float] = {}
     if measured is not None:
         scalars = measured.scalars()
@@ -109,7 +109,7 @@ def dead_rule(tokens: int | None, dead_after_tokens: int | None) -> str:
 
 
 def _says(name: str, value: object) -> bool:
-    """Whether a setting is worth a line: what is switched off is not."""
+    """Whether to show a setting; those that are switched off are left out."""
     if name == "n_layers":
         return value != 1
     return name == "seed" or value not in (None, False, "none", 0)

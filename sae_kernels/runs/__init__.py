@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it survives: its folder, metric lines, checkpoints."""
+"""A training run on disk: its folder, metric lines, checkpoints and loggers."""

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that appear whole, and are verified before they are believed.
+"""Checkpoints: folders that are written atomically and verified before they are loaded.
 
 ``step_00001000/`` holds safetensors and JSON files and, written last, ``manifest.json`` with the
-size and SHA-256 of each. All of it is flushed to the disk under another name before it gets its
-own, and the parent folder after that. Nothing is pickled.
+size and SHA-256 of each. The folder is written and flushed under a temporary name, then renamed,
+then its parent is flushed. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _FILES_LIMIT = 64
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds, by the names of its files."""
+    """The tensors and JSON values of a checkpoint, by file name."""
 
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     values: Mapping[str, Mapping[str, Any]]
 
 
 class Manifest(NamedTuple):
-    """What ``manifest.json`` says."""
+    """The content of ``manifest.json``: the step, and size and SHA-256 of each file."""
 
     step: int
     files: dict[str, Written]
 
 
 def path_of(parent: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return parent / f"step_{step:08d}"
 
 
@@ -55,7 +55,7 @@ def step_of(path: Path) -> int:
 
 
 def steps(parent: Path) -> list[int]:
-    """The steps of which there is a checkpoint, damaged or not, in ascending order."""
+    """The steps that have a checkpoint, damaged or not, in ascending order."""
     if not parent.is_dir():
         return []
     found = (_NAME.fullmatch(path.name) for path in parent.iterdir())
@@ -65,7 +65,7 @@ def steps(parent: Path) -> list[int]:
 def write(
     parent: Path, step: int, staged: Mapping[str, Staging], values: Mapping[str, Mapping[str, Any]]
 ) -> Path:
-    """Writes a checkpoint of staged tensors and JSON objects; one of that step is replaced."""
+    """Writes a checkpoint of staged tensors and JSON objects, replacing one of the same step."""
     parent.mkdir(parents=True, exist_ok=True)
     path = path_of(parent, step)
     with replacing(path) as partial:
@@ -76,16 +76,16 @@ def write(
         listed = {name: file._asdict() for name, file in files.items()}
         record = {"format": FORMAT, "version": VERSION, "step": step, "files": listed}
         _write_json(partial / MANIFEST, record)
-        if path.exists():  # damaged, or of a future that a resumed run has left
+        if path.exists():  # damaged, or written before the run was resumed from an earlier step
             shutil.rmtree(path)
     return path
 
 
 def verify(path: Path) -> Manifest:
-    """Reads the whole checkpoint and compares it with its manifest.
+    """Compares every file of a checkpoint with its manifest.
 
     Raises:
-        DataError: files that are missing, cut, changed or strange; the message names one.
+        DataError: a file is missing, truncated, changed or not listed; the message names it.
     """
     record = read_json(path / MANIFEST, "the manifest of a checkpoint")
     if record.get("format") != FORMAT or record.get("version") != VERSION:
@@ -103,10 +103,10 @@ def verify(path: Path) -> Manifest:
 
 
 def read(path: Path) -> Contents:
-    """Everything in a checkpoint, on the CPU, once :func:`verify` has accepted it.
+    """Verifies a checkpoint and loads all of it, tensors on the CPU.
 
     Raises:
-        DataError: it did not.
+        DataError: as :func:`verify`.
     """
     tensors, values = {}, {}
     for name in verify(path).files:
@@ -118,7 +118,7 @@ def read(path: Path) -> Contents:
 
 
 def newest(parent: Path) -> tuple[Path, Contents] | None:
-    """The newest checkpoint that is whole; each damaged one that is newer is warned of.
+    """Path and contents of the newest undamaged checkpoint, with a warning for each damaged one.
 
     Raises:
         DataError: there are checkpoints and all of them are damaged.
@@ -146,9 +146,9 @@ def newest(parent: Path) -> tuple[Path, Contents] | None:
 
 
 def retain(parent: Path, step: int, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints up to this step, which is known to be whole.
+    """Removes all but the newest ``keep`` checkpoints up to this step; 0 removes none.
 
-    Later ones are of a future that a resumed run has left. 0 removes none.
+    Later ones go too: they date from before the run was resumed from an earlier step.
     """
     if not keep:
         return

@@ -1,7 +1,7 @@
-"""What a run leaves: its settings, its metric lines, its checkpoints, its SAE.
+"""The folder of a run: its settings, metric lines, checkpoints and SAE.
 
-``run.toml`` comes first and ``result.json`` last: a folder with the one and without the other holds
-a run that can go on.
+``run.toml`` is written first and ``result.json`` last: a folder with only the first holds a run
+that can be resumed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.toml import changes, plain, read_tables, write_tables
 from sae_kernels.errors import DataError
-from sae_kernels.io.files import json_writer, publish, sweep
+from sae_kernels.io.files import json_writer, publish, remove_stale
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.lock import locked
 from sae_kernels.runs.loggers import TENSORBOARD_FOLDER, WANDB_ID_FILE, open_loggers
@@ -35,26 +35,26 @@ _MINE = (
     *(RUN_FILE, METRICS_FILE, RESULT_FILE, checkpoint.CHECKPOINTS, SAE_FOLDER),
     *(TENSORBOARD_FOLDER, WANDB_ID_FILE),
 )
-# What a resumed run may have otherwise: it does not change what is learnt.
+# Settings that may change on resuming, as they do not affect what is learnt.
 _FREE = ("output.", "data.", "train.log_every", "train.device", "train.on_nonfinite")
 
 
 class RunFolder:
-    """A run's folder while it trains; nobody else can use it meanwhile.
+    """The folder of a run in progress, locked against other processes.
 
     Args:
         path: made when missing.
         tables: the settings, as TOML tables.
-        options: how often to save, how many to keep, who else gets the metric lines.
-        resume: go on from the newest checkpoint that is whole, or from the start where there is
-            none; else the folder must not hold a run.
+        options: how often to save, how many checkpoints to keep, which loggers to open.
+        resume: continue from the newest undamaged checkpoint, or from the start if there is none;
+            otherwise the folder must not hold a run.
         overwrite: delete the run that the folder holds.
-        defaults: settings that an older version may have left out, as ``{"train.lr": None}``.
+        defaults: values of settings that an older version did not write: ``{"train.lr": None}``.
 
     Attributes:
         path: the folder.
-        checkpoint: the one to go on from, or None.
-        step: the steps that the run had made then.
+        checkpoint: the checkpoint to continue from, or None.
+        step: steps made at that checkpoint, else 0.
         lines: the metric lines so far.
 
     Raises:
@@ -86,9 +86,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(self.path))
             for folder in (self.path, self._checkpoints):
-                sweep(folder, of_anyone=True)  # the lock says that nobody else writes here
+                remove_stale(folder, of_anyone=True)  # the lock says that nobody else writes here
             self._begin()
-            # First, for it may be what fails: a package is not there, or a service.
+            # Before anything is written: a missing package or service fails here.
             self._loggers = stack.enter_context(
                 closing(open_loggers(self.options.loggers, self.path, self.tables, self.step))
             )
@@ -108,26 +108,26 @@ class RunFolder:
     def _checkpoints(self) -> Path:
         return self.path / checkpoint.CHECKPOINTS
 
-    def take_contents(self) -> Contents:
-        """What the checkpoint holds; asked once, as it takes as much memory as the training."""
+    def pop_contents(self) -> Contents:
+        """The checkpoint's contents, once: they take as much memory as the training itself."""
         assert self._contents is not None
         contents, self._contents = self._contents, None
         return contents
 
     def log(self, line: dict[str, Any]) -> None:
-        """Takes in a metric line."""
+        """Appends a metric line to the file and hands it to the loggers."""
         self.lines.append(line)
         self._log.write(line)
         self._loggers.write(line)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after so many steps; tells of one that failed."""
+        """Whether to save a checkpoint after this step; raises if an earlier save has failed."""
         self._saver.check()
         every = self.options.checkpoint_every
         return every > 0 and step % every == 0
 
     def save(self, step: int, contents: Contents, *, wait: bool = False) -> None:
-        """Begins to write a checkpoint, or has it on the disk on return if it is to wait."""
+        """Writes a checkpoint in the background; ``wait`` returns only when it is on the disk."""
         if self._saver.last != step:
             self._log.sync()
             self._saver.save(step, contents)
@@ -135,16 +135,16 @@ class RunFolder:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what was saved last is on the disk."""
+        """Waits until the last checkpoint is on the disk."""
         self._saver.wait()
 
     @property
     def staged_bytes(self) -> int:
-        """The memory that holds the copy of the last checkpoint."""
+        """Bytes of memory that hold the copy of the last checkpoint."""
         return self._saver.nbytes
 
     def finish(self, result: dict[str, Any]) -> None:
-        """The run has made all its steps."""
+        """Writes result.json, which marks the run as finished."""
         self._saver.wait()
         publish(self.path / RESULT_FILE, json_writer(jsonable(result)))
 
@@ -186,7 +186,7 @@ class RunFolder:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a folder holds a run that was begun."""
+    """Whether a folder holds a run, finished or not."""
     return (path / RUN_FILE).is_file()
 
 

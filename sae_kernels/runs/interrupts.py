@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while something must be finished first."""
+"""Deferring Ctrl-C and SIGTERM until a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Interrupts:
-    """Notes the first SIGINT or SIGTERM and leaves the rest to whoever asks; a second one kills.
+    """Records the first SIGINT or SIGTERM instead of acting on it; a second one kills at once.
 
-    Handlers of the user's own stay, and so does a signal that is ignored. Outside the main thread,
-    where Python hands signals to nobody, it does nothing.
+    A user's own handlers and ignored signals stay as they are. Outside the main thread, to which
+    Python delivers all signals, it does nothing.
 
     Args:
         enabled: False does nothing.
@@ -46,11 +46,11 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        for each in self._replaced:  # the system's own default: no Python code stands in its way
+        for each in self._replaced:  # the system's default kills even where Python hangs
             signal.signal(each, signal.SIG_DFL)
 
-    def raise_(self, message: str) -> None:
-        """What the signal would have done, now that all is saved."""
+    def raise_received(self, message: str) -> None:
+        """Raises KeyboardInterrupt or SystemExit for the signal received, if there was one."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt(message)
         if self.received is not None:

@@ -1,4 +1,4 @@
-"""One process a run folder."""
+"""A lock that keeps a second process out of a run's folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two processes apart there
+except ImportError:  # Windows, where the folder is not locked
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; the system lets go when the process dies, however it does.
+    """Locks a folder for this process; the system unlocks it when the process dies.
 
     Raises:
-        DataError: it is in use by another process, or by another run in this one.
+        DataError: another process, or another run in this one, holds the lock.
     """
     if fcntl is None:
         yield

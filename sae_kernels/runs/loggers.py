@@ -1,7 +1,7 @@
-"""Loggers: metric lines handed on to TensorBoard and Weights & Biases while a run goes on.
+"""Loggers: metric lines sent to TensorBoard and Weights & Biases during a run.
 
-A logger is a guest of the run. What keeps it from opening is an error, for the run has not begun;
-what happens to it later costs a warning and the logger, never the run.
+A logger that cannot be opened is an error, since the run has not begun; one that fails later is
+dropped with a warning, and the run continues.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 TENSORBOARD_FOLDER, WANDB_ID_FILE = "tensorboard", "wandb_id.txt"
 PROJECT = "sae_kernels"
-_FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's file
-_FINISH_SECONDS = 120.0  # for Weights & Biases to upload the rest; `wandb sync` does it later
+_FLUSH_SECONDS = 10  # the most that a killed run loses of TensorBoard's file
+_FINISH_SECONDS = 120.0  # for Weights & Biases to upload the rest; `wandb sync` can do it later
 
 
 class Logger(Protocol):
-    """What takes metric lines in while a run goes on."""
+    """A receiver of metric lines during a run."""
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Takes one line; its step is under "step"."""
@@ -36,10 +36,10 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """Several loggers as one; one that raises is dropped with a warning.
+    """Sends metric lines to several loggers; one that raises is dropped with a warning.
 
     Args:
-        loggers: by the name that the warning gives them.
+        loggers: by name, which the warning uses.
 
     Example:
         >>> class Kept(list):
@@ -56,7 +56,7 @@ class Loggers:
         self._loggers = dict(loggers)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Hands a metric line to every logger that is left."""
+        """Sends a metric line to every open logger."""
         for name, logger in list(self._loggers.items()):
             try:
                 logger.write(line)
@@ -67,7 +67,7 @@ class Loggers:
                 _warn(name, "write a metric line", error)
 
     def close(self) -> None:
-        """Closes every logger that is left; a second call does nothing."""
+        """Closes every open logger; a second call does nothing."""
         while self._loggers:
             name, logger = self._loggers.popitem()
             try:
@@ -88,15 +88,15 @@ def open_loggers(
     """Opens loggers by name.
 
     Args:
-        names: of "tensorboard" and "wandb"; none is fine.
-        folder: of the run; loggers keep their files in it.
-        settings: of the run, for the logger that shows them. Its table "output" may name the
-            project of Weights & Biases as ``project``.
-        step: the checkpoint's step where a run goes on, 0 for a new one. What was logged of later
-            steps is void.
+        names: any of "tensorboard" and "wandb"; may be empty.
+        folder: the run's; loggers keep their files in it.
+        settings: the run's, shown by Weights & Biases. The table "output" may name its
+            ``project``.
+        step: the checkpoint's step if a run is resumed, 0 for a new one; TensorBoard's lines of
+            later steps are dropped.
 
     Raises:
-        ValueError: an unknown name, or a service that does not open.
+        ValueError: an unknown name, or a service that cannot be reached.
         ImportError: a package that is not installed; the message says how to get it.
     """
     names = list(dict.fromkeys(names))
@@ -111,7 +111,7 @@ def open_loggers(
 
 
 class _TensorBoard:
-    """Scalars in an event file; a run that goes on voids what was logged after its step."""
+    """Writes scalars to an event file; resuming purges those after the checkpoint's step."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
         with _installed("tensorboard"):
@@ -130,7 +130,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of Weights & Biases, which goes on under the same id; WANDB_MODE=offline is heeded."""
+    """Logs to a run of Weights & Biases, resumed under the same id; obeys WANDB_MODE=offline."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
         with _installed("wandb"):
@@ -145,7 +145,7 @@ class _WeightsAndBiases:
                 resume="allow" if step else None,
                 config=dict(settings),
                 dir=folder,
-                reinit="create_new",  # a run of the caller's own is none of our business
+                reinit="create_new",  # leaves a run that the caller has open alone
                 settings=wandb.Settings(
                     silent=True, console="off", login_timeout=60, finish_timeout=_FINISH_SECONDS
                 ),

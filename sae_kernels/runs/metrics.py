@@ -1,4 +1,4 @@
-"""Metric lines: one JSON object per line, complete to the last line written."""
+"""The metric file: one JSON object per line, readable up to the last complete line."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _BLOCK = 1 << 16  # bytes read at a time in search of the last line's end
 
 
 class MetricLog:
-    """Appends metric lines to a file; each line reaches the file before the next step.
+    """Appends metric lines to a file, each flushed as soon as it is written.
 
-    A file that is there goes on: the unfinished last line of a killed run is cut off first.
+    An existing file is continued, after an incomplete last line of a killed run is cut off.
 
     Args:
         path: the file; made when missing.
-        until: of a run that goes on from a checkpoint, the checkpoint's step. Lines of later steps
-            are dropped, all at once, since those steps are made again.
+        until: the step of the checkpoint that a run is resumed from. Lines of later steps are
+            removed, since those steps are made again.
 
     Raises:
-        DataError: with ``until``, a line that is no JSON object.
+        DataError: with ``until``, a line that is not a JSON object.
 
     Example:
         >>> import tempfile
@@ -51,11 +51,11 @@ class MetricLog:
         self._file = path.open("a", encoding="utf-8", buffering=1, newline="\n")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Writes one object; numbers that are not finite become null, which JSON lacks."""
+        """Writes one line; numbers that are not finite become null, as JSON has none."""
         self._file.write(json.dumps(jsonable(dict(values)), allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Flushes the lines to the disk: they outlive a loss of power."""
+        """Flushes the lines to the disk, so that they survive a power failure."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -71,10 +71,10 @@ class MetricLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metric file; an unfinished last line (a killed run) is left out.
+    """Reads a metric file, without an incomplete last line (of a killed run).
 
     Raises:
-        DataError: a line that is no JSON object; the message has its number.
+        DataError: a line that is not a JSON object; the message has its number.
         OSError: no such file, or one that cannot be read.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON values: numbers that are not finite become null, what JSON lacks its string."""
+    """Converts to JSON values: numbers that are not finite to null, other types to strings."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -110,7 +110,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _cut_unfinished(path: Path) -> None:
-    """Ends a file after its last newline."""
+    """Truncates a file after its last newline."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread while the training goes on."""
+"""Saving checkpoints in a background thread."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """Takes copies of a training's state and writes each in the background.
+    """Copies a training's state and writes the copy to disk in the background.
 
-    The copies go into buffers that the next one reuses: the extra memory is that of one
-    checkpoint's tensors, from the first save on.
+    The buffers are reused: from the first save on they take the memory of one checkpoint.
 
     Args:
         parent: the folder of the checkpoints.
-        keep: how many stay; 0: all.
+        keep: how many checkpoints to keep; 0 keeps all.
+        last: the step of the newest checkpoint in the folder, if any.
 
     Attributes:
-        last: the step of the newest checkpoint that is whole on the disk, or None.
+        last: the step of the newest checkpoint on the disk, or None.
 
     Raises:
-        OSError: at the next call after a write that failed. Older checkpoints are intact.
+        OSError: at the next call after a failed write. Older checkpoints are intact.
     """
 
     def __init__(self, parent: Path, keep: int, last: int | None = None) -> None:
@@ -42,26 +42,26 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the copies."""
+        """Bytes of memory that the copies take."""
         return sum(staging.nbytes for staging in self._staged.values())
 
     def save(self, step: int, contents: checkpoint.Contents) -> None:
-        """Copies the state and begins to write it, once the write before is done."""
+        """Waits for the previous write, copies the state and starts to write it."""
         self.wait()
         for name, tensors in contents.tensors.items():
-            self._staged.setdefault(name, Staging()).take(tensors)
+            self._staged.setdefault(name, Staging()).fill(tensors)
         self._thread = threading.Thread(
             target=self._write, args=(step, contents.values), name="checkpoint"
         )
         self._thread.start()
 
     def check(self) -> None:
-        """Raises what a write that has ended failed with."""
+        """Raises the error of a finished write that failed; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the write under way, and raises what it failed with."""
+        """Waits for the write under way and raises its error if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -71,7 +71,7 @@ class Saver:
 
     def _write(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
         try:
-            _yield_to_others()
+            _lower_priority()
             checkpoint.write(self.parent, step, self._staged, values)
             self.last = step
             checkpoint.retain(self.parent, step, self.keep)
@@ -84,12 +84,12 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None:  # the error under way is the one to report
+        elif self._thread is not None:  # a failed write must not hide the error under way
             self._thread.join()
 
 
-def _yield_to_others() -> None:
-    """The checksum is to cost idle time and not the steps'; on Linux a thread has a priority."""
+def _lower_priority() -> None:
+    """Lowers this thread's priority (Linux), so that checksums do not slow the training steps."""
     if hasattr(os, "setpriority") and hasattr(threading, "get_native_id"):
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -1,8 +1,7 @@
-"""Tensors copied into one reused buffer, as they will lie in their file.
+"""A reusable buffer that holds a copy of tensors in safetensors layout.
 
-The training goes on while a thread writes the copy. safetensors' own writer turns every tensor into
-a second copy, in new memory each time; the format is simple enough to stream from here, with the
-checksum taken on the way.
+Training continues while a thread writes the copy. safetensors' own writer would copy every tensor
+again, to new memory each time; here the buffer is streamed to the file and hashed on the way.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _BLOCK = 4 << 20
-_PAGE = 4096  # what a direct write is aligned to: its memory, its place and its length
+_PAGE = 4096  # alignment that direct writes need, of memory, offset and length
 
 
 class Written(NamedTuple):
-    """A file as the manifest knows it."""
+    """Size in bytes and SHA-256 of a written file."""
 
     bytes: int
     sha256: str
 
 
 class Staging:
-    """A buffer for the tensors of one file.
+    """A reusable buffer for the tensors of one safetensors file.
 
     Example:
         >>> import tempfile, pathlib
         >>> from safetensors.torch import load_file
         >>> staging = Staging()
-        >>> staging.take({"x": torch.arange(3)})
+        >>> staging.fill({"x": torch.arange(3)})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "x.safetensors")
         ...     _ = staging.write(path)
@@ -49,18 +48,18 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)  # begins with a page
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # starts at a multiple of _PAGE
         self._filled = 0
 
     @property
     def nbytes(self) -> int:
-        """The memory that it holds."""
+        """Bytes of memory that the buffer takes."""
         return self._buffer.numel()
 
     @torch.no_grad()
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the tensors, which may change afterwards; the buffer grows where it must."""
-        # Wide elements first, so that each lies at a multiple of its size.
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies the tensors to the buffer, which grows as needed; they may change afterwards."""
+        # Widest dtype first, so that each tensor is aligned to its element size.
         order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         header, places, end = {}, {}, 0
         for name in order:
@@ -84,7 +83,7 @@ class Staging:
             place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def write(self, path: Path) -> Written:
-        """Writes what was taken last as a safetensors file, flushed to the disk."""
+        """Writes the buffer's tensors as a safetensors file, flushed to the disk."""
         sha256 = hashlib.sha256()
         content = memoryview(self._buffer.numpy())  # type: ignore[arg-type]
         descriptor, direct = _opened(path)
@@ -92,7 +91,7 @@ class Staging:
             for start in range(0, self._filled, _BLOCK):
                 stop = min(start + _BLOCK, self._filled)
                 sha256.update(content[start:stop])
-                # A direct write ends with a page; what is too much is cut off again.
+                # Direct writes are whole pages; ftruncate cuts the excess off.
                 direct = _write(descriptor, content[start : stop + -stop % _PAGE], direct)
             os.ftruncate(descriptor, self._filled)
             os.fsync(descriptor)
@@ -109,9 +108,9 @@ class Staging:
 
 
 def _opened(path: Path) -> tuple[int, bool]:
-    """A new file for writing, past the system's page cache where it can be.
+    """Opens a new file, for writes past the system's page cache (O_DIRECT) where supported.
 
-    The copy into that cache is the dearest part of a write, and nobody reads the file soon.
+    Copying to that cache is the dearest part of a write, and nothing reads the file soon.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     if hasattr(os, "O_DIRECT"):
@@ -121,14 +120,14 @@ def _opened(path: Path) -> tuple[int, bool]:
 
 
 def _write(descriptor: int, block: memoryview, direct: bool) -> bool:
-    """Writes all of it; whether direct writes still work."""
+    """Writes a block; returns whether direct writes still work."""
     while block:  # a write may take a part only
         try:
             block = block[os.write(descriptor, block) :]
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise
-            import fcntl  # a system that has direct writes has it
+            import fcntl  # exists wherever O_DIRECT does
 
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.data.batches import RowSource, TensorRows
 from sae_kernels.data.joint import JointRows
+from sae_kernels.data.rows import RowSource, TensorRows
 from sae_kernels.training.description_length import DescriptionLengthSums
 from sae_kernels.training.fresh import split
 

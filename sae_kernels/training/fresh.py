@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.data.batches import ShuffledBatches, estimate_scale
-from sae_kernels.data.sources import is_rows, opened
+from sae_kernels.data.batches import ShuffledBatches
+from sae_kernels.data.rows import estimate_scale
+from sae_kernels.data.sources import is_rows, open_source
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.gpu import training_device
 from sae_kernels.nn import SparseAutoencoder, build
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.data.sources import Stream
 
 _SAMPLE = 16384  # rows from which scale and b_dec are estimated
@@ -47,7 +48,7 @@ def prepare(
         >>> prepare(torch.randn(64, 8), TopKConfig(8, 32, k=4), config).b_dec.shape
         torch.Size([8])
     """
-    return Samples(opened(source)).prepared(sae, config)
+    return Samples(open_source(source)).prepared(sae, config)
 
 
 class Samples:

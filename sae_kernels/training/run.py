@@ -95,7 +95,7 @@ class TrainingRun(Generic[Batch]):
     def load(self) -> None:
         """Restores the folder's checkpoint; the SAE has its weights already."""
         assert self.folder is not None
-        values = self.training.load(self.folder.take_contents())
+        values = self.training.load(self.folder.pop_contents())
         self.seconds, self.cursor = float(values["seconds"]), values["batches"]
 
     @property
@@ -219,4 +219,6 @@ def drive(runs: Sequence[TrainingRun[Batch]], batches: Resumable[Batch]) -> None
             if interrupts.received and unfinished:
                 for run in unfinished:
                     run.save(batches, wait=True)
-                interrupts.raise_(f"checkpoint of step {position} saved; resume goes on from it")
+                interrupts.raise_received(
+                    f"checkpoint of step {position} saved; resume goes on from it"
+                )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.output import OutputConfig
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.data.sources import Stream
     from sae_kernels.step import TrainingStep
     from sae_kernels.training.run import OnStep

@@ -18,7 +18,7 @@ from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
     from sae_kernels.config.train import TrainConfig
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.step import StepResult, TrainingStep
 
 Batch = TypeVar("Batch")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.config.train import TrainConfig
-from sae_kernels.data.batches import TensorRows
 from sae_kernels.data.joint import JointRows
 from sae_kernels.data.prefetch import Prefetched
-from sae_kernels.data.sources import IterableStream, batches_of, is_rows, opened
+from sae_kernels.data.rows import TensorRows
+from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_source
 from sae_kernels.io.files import is_plain_name
 from sae_kernels.nn import SparseAutoencoder, architecture
 from sae_kernels.runs.folder import is_finished
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae_kernels.config.sae import SAEConfig
-    from sae_kernels.data.batches import RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.data.sources import Source, Stream
     from sae_kernels.training.run import OnStep
     from sae_kernels.training.start import MakeStep
@@ -91,7 +91,7 @@ def train(
         >>> len(result.metrics), result.skipped
         (2, 0)
     """
-    opened_source = opened(source)
+    opened_source = open_source(source)
     objective = _architecture(sae).objective_class
     if config is None:
         config = TrainConfig.of(objective, **settings)
@@ -153,7 +153,7 @@ def train_many(
         runs = {name: run for name, run in runs.items() if not is_finished(Path(folder, name))}
     location = RunLocation(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
     planned = {name: Planned(*run) for name, run in runs.items()}
-    return _train(opened(source), planned, target, location, on_step or {}, make_step)
+    return _train(open_source(source), planned, target, location, on_step or {}, make_step)
 
 
 def _architecture(sae: SAEConfig | SparseAutoencoder) -> type[SparseAutoencoder]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_kernels.analyze import analyze, effective_number, expert_use
-from sae_kernels.analyze.experts import Moments
+from sae_kernels.analyze.experts import ExpertMoments
 from sae_kernels.data import TensorRows
 from sae_kernels.nn import SwitchConfig, SwitchSAE, TopKConfig, TopKSAE
 from sae_kernels.testing.budgets import gamma
@@ -112,7 +112,7 @@ def test_equal_tokens_have_no_variance_and_give_no_nan():
 def test_moments_far_from_zero():
     x = 1000 + tokens(400, 3)
     experts = torch.arange(400) % 2
-    moments = Moments(2, 3)
+    moments = ExpertMoments(2, 3)
     for start in range(0, 400, 150):
         moments.add(experts[start : start + 150], x[start : start + 150])
     centred = x.double() - x.double().mean(0)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_kernels.analyze import Groups
+from sae_kernels.analyze import UnionFind
 
 
 def plain(n, pairs):
@@ -21,7 +21,7 @@ def plain(n, pairs):
 def test_any_pairs_in_any_order(data, n):
     number = st.integers(0, n - 1)
     batches = data.draw(st.lists(st.lists(st.tuples(number, number), max_size=8), max_size=4))
-    groups = Groups(n)
+    groups = UnionFind(n)
     for pairs in batches:
         table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
         groups.join(table[:, 0], table[:, 1])
@@ -36,9 +36,9 @@ def test_any_pairs_in_any_order(data, n):
 def test_long_chains_in_one_call():
     n = 5000
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    groups = Groups(n)
+    groups = UnionFind(n)
     groups.join(order[:-1], order[1:])
     assert not groups.labels.any()
-    groups = Groups(n)
+    groups = UnionFind(n)
     groups.join(torch.arange(n - 1, 0, -1), torch.arange(n - 2, -1, -1))
     assert not groups.labels.any()

@@ -125,9 +125,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: facts["capability"])
     monkeypatch.setattr(gpu, "triton_version", lambda: facts["triton"])
-    gpu.too_old.cache_clear()
+    gpu.cuda_reason.cache_clear()
     yield facts
-    gpu.too_old.cache_clear()
+    gpu.cuda_reason.cache_clear()
 
 
 @pytest.mark.parametrize(

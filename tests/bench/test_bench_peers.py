@@ -15,7 +15,7 @@ import sae_kernels.bench
 from sae_kernels.bench import environments
 from sae_kernels.bench.cases import Shape, step
 from sae_kernels.bench.providers import GROUPS
-from sae_kernels.bench.run import BenchRun, Settings
+from sae_kernels.bench.run import BenchRun, BenchSettings
 from sae_kernels.testing.budgets import assert_within, rounding
 
 B, D, F, K = 64, 32, 128, 4
@@ -196,7 +196,7 @@ def test_what_it_has_not_is_said(run: Any) -> None:
 
 def test_the_harness_lets_it_through_its_gate(run: Any) -> None:
     name, _ = run
-    with BenchRun(GROUPS[name], Settings(threads=2, rounds=3)) as bench:
+    with BenchRun(GROUPS[name], BenchSettings(threads=2, rounds=3)) as bench:
         (records,) = bench.records([step(Shape(B, D, F, K), "zipf")])
         said = bench.libraries
     peer = environments.PEERS[name]

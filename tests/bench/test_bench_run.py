@@ -19,14 +19,14 @@ from sae_kernels.bench import results, workers
 from sae_kernels.bench.cases import Case, Shape, step
 from sae_kernels.bench.contestants.clock import PHASES, phase_of
 from sae_kernels.bench.providers import Provider, chosen
-from sae_kernels.bench.run import BenchRun, Settings
+from sae_kernels.bench.run import BenchRun, BenchSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
 CASE = step(Shape(64, 32, 256, 4), "uniform")
-SETTINGS = Settings(threads=1, rounds=3)
+SETTINGS = BenchSettings(threads=1, rounds=3)
 
 
 FAULTS = {
@@ -166,7 +166,7 @@ def test_every_operator_of_ours_counts_for_a_phase() -> None:
 @pytest.mark.full
 def test_an_idle_worker_takes_no_time_of_the_processor() -> None:
     """Its threads sleep after a parallel kernel: under 2 % of a core."""
-    two = Settings(threads=2, rounds=3)
+    two = BenchSettings(threads=2, rounds=3)
     with BenchRun([p for p in chosen([], "cpu") if p.name == "ours"], two) as bench:
         generator = bench.records([step(Shape(512, 128, 2048, 16), "uniform")])
         next(generator)
@@ -182,7 +182,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def test_what_does_not_fit_the_budget_is_skipped_and_said_so() -> None:
-    with BenchRun([provider("slow")], Settings(threads=1, budget_s=1e-3)) as bench:
+    with BenchRun([provider("slow")], BenchSettings(threads=1, budget_s=1e-3)) as bench:
         time.sleep(0.01)
         (records,) = bench.records([CASE])
     assert [record["status"] for record in records] == ["skipped"]

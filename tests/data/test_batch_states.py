@@ -118,8 +118,8 @@ def test_memory_is_two_windows() -> None:
     buffers: set[int] = set()
     for _ in range(500):
         next(batches)
-        taker: Any = batches._taker
-        held = [f.rows for f in (taker._current, taker._next) if f is not None] + taker._free
+        reader: Any = batches._reader
+        held = [f.rows for f in (reader._current, reader._next) if f is not None] + reader._free
         assert {len(rows) for rows in held} == {24}
         buffers |= {rows.data_ptr() for rows in held}
     assert len(buffers) == 2

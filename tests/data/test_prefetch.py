@@ -248,7 +248,7 @@ class Stuck:
     def state_dict(self):
         return {}
 began = threading.Event()
-prefetch._PATIENCE = 0.1
+prefetch._EXIT_TIMEOUT = 0.1
 kept = prefetch.Prefetched(Stuck())
 next(kept)
 began.wait()

@@ -12,19 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_kernels.data.shards import (
-    Rows,
-    ShardDataset,
-    ShardWriter,
-    ShuffledBatches,
-    TensorRows,
-    estimate_scale,
-)
+from sae_kernels.data import ShardDataset, ShardWriter, ShuffledBatches, TensorRows, estimate_scale
 from sae_kernels.errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from sae_kernels.data.rows import Rows
 
 D = 5
 

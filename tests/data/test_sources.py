@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_kernels.data import ShardDataset, ShardWriter, ShuffledBatches, TensorRows
-from sae_kernels.data.sources import IterableStream, batches_of, is_rows, opened
+from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_source
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ def test_each_kind_is_opened_as_what_it_is(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, D) as writer:
         writer.write(torch.zeros(7, D))
     stored = ShardDataset(tmp_path)
-    assert isinstance(opened(torch.zeros(7, D)), TensorRows)
+    assert isinstance(open_source(torch.zeros(7, D)), TensorRows)
     for folder in (tmp_path, str(tmp_path)):
-        found = opened(folder)
+        found = open_source(folder)
         assert isinstance(found, ShardDataset)
         assert found.n_tokens == 7
-    assert opened(stored) is stored
+    assert open_source(stored) is stored
     stream = IterableStream(numbered(2))
-    assert opened(stream) is stream
-    assert isinstance(opened(numbered(2)), IterableStream)
-    assert is_rows(opened(torch.zeros(7, D)))
+    assert open_source(stream) is stream
+    assert isinstance(open_source(numbered(2)), IterableStream)
+    assert is_rows(open_source(torch.zeros(7, D)))
     assert not is_rows(stream)
     assert batches_of(stream, 4, 0) is stream
     assert isinstance(batches_of(TensorRows(torch.zeros(7, D)), 4, 0), ShuffledBatches)
@@ -42,13 +42,13 @@ def test_each_kind_is_opened_as_what_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_without_activations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a data set"):
-        opened(tmp_path)
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("value", [3, None, 2.5])
 def test_what_is_none_of_these_is_named(value: Any) -> None:
     with pytest.raises(TypeError, match=r"activations: expected a tensor .* got a "):
-        opened(value)
+        open_source(value)
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["list", "generator"])

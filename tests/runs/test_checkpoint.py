@@ -77,8 +77,8 @@ def test_the_copy_is_that_of_the_moment(tmp_path: Path) -> None:
 
 def test_a_buffer_that_was_larger_does_not_show(tmp_path: Path) -> None:
     staging = Staging()
-    staging.take({"x": torch.ones(100)})
-    staging.take({"x": torch.zeros(3)})
+    staging.fill({"x": torch.ones(100)})
+    staging.fill({"x": torch.zeros(3)})
     written = staging.write(tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [0, 0, 0]
     assert written.bytes == (tmp_path / "x.safetensors").stat().st_size < 200
@@ -107,7 +107,7 @@ def test_a_file_system_without_direct_writes(
     monkeypatch.setattr(os, "write", write)
     staging = Staging()
     x = torch.randn(3_000_001)  # three blocks, the last of them no whole page
-    staging.take({"x": x})
+    staging.fill({"x": x})
     written = staging.write(tmp_path / "x.safetensors")
     monkeypatch.undo()
     assert asked == [refused]

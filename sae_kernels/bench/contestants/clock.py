@@ -1,4 +1,4 @@
-"""Time, memory and phases of what happens between two moments on a device."""
+"""Measuring the time, peak memory and phases of work on a device."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Clock(Protocol):
         """Begins a measurement."""
 
     def stop(self) -> Reading:
-        """Ends it; the seconds may be asked for later."""
+        """Ends the measurement; the returned function gives the seconds."""
 
 
 class WallClock:
-    """The machine's clock, for runs on the CPU."""
+    """Wall-clock time, for runs on the CPU."""
 
     def start(self) -> None:
         """Notes the time."""
@@ -42,7 +42,7 @@ class WallClock:
 
 
 class CudaClock:
-    """A GPU's own events, with nothing of an earlier run left in its L2 cache.
+    """GPU time from CUDA events, after emptying the L2 cache.
 
     Writing the large buffer empties the cache, and takes the device long enough for the host to
     have queued the run by the time it starts: what is measured is the device and not the launch,
@@ -77,10 +77,10 @@ def clock_of(device: torch.device) -> Clock:
 
 
 class PeakMemory:
-    """The most memory taken on top of what was there at the start, in bytes.
+    """Peak memory above the level at the start, in bytes.
 
-    On a GPU of torch's allocator; on the CPU of the process, where the kernel keeps its high-water
-    mark and glibc gives back what is free (Linux), else unknown.
+    On a GPU the allocator's; on the CPU the process's high-water mark, after glibc returned free
+    memory (Linux; unknown elsewhere).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,7 +103,7 @@ class PeakMemory:
             self._before = -1
 
     def stop(self) -> int | None:
-        """The most bytes taken since, on top of that; None where it is unknown."""
+        """The peak since the start in bytes above it; None if unknown."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self._before
@@ -157,7 +157,7 @@ class Phases:
         self._began = time.perf_counter()
 
     def stop(self) -> dict[str, float] | None:
-        """Ends; "other" is what of the whole belongs to no phase.
+        """Ends the recording; returns the seconds of each phase, "other" for the rest.
 
         None of a run of very many operators: reading them would take minutes.
         """
@@ -194,7 +194,7 @@ class Phases:
 
 
 def phase_of(operator: str) -> str | None:
-    """The phase that an operator begins whatever its operands; None of one that no rule is for.
+    """The phase that an operator's name implies whatever its operands; None if no rule matches.
 
     >>> phase_of("sae_kernels::row_grad"), phase_of("sae_kernels::row_update")
     ('backward', 'optimizer')

@@ -1,4 +1,4 @@
-"""The interface of a contestant, whoever's code it runs.
+"""The interface that every benchmarked library implements.
 
 This folder is also imported alone, in the environments of other packages: nothing in it may import
 sae_kernels but the modules that run ours, and no module may import more than it runs.
@@ -22,7 +22,7 @@ LR = 1e-4  # where the library has no default of its own: it costs the same at a
 
 
 class Task(NamedTuple):
-    """A task for a contestant; the values come as JSON.
+    """A task for a contestant, read from JSON.
 
     Attributes:
         operation: "encode", "decode" (of given codes), "sae" (both), "step" (a training step), or
@@ -53,10 +53,10 @@ class Task(NamedTuple):
 
 
 class Contestant:
-    """Does a task, once for every batch that it is handed.
+    """Runs a task, once for each batch it gets.
 
     The methods here do so with a module ``sae`` of the library whose codes are dense [B, F];
-    subclasses say what is different.
+    subclasses override what differs.
 
     Args:
         task: what to do.
@@ -95,12 +95,12 @@ class Contestant:
         return list(self.sae.parameters())
 
     def train(self, batches: Iterator[torch.Tensor]) -> None:
-        """Trains on the batches by the library's own loop: one step for each, all alike."""
+        """Trains on the batches by the library's own loop, one step per batch."""
         for x in batches:
             self.step(x)
 
     def step(self, x: torch.Tensor) -> object:
-        """A training step on x [B, D], for libraries whose loop is their user's."""
+        """Runs a training step on x [B, D], for libraries without a training loop."""
         raise Unable("it does not train")
 
     def dense(self, codes: Any) -> torch.Tensor:
@@ -110,16 +110,16 @@ class Contestant:
 
     @functools.cached_property
     def given(self) -> torch.Tensor:
-        """The given codes as a matrix [B, F]; made in the first, untimed run."""
+        """The codes to decode as a matrix [B, F]; made in the first, untimed run."""
         values, indices = self.tensors["values"], self.tensors["indices"]
         codes = values.new_zeros(len(values), len(self.tensors["W_enc"]))
         return codes.scatter_(1, indices, values)
 
     def weights(self) -> Tensors:
-        """Copies of the present weights, by the names and shapes of ``tensors``, to mean the same.
+        """Copies of the present weights under the names, shapes and meaning of ``tensors``.
 
-        A library that scales codes by decoder norms has them folded here: what counts is that the
-        plain formula on these weights gives its reconstruction. Default: those it was given.
+        A library that scales codes by decoder norms folds them in here: the plain formula on these
+        weights must give its reconstruction. Default: the given weights.
         """
         return copies(**{name: self.tensors[name] for name in WEIGHTS})
 
@@ -142,7 +142,7 @@ class Contestant:
         return (parameter if self.latents_first else parameter.T).clone()
 
     def loop(self, batches: Iterator[torch.Tensor]) -> None:
-        """Does the task once for every batch."""
+        """Runs the task once for each batch."""
         if self.task.mode == "step":
             return self.train(batches)
         with torch.set_grad_enabled(self.task.mode != "inference"):
@@ -156,7 +156,7 @@ class Contestant:
                         self.once(x)
 
     def once(self, x: torch.Tensor) -> None:
-        """One encoding, decoding, forward or forward and backward pass."""
+        """Runs one encoding, decoding, forward, or forward and backward pass."""
         if self.task.operation == "encode":
             self.encode(x)
         elif self.task.operation == "decode":
@@ -167,7 +167,7 @@ class Contestant:
             self.backward(x)
 
     def backward(self, x: torch.Tensor) -> None:
-        """Leaves the gradients of the squared error per token."""
+        """Computes the gradients of the squared error per token into ``.grad``."""
         for parameter in self.parameters():
             parameter.grad = None
         error = self.forward(x).float() - x
@@ -175,7 +175,7 @@ class Contestant:
 
 
 def copies(**tensors: torch.Tensor) -> Tensors:
-    """Copies of tensors, without their graphs."""
+    """Detached copies of tensors."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -186,4 +186,4 @@ def fill(parameters: Tensors, tensors: Tensors) -> None:
 
 
 class Unable(Exception):
-    """Raised for what a library cannot do here; the message says why."""
+    """Raised for a task that a library cannot do here; the message says why."""

@@ -1,4 +1,4 @@
-"""cuSPARSE through CuPy: a CSR matrix of codes times the decoder."""
+"""Contestant cusparse: decoding as a CSR matrix of codes times the decoder, through CuPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIFFERS = "decoding alone: the CSR matrix is built beforehand, and the product i
 
 
 class CuSparse(Contestant):
-    """A sparse product of the given codes; it does nothing but decode."""
+    """Decodes given codes by cuSPARSE's sparse product; has no other operation."""
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)

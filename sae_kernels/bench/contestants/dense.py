@@ -1,4 +1,4 @@
-"""Plain torch: dense products, torch's topk and Adam, eager or compiled."""
+"""Contestant dense: plain torch with dense products, topk and Adam, eager or compiled."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Dense(Contestant):
         return codes
 
     def decode(self) -> torch.Tensor:
-        """Reconstruction of the given codes, which are dense as this way has them."""
+        """Reconstruction [B, D] of the given codes as a dense matrix."""
         x_hat: torch.Tensor = self._decode(self.given)
         return x_hat
 
@@ -71,15 +71,15 @@ class Dense(Contestant):
         return x_hat
 
     def parameters(self) -> list[torch.Tensor]:
-        """Both matrices and biases, and thresholds."""
+        """The step's weights and biases, and its thresholds if it has them."""
         return self.dense_step.parameters
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
-        """One call of the dense step."""
+        """One dense training step."""
         return self.dense_step(x)
 
     def weights(self) -> Tensors:
-        """The step's weights, and thresholds where it has them."""
+        """The step's weights, and its thresholds if it has them."""
         step = self.dense_step
         found = copies(W_enc=step.W_enc, b_enc=step.b_enc, W_dec=step.W_dec, b_dec=step.b_dec)
         if isinstance(step, DenseJumpReLUStep):

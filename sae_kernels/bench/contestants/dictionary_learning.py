@@ -1,4 +1,4 @@
-"""dictionary_learning of Marks, Karvonen and Mueller: its trainSAE, fed with our batches."""
+"""Contestant dictionary_learning (Marks, Karvonen, Mueller): its trainSAE on our batches."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class DictionaryLearning(Contestant):
             tensors,
         )
         if (task.device, task.dtype) == ("cpu", "bfloat16"):
-            # Once an update, not once a loop: an autocast keeps its copies of weights to its end.
+            # Once per update, as autocast caches its copies of the weights until it exits.
             autocast = torch.autocast("cpu", torch.bfloat16)
             self._trainer.update = autocast(self._trainer.update)
 
@@ -68,8 +68,10 @@ class DictionaryLearning(Contestant):
         return x_hat
 
     def train(self, batches: Iterator[torch.Tensor]) -> None:
-        """``trainSAE``: it sets b_dec to the geometric median of the first batch; the learning rate
-        of its first step is 0."""
+        """Trains by ``trainSAE``.
+
+        It sets b_dec to the geometric median of the first batch; the learning rate of its first
+        step is 0."""
         import_module("dictionary_learning.training").trainSAE(
             batches,
             [{"trainer": lambda: self._trainer}],

@@ -1,4 +1,4 @@
-"""This package: the modules and FusedStep."""
+"""Contestant ours: this package's modules, functions and FusedStep."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DIFFERS = (
 
 
 class Ours(Contestant):
-    """FusedStep, the modules under autograd, and the functions on weights of the compute dtype."""
+    """Runs FusedStep, the modules under autograd, or the functions on compute-dtype weights."""
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)
@@ -63,7 +63,7 @@ class Ours(Contestant):
 
     @functools.cached_property
     def fused(self) -> FusedStep:
-        """The step with its optimizer states, made when training begins."""
+        """The FusedStep with its optimizer states, made when training begins."""
         objective = _objective(self.task, self.sae)
         return FusedStep(self.sae, objective, OptimizerConfig(compute=self.task.dtype))  # type: ignore[arg-type]
 
@@ -72,7 +72,7 @@ class Ours(Contestant):
         return codes.to_dense()
 
     def weights(self) -> Tensors:
-        """The module's weights, and its thresholds where it has them."""
+        """The module's weights, and its thresholds if it has them."""
         sae: Any = self.sae
         names = (name for name in self.tensors if hasattr(sae, name))
         found = copies(**{name: getattr(sae, name).float() for name in names})

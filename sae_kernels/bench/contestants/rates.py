@@ -1,4 +1,4 @@
-"""Rates of the machine: the product that no exact encoder can beat, and a copy of memory."""
+"""Reference rates of the machine: the encoder's product alone, and a memory copy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COPIED_BYTES = 256 << 20
 
 
 class Product(Contestant):
-    """The encoder's product into a buffer that is there, nothing selected."""
+    """The encoder's product into an existing buffer: the floor of every exact encoder."""
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)
         self.W = tensors["W_enc"].to(getattr(torch, task.dtype))
 
     def loop(self, batches: Iterator[torch.Tensor]) -> None:
-        """The product of each batch; operands are converted beforehand."""
+        """Runs the product for each batch; operands are converted beforehand."""
         operand = self.tensors["W_enc"][:0]
         out = operand
         for x in batches:
@@ -38,16 +38,16 @@ class Product(Contestant):
         return x.to(self.W.dtype) @ self.W.T
 
     def weights(self) -> Tensors:
-        """The given weights without biases, which the product has not."""
+        """The given weights with zero biases, as the product has none."""
         weights = super().weights()
         return {**weights, "b_enc": weights["b_enc"].zero_(), "b_dec": weights["b_dec"].zero_()}
 
 
 class Copy(Contestant):
-    """A copy of memory that no cache holds, read and written."""
+    """A memory copy that is larger than all caches."""
 
     def loop(self, batches: Iterator[torch.Tensor]) -> None:
-        """A copy for each batch."""
+        """Runs the copy for each batch."""
         source = torch.ones(COPIED_BYTES, dtype=torch.int8, device=self.task.device)
         target = torch.empty_like(source)
         for _ in batches:
@@ -55,5 +55,5 @@ class Copy(Contestant):
 
 
 def contestant(task: Task, tensors: Tensors) -> Contestant:
-    """The contestant that the operation names."""
+    """The contestant of the task's operation, "product" or "copy"."""
     return {"product": Product, "copy": Copy}[task.operation](task, tensors)

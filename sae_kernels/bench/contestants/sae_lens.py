@@ -1,4 +1,4 @@
-"""SAELens: its SAETrainer, whose data provider is our batches."""
+"""Contestant sae_lens: SAELens's SAETrainer on our batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAES = {"topk": "TopKTrainingSAE", "batch_topk": "BatchTopKTrainingSAE"}
 
 
 class SAELens(Contestant):
-    """``SAETrainer.fit`` with its defaults, on a TopK or BatchTopK training SAE with theirs."""
+    """``SAETrainer.fit`` on a TopK or BatchTopK training SAE, all with default settings."""
 
     latents_first = False
 
@@ -57,7 +57,7 @@ class SAELens(Contestant):
             trainer(settings, self.sae, batches).fit()
 
     def weights(self) -> Tensors:
-        """The module's weights, with the decoder norms that scale its codes in the encoder."""
+        """The module's weights, with the decoder norms folded into the encoder."""
         sae = self.sae
         norms = sae.W_dec.norm(dim=1)
         return copies(

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: its Trainer, on a model whose activations are our batches."""
+"""Contestant sparsify (EleutherAI): its Trainer, on a model whose activations are our batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LAYER, _FOREVER = "layer", 2**40
 
 
 class Sparsify(Contestant):
-    """``sparsify.Trainer.fit`` as shipped: signum, one sequence of B tokens a batch."""
+    """``sparsify.Trainer.fit`` as shipped: signum, one sequence of B tokens per batch."""
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)
@@ -54,7 +54,7 @@ class Sparsify(Contestant):
         return x_hat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Encode and decode; its module's own call is for training: it computes losses too."""
+        """Encode and decode; the module's own forward also computes losses."""
         values, indices, _ = self.sae.encode(x)
         x_hat: torch.Tensor = self.sae.decode(values, indices)
         return x_hat
@@ -71,8 +71,7 @@ class Sparsify(Contestant):
         return torch.zeros_like(scores).scatter(1, indices, values)
 
     def weights(self) -> Tensors:
-        """The module's weights, decoder rows at norm 1, which every step of its trainer begins
-        with."""
+        """The module's weights with decoder rows of norm 1, as its trainer normalises them."""
         self.sae.set_decoder_norm_to_unit_norm()
         return copies(**self._parameters())
 
@@ -87,7 +86,7 @@ class Sparsify(Contestant):
 
 
 class _Model(nn.Module):
-    """Stands for the language model: its only layer gives the batch that was handed out."""
+    """A stand-in for the language model, whose only layer outputs our batch."""
 
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__()
@@ -98,17 +97,17 @@ class _Model(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """The part of the model that has the layers."""
+        """The module that holds the layers."""
         return self
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Activations [1, B, D] of one sequence, whatever its tokens."""
+        """The current batch as the activations [1, B, D] of one sequence."""
         x: torch.Tensor = self.get_submodule(_LAYER)(self.activations[None])
         return x
 
 
 class _Dataset:
-    """As many sequences as it is asked for; reading one hands the model the next batch."""
+    """A data set of dummy sequences; reading one passes the next batch to the model."""
 
     def __init__(self, batches: Iterator[torch.Tensor], model: _Model) -> None:
         self._batches, self._model = batches, model
@@ -124,12 +123,12 @@ class _Dataset:
         return {"input_ids": torch.zeros(len(self._model.activations), dtype=torch.long)}
 
     def select(self, _: range) -> _Dataset:
-        """The sequences left after the steps of an earlier ``fit``."""
+        """The sequences that remain after an earlier ``fit``."""
         return self
 
 
 class _OutOfBatchesError(Exception):
-    """Leaves ``fit`` before its end, where it would save into the working directory."""
+    """Raised to leave ``fit`` before it saves to the working directory."""
 
 
 def _check(task: Task) -> None:

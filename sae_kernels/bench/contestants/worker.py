@@ -1,4 +1,4 @@
-"""The worker process: one contestant at a time, told by the parent what to do.
+"""The worker process, which runs one contestant by commands of the parent process.
 
 Commands and replies are JSON, one a line, on standard input and output; what a library prints goes
 to standard error. A contestant loops over batches that :func:`_batches` hands out: it is measured
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class Ended(Exception):
-    """No further batch: the parent has all it wanted."""
+    """Raised when the parent wants no further batch."""
 
 
 class Channel:
-    """The parent's commands, and the replies to them."""
+    """The worker's end of the channel: commands from the parent, replies to it."""
 
     def __init__(self, source: TextIO, sink: TextIO) -> None:
         self._source, self._sink = source, sink
 
     def next(self) -> dict[str, Any]:
-        """The next command; waits for it without a busy loop."""
+        """Waits for the next command, without a busy loop."""
         line = self._source.readline()
         if not line:
             sys.exit(0)  # the parent is gone
@@ -46,12 +46,12 @@ class Channel:
         return command
 
     def reply(self, **values: Any) -> None:
-        """Answers the last command."""
+        """Replies to the last command."""
         print(json.dumps(values), file=self._sink, flush=True)
 
 
 def main(name: str, threads: int) -> None:
-    """Serves the contestant of a module of this folder until the parent closes its end."""
+    """Runs a contestant module of this folder until the parent closes the channel."""
     channel = Channel(sys.stdin, os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
     torch.set_num_threads(threads)
@@ -92,7 +92,7 @@ def _serve(module: Any, command: dict[str, Any], channel: Channel) -> None:
 def _batches(
     contestant: Contestant, x: torch.Tensor, device: torch.device, channel: Channel
 ) -> Iterator[torch.Tensor]:
-    """Hands out a batch whenever the parent wants one measured."""
+    """Yields a batch whenever the parent asks to measure one."""
     clock = clock_of(device)
     while True:
         command = channel.next()
@@ -122,7 +122,7 @@ def _batches(
 
 
 def gate(contestant: Contestant, x: torch.Tensor, out: str) -> Iterator[torch.Tensor]:
-    """Leaves what the parent judges: codes and reconstruction, and what training did.
+    """Writes the results that the parent checks: codes, reconstruction, and trained weights.
 
     The first batch may set things up (initial biases, a learning rate of 0), so the weights that
     count are those after it.

@@ -1,1 +1,1 @@
-"""Results shown: tables, comparisons, pictures and a page."""
+"""Showing results: tables, comparisons, pictures and a page."""

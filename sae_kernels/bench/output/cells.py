@@ -1,4 +1,4 @@
-"""Cases as columns of text, for terminals, HTML and Markdown."""
+"""Tables of benchmark cases, for terminals, HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEGEND = (
 
 
 def dtype(record: Record) -> str:
-    """The short name of its dtype."""
+    """The short name of a record's dtype."""
     name: str = record["dtype"]
     return _DTYPES.get(name, name)
 
@@ -50,7 +50,7 @@ class CaseTable(NamedTuple):
 
 
 def cases(results: Results) -> list[CaseTable]:
-    """Every case of a run."""
+    """The tables of all cases of a run."""
     return [
         CaseTable(
             name,
@@ -68,14 +68,14 @@ def cases(results: Results) -> list[CaseTable]:
 
 
 def who(records: list[Record], starred: list[Record]) -> list[Column]:
-    """Provider and dtype of records, some with a star."""
+    """Provider and dtype of records, with a star at those to quote."""
     marked = {id(record) for record in starred}
     names = [("* " if id(r) in marked else "  ") + r["provider"] for r in records]
     return [Column("  provider", names, True), Column("dtype", [dtype(r) for r in records], True)]
 
 
 def _columns(records: list[Record]) -> list[Column]:
-    """Times, ratios and rates; columns without a single cell are left out."""
+    """The columns of times, ratios and rates, without empty ones."""
     cells: dict[str, Callable[[Record], str]] = {
         "median ms": lambda r: number(r["median_ms"]),
         "p20 to p80": lambda r: f"{number(r['p20_ms'])} to {number(r['p80_ms'])}",
@@ -102,7 +102,7 @@ def _phases(split: list[Record]) -> list[Column]:
 
 
 def libraries(provenance: Record) -> list[tuple[str, str]]:
-    """Providers by package and torch, each with how it differs from a plain step."""
+    """The providers' packages and torch versions, each with its differences from a plain step."""
     found = provenance.get("libraries")
     names: dict[str, list[str]] = {}
     for name, about in (found if isinstance(found, dict) else {}).items():

@@ -1,4 +1,4 @@
-"""Two runs side by side: what became faster or slower, and what cannot be said."""
+"""Comparing two runs: changes that exceed the noise of their times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MACHINE = ("cpu", "device", "isa", "threads", "malloc", "torch", "triton", "cup
 
 @dataclass(frozen=True)
 class Change:
-    """A case, provider and dtype that both runs measured.
+    """The change of one record (case, provider, dtype) between two runs.
 
     Attributes:
         now, stored: its two records.
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs matched by case, provider and dtype.
+    """The records of two runs, matched by case, provider and dtype.
 
     Attributes:
         rows: what both measured.
@@ -80,7 +80,7 @@ def compare(now: Results, stored: Results) -> Comparison:
 
 
 def _only(one: dict[Key, Record], other: dict[Key, Record], run: Results) -> dict[Key, str]:
-    """The keys of one run that the other lacks, each with its status there."""
+    """The records that only one of two runs measured, with the other's status."""
     status = {key(r): str(r["status"]) for r in run.records}
     return {k: status.get(k, "absent") for k in one if k not in other}
 
@@ -112,7 +112,7 @@ def _time(record: Record) -> Ratio:
 
 
 def _apart(a: Ratio, b: Ratio) -> bool:
-    """Whether intervals do not touch and values differ by more than noise."""
+    """Whether two ratios differ by more than the noise and their intervals are disjoint."""
     disjoint = a.low > b.high or b.low > a.high
     return disjoint and not 1 / NOISE <= a.value / b.value <= NOISE
 

@@ -1,4 +1,4 @@
-"""A run as pictures and one page that needs no other file and no network."""
+"""Writing the pictures and the self-contained HTML page of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: the time of each library, where it goes, and how it changes with sizes."""
+"""The pictures of a run: time by library, by phase and by size, memory, and the roofline."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def drawings(results: Results) -> list[Drawing]:
 
 
 def headline(records: list[Record]) -> Drawing:
-    """The time of each record of a case, the fastest first; one of them is ours."""
+    """Bars of the time of each provider in a case, the fastest first."""
     base = default(records)
     assert base is not None
     records = sorted(records, key=lambda r: float(r["median_ms"]))
@@ -93,7 +93,7 @@ def headline(records: list[Record]) -> Drawing:
 
 
 def phases(records: list[Record]) -> Drawing:
-    """The share of each phase in the time of some records of a case."""
+    """Bars of the share of each phase in the time of records of a case."""
     names = [label(r) for r in records]
 
     def draw(figure: Figure) -> None:
@@ -107,7 +107,7 @@ def phases(records: list[Record]) -> Drawing:
 
 
 def speed(axis: str, lines: Lines) -> Drawing:
-    """Tokens per second against F, B or K."""
+    """Lines of tokens per second against F, B or K."""
     heading = f"Tokens per second, log scale: {_kind(lines)}"
     draw = _against_size(axis, lines, lambda r, ms: 1e3 * r["B"] / ms, heading, si)
     alt = f"Tokens per second against {axis}, for {', '.join(lines)}."
@@ -115,7 +115,7 @@ def speed(axis: str, lines: Lines) -> Drawing:
 
 
 def memory(lines: Lines) -> Drawing:
-    """Peak memory against F."""
+    """Lines of peak memory against F."""
     heading = f"Peak memory, log scale: {_kind(lines)}"
     draw = _against_size("F", lines, lambda r, ms: float(r["peak_bytes"]), heading, size, base=2)
     alt = f"Peak memory against F, for {', '.join(lines)}."
@@ -123,7 +123,7 @@ def memory(lines: Lines) -> Drawing:
 
 
 def crossover(axis: str, lines: Lines) -> Drawing:
-    """How many times as fast ours, the first line, is as dense; 1 is where they cross."""
+    """A line of our speedup over dense; they are equally fast at 1."""
     (_, mine), *rest = lines.items()
     dense, ours = dict(rest), {record[axis]: record["median_ms"] for record in mine}
 
@@ -149,7 +149,7 @@ def crossover(axis: str, lines: Lines) -> Drawing:
 
 
 def roofline(points: list[Record], copy: float, products: dict[str, float]) -> Drawing:
-    """Achieved FLOP/s of every record, under its machine's roofs in bytes/s and FLOP/s."""
+    """A roofline chart of the achieved FLOP/s of every record."""
     seen: dict[str, list[Record]] = {}
     for record in points:
         seen.setdefault(label(record), []).append(record)
@@ -185,7 +185,7 @@ def _against_size(
     text: Callable[[float], str],
     base: int = 10,
 ) -> Callable[[Figure], None]:
-    """Draws a line for each provider, of a value at each size, and its band from p20 to p80."""
+    """Draws each provider's values against a size, with a band from p20 to p80."""
 
     def draw(figure: Figure) -> None:
         axes = charts.lines(figure, _lines(axis, lines, value))

@@ -1,4 +1,4 @@
-"""Ratios of times to ours, with the interval that p20 and p80 allow."""
+"""Ratios of times to ours, with intervals from their 20th and 80th percentiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RATES = ("product", "copy")
 
 
 class Ratio(NamedTuple):
-    """A time by another.
+    """The ratio of two times, with its interval.
 
     Attributes:
         value: of the medians.
@@ -38,7 +38,7 @@ class Ratio(NamedTuple):
 
 
 def ratio(record: Record, base: Record) -> Ratio:
-    """A measured record's time by that of another: above 1 the other is faster.
+    """The time of a record divided by that of another; above 1 the other is faster.
 
     Example:
         >>> theirs = {"median_ms": 8.0, "p20_ms": 6.0, "p80_ms": 9.0}
@@ -70,20 +70,20 @@ def default(records: list[Record]) -> Record | None:
 
 
 def same_dtype(record: Record, records: list[Record]) -> Ratio | None:
-    """A record's time by ours in the same dtype; None of a rate, which does another thing."""
+    """The ratio of a record's time to ours in the same dtype; None for a machine rate."""
     base = ours(records, record["dtype"])
     return ratio(record, base) if base and _comparable(record) else None
 
 
 def as_shipped(record: Record, records: list[Record]) -> Ratio | None:
-    """The time of a library as it comes by ours as it comes."""
+    """The ratio of a library's time to ours, both in their default dtypes."""
     base = default(records)
     shipped = _comparable(record) and record.get("as_shipped")
     return ratio(record, base) if base and shipped else None
 
 
 def headline(records: list[Record]) -> list[Record]:
-    """One measured record for each provider: the one to be quoted.
+    """The record to quote for each provider.
 
     It is the one in our default dtype; without it one in another dtype in which ours ran too.
     """

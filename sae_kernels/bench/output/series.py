@@ -1,4 +1,4 @@
-"""The records of a run that make a picture together."""
+"""Selecting the records of a run that belong in a picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def what(record: Record) -> str:
 
 
 def lines(results: Results, axis: str, value: str = "median_ms") -> Lines:
-    """The rows to quote where nothing but one size ("B", "F" or "K") varies, by label.
+    """The records in which only one size ("B", "F" or "K") varies, by label.
 
     Of several such sweeps the one with most sizes, of those the first, but training steps before
     anything else. Empty if there is none. Only records with the value are taken.
@@ -57,7 +57,7 @@ def lines(results: Results, axis: str, value: str = "median_ms") -> Lines:
 
 
 def crossing(results: Results) -> tuple[str, Lines]:
-    """The axis ("K", else "F", else "B") along which ours and dense ran in one dtype, and both.
+    """The axis (K, else F, else B) along which ours and dense ran in one dtype, and both lines.
 
     The first line is ours.
     """
@@ -98,7 +98,7 @@ def showpiece(results: Results) -> list[Record]:
 
 
 def split(results: Results) -> list[Record]:
-    """The records to quote with phases, of the case that has most of them."""
+    """The records with phases of the case that has most of them."""
     found = [
         [r for r in headline(records) if len(r.get("phases_ms") or {}) > 1]
         for records in results.cases().values()

@@ -1,4 +1,4 @@
-"""Results on a terminal, as wide as it is."""
+"""Printing results on a terminal, fitted to its width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show(results: Results, console: Console) -> None:
-    """Prints every case: times and ratios, what was used and achieved, and the phases."""
+    """Prints every case: times, ratios, memory, achieved rates and phases."""
     say(console, machine(results.provenance))
     say(console, cells.LEGEND)
     for case in cells.cases(results):
@@ -34,7 +34,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def machine(provenance: Record) -> str:
-    """The machine and what ran on it, in a line."""
+    """The machine and software versions in one line."""
     named = ("isa", "threads", "python", "torch", "triton", "commit")
     place = [str(provenance[name]) for name in ("device", "cpu") if provenance.get(name)]
     facts = [f"{name} {provenance[name]}" for name in named if provenance.get(name)]

@@ -1,4 +1,4 @@
-"""Predicts what a run costs on one device or on many, from roofline formulas and results.
+"""The planner: predicts time and memory of a run on one or many devices by a roofline model.
 
     problem = Problem(d_in=16384, n_latents=2**24, k=128, batch=131072)
     h200 = device("h200")

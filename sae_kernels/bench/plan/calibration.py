@@ -1,4 +1,4 @@
-"""Rates of a device from stored results: its own product and copy, then a fit to steps of ours.
+"""Calibrating a device's rates by stored results: measured product and copy, then fitted steps.
 
 A step's time is linear in the time per unit of work, so the fit is least squares on relative
 errors with no time below 0. A unit that the steps say little about is drawn to its nominal rate: a
@@ -38,7 +38,7 @@ PULL = 0.1
 
 
 class Observation(NamedTuple):
-    """A step that was measured: its work by unit, and its seconds."""
+    """A measured step: its work by unit, and its seconds."""
 
     amounts: dict[str, float]
     seconds: float
@@ -46,7 +46,7 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rates to predict with, and where they are from.
+    """The calibrated rates of a device and their origins.
 
     Attributes:
         rates: per second, by unit.
@@ -61,7 +61,7 @@ class Calibration:
     steps: int = 0
 
     def text(self, device: Device) -> str:
-        """A sentence for people."""
+        """One sentence about the origin of the rates."""
         if not self.files:
             return f"not calibrated: no stored result for {device.name}"
         by_origin = {
@@ -74,7 +74,7 @@ class Calibration:
 
 
 def calibrated(device: Device, files: Sequence[str | Path] | None = None) -> Calibration:
-    """The device's rates by these result files, or by those of the checkout (None).
+    """Calibrates a device by result files; None takes those of the checkout.
 
     Raises:
         DataError: a named file is missing, damaged or tells nothing of this device.
@@ -108,14 +108,14 @@ def _read(path: Path, device: Device) -> results.Results:
 
 
 def stored() -> list[Path]:
-    """The results that are committed beside the package, where it is a checkout."""
+    """The result files of the checkout; none if the package is installed."""
     package = sae_kernels.__file__
     assert package is not None
     return sorted((Path(package).parents[1] / "benchmarks" / "results").glob("*.jsonl"))
 
 
 def foreign(provenance: Mapping[str, Any], device: Device) -> str | None:
-    """Why results do not speak for a device, or None."""
+    """The reason why results are not of this device, or None."""
     gpu = provenance.get("device")
     if device.gpu is not None:
         named = device.gpu in re.split(r"\W+", str(gpu))
@@ -159,7 +159,7 @@ def _is_step_of_ours(record: results.Record) -> bool:
 def fit(
     seen: Sequence[Observation], nominal: Mapping[str, float], pull: float = PULL
 ) -> dict[str, float]:
-    """Rates of the units that occur, by least squares; infinite where a unit costs nothing.
+    """Fits rates to measured steps by least squares; infinite for a unit that costs nothing.
 
     Minimises over times t >= 0 per unit, of nominal t0, ``sum_i (work_i t / seconds_i - 1)^2 +
     pull^2 sum_u (t_u / t0_u - 1)^2``.
@@ -192,7 +192,7 @@ def fit(
 
 
 def _nonnegative(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:
-    """The least-squares solution without a negative part, of all sets of parts above 0 the best.
+    """Nonnegative least squares: the best solution over all subsets of positive coefficients.
 
     There are few units, so that all sets can be tried.
     """

@@ -1,4 +1,4 @@
-"""Nominal rates of devices, with their sources; results replace them."""
+"""Nominal rates of devices with their sources; calibration replaces them by measured ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USABLE_MEMORY = 0.95
 
 @dataclass(frozen=True)
 class Device:
-    """A device that may train.
+    """A device to plan for, with its rates and memory.
 
     Attributes:
         name: as ``--device`` has it.
@@ -53,11 +53,11 @@ class Device:
 
     @property
     def traffic(self) -> Rates:
-        """The rates at which it moves data."""
+        """The device's rates of data movement."""
         return Rates(self.rates["moved"], self.rates["gathered"], self.cache_bytes)
 
     def dtype(self, compute: str) -> str:
-        """The dtype that a ``compute`` setting stands for here, "auto" among others."""
+        """The dtype of a ``compute`` setting on this device; resolves "auto"."""
         if compute != "auto":
             return compute
         return "bfloat16" if self.gpu is not None or has_amx() else "float32"
@@ -78,7 +78,7 @@ def _gpu(
     links: tuple[float, float],
     room: tuple[float, float],
 ) -> Device:
-    """A GPU by its data sheet.
+    """A GPU with the rates of its data sheet.
 
     Args:
         name: as ``--device`` has it; in capitals a word of its name in results.
@@ -113,7 +113,7 @@ NAMES = (*_GPUS, "cpu")
 
 
 def device(name: str) -> Device:
-    """A device by its name.
+    """Looks a device up by name.
 
     Raises:
         ValueError: there is none of this name.
@@ -148,12 +148,12 @@ def this_cpu() -> Device:
 
 
 def has_amx() -> bool:
-    """Whether the kernels multiply bf16 natively here."""
+    """Whether this CPU's kernels multiply bf16 natively (AMX)."""
     return isa() == "amx"
 
 
 def isa() -> str | None:
-    """The instruction set of the host kernels; None where they are not built."""
+    """The instruction set of the CPU kernels; None if they are not built."""
     built = cpu.reason(torch.device("cpu"), torch.float32) is None
     return cpu.isa() if built else None
 

@@ -1,4 +1,4 @@
-"""Layouts of a training over GPUs: the memory of each and the messages that it sends.
+"""Layouts of a training over several GPUs, with the memory and messages of each.
 
 G = S R GPUs: the latents are cut into S shards, and R replicas of all shards take different
 tokens. S = 1 is data-parallel, R = 1 latent-sharded. A GPU holds f = F / S latents and sees
@@ -23,7 +23,7 @@ _ENTRY = 8  # a candidate: fp32 value, int32 latent
 
 @dataclass(frozen=True)
 class Problem:
-    """A TopK SAE to be trained, and what a weight of it costs.
+    """A TopK SAE to train, with the bytes of each weight.
 
     Attributes:
         d_in, n_latents, k: D, F and K of a TopK SAE.
@@ -65,12 +65,12 @@ class Problem:
 
     @property
     def state_bytes(self) -> int:
-        """Held for a latent's two weights: masters, moments and copies (docs/training.md)."""
+        """Bytes held for a latent's two weights: masters, moments and copies (docs/training.md)."""
         return 2 * (4 + 2 * self._moment_bytes) + self._copy_bytes
 
     @property
     def update_bytes(self) -> int:
-        """Read and written by an update of a latent's two weights."""
+        """Bytes that an update of a latent's two weights reads and writes."""
         alone = update_bytes(self.element_bytes, moment_bytes=self._moment_bytes, copied=False)
         return 2 * alone + self._copy_bytes
 
@@ -87,7 +87,7 @@ class Problem:
 
 
 class Message(NamedTuple):
-    """Bytes that every GPU sends at one point of a step.
+    """A message of a step: the bytes that every GPU sends.
 
     Attributes:
         what: tokens, candidates, partial sums or gradients.
@@ -102,7 +102,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """S shards of the latents times R replicas."""
+    """A layout of GPUs: S shards of the latents times R replicas."""
 
     shards: int
     replicas: int
@@ -114,7 +114,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The layout in words."""
+        """The name of the layout, such as "data-parallel" or "2 x 2"."""
         if self.gpus == 1:
             return "one device"
         if self.shards == 1:
@@ -130,13 +130,13 @@ class Layout:
         return -(-problem.n_latents // self.shards)
 
     def work(self, problem: Problem) -> Work:
-        """The work of a GPU in a step; its latents have their share of the entries, k / S."""
+        """The work of one GPU in a step; its latents get a share k / S of the entries."""
         share = problem.k / self.shards
         sizes = self.tokens(problem), problem.d_in, self.latents(problem), share
         return Work(*sizes, element_bytes=problem.decoder_bytes)
 
     def gradient_rows(self, problem: Problem) -> tuple[str, float]:
-        """The kind of gradient rows that replicas exchange, and how many a GPU sends a matrix.
+        """The kind of gradient rows that replicas exchange, and how many a GPU sends per matrix.
 
         Dense: all f rows are added up in a ring. Touched: everybody collects everybody's rows that
         are not zero; it is taken where it sends less. Without replicas there is no exchange.
@@ -149,7 +149,7 @@ class Layout:
         return ("dense", dense) if dense <= touched else ("touched", touched)
 
     def messages(self, problem: Problem) -> list[Message]:
-        """The messages of a step; vectors of F and D are left out."""
+        """The messages of a step, without vectors of F and D elements."""
         D, S, b = problem.d_in, self.shards, self.tokens(problem)
         rest = (S - 1) / S
         rows = self.gradient_rows(problem)[1]
@@ -163,12 +163,12 @@ class Layout:
         return [message for message in found if message.bytes]
 
     def memory(self, problem: Problem) -> dict[str, float]:
-        """Bytes that a GPU needs, by what they hold; the kernels' scratch is left out."""
+        """Bytes of memory of a GPU by purpose, without the kernels' workspace."""
         D, b, f = problem.d_in, self.tokens(problem), self.latents(problem)
         kept = min(problem.k, f)
         entry = 20 + (2 * _ENTRY if self.shards > 1 else 0)
         return {
-            # And b_enc with its moments, dead-latent counters, offsets, counts, dx_sum.
+            # And b_enc with its moments, dead-latent counters, offsets, counts, dh_sum.
             "weights and states": f * (D * problem.state_bytes + 32),
             "gradients": 2 * D * _RESIDUAL * self.gradient_rows_held(problem),
             # x and the residual in fp32, the centred x as the product reads it.

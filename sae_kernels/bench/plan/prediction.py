@@ -1,4 +1,4 @@
-"""The cost of a run in each layout: the work of a step by part, and its time at given rates.
+"""Predicting the time and memory of a step in each layout.
 
 Every part is a sum of amounts in the units of :data:`devices.UNITS`; its time is their sum over the
 rates. That keeps the model linear in the times per unit, which is how calibration finds them.
@@ -47,7 +47,7 @@ class StepTime:
         return math.fsum(asdict(self).values())
 
     def bounds(self) -> dict[str, float]:
-        """Seconds by what limits them."""
+        """Seconds of a step by the resource that limits them."""
         return {
             "product": self.product,
             "selection": self.selection,
@@ -59,14 +59,14 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """The bound that takes longest."""
+        """The resource that limits the step longest."""
         bounds = self.bounds()
         return max(bounds, key=bounds.__getitem__)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The cost of one layout.
+    """The predicted time and memory of one layout.
 
     Attributes:
         layout: which.
@@ -96,12 +96,12 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """The bound that rules: the part that takes longest, or "memory" if it is too little."""
+        """The limiting resource, or "memory" if the layout does not fit."""
         return self.seconds.bound if self.fits else "memory"
 
 
 def default_batch(gpus: int) -> int:
-    """2048 tokens a device, training's default, at most 131072 (arXiv 2406.04093).
+    """The default batch: 2048 tokens per device, at most 131072 (arXiv 2406.04093).
 
     Example:
         >>> default_batch(1), default_batch(512)
@@ -113,7 +113,7 @@ def default_batch(gpus: int) -> int:
 def predict(
     problem: Problem, gpus: int, device: Device, calibration: Calibration
 ) -> list[Prediction]:
-    """Every layout of so many devices, data-parallel first.
+    """Predicts every layout of a number of devices, data-parallel first.
 
     Raises:
         ValueError: several of a device that has no links, or fewer tokens than devices.
@@ -145,13 +145,13 @@ def predict(
 
 
 def fastest(predictions: list[Prediction]) -> Prediction | None:
-    """The one with the shortest step among those that fit, if any does."""
+    """The prediction with the shortest step among those that fit; None if none fits."""
     fitting = [p for p in predictions if p.fits]
     return min(fitting, key=lambda p: p.seconds.total) if fitting else None
 
 
 def step_time(amounts: list[Amount], rates: Mapping[str, float]) -> StepTime:
-    """The time of some work at rates by unit.
+    """The predicted time of amounts of work at given rates.
 
     Example:
         >>> step_time([Amount("product", "float32", 3e9)], {"float32": 1e12}).product
@@ -164,7 +164,7 @@ def step_time(amounts: list[Amount], rates: Mapping[str, float]) -> StepTime:
 
 
 def amounts(problem: Problem, layout: Layout, device: Device) -> list[Amount]:
-    """The work of one device in a step."""
+    """The amounts of work of one device in a step, by part and unit."""
     work, s = layout.work(problem), problem.element_bytes
     B, D, F = work.B, work.D, work.F
     k = min(problem.k, F)

@@ -1,4 +1,4 @@
-"""Activations straight from a model while an SAE trains on them; nothing on disk."""
+"""Streaming activations: batches straight from a model, without storing them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.chunks import check_options
-from sae_kernels.harvest.place import Place, checked_place, weights_digest
+from sae_kernels.harvest.cursor import Cursor, checked_cursor, weights_digest
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.text_windows import TextWindows, reopenable
 
@@ -23,49 +23,48 @@ if TYPE_CHECKING:
 
 
 class LiveBatches:
-    """Shuffled batches [B, D] of a layer's output, harvested as they are asked for.
+    """Shuffled batches [B, D] of a layer's output; the model runs as batches are requested.
 
-    The text is cut to windows of about ``window_rows`` rows, whose rows are permuted. The order is
-    a pure function of the arguments, the epoch and the window: a stream that goes on from a saved
-    state gives what the first one would have given, bit for bit on a CPU. To go on it tokenizes
-    the text before its place once more; the model runs on the window it stands in alone. Memory
-    holds the model, one window, and one batch of the model's and one of its own.
+    The text is cut into windows of about ``window_rows`` rows, and the rows of a window are
+    permuted. The order is a pure function of the arguments, the epoch and the window: a stream
+    resumed from a saved state yields what the first one would have, bit for bit on a CPU. Resuming
+    tokenizes the earlier text again, but runs the model on the current window alone. Memory holds
+    the model, one window, a batch of the model and a batch of the stream.
 
-    An epoch is one pass over the text; its rows that do not fill a batch are left out. The text
-    comes in the same order every time, so documents of a kind should not lie together:
-    :func:`~sae_kernels.harvest.split_documents` gives them in a drawn order.
+    An epoch is one pass over the text, without the last rows that do not fill a batch. Documents
+    are read in the same order every time, so similar ones should not be adjacent:
+    :func:`~sae_kernels.harvest.split_documents` shuffles them.
 
     Args:
         model: put in evaluation mode; it stays on its device.
         tokenizer: a fast tokenizer.
-        documents: a list, or another iterable that starts afresh, such as
-            :func:`~sae_kernels.harvest.dataset_documents`; or a function that gives a fresh
+        documents: a list or another iterable that can be iterated repeatedly, such as
+            :func:`~sae_kernels.harvest.dataset_documents`; or a function that returns a new
             iterator of the same documents at each call.
-        layer: the dotted path of a module that puts out [batch, length, D] or a tuple of it first;
-            of several, the rows lie side by side (a crosscoder's layers, a transcoder's input and
-            target) and D is the sum of their widths.
+        layer: dotted path of a module whose output, or its first element, is [batch, length, D].
+            Rows of several layers are concatenated (a crosscoder's layers, a transcoder's input
+            and target), and D is the sum of their widths.
         batch_size: rows a batch.
         seed: another seed is another order.
-        window_rows: rows that are shuffled together, and held.
-        model_batch_size: chunks of full length in a forward pass; of shorter ones as many more as
-            fit.
-        context_length: tokens in a chunk, special tokens among them.
+        window_rows: rows that are shuffled together and held in memory.
+        model_batch_size: chunks of full length in a forward pass; more if they are shorter.
+        context_length: tokens in a chunk, special tokens included.
         dtype: of the batches.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
         drop_special_tokens: leave out what the tokenizer adds, such as [CLS].
         epochs: passes over the text; None never ends.
-        max_tokens: rows in a pass, for a text without end.
-        device: where the window lies and the batches come; default: the model's.
+        max_tokens: rows in a pass, for endless text.
+        device: device of the window and the batches; default: the model's.
 
     Attributes:
         d_in: D, the width of a row.
-        widths: of each layer's part of it.
+        widths: the width of each layer.
         position: batches yielded so far.
 
     Raises:
-        ModelError: an unknown layer, one without such an output, or a tokenizer that is not fast.
-        NonFiniteError: while iterating, if the layer puts out NaN or infinity.
-        TypeError: documents that can be gone through once only.
+        ModelError: an unknown layer, one with another output, or a tokenizer that is not fast.
+        NonFiniteError: while iterating, if the layer's output holds NaN or infinity.
+        TypeError: documents that can be iterated only once.
         ValueError: an option out of range; while iterating, a text without tokens or with fewer
             than one batch.
 
@@ -137,14 +136,14 @@ class LiveBatches:
             "autocast": autocast and str(autocast),
             "weights": weights_digest(model),
         }
-        self._place, self._digest = Place(), ""
+        self._cursor, self._digest = Cursor(), ""
         self.close()
 
     def close(self) -> None:
-        """Lets go of the window and the text; another batch would make them anew."""
+        """Frees the window and the text; the next batch would make them again."""
         self._text.close()
         self._buffer: Tensor | None = None
-        self._held: int | None = None  # the window whose rows the buffer holds
+        self._held: int | None = None  # number of the window in the buffer
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -152,43 +151,43 @@ class LiveBatches:
 
     def __next__(self) -> Tensor:
         pieces: list[Tensor] = []
-        place, missing = self._place, self.batch_size
+        cursor, missing = self._cursor, self.batch_size
         while missing:
-            if self.epochs is not None and place.epoch >= self.epochs:
-                self._place = place
+            if self.epochs is not None and cursor.epoch >= self.epochs:
+                self._cursor = cursor
                 raise StopIteration
-            rows = self._take(place, missing)
+            rows = self._take(cursor, missing)
             if rows is None:
-                if self._place <= Place(place.epoch):
+                if self._cursor <= Cursor(cursor.epoch):
                     raise ValueError(self._too_few(self.batch_size - missing))
-                place, pieces, missing = Place(place.epoch + 1), [], self.batch_size
+                cursor, pieces, missing = Cursor(cursor.epoch + 1), [], self.batch_size
                 continue
             pieces.append(rows)
             missing -= len(rows)
             if missing:
-                place = Place(place.epoch, place.window + 1)
+                cursor = Cursor(cursor.epoch, cursor.window + 1)
             else:
-                place = place._replace(offset=place.offset + len(rows))
+                cursor = cursor._replace(offset=cursor.offset + len(rows))
         batch = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        self._place, self._digest = place, self._text.digest
+        self._cursor, self._digest = cursor, self._text.digest
         self.position += 1
         return batch
 
     def sample(self, n: int) -> Tensor:
-        """The first n rows of the stream in its own order, all of an epoch if they are fewer.
+        """The first n rows [n, D] of the stream, or all rows of an epoch if there are fewer.
 
-        The stream stays where it is. It goes back to the start of the text for them, so the best
-        time is before the first batch.
+        The stream does not advance, but reads the start of the text again: call it before the first
+        batch.
 
         Raises:
-            NonFiniteError: the layer puts out NaN or infinity.
+            NonFiniteError: the layer's output holds NaN or infinity.
             ValueError: n below 1, or a text without tokens.
         """
         if n < 1:
             raise ValueError(f"expected n of at least 1, got {n}")
         pieces: list[Tensor] = []
         missing = n
-        while missing and (rows := self._take(Place(0, len(pieces)), missing)) is not None:
+        while missing and (rows := self._take(Cursor(0, len(pieces)), missing)) is not None:
             pieces.append(rows)
             missing -= len(rows)
         if not pieces:
@@ -196,48 +195,48 @@ class LiveBatches:
         return torch.cat(pieces)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands and what its order depends on, as plain JSON values."""
+        """The cursor, and all settings that the order depends on, as JSON values."""
         return {
             "position": self.position,
-            **self._place._asdict(),
+            **self._cursor._asdict(),
             "text": self._digest,
             "settings": dict(self._settings),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another stream stood; this one must be made as that one was.
+        """Continues where a saved stream stood, which must have had the same settings.
 
-        The text up to there is tokenized and compared with what the other one had read.
+        The text up to there is tokenized again and compared with the saved digest.
 
         Raises:
-            ValueError: names the settings that differ, or says that the model's weights or the
-                text do; also a state that is not of a live stream.
+            ValueError: the settings, the model's weights or the text differ (the message says
+                which), or the state is not one of LiveBatches.
         """
-        place, position = checked_place(state, self._settings)
-        if place.offset:
-            window = self._text.window(place.window)
+        cursor, position = checked_cursor(state, self._settings)
+        if cursor.offset:
+            window = self._text.window(cursor.window)
             rows = sum(chunk.rows for chunk in window or ())
-            if place.offset > rows or self._text.digest != state["text"]:
+            if cursor.offset > rows or self._text.digest != state["text"]:
                 raise ValueError(
                     "documents: expected the text that the saved stream read, this one differs "
-                    f"within its first {place.window + 1} windows; give the same documents in the "
+                    f"within its first {cursor.window + 1} windows; give the same documents in the "
                     "same order, and the same tokenizer"
                 )
-        self._place, self._digest, self.position = place, state["text"], position
+        self._cursor, self._digest, self.position = cursor, state["text"], position
 
-    def _take(self, place: Place, most: int) -> Tensor | None:
-        """Up to so many rows from a place on, of its window alone; None after the last window."""
-        chunks = self._text.window(place.window)
+    def _take(self, cursor: Cursor, most: int) -> Tensor | None:
+        """Up to `most` rows from a cursor on, within its window; None after the last window."""
+        chunks = self._text.window(cursor.window)
         if chunks is None:
             return None
-        order = self._permutation(sum(chunk.rows for chunk in chunks), place)
-        taken = order[place.offset : place.offset + most]
+        order = self._permutation(sum(chunk.rows for chunk in chunks), cursor)
+        taken = order[cursor.offset : cursor.offset + most]
         if not len(taken):
             return torch.empty(0, self.d_in, dtype=self.dtype, device=self.device)
-        return self._rows(place.window, chunks)[taken]
+        return self._rows(cursor.window, chunks)[taken]
 
     def _rows(self, number: int, chunks: list[Chunk]) -> Tensor:
-        """The rows of a window in the order of the text, [window_rows, D]."""
+        """The buffer [window_rows, D] with the rows of a window, in the order of the text."""
         if self._buffer is None:
             shape = (self._window_rows, self.d_in)
             self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -253,8 +252,8 @@ class LiveBatches:
             self._held = number
         return self._buffer
 
-    def _permutation(self, n: int, place: Place) -> Tensor:
-        key = place[:2]
+    def _permutation(self, n: int, cursor: Cursor) -> Tensor:
+        key = cursor[:2]
         if self._order is None or self._order[0] != key:
             self._order = (key, permutation(n, self.seed, *key).to(self.device))
         return self._order[1]

@@ -1,4 +1,4 @@
-"""Where a stream of activations stands, and whether another one may go on from there."""
+"""The cursor of a stream of activations, and the checks of a saved one."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-_WEIGHTS = 256  # of each parameter
+_WEIGHTS = 256  # weights of each parameter that are hashed
 
 
-class Place(NamedTuple):
-    """Where a stream stands: so many rows of a window of an epoch are taken."""
+class Cursor(NamedTuple):
+    """Position in a stream: epoch, window, and rows of the window already yielded."""
 
     epoch: int = 0
     window: int = 0
     offset: int = 0
 
 
-def checked_place(state: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Place, int]:
-    """The place and the position of a saved state, once its settings are found to be these.
+def checked_cursor(state: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Cursor, int]:
+    """Reads cursor and batch count of a saved state, whose settings must equal these.
 
     Raises:
-        ValueError: names the settings that differ; a state that is not of a live stream.
+        ValueError: settings that differ (the message names them), or not a state of LiveBatches.
     """
-    counts = [state.get(name) for name in ("position", *Place._fields)]
+    counts = [state.get(name) for name in ("position", *Cursor._fields)]
     saved = state.get("settings")
     whole = all(type(count) is int and count >= 0 for count in counts)
     if not whole or not isinstance(saved, dict) or not isinstance(state.get("text"), str):
@@ -47,12 +47,12 @@ def checked_place(state: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
             f"expected a stream made as the saved one was: {'; '.join(differ)[:1000]}; make it "
             "with the saved settings, or start afresh"
         )
-    position, *place = (int(count) for count in counts if count is not None)
-    return Place(*place), position
+    position, *cursor = (int(count) for count in counts if count is not None)
+    return Cursor(*cursor), position
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Tells models apart by a few weights of each parameter."""
+    """A digest of the first weights of each parameter, which tells models apart."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in model.parameters():
         some = parameter.detach().reshape(-1)[:_WEIGHTS].to("cpu", torch.float32)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import ModelError, NonFiniteError
 from sae_kernels.harvest import LiveBatches, collect, harvest
-from sae_kernels.harvest.chunks import cut, windows
+from sae_kernels.harvest.chunks import cut_documents, windows
 from sae_kernels.harvest.model import layer_outputs
 from sae_kernels.testing import assert_bitwise
 
@@ -83,7 +83,7 @@ def test_rows_are_shuffled_inside_their_window_and_anew_each_epoch(
     for a, b in itertools.combinations((stored, first, second, other), 2):
         assert not torch.equal(a, b)
         same(ordered(a), ordered(b))
-    chunks = cut(tokenizer(), TEXT, CONTEXT, True)
+    chunks = cut_documents(tokenizer(), TEXT, CONTEXT, True)
     start = 0
     for window in windows((chunk for chunk in chunks if chunk.rows), WINDOW):
         stop = start + sum(chunk.rows for chunk in window)
