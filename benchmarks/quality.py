@@ -21,7 +21,7 @@ from sae_kernels.demo.run import DEAD_AFTER_TOKENS, train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
 from sae_kernels.nn import presets
 from sae_kernels.plotting.tables import markdown
-from sae_kernels.step.compute import compute_dtype
+from sae_kernels.step.base import compute_dtype
 from sae_kernels.training import evaluate, train
 from sae_kernels.training.run_config import RunConfig, Widths
 

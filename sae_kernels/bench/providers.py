@@ -10,7 +10,7 @@ import torch
 from sae_kernels.bench import environments
 from sae_kernels.bench.contestants.contestant import Task
 from sae_kernels.errors import name_hint
-from sae_kernels.step.compute import compute_dtype
+from sae_kernels.step.base import compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,7 +12,7 @@ from sae_kernels.report.examples import decoder_cosine, latent_examples
 from sae_kernels.report.run import training_curve
 from sae_kernels.report.run_data import to_text
 from sae_kernels.report.run_facts import dead_rule
-from sae_kernels.step.compute import compute_dtype
+from sae_kernels.step.base import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpu
 from sae_kernels.nn import TopKConfig, TopKObjective
 from sae_kernels.report import write_report
 from sae_kernels.runs.folder import SAE_FOLDER
-from sae_kernels.step.compute import compute_dtype
+from sae_kernels.step.base import compute_dtype
 from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from sae_kernels.codes import SparseCodes
-from sae_kernels.functional.layout import warn_of_copies
-from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
+from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward, warn_of_copies
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode as decode_rows

@@ -8,8 +8,7 @@ import torch
 
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.entries import jumprelu
-from sae_kernels.functional.layout import warn_of_copies
-from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
+from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward, warn_of_copies
 from sae_kernels.functional.route import RoutedCodes, Routing
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.decode import decode as decode_rows

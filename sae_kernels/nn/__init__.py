@@ -6,7 +6,7 @@ from sae_kernels.nn.batch_topk import BatchTopKConfig, BatchTopKSAE
 from sae_kernels.nn.gated import GatedConfig, GatedSAE
 from sae_kernels.nn.initialise import geometric_median
 from sae_kernels.nn.jumprelu import JumpReLUConfig, JumpReLUObjective, JumpReLUSAE
-from sae_kernels.nn.prefixes import nested_groups
+from sae_kernels.nn.objective import nested_groups
 from sae_kernels.nn.registry import (
     Preset,
     architecture,

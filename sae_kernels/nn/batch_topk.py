@@ -12,7 +12,7 @@ from sae_kernels.config.base import POSITIVE, setting
 from sae_kernels.config.objective import PrefixObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
-from sae_kernels.nn.prefixes import NESTED, check_groups, prefixes_of
+from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import FREE_NORMS, Preset, register
 from sae_kernels.primitives.tensors import rounded_down
 

@@ -12,7 +12,7 @@ from sae_kernels.config.base import POSITIVE_INTEGER, setting
 from sae_kernels.config.objective import ObjectiveConfig, PrefixObjective
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SparseAutoencoder
-from sae_kernels.nn.prefixes import NESTED, check_groups, prefixes_of
+from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import TRANSCODES, Preset, register
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sae_kernels.primitives.checks import gradient_operand
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, Reconstruction
-    from sae_kernels.step.counters import DeadLatents
+    from sae_kernels.step.state import DeadLatents
 
 
 class AutogradLoss(NamedTuple):

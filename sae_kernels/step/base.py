@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from sae_kernels.backends import cpu
 from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.nn.objective import Context
-from sae_kernels.step.compute import compute_dtype
-from sae_kernels.step.counters import DeadLatents, SparsitySchedule
-from sae_kernels.step.state import State, restore_
+from sae_kernels.step.state import DeadLatents, SparsitySchedule, State, restore_
 
 if TYPE_CHECKING:
     from sae_kernels.config.objective import ObjectiveConfig
@@ -236,3 +235,18 @@ def loss_scale(
     deviation = torch.sub(x, x.mean(0), out=scratch)
     variance = deviation.square_().sum(1).sum()
     return (1 / variance if loss == "fvu" else torch.ones_like(variance) / x.shape[0]), variance
+
+
+def compute_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """The dtype of a ``compute`` setting on a device.
+
+    "auto" is bfloat16 where the device multiplies it natively (a GPU, a CPU with AMX) and float32
+    elsewhere: without such a unit bf16 operands are widened first and only cost accuracy.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    native = cpu.reason(torch.device("cpu"), torch.bfloat16) is None and cpu.isa() == "amx"
+    return torch.bfloat16 if native else torch.float32

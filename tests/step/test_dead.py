@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae_kernels.step.counters import DeadLatents
+from sae_kernels.step.state import DeadLatents
 
 NO = torch.tensor(False)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_kernels.nn import JumpReLUConfig, ReLUConfig, ReLUSAE
 from sae_kernels.step import AutogradStep, FusedStep
-from sae_kernels.step.counters import SparsitySchedule
+from sae_kernels.step.state import SparsitySchedule
 from sae_kernels.testing.dense import decoder_norm
 from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, B, batch, route_of

@@ -18,7 +18,7 @@ from sae_kernels.nn import (
     build,
 )
 from sae_kernels.step import AutogradStep
-from sae_kernels.step.counters import DeadLatents
+from sae_kernels.step.state import DeadLatents
 from sae_kernels.testing import DenseSpec, dense_loss
 from sae_kernels.training.end_to_end import EndToEnd, EndToEndLoss, end_to_end_loss
 from tests.harvest.causal import D, Replaced, gpt2

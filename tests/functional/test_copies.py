@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae_kernels import SparseCodes, decode, encode_threshold, encode_topk
-from sae_kernels.functional import layout
+from sae_kernels.functional import recording
 from sae_kernels.testing import assert_bitwise
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ B, D, F = 5, 6, 20
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_warned", set())
+    monkeypatch.setattr(recording, "_warned", set())
 
 
 def said(call: Callable[[], Any], times: int = 2) -> list[warnings.WarningMessage]:
