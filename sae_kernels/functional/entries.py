@@ -67,8 +67,8 @@ def heaviside_ste(
     """``1[h > threshold]`` of each kept pre-activation; their sum over a token is its L0.
 
     ``d/dthreshold = -(1 / bandwidth) 1[threshold - bandwidth/2 < h < threshold + bandwidth/2]`` and
-    ``d/dh = 0`` (arXiv 2407.14435). Arguments as of :func:`jumprelu`; ``preacts`` must not have been
-    zeroed below the threshold, as both halves of the window have a gradient.
+    ``d/dh = 0`` (arXiv 2407.14435). Arguments as of :func:`jumprelu`; ``preacts`` must not have
+    been zeroed below the threshold, as both halves of the window have a gradient.
     """
     thresholds = gather_by_latent(threshold, preacts, backend=backend)
     entries: torch.Tensor = _Heaviside.apply(preacts.values, thresholds, bandwidth)

@@ -136,8 +136,6 @@ def _adam_matrix(
     config: OptimizerConfig,
     one_row: bool,
 ) -> AdamMatrix:
-    if parameter.dtype != torch.float32:
-        raise TypeError(f"{name}: expected float32 master weights, got {parameter.dtype}")
     matrix = parameter.data
     if matrix.dim() == 1:  # per latent: one row each
         matrix = matrix[None] if one_row else matrix[:, None]

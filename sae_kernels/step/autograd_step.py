@@ -41,12 +41,14 @@ class AutogradStep(StepBase):
 
     def __init__(self, sae: SparseAutoencoder, *arguments: Any, **options: Any) -> None:
         super().__init__(sae, *arguments, **options)
-        self.optimizer.expect_torch_adam()
         betas = (self.optimizer.beta1, self.optimizer.beta2)
         self.torch_adam = torch.optim.Adam(
             sae.parameters(), lr=1.0, betas=betas, eps=self.optimizer.eps, fused=True
         )
         self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
+
+    def _check_settings(self) -> None:
+        self.optimizer.expect_torch_adam()
 
     def __call__(
         self,

@@ -107,10 +107,14 @@ class StepBase:
         self.optimizer = OptimizerConfig() if optimizer is None else optimizer
         device = sae.W_enc.device
         self.dtype = compute_dtype(self.optimizer.compute, device)
+        self._check_settings()
         self._dtype_before, sae.compute_dtype = sae.compute_dtype, self.dtype
         self.dead = DeadLatents(sae.config.n_latents, objective.dead_after_tokens, device)
         self.schedule = SparsitySchedule(objective, steps)
         self.k_aux = objective.k_aux or max(1, sae.config.input_width // 2)
+
+    def _check_settings(self) -> None:
+        """Raises for what a step cannot train; the SAE has not been touched yet."""
 
     def checked(
         self, x: torch.Tensor, target: torch.Tensor | None

@@ -61,17 +61,7 @@ class FusedStep(StepBase):
     """
 
     def __init__(self, sae: SparseAutoencoder, *arguments: Any, **options: Any) -> None:
-        if not sae.decodes_by_rows:
-            raise ValueError(
-                f"sae: expected a decoder that is a sum of rows of W_dec, got {type(sae).__name__};"
-                " train it with AutogradStep (route 'autograd')"
-            )
         super().__init__(sae, *arguments, **options)
-        split = self.optimizer.master_weights == "split"
-        if split and self.dtype != torch.bfloat16:
-            raise ValueError(
-                f"compute: expected 'bfloat16' with master_weights 'split', got {self.dtype}"
-            )
         self.adam = FusedAdam(sae, self.optimizer, self.dtype)
         self.matrices, self.n_updates = self.adam.matrices, self.adam.n_updates
         # Lazy Adam skips latents that did not fire; a dense gradient has a row for every latent.
@@ -80,6 +70,20 @@ class FusedStep(StepBase):
         # ReLU-like SAEs start dense.
         self.dense_next = self.can_be_dense
         self._scratch: torch.Tensor | None = None
+
+    def _check_settings(self) -> None:
+        if not self.sae.decodes_by_rows:
+            raise ValueError(
+                "sae: expected a decoder that is a sum of rows of W_dec, got "
+                f"{type(self.sae).__name__}; train it with AutogradStep (route 'autograd')"
+            )
+        if self.optimizer.master_weights == "split" and self.dtype != torch.bfloat16:
+            raise ValueError(
+                f"compute: expected 'bfloat16' with master_weights 'split', got {self.dtype}"
+            )
+        for name, parameter in self.sae.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise TypeError(f"{name}: expected float32 master weights, got {parameter.dtype}")
 
     @torch.no_grad()
     def __call__(

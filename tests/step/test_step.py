@@ -268,8 +268,10 @@ def test_bad_calls_say_what_was_expected(route: str) -> None:
     for k in (0, F + 1):
         with pytest.raises(ValueError, match=f"k: .*{F}.*got {k}"):
             step(tokens(B), lr=LR, k=k)
+    sae = TopKSAE(D, F, k=K).double()
     with pytest.raises(TypeError, match="W_enc: expected float32 master weights"):
-        FusedStep(TopKSAE(D, F, k=K).double())
+        FusedStep(sae)
+    assert sae.compute_dtype is None, "a step that was refused leaves the SAE as it was"
 
 
 def test_the_batch_is_only_read() -> None:
