@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sae_kernels
+from sae_kernels.nn import architectures
 
 ROOT = Path(sae_kernels.__file__).parent
 # The rooms from the lowest up: a file imports from its own room and from lower ones. Rooms of one
@@ -221,6 +222,32 @@ def test_what_most_work_needs_loads_nothing_heavy() -> None:
     assert run_python(code) == ""
 
 
+def test_a_step_needs_few_modules_and_runs_few_files() -> None:
+    """Whoever reads a TopK step opens ten files; primitives and backends are rooms of their own."""
+    code = """
+import sys
+import torch
+from sae_kernels.step import FusedStep
+loaded = [name for name in sys.modules if name.startswith("sae_kernels")]
+from sae_kernels.nn import TopKSAE
+step, x, ran = FusedStep(TopKSAE(16, 64, k=4)), torch.randn(32, 16), set()
+step(x, lr=1e-3)
+def trace(frame, event, argument):
+    ran.add(frame.f_code.co_filename)
+    return trace
+sys.settrace(trace)
+step(x, lr=1e-3)
+sys.settrace(None)
+own = [f.split("/sae_kernels/")[1] for f in ran if "/sae_kernels/" in f]
+print(len(loaded), *sorted(f for f in own if not f.startswith(("primitives/", "backends/"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    loaded, *files = done.stdout.split()
+    assert int(loaded) <= 65, done.stderr
+    assert {"step/fused_step.py", "nn/topk.py"} < set(files)
+    assert len(files) <= 10, files
+
+
 def test_importing_takes_no_time() -> None:
     # 9 ms of processor time on a Zen 5; 1 ms after torch, which has imported most of it already.
     code = (
@@ -266,3 +293,16 @@ def test_a_name_that_the_front_door_does_not_have() -> None:
     with pytest.raises(AttributeError, match="module 'sae_kernels' has no attribute 'TopK'"):
         _ = sae_kernels.TopK
     assert not hasattr(sae_kernels, "numpy")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parts[0] not in ("nn", "formats")], ids=str
+)
+def test_nothing_outside_asks_which_architecture_it_has(path: Path) -> None:
+    """It would not know one that somebody registers."""
+    kinds = [(sae, sae.config_class, sae.objective_class) for sae in architectures().values()]
+    named = {each.__name__ for kind in kinds for each in kind} - {"ObjectiveConfig"}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            asked = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+            assert not asked & named, f"{path}:{node.lineno} asks for {asked & named}"
