@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,55 +35,30 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A kernel as compiled for one architecture.
-
-    Attributes:
-        name: of the kernel function.
-        architecture: 80, 90 or 100.
-        constants: its constexpr arguments.
-        warps, stages: of the launch.
-        registers: per thread.
-        spill_bytes: stored and loaded per thread because registers ran out.
-        shared_bytes: per block.
-        instructions: how often each machine instruction occurs, with its modifiers.
-    """
+    """A kernel as compiled for one architecture."""
 
     name: str
-    architecture: int
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # its constexpr arguments
     warps: int
     stages: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    instructions: Counter[str]
+    registers: int  # per thread
+    spill_bytes: int  # stored and loaded per thread because registers ran out
+    shared_bytes: int  # per block
+    instructions: Counter[str]  # how often each occurs, with its modifiers
 
     def has(self, instruction: str) -> bool:
         """Whether an instruction whose name starts like this occurs (``LDG.E.128``)."""
-        return self.count(instruction) > 0
-
-    def count(self, instruction: str) -> int:
-        """Number of instructions that start like this."""
-        return sum(n for name, n in self.instructions.items() if name.startswith(instruction))
+        return any(name.startswith(instruction) for name in self.instructions)
 
 
-class _OnlyATarget:
+def _only_a_target(architecture: int) -> SimpleNamespace:
     """As much of a Triton driver as compiling takes."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture  # Triton's caches are per device
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_current_device=lambda: architecture,  # Triton's caches are per device
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 @contextlib.contextmanager
@@ -98,7 +74,7 @@ def compiled_for(architecture: int) -> Iterator[list[Compiled]]:
             found.append(compiled)
         return kernel
 
-    driver.set_active(_OnlyATarget(architecture))
+    driver.set_active(_only_a_target(architecture))
     JITFunction.run = compile_only
     try:
         yield found
@@ -108,26 +84,20 @@ def compiled_for(architecture: int) -> Iterator[list[Compiled]]:
 
 
 def _read(kernel: Any, architecture: int) -> Compiled:
-    meta = kernel.metadata
-    usage = _resources(kernel.asm["cubin"])
-    source = kernel.src
-    names = source.fn.arg_names
-    constants = {
-        names[path[0]]: value
-        for path, value in source.constants.items()
-        if len(path) == 1 and names[path[0]].isupper()
-    }
+    meta, cubin, names = kernel.metadata, kernel.asm["cubin"], kernel.src.fn.arg_names
+    paths = {names[path[0]]: v for path, v in kernel.src.constants.items() if len(path) == 1}
+    usage = _tool("cuobjdump", "--dump-resource-usage", suffix="cubin", content=cubin)
+    code = _tool("cuobjdump", "-sass", suffix="cubin", content=cubin)
     ptxas = _ptxas(kernel.asm["ptx"], architecture)
     return Compiled(
         meta.name,
-        architecture,
-        constants,
+        {name: value for name, value in paths.items() if name.isupper()},
         meta.num_warps,
         meta.num_stages,
-        usage["REG"],
+        int(re.findall(r"REG:(\d+)", usage)[-1]),
         sum(map(int, re.findall(r"(\d+) bytes spill", ptxas))),
         meta.shared,
-        _instructions(kernel.asm["cubin"]),
+        Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", code)),
     )
 
 
@@ -135,13 +105,8 @@ def _tool(name: str, *arguments: str, suffix: str, content: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"kernel.{suffix}"
         path.write_bytes(content)
-        done = subprocess.run(
-            [str(_TOOLS / name), *arguments, str(path)],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            check=False,
-        )
+        command = [str(_TOOLS / name), *arguments, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -149,24 +114,14 @@ def _tool(name: str, *arguments: str, suffix: str, content: bytes) -> str:
 
 def _ptxas(ptx: str, architecture: int) -> str:
     # Triton brings two assemblers, and which knows a kernel's PTX changes with its version.
-    programs = ["ptxas", "ptxas-blackwell"]
+    programs = ["ptxas", "ptxas-blackwell"][:: -1 if architecture >= 100 else 1]
     # The architecture-specific features (wgmma, tcgen05) that Triton compiles with.
     name = f"sm_{architecture}" + ("a" if architecture >= 90 else "")
     arguments = ("-v", f"--gpu-name={name}")
-    for program in reversed(programs) if architecture >= 100 else programs:
+    for program in programs:
         try:
             return _tool(program, *arguments, suffix="ptx", content=ptx.encode())
         except RuntimeError as error:
             if "Unsupported .version" not in str(error):
                 raise
     raise RuntimeError(f"none of {', '.join(programs)} knows this PTX version")
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    text = _tool("cuobjdump", "--dump-resource-usage", suffix="cubin", content=cubin)
-    return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
-
-
-def _instructions(cubin: bytes) -> Counter[str]:
-    text = _tool("cuobjdump", "-sass", suffix="cubin", content=cubin)
-    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", text))

@@ -8,38 +8,27 @@ from one process with interleaved contestants; medians over the rounds.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from benchmarks.study import B, D, F, K, bars, fused, ratios, stepping
+from benchmarks.study import B, D, F, K, Records, Runs, bars, fused, ratios, stepping
 from sae_kernels.bench.inputs import activations, threshold
 from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig, ReLUConfig, TopKConfig
-from sae_kernels.testing.dense_steps import (
-    DenseBatchTopKStep,
-    DenseJumpReLUStep,
-    DenseReLUStep,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from benchmarks.study import Record, Runs
-    from sae_kernels.step import FusedStep
+from sae_kernels.testing import dense_steps
 
 LR = 1e-7  # so small that L0 stays what it is set to
-GROUPS_OF_LATENTS = (F // 16, F // 16, F // 8, F // 4, F // 2)
+PREFIXES = (F // 16, F // 16, F // 8, F // 4, F // 2)
 DENSITIES = (F // 2, 4096, 2048, 1024, 512, 128, 32)
 L0: dict[str, Any] = {"sparsity": "l0", "sparsity_coefficient": 1e-3}
 L1: dict[str, Any] = {"sparsity": "l1", "sparsity_coefficient": 1e-3}
 
 
-def steps(kind: str, rounds: int) -> Iterator[Record]:
+def steps(kind: str, rounds: int) -> Records:
     """Every architecture's step against TopK's."""
     x, W = activations(kind, B, D, F, K)
     edge = threshold(x, W, K)
     jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
-    groups = GROUPS_OF_LATENTS
     made = {
         "TopK": fused(TopKConfig(D, F, K), W),
         "BatchTopK": fused(BatchTopKConfig(D, F, K), W),
@@ -47,22 +36,22 @@ def steps(kind: str, rounds: int) -> Iterator[Record]:
         "JumpReLU, tanh penalty": fused(jump, W, **{**L0, "sparsity": "tanh"}),
         "ReLU, L1": fused(ReLUConfig(D, F), W, bias=-edge, **L1),
         "Gated": fused(GatedConfig(D, F), W, bias=-edge, **L1),
-        "Matryoshka of 5, TopK": fused(TopKConfig(D, F, K, groups=groups), W),
-        "Matryoshka of 5, BatchTopK": fused(BatchTopKConfig(D, F, K, groups=groups), W),
+        "Matryoshka of 5, TopK": fused(TopKConfig(D, F, K, groups=PREFIXES), W),
+        "Matryoshka of 5, BatchTopK": fused(BatchTopKConfig(D, F, K, groups=PREFIXES), W),
         "multi-TopK": fused(TopKConfig(D, F, K), W, multi_topk=True),
     }
     yield from ratios(f"steps {kind}", stepping(made, x, LR), "TopK", rounds)
 
 
-def dense(kind: str, rounds: int) -> Iterator[Record]:
+def dense(kind: str, rounds: int) -> Records:
     """BatchTopK and JumpReLU against the same step in eager fp32 and under bf16 autocast."""
     x, W = activations(kind, B, D, F, K)
     edge = threshold(x, W, K)
     window = {"threshold": edge, "bandwidth": 0.1 * edge}
     jump = JumpReLUConfig(D, F, threshold_init=edge, bandwidth=0.1 * edge)
-    cases: dict[str, tuple[FusedStep, Any]] = {
-        "BatchTopK": (fused(BatchTopKConfig(D, F, K), W), DenseBatchTopKStep),
-        "JumpReLU": (fused(jump, W, **L0), partial(DenseJumpReLUStep, **window)),
+    cases: dict[str, tuple[Any, Any]] = {
+        "BatchTopK": (fused(BatchTopKConfig(D, F, K), W), dense_steps.DenseBatchTopKStep),
+        "JumpReLU": (fused(jump, W, **L0), partial(dense_steps.DenseJumpReLUStep, **window)),
     }
     for name, (ours, theirs) in cases.items():
         runs: Runs = {
@@ -73,11 +62,11 @@ def dense(kind: str, rounds: int) -> Iterator[Record]:
         yield from ratios(f"{name} {kind}", runs, "FusedStep bf16", rounds)
 
 
-def density(kind: str, rounds: int) -> Iterator[Record]:
+def density(kind: str, rounds: int) -> Records:
     """ReLU steps from nearly dense to sparse: as FusedStep chooses, each pass forced, and dense."""
     x, W = activations(kind, B, D, F, K)
     for dtype, cast in (("bfloat16", True), ("float32", False)):
-        slow = DenseReLUStep(W, W, K, "fused", cast)
+        slow = dense_steps.DenseReLUStep(W, W, K, "fused", cast)
         for l0 in DENSITIES:
             edge = threshold(x, W, l0)
             step = fused(ReLUConfig(D, F), W, bias=-edge, compute=dtype, sparsity="l1")
@@ -92,7 +81,7 @@ def density(kind: str, rounds: int) -> Iterator[Record]:
             yield from ratios(f"ReLU {kind} {dtype} L0={l0}", runs, f"dense {dtype}", rounds)
 
 
-def crosscoder(kind: str, rounds: int) -> Iterator[Record]:
+def crosscoder(kind: str, rounds: int) -> Records:
     """A crosscoder of two layers against one layer, both BatchTopK ranked by decoder norms."""
     x, W = activations(kind, B, D, F, K)
     rows = torch.cat([W, W.flip(1)], dim=1) / 2**0.5
@@ -106,7 +95,7 @@ def crosscoder(kind: str, rounds: int) -> Iterator[Record]:
     yield from ratios(f"crosscoder {kind}", runs, "one layer", rounds)
 
 
-def _forced(step: FusedStep, x: torch.Tensor, *, dense: bool) -> object:
+def _forced(step: Any, x: torch.Tensor, *, dense: bool) -> object:
     step.dense_next = dense
     return step(x, lr=LR)
 

@@ -5,6 +5,8 @@ Data is random and never zero: kernels on zeros draw less power, so they run at 
 
 from __future__ import annotations
 
+import inspect
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -43,16 +45,31 @@ def arguments(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[Any, ...]:
-    """Arguments of a primitive's ``run``; ``options`` are those of its function below."""
-    builder: Callable[..., tuple[Any, ...]] = globals()[f"_{primitive}"]
+    """Arguments of a primitive's ``run``, made by their names; ``options`` are `_makers`'."""
+    _, D, F, _ = shape
+    experts = options.get("experts", 8)
+    if primitive == "route_top1":
+        shape = shape._replace(F=experts)
+    elif primitive == "select_topk_routed":  # as many latents as make equal parts
+        shape = shape._replace(F=F // experts * experts)
     with torch.device(device):
-        return builder(shape, dtype, **options)
+        makers = _makers(shape, dtype, **options)
+        if primitive == "auxk":
+            dead = min(4096, F // 2)
+            makers["k"] = lambda: max(1, min(D // 2, dead))
+            makers["count"] = lambda: torch.full((), dead, dtype=torch.int32)
+            makers["latents"] = lambda: torch.arange(dead, dtype=torch.int32) * (F // dead)
+        names = inspect.signature(_operator(primitive)).parameters
+        return tuple(makers[name]() for name in names if name != "backend")
+
+
+def _operator(primitive: str) -> Any:
+    return getattr(import_module(f"sae_kernels.primitives.{primitive}"), primitive)
 
 
 def runnable(primitive: str, inputs: tuple[Any, ...], wanted: Sequence[str]) -> list[str]:
     """The wanted backends that can run a call with these arguments."""
-    operator = getattr(import_module(f"sae_kernels.primitives.{primitive}"), primitive)
-    like = operator.like(inputs)
+    like = _operator(primitive).like(inputs)
     found = backends.candidates(primitive, like.device, like.dtype, inputs)
     return [name for name, reason in found if name in wanted and reason is None]
 
@@ -75,11 +92,6 @@ def latents(shape: Shape, popularity: str = "uniform") -> torch.Tensor:
     return chosen.to(torch.int32)
 
 
-def values(shape: Shape) -> torch.Tensor:
-    """Codes after a ReLU, fp32 [B, K], none of them zero."""
-    return torch.rand(shape.B, shape.K) + 0.5
-
-
 def unit_rows(F: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A matrix with rows of norm 1, [F, width], built in place: it may fill half the device."""
     W = torch.empty(F, width, dtype=dtype).normal_()
@@ -88,23 +100,89 @@ def unit_rows(F: int, width: int, dtype: torch.dtype = torch.float32) -> torch.T
     return W
 
 
-def _select_topk(shape: Shape, dtype: torch.dtype, *, ranked: bool = False) -> tuple[Any, ...]:
+def _makers(
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    popularity: str = "uniform",  # of latents, see `latents`
+    ranked: bool = False,  # by scores times a scale
+    experts: int = 8,  # that tokens choose among, at random
+    groups: int = 0,  # of latents that are decoded apart; 0 is one
+    ragged: bool = False,  # tokens have any number of entries up to 2K, K on average
+    drop_zeros: bool = True,
+    norm: str = "unit",
+    split: bool = False,  # masters are low and high halves
+    states: torch.dtype = torch.float32,  # of Adam's moments
+    copied: bool = True,  # there is a compute copy
+    width: int | None = None,  # of gradients and masters; default: D
+    penalties: int = 0,  # on the norms of so many parts of a row
+) -> dict[str, Callable[[], Any]]:
+    """A function for each argument of the primitives that makes it."""
     B, D, F, K = shape
-    scale = torch.rand(F) + 0.5 if ranked else None
-    return torch.randn(B, D, dtype=dtype), unit_rows(F, D, dtype), torch.randn(F) / 8, K, scale
+    width = D if width is None else width
+    codes = cache(partial(_ragged if ragged else _codes, shape, popularity))
+    master = cache(partial(_master, F, width, split))
+    routing = cache(partial(_routing, B, experts))
+    gradient = partial(_gradient, shape, dtype, width, popularity, penalties)
+    ends = [F * (g + 1) // groups for g in range(groups)]
+    after = 10_000_000
+
+    def matrix() -> AdamMatrix:
+        m = torch.empty(F, width, dtype=states).normal_()
+        v = torch.empty(F, width, dtype=states).uniform_(0.1, 1.1)
+        return AdamMatrix(master()[0], m, v, master()[1] if copied else None)
+
+    constants = {
+        "k": K, "count": B * K, "drop_zeros": drop_zeros, "row_ids": None, "n_latents": F,
+        "width": width, "betas": (0.9, 0.999), "eps": 1e-8, "norm": norm, "slices": 1,
+        "lazy": False, "alpha": 1 / 32, "after": after, "at_most": min(4096, F),
+    }  # fmt: skip
+    return {
+        **{name: partial(lambda value: value, value) for name, value in constants.items()},
+        "x": lambda: torch.randn(B, D, dtype=dtype),
+        **dict.fromkeys(("W", "W_enc", "W_dec"), lambda: unit_rows(F, D, dtype)),
+        **dict.fromkeys(("b", "b_enc"), lambda: torch.randn(F) / 8),
+        "rank_scale": lambda: torch.rand(F) + 0.5 if ranked else None,
+        "start": lambda: _bound(shape),
+        "bounds": lambda: _bound(shape).expand(F).clone(),
+        "tokens": lambda: routing()[0],
+        "starts": lambda: routing()[1],
+        "values": lambda: codes()[0],
+        "indices": lambda: codes()[1],
+        "offsets": lambda: codes()[2],
+        "b_dec": lambda: torch.randn(D),
+        **dict.fromkeys(("target", "residual"), lambda: torch.randn(B, D)),
+        "group_ends": lambda: torch.tensor(ends, dtype=torch.int32) if groups else None,
+        "group_weights": lambda: torch.rand(groups) + 0.5 if groups else None,
+        "grad": lambda: torch.randn(*([groups] if groups else []), B, D),
+        "terms": lambda: gradient().terms,
+        "gradient": gradient,
+        "param": lambda: master()[0],
+        "high": lambda: master()[1] if split else None,
+        "matrix": matrix,
+        "hyper": lambda: torch.tensor([1e-4, 1.0, 0.1, 0.001, 0.0, 1.0], dtype=torch.float64),
+        "since_fired": lambda: torch.randint(0, 4 * after // 3, (F,)),
+    }
 
 
-def ragged_codes(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _codes(shape: Shape, popularity: str) -> Codes:
+    """Codes after a ReLU, fp32 [B, K], none of them zero, and their latents."""
+    return torch.rand(shape.B, shape.K) + 0.5, latents(shape, popularity), None
+
+
+def _ragged(shape: Shape, popularity: str) -> Codes:
     """Values, latents and offsets of codes with any number of entries up to 2K, K on average."""
     wide = shape._replace(K=2 * shape.K)
     kept = torch.rand(wide.B, wide.K) < torch.rand(wide.B, 1)
-    offsets = torch.zeros(wide.B + 1, dtype=torch.int32)
-    offsets[1:] = kept.sum(1).cumsum(0)
-    return values(wide)[kept], latents(wide)[kept], offsets
+    values, chosen, _ = _codes(wide, popularity)
+    return values[kept], chosen[kept], _starts(kept.sum(1))
 
 
-def _codes(shape: Shape, is_ragged: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return ragged_codes(shape) if is_ragged else (values(shape), latents(shape), None)
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _bound(shape: Shape) -> torch.Tensor:
@@ -113,94 +191,22 @@ def _bound(shape: Shape) -> torch.Tensor:
     return (torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5).float()
 
 
-def _select_topk_routed(shape: Shape, dtype: torch.dtype, *, experts: int = 8) -> tuple[Any, ...]:
-    """Tokens that chose at random; of the latents as many as make equal parts."""
-    x, W, b, K, _ = _select_topk(shape._replace(F=shape.F // experts * experts), dtype)
-    chosen = torch.randint(experts, (shape.B,))
-    starts = torch.zeros(experts + 1, dtype=torch.int32)
-    starts[1:] = chosen.bincount(minlength=experts).cumsum(0)
-    return x, W, b, K, chosen.argsort(stable=True).to(torch.int32), starts
+def _routing(B: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in order of experts, chosen at random, and where each expert's begin."""
+    chosen = torch.randint(experts, (B,))
+    order = chosen.argsort(stable=True).to(torch.int32)
+    return order, _starts(chosen.bincount(minlength=experts))
 
 
-def _route_top1(shape: Shape, dtype: torch.dtype, *, experts: int = 8) -> tuple[Any, ...]:
-    B, D, *_ = shape
-    return torch.randn(B, D, dtype=dtype), unit_rows(experts, D, dtype), torch.randn(experts) / 8
-
-
-def _select_threshold(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
-    x, W, b, *_ = _select_topk(shape, dtype)
-    return x, W, b, _bound(shape).expand(shape.F).clone()
-
-
-def _select_batch_topk(
-    shape: Shape, dtype: torch.dtype, *, ranked: bool = False
-) -> tuple[Any, ...]:
-    x, W, b, K, scale = _select_topk(shape, dtype, ranked=ranked)
-    return x, W, b, shape.B * K, scale, _bound(shape)
-
-
-def _decode(
-    shape: Shape, dtype: torch.dtype, *, groups: int = 0, ragged: bool = False
-) -> tuple[Any, ...]:
-    _, D, F, _ = shape
-    entries, indices, offsets = _codes(shape, ragged)
-    W = unit_rows(F, D, dtype)
-    return entries, indices, W, torch.randn(D), _group_ends(F, groups), offsets
-
-
-def _decode_residual(
-    shape: Shape,
-    dtype: torch.dtype,
-    *,
-    drop_zeros: bool = True,
-    groups: int = 0,
-    ragged: bool = False,
-) -> tuple[Any, ...]:
-    *first, ends, offsets = _decode(shape, dtype, groups=groups, ragged=ragged)
-    weights = torch.rand(groups) + 0.5 if groups else None
-    return *first, torch.randn(shape.B, shape.D), drop_zeros, ends, weights, offsets
-
-
-def _code_grad(
-    shape: Shape, dtype: torch.dtype, *, groups: int = 0, ragged: bool = False
-) -> tuple[Any, ...]:
-    B, D, F, _ = shape
-    leading = [groups] if groups else []
-    _, indices, offsets = _codes(shape, ragged)
-    W = unit_rows(F, D, dtype)
-    return torch.randn(*leading, B, D), indices, W, _group_ends(F, groups), offsets
-
-
-def _group_ends(F: int, groups: int) -> torch.Tensor | None:
-    if not groups:
-        return None
-    return torch.tensor([F * (g + 1) // groups for g in range(groups)], dtype=torch.int32)
-
-
-def _transpose_codes(
-    shape: Shape, dtype: torch.dtype, *, popularity: str = "uniform"
-) -> tuple[Any, ...]:
-    return latents(shape, popularity), values(shape), None, shape.F
-
-
-def gradient(shape: Shape, dtype: torch.dtype, width: int, popularity: str = "uniform") -> Gradient:
+def _gradient(
+    shape: Shape, dtype: torch.dtype, width: int, popularity: str, penalties: int
+) -> Gradient:
     """A weight gradient as a step has it: one term, its sources in ``dtype``; width 1 has none."""
-    chosen = latents(shape, popularity)
+    values, chosen, _ = _codes(shape, popularity)
     order = LatentOrder(*transpose_codes(chosen, None, None, shape.F))
     source = None if width == 1 else torch.randn(shape.B, width).to(dtype)
-    return Gradient([order.term(values(shape), source)])
-
-
-def _row_grad(shape: Shape, dtype: torch.dtype, *, width: int | None = None) -> tuple[Any, ...]:
-    width = shape.D if width is None else width
-    return gradient(shape, dtype, width).terms, shape.F, width
-
-
-def _row_sqnorm(
-    shape: Shape, dtype: torch.dtype, *, norm: str = "unit", split: bool = False
-) -> tuple[Any, ...]:
-    param, high = _master(shape.F, shape.D, split)
-    return param, gradient(shape, dtype, shape.D), high if split else None, norm, 1
+    found = Gradient([order.term(values, source)])
+    return found._replace(row_coef=torch.rand(shape.F, penalties)) if penalties else found
 
 
 def _master(F: int, width: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,42 +215,3 @@ def _master(F: int, width: int, split: bool) -> tuple[torch.Tensor, torch.Tensor
     if not split:
         return copy.float(), copy
     return torch.randint(-(2**15), 2**15, (F, width), dtype=torch.int16), copy
-
-
-def _row_update(
-    shape: Shape,
-    dtype: torch.dtype,
-    *,
-    norm: str = "unit",
-    split: bool = False,
-    states: torch.dtype = torch.float32,
-    copied: bool = True,
-    width: int | None = None,
-    popularity: str = "uniform",
-    penalties: int = 0,
-) -> tuple[Any, ...]:
-    width = shape.D if width is None else width
-    param, copy = _master(shape.F, width, split)
-    m = torch.empty(shape.F, width, dtype=states).normal_()
-    v = torch.empty(shape.F, width, dtype=states).uniform_(0.1, 1.1)
-    parts = gradient(shape, dtype, width, popularity)
-    if penalties:  # on the norms of so many parts of a row
-        parts = parts._replace(row_coef=torch.rand(shape.F, penalties))
-    hyper = torch.tensor([1e-4, 1.0, 0.1, 0.001, 0.0, 1.0], dtype=torch.float64)
-    matrix = AdamMatrix(param, m, v, copy if copied else None)
-    return matrix, parts, hyper, (0.9, 0.999), 1e-8, norm, 1, False
-
-
-def _auxk(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
-    B, D, F, _ = shape
-    dead = min(4096, F // 2)
-    chosen = torch.arange(dead, dtype=torch.int32) * (F // dead)
-    count = torch.full((), dead, dtype=torch.int32)
-    x, W_enc, b_enc, *_ = _select_topk(shape, dtype)
-    k_aux = max(1, min(D // 2, dead))
-    return x, torch.randn(B, D), W_enc, b_enc, W_enc.clone(), chosen, count, k_aux, 1 / 32
-
-
-def _pick_dead(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
-    after = 10_000_000
-    return torch.randint(0, 4 * after // 3, (shape.F,)), after, min(4096, shape.F)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.study import B, D, F, K, fused, parser, report
+from benchmarks.study import B, D, F, K, Records, fused, parser, report
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.config import TrainConfig
@@ -23,11 +22,6 @@ from sae_kernels.data import ShuffledBatches
 from sae_kernels.nn import TopKConfig
 from sae_kernels.runs.folder import RunFolder
 from sae_kernels.training.trainable import ActivationTraining
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from benchmarks.study import Record
 
 TURNS = {"bfloat16": 60, "float32": 25}  # steps, in which a write comes to its end
 
@@ -39,8 +33,7 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
     training = ActivationTraining(step, TrainConfig(steps=1 << 30, batch_size=B), None)
     batches = list(ShuffledBatches(x, B, epochs=1))
     turn = TURNS[compute]
-    copies: list[float] = []
-    awaited: list[float] = []
+    copies, awaited = list[float](), list[float]()
 
     with RunFolder(folder, {}, OutputConfig(keep_checkpoints=2)) as run:
 
@@ -61,9 +54,7 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
         files = sum(p.stat().st_size for p in folder.glob("checkpoints/*/*")) / 2
         extra = run.staged_bytes
     plain, saved = (timings[name].median_ms for name in ("steps", "with a save"))
-    each = plain / turn
-    cost = saved - plain
-    spread = {name: [t.p20_ms, t.median_ms, t.p80_ms] for name, t in timings.items()}
+    each, cost = plain / turn, saved - plain
     return {
         "compute": compute,
         "step_ms": each,
@@ -74,7 +65,7 @@ def measure(folder: Path, rounds: int, compute: str) -> dict[str, object]:
         "overhead_every_1000": cost / (1000 * each),
         "checkpoint_bytes": files,
         "extra_memory_bytes": extra,
-        "turns_ms": spread,
+        "turns_ms": {n: [t.p20_ms, t.median_ms, t.p80_ms] for n, t in timings.items()},
         "rounds": rounds,
     }
 
@@ -86,7 +77,7 @@ def main() -> None:
     made.add_argument("--compute", nargs="+", choices=TURNS, default=list(TURNS))
     options = made.parse_args()
 
-    def records() -> Iterator[Record]:
+    def records() -> Records:
         for compute in options.compute:
             torch.manual_seed(0)
             with tempfile.TemporaryDirectory(dir=options.data) as folder:

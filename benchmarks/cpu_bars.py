@@ -7,28 +7,23 @@ ratio comes from one process with interleaved contestants; medians over the roun
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from benchmarks.study import B, D, F, K, bars, fused, product, ratios, stepping
+from benchmarks.study import Records, Runs, bars, fused, product, ratios, stepping
+from sae_kernels.bench.cases import CPU_SMALL, SMALL
 from sae_kernels.bench.inputs import activations
 from sae_kernels.functional import encode_topk
 from sae_kernels.nn import TopKConfig
-from sae_kernels.step import AutogradStep
+from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing.dense_steps import DenseStep
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from benchmarks.study import Record, Runs
-    from sae_kernels.step import FusedStep
-
-SMALL = ((256, 64, 512, 8), (256, 128, 2048, 16), (512, 256, 4096, 32), (1024, 384, 8192, 32))
+B, D, F, K = CPU_SMALL
 LR = 1e-4
 
 
-def encode(kind: str, rounds: int) -> Iterator[Record]:
+def encode(kind: str, rounds: int) -> Records:
     """encode_topk against the product alone, bf16 and fp32, at D=768 and D=2304."""
     for d_in in (D, 2304):
         x, W = (t.bfloat16() for t in activations(kind, B, d_in, F, K))
@@ -46,7 +41,7 @@ def encode(kind: str, rounds: int) -> Iterator[Record]:
     yield from ratios(f"encode {kind} fp32 D={D}", runs, "fp32 product", rounds)
 
 
-def step(kind: str, rounds: int) -> Iterator[Record]:
+def step(kind: str, rounds: int) -> Records:
     """FusedStep against P, and against the dense steps."""
     x, W = activations(kind, B, D, F, K)
     ours, composable = topk(W), partial(topk, W, make=AutogradStep)
@@ -64,7 +59,7 @@ def step(kind: str, rounds: int) -> Iterator[Record]:
         yield from ratios(f"step {kind}, Adam {optimizer}", runs, "FusedStep bf16", rounds)
 
 
-def auxk(kind: str, rounds: int) -> Iterator[Record]:
+def auxk(kind: str, rounds: int) -> Records:
     """FusedStep with AuxK at 0 %, 2 % and 50 % dead latents."""
     x, W = activations(kind, B, D, F, K)
     rows = torch.randperm(F, generator=torch.Generator().manual_seed(0))
@@ -79,7 +74,7 @@ def auxk(kind: str, rounds: int) -> Iterator[Record]:
     yield from ratios(f"auxk {kind}", runs, "AuxK off", rounds)
 
 
-def small(_kind: str, rounds: int) -> Iterator[Record]:
+def small(_kind: str, rounds: int) -> Records:
     """Small shapes against the dense fp32 step."""
     for tokens, d_in, n_latents, k in SMALL:
         x, W = activations("uniform", tokens, d_in, n_latents, k)

@@ -10,6 +10,7 @@ of them go by.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.study import B, D, F, K, fused, parser, record, report
+from benchmarks.study import B, D, F, K, Records, Runs, fused, parser, record, report
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.data import Prefetched, ShardDataset, ShardWriter, ShuffledBatches
@@ -31,16 +32,15 @@ from sae_kernels.nn import TopKConfig
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
-    from benchmarks.study import Record, Runs
     from sae_kernels.step import FusedStep
 
 WINDOW = 65536  # rows, as ShuffledBatches makes them
 TURN = 16  # steps
 
 
-def step(options: argparse.Namespace) -> Iterator[Record]:
+def step(options: argparse.Namespace) -> Records:
     """Steps on data from disk over steps on batches in memory."""
     x, W = activations("zipf", WINDOW, D, F, K)
     ours = fused(TopKConfig(D, F, K), W, compute="auto")
@@ -68,19 +68,14 @@ def step(options: argparse.Namespace) -> Iterator[Record]:
 def turn(ours: FusedStep, batches: Iterable[torch.Tensor], drops: Path | None = None) -> None:
     """Some steps; a folder's files are dropped from the page cache first if one is given."""
     for path in () if drops is None else drops.glob("*.safetensors"):
-        drop(path)
+        descriptor = os.open(path, os.O_RDONLY)  # pages that are mapped stay
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
     for x in islice(batches, TURN):
         ours(x, lr=1e-4)
 
 
-def drop(path: Path) -> None:
-    """Has the system forget what it keeps of a file; pages that are mapped stay."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
-def large(options: argparse.Namespace) -> Iterator[Record]:
+def large(options: argparse.Namespace) -> Records:
     """Opening 100 GB, and memory while 20 GB stream by."""
     with tempfile.TemporaryDirectory(dir=options.data) as base:
         folder = Path(base)
@@ -91,24 +86,21 @@ def large(options: argparse.Namespace) -> Iterator[Record]:
         batches = ShuffledBatches(data, B)
         for _ in range(2 * WINDOW // B + 1):  # both windows are there
             next(batches)
-        before = resident_bytes()
+        most = before = resident_bytes()
         count = int(options.gigabytes * 1e9) // (4 * B * D)
-        start = time.perf_counter()
-        most = before
-        slowest = 0.0
+        moments = [time.perf_counter()]
         for _ in range(count):
-            begin = time.perf_counter()
             next(batches)
-            slowest = max(slowest, time.perf_counter() - begin)
+            moments.append(time.perf_counter())
             most = max(most, resident_bytes())
-        seconds = time.perf_counter() - start
+        slowest = max(b - a for a, b in itertools.pairwise(moments))
         yield {
             "case": "large",
             "bytes": data.n_tokens * D * 4,
             "shards": 400,
             "open_seconds": round(opened, 4),
             "streamed_bytes": count * 4 * B * D,
-            "stream_seconds": round(seconds, 1),
+            "stream_seconds": round(moments[-1] - moments[0], 1),
             "slowest_batch_ms": round(1e3 * slowest, 1),
             "resident_bytes_before": before,
             "resident_bytes_growth": most - before,

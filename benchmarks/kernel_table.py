@@ -8,6 +8,7 @@ assembler name registers, spills and shared memory without one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
@@ -48,29 +49,18 @@ COLUMNS = """| call | sm | kernel | warps | stages | tile | registers | spilled 
 
 
 class KernelCase(NamedTuple):
-    """One call to compile.
-
-    Attributes:
-        primitive, backend: what is called.
-        D, K: as in the call; tokens and latents only have to be there.
-        options: of the primitive's builder in `benchmarks.calls`.
-        dtype: of the operands.
-        matrix: whether a matrix instruction must occur.
-        wide: whether a 16-byte load must occur.
-        architectures: where the backend runs.
-        F, B: latents and tokens, where a launcher looks at their number.
-    """
+    """One call to compile."""
 
     primitive: str
     backend: str
     D: int
     K: int
-    options: tuple[tuple[str, Any], ...] = ()
-    dtype: torch.dtype = torch.bfloat16
-    matrix: bool = False
-    wide: bool = True
-    architectures: tuple[int, ...] = ARCHITECTURES
-    F: int = 4096
+    options: tuple[tuple[str, Any], ...] = ()  # of the primitive's arguments in `benchmarks.calls`
+    dtype: torch.dtype = torch.bfloat16  # of the operands
+    matrix: bool = False  # whether a matrix instruction must occur
+    wide: bool = True  # whether a 16-byte load must occur
+    architectures: tuple[int, ...] = ARCHITECTURES  # where the backend runs
+    F: int = 4096  # latents and tokens only have to be there, but where a launcher looks
     B: int = 64
 
     @property
@@ -89,72 +79,63 @@ def _short(value: object) -> str:
     return str(value).removeprefix("torch.").removeprefix("triton.language.")
 
 
-def _widths(
-    primitive: str, backend: str, *, K: int = 32, widths: Iterable[int] = WIDTHS, **settings: Any
+Variant = list[dict[str, Any]]
+
+
+def _at(
+    *widths: int, K: int = 32, dtype: torch.dtype = torch.bfloat16, F: int = 4096, **options: Any
+) -> Variant:
+    """A call at some widths."""
+    settings = {"K": K, "dtype": dtype, "F": F, "options": tuple(options.items())}
+    return [{"D": D, **settings} for D in widths]
+
+
+def _cases(
+    primitive: str, *variants: Variant, backend: str = "triton", **common: Any
 ) -> Iterator[KernelCase]:
-    for D in widths:
-        yield KernelCase(primitive, backend, D, K, **settings)
+    for each in itertools.chain(*variants):
+        yield KernelCase(primitive, backend, **common, **each)
 
 
 def _routed(primitive: str) -> Iterator[KernelCase]:
     for dtype in (torch.bfloat16, torch.float32):
-        for E in (8, 32):
-            options, matrix = (("experts", E),), dtype != torch.float32
-            yield KernelCase(primitive, "triton", 768, 32, options, dtype, matrix, F=65536)
+        variants = (_at(768, dtype=dtype, F=65536, experts=E) for E in (8, 32))
+        yield from _cases(primitive, *variants, matrix=dtype != torch.float32)
 
 
-_FP32 = torch.float32
-_VECTOR = (("width", 1), ("norm", "none"), ("copied", False))  # b_enc
-_PENALTY = (("norm", "none"), ("penalties", 4))  # of a crosscoder
-_SPLIT = (("split", True),)
-_GROUPS, _RAGGED = (("groups", 4),), (("ragged", True),)
-_LEAN = (("split", True), ("states", torch.bfloat16))
+_ALL, _K64, _K128 = _at(*WIDTHS), _at(*SAMPLED_WIDTHS, K=64), _at(*SAMPLED_WIDTHS, K=128)
+_ONE, _FP32 = _at(768), _at(768, dtype=torch.float32)
+_FORMS = _at(768, groups=4) + _at(768, ragged=True)
+_TOPK = _ONE + _at(2304, K=64)
+_SPLIT: dict[str, Any] = {"split": True}
+_LEAN: dict[str, Any] = {"split": True, "states": torch.bfloat16}
 CASES: tuple[KernelCase, ...] = (
     # As many latents as AuxK takes by default.
-    *_widths("auxk", "triton", widths=(768, 2304), matrix=True, F=8192),
-    *_widths("code_grad", "triton"),
-    *_widths("code_grad", "triton", K=128, widths=SAMPLED_WIDTHS),
-    *_widths("code_grad", "triton", options=_GROUPS, widths=(768,)),
-    *_widths("code_grad", "triton", options=_RAGGED, widths=(768,)),
-    *_widths("decode", "triton"),
-    *_widths("decode", "triton", K=128, widths=SAMPLED_WIDTHS),
-    *_widths("decode", "triton", dtype=_FP32, widths=(768,)),
-    *_widths("decode", "triton", options=_GROUPS, widths=(768,)),
-    *_widths("decode", "triton", options=_RAGGED, widths=(768,)),
-    *_widths("decode_residual", "triton"),
-    *_widths("decode_residual", "triton", K=64, widths=SAMPLED_WIDTHS),
-    *_widths("decode_residual", "triton", K=128, widths=SAMPLED_WIDTHS),
-    *_widths("decode_residual", "triton", dtype=_FP32, widths=(768,)),
-    *_widths("decode_residual", "triton", options=_GROUPS, widths=(768,)),
-    *_widths("decode_residual", "triton", options=_RAGGED, widths=(768,)),
-    *_widths("decode_residual", "triton", options=_GROUPS + _RAGGED, widths=(2304,)),
-    *_widths("pick_dead", "triton", widths=(768,)),
+    *_cases("auxk", _at(768, 2304, F=8192), matrix=True),
+    *_cases("code_grad", _ALL, _K128, _FORMS),
+    *_cases("decode", _ALL, _K128, _FP32, _FORMS),
+    *_cases("decode_residual", _ALL, _K64, _K128, _FP32, _FORMS),
+    *_cases("decode_residual", _at(2304, groups=4, ragged=True)),
+    *_cases("pick_dead", _ONE),
     *_routed("route_top1"),
-    *_widths("row_grad", "triton"),
-    *_widths("row_grad", "triton", dtype=_FP32, widths=(768,)),
-    *_widths("row_grad", "triton", options=(("width", 1),), widths=(768,), wide=False),
-    *_widths("row_sqnorm", "triton"),
-    *_widths("row_sqnorm", "triton", options=_SPLIT, widths=(2688,)),
-    *_widths("row_update", "triton"),
-    *_widths("row_update", "triton", options=_SPLIT, widths=(768, 2688, 4096)),
-    *_widths("row_update", "triton", options=_LEAN, widths=(768, 2688, 4096)),
-    *_widths("row_update", "triton", dtype=_FP32, options=(("copied", False),), widths=(768,)),
-    *_widths("row_update", "triton", options=_VECTOR, widths=(768,), wide=False),
-    *_widths("row_update", "triton", options=_PENALTY, widths=(4096,)),
+    *_cases("row_grad", _ALL, _FP32),
+    *_cases("row_grad", _at(768, width=1), wide=False),
+    *_cases("row_sqnorm", _ALL, _at(2688, **_SPLIT)),
+    *_cases("row_update", _ALL, *(_at(768, 2688, 4096, **each) for each in (_SPLIT, _LEAN))),
+    *_cases("row_update", _at(768, dtype=torch.float32, copied=False)),
+    *_cases("row_update", _at(768, width=1, norm="none", copied=False), wide=False),  # b_enc
+    *_cases("row_update", _at(4096, norm="none", penalties=4)),  # of a crosscoder
     # D is no constant of these kernels: other widths are the same programs.
-    *_widths("select_batch_topk", "triton", widths=(768,), matrix=True),
-    *_widths("select_threshold", "triton", widths=(768,), matrix=True),
-    *_widths("select_threshold", "triton", dtype=_FP32, widths=(768,)),
-    *_widths("select_topk", "gluon", widths=(768,), matrix=True, architectures=(90,)),
-    *_widths("select_topk", "gluon", K=64, widths=(2304,), matrix=True, architectures=(90,)),
-    *_widths("select_topk", "triton", widths=(768,), matrix=True),
-    *_widths("select_topk", "triton", K=64, widths=(2304,), matrix=True),
-    *_widths("select_topk", "triton", K=128, widths=(1024,), matrix=True),
-    *_widths("select_topk", "triton", options=(("ranked", True),), widths=(1024,), matrix=True),
-    *_widths("select_topk", "triton", dtype=_FP32, widths=(1024,)),
+    *_cases("select_batch_topk", _ONE, matrix=True),
+    *_cases("select_threshold", _ONE, matrix=True),
+    *_cases("select_threshold", _FP32),
+    *_cases("select_topk", _TOPK, backend="gluon", matrix=True, architectures=(90,)),
+    *_cases("select_topk", _TOPK, _at(1024, K=128), matrix=True),
+    *_cases("select_topk", _at(1024, ranked=True), matrix=True),
+    *_cases("select_topk", _at(1024, dtype=torch.float32)),
     # How many latents an expert has decides the length of the lists.
     *_routed("select_topk_routed"),
-    *_widths("transpose_codes", "triton", widths=(768,), wide=False),
+    *_cases("transpose_codes", _ONE, wide=False),
 )
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import TYPE_CHECKING
 
-from benchmarks.study import DOCS, RESULTS, commit
+from benchmarks import study
+from benchmarks.study import DOCS, RESULTS, Record, commit
 from sae_kernels.bench.output import cells, pictures
-from sae_kernels.bench.output.table import machine
 from sae_kernels.bench.results import read
 from sae_kernels.plotting.tables import Column, markdown, rows
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from benchmarks.study import Record
 
 PAGE, PICTURES = DOCS / "benchmarks.md", DOCS / "pictures"
 
@@ -32,8 +29,7 @@ necessary. The dense steps are in `sae_kernels/testing/dense_steps.py`.
 
 def section(path: Path) -> str:
     """A results file of a study as Markdown."""
-    first, *records = (json.loads(line) for line in path.read_text().splitlines())
-    facts = first["provenance"]
+    facts, records = study.read(path)
     versions = f"Python {facts['python']}, torch {facts['torch']}, allocator {facts['malloc']}"
     about = (
         f"{facts['cpu']}, ISA {facts['isa']}, {facts['threads']} threads, {versions}, "
@@ -47,16 +43,8 @@ def section(path: Path) -> str:
 def table(case: str, records: list[Record]) -> str:
     """One case as a table."""
     head = (case, "median ms", "p20 to p80", f"ratio to {records[0]['base']}")
-    cells_of = (
-        [
-            r["provider"],
-            f"{r['median_ms']:.1f}",
-            f"{r['p20_ms']:.1f} to {r['p80_ms']:.1f}",
-            f"{r['ratio']:.2f}",
-        ]
-        for r in records
-    )
-    return markdown(head, cells_of)
+    cell = "{provider}|{median_ms:.1f}|{p20_ms:.1f} to {p80_ms:.1f}|{ratio:.2f}"
+    return markdown(head, (cell.format(**r).split("|") for r in records))
 
 
 def bench_section(path: Path) -> str:
@@ -65,7 +53,7 @@ def bench_section(path: Path) -> str:
     facts = results.provenance
     blocks = [
         f"## {path.stem}",
-        f"{machine(facts)}, {str(facts.get('time'))[:10]}: `{facts.get('command')}`",
+        f"{cells.machine(facts)}, {str(facts.get('time'))[:10]}: `{facts.get('command')}`",
         cells.LEGEND.replace("*", "\\*"),
     ]
     libraries = cells.libraries(facts)
@@ -90,19 +78,15 @@ def _plain(words: str) -> str:
     return words
 
 
-def shown(folder: Path) -> list[str]:
-    """The benchmark's pictures in a folder beside the page."""
-    return [
-        f"![{path.stem.removeprefix('bench-')}]({folder.name}/{path.name})"
-        for path in sorted(folder.glob("bench-*.png"))
-    ]
-
-
 def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
     """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
     sections = [bench_section(path) for path in _bench_files(folder)]
     sections += [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
-    return "\n\n".join([HEAD.strip(), *shown(pictures_folder), *sections]) + "\n"
+    shown = (
+        f"![{path.stem.removeprefix('bench-')}]({pictures_folder.name}/{path.name})"
+        for path in sorted(pictures_folder.glob("bench-*.png"))
+    )
+    return "\n\n".join([HEAD.strip(), *shown, *sections]) + "\n"
 
 
 def _bench_files(folder: Path) -> list[Path]:

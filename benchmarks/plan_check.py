@@ -77,14 +77,9 @@ def report(found: list[Checked]) -> str:
         f"predicted {1e3 * check.predicted:.1f} ms ({check.error:+.0%})"
         for check in found
     ]
-    verdict = "within" if max(errors) <= TOLERANCE else "NOT within"
-    return "\n".join(
-        [
-            *lines,
-            f"worst {max(errors):.0%}, median {statistics.median(errors):.0%}: "
-            f"{verdict} {TOLERANCE:.0%}",
-        ]
-    )
+    middle, verdict = statistics.median(errors), "NOT " * (max(errors) > TOLERANCE)
+    last = f"worst {max(errors):.0%}, median {middle:.0%}: {verdict}within {TOLERANCE:.0%}"
+    return "\n".join([*lines, last])
 
 
 def main() -> int:
@@ -98,9 +93,8 @@ def main() -> int:
     results, interrupted = measure(cases, ours, settings, options.out, command=command)
     if interrupted:
         return 130
-    half = len(SEEN) * len(ours)
-    parts = results.records[:half], results.records[half:]
-    found = checked(*(Results(results.provenance, records) for records in parts))
+    half, records = len(SEEN) * len(ours), results.records
+    found = checked(*(Results(results.provenance, r) for r in (records[:half], records[half:])))
     print(report(found))
     return int(max(abs(check.error) for check in found) > TOLERANCE)
 

@@ -9,13 +9,12 @@ docs/architectures.md.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.study import DOCS, RESULTS, commit, parser, report
+from benchmarks.study import DOCS, RESULTS, commit, parser, read, report
 from sae_kernels.data import JointRows, ShardDataset
 from sae_kernels.demo.run import DEAD_AFTER_TOKENS, train_config
 from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpus, split_documents
@@ -38,17 +37,9 @@ def fill(acts: Path) -> None:
     native = compute_dtype("auto")
     for layer in LAYERS:
         for (side, limit), text in zip(TOKENS.items(), texts, strict=True):
-            folder = acts / layer / side
-            harvest(
-                model,
-                tokenizer,
-                text,
-                layer,
-                folder,
-                max_tokens=limit,
-                dtype=torch.float16,
-                autocast=None if native == torch.float32 else native,
-            )
+            settings: dict[str, Any] = {"max_tokens": limit, "dtype": torch.float16}
+            settings["autocast"] = None if native == torch.float32 else native
+            harvest(model, tokenizer, text, layer, acts / layer / side, **settings)
 
 
 def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
@@ -80,8 +71,8 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
 
 def table(path: Path) -> str:
     """One results file as Markdown."""
-    first, *lines = (json.loads(line) for line in path.read_text().splitlines())
-    facts, line = first["provenance"], lines[0]
+    facts, lines = read(path)
+    line = lines[0]
     about = (
         f"Held-out documents; {line['steps']} steps of {line['train']['batch_size']} "
         f"tokens, {line['sae']['n_latents']} latents, seed {line['seed']}; "

@@ -10,15 +10,13 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.study import parser, report
+from benchmarks.study import Records, parser, report
 from sae_kernels.data import ShardDataset
 from sae_kernels.nn import TopKConfig
 from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from benchmarks.study import Record
 
 LAYOUTS: dict[str, dict[str, str]] = {
     "fp32 masters, fp32 moments": {},
@@ -42,7 +40,7 @@ def main() -> None:
             trained = train(shape, data, compute="bfloat16", **settings)
             yield evaluate(trained.sae, held_out).fvu
 
-    def records() -> Iterator[Record]:
+    def records() -> Records:
         for name, layout in LAYOUTS.items():
             found = list(fvu(layout))
             yield {"layout": name, "fvu": found, "mean_fvu": statistics.mean(found)}

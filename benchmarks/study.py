@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,24 +15,21 @@ import torch
 
 from sae_kernels.bench.cases import CPU_SMALL
 from sae_kernels.bench.provenance import provenance
-from sae_kernels.bench.timing import interleaved
-from sae_kernels.config import TrainConfig
+from sae_kernels.bench.timing import Timing, interleaved
+from sae_kernels.config import SAEConfig, TrainConfig
 from sae_kernels.nn import build
-from sae_kernels.runs.metrics import MetricLog
+from sae_kernels.runs.metrics import MetricLog, read_metrics
 from sae_kernels.step import FusedStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from sae_kernels.bench.timing import Timing
-    from sae_kernels.config import SAEConfig
-
-    Runs = dict[str, Callable[[], object]]  # what takes turns, by name
+    from collections.abc import Iterable, Mapping
 
 B, D, F, K = CPU_SMALL
 ROOT = Path(__file__).parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 Record = dict[str, Any]
+Records = Iterator[Record]
+Runs = dict[str, Callable[[], object]]  # what takes turns, by name
 
 
 def parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -49,8 +47,7 @@ def report(command: str, records: Iterable[Record], out: Path | None, **facts: A
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
     first = {"provenance": provenance(f"python -m benchmarks.{command}"), **facts}
-    with ExitStack() as files:
-        log = None if out is None else files.enter_context(MetricLog(out))
+    with nullcontext() if out is None else MetricLog(out) as log:
         for line in itertools.chain([first], records):
             print(json.dumps(line), flush=True)
             if log is not None:
@@ -58,7 +55,7 @@ def report(command: str, records: Iterable[Record], out: Path | None, **facts: A
 
 
 def bars(
-    groups: Mapping[str, Callable[[str, int], Iterator[Record]]], about: str | None, command: str
+    groups: Mapping[str, Callable[[str, int], Records]], about: str | None, command: str
 ) -> None:
     """The command line of groups of bars, each a function of the inputs and the rounds."""
     made = parser(about, rounds=7, threads=2)
@@ -71,7 +68,7 @@ def bars(
     report(command, (record for group in chosen for record in group), options.out)
 
 
-def ratios(case: str, runs: Runs, base: str, rounds: int, untimed: int = 0) -> Iterator[Record]:
+def ratios(case: str, runs: Runs, base: str, rounds: int, untimed: int = 0) -> Records:
     """Times runs in turns and gives the record of each, with its ratio to the base."""
     for name, timing in (times := interleaved(runs, rounds, untimed=untimed)).items():
         yield record(case, name, timing, times[base], base)
@@ -108,8 +105,13 @@ def product(x: torch.Tensor, W: torch.Tensor) -> Callable[[], object]:
     return partial(torch.mm, x, W.t(), out=torch.empty(len(x), len(W), dtype=x.dtype))
 
 
+def read(path: Path) -> tuple[Record, list[Record]]:
+    """A file's provenance and its records."""
+    first, *records = read_metrics(path)
+    return first["provenance"], records
+
+
 def commit(facts: Record) -> str:
     """The commit and the day of a result."""
-    return (
-        f"commit {facts['commit']}{' with changes' if facts['dirty'] else ''}, {facts['time'][:10]}"
-    )
+    changes = " with changes" if facts["dirty"] else ""
+    return f"commit {facts['commit']}{changes}, {facts['time'][:10]}"

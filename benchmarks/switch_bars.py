@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.architecture_bars import LR
-from benchmarks.study import B, D, F, K, bars, fused, product, ratios, record, stepping
+from benchmarks.study import Records, Runs, bars, fused, product, ratios, record, stepping
+from sae_kernels.bench.cases import CPU_SMALL
 from sae_kernels.bench.inputs import activations
 from sae_kernels.bench.timing import interleaved
 from sae_kernels.functional import Routing, encode_topk, route_top1
@@ -21,10 +22,9 @@ from sae_kernels.nn import SwitchConfig, TopKConfig
 from sae_kernels.testing.dense_steps import DenseSwitchStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from benchmarks.study import Record, Runs
-
+B, D, F, K = CPU_SMALL
 EXPERTS = (2, 8, 32, 128)
 STEP_EXPERTS = (8, 32)
 BALANCE = 0.3  # the preset's
@@ -32,7 +32,7 @@ LB_ALPHA = 3.0  # of amudide/switch_sae's script
 DENSE_ROUNDS = 7  # their steps take seconds
 
 
-def encode(kind: str, rounds: int) -> Iterator[Record]:
+def encode(kind: str, rounds: int) -> Records:
     """Switch encoders, routing included, and TopK's against the product."""
     x, W = _operands(kind)
 
@@ -47,7 +47,7 @@ def encode(kind: str, rounds: int) -> Iterator[Record]:
     yield from ratios(f"Switch encode {kind} bf16", runs, "P", rounds)
 
 
-def parts(kind: str, rounds: int) -> Iterator[Record]:
+def parts(kind: str, rounds: int) -> Records:
     """The parts of an encoder's time, as far as they can be told from outside.
 
     "routing" is `route_top1` alone. "products" is torch.mm of each expert's tokens, which lie in
@@ -69,7 +69,7 @@ def parts(kind: str, rounds: int) -> Iterator[Record]:
         yield from ratios(f"Switch encode in parts {kind} E={n}", runs, "P", rounds)
 
 
-def uneven(kind: str, rounds: int) -> Iterator[Record]:
+def uneven(kind: str, rounds: int) -> Records:
     """Encoders whose tokens are split badly, against TopK's; the routing is made by hand."""
     x, W = _operands(kind)
     for n in STEP_EXPERTS:
@@ -81,7 +81,7 @@ def uneven(kind: str, rounds: int) -> Iterator[Record]:
         yield from ratios(f"Switch encode uneven {kind} E={n}", runs, "TopK", rounds)
 
 
-def steps(kind: str, rounds: int) -> Iterator[Record]:
+def steps(kind: str, rounds: int) -> Records:
     """Training steps against TopK's with the same Adam; all take turns with one another."""
     x, W = activations(kind, B, D, F, K)
     topk, lazy = TopKConfig(D, F, K), {"adam": "lazy"}
@@ -101,7 +101,7 @@ def steps(kind: str, rounds: int) -> Iterator[Record]:
             yield record(f"Switch step {kind}, {adam}", name, timing, base, "TopK")
 
 
-def dense(kind: str, rounds: int) -> Iterator[Record]:
+def dense(kind: str, rounds: int) -> Records:
     """A step of amudide/switch_sae, which multiplies all experts, against ours at E = 8.
 
     It clips gradients, and so do ours then; the tuned one, in bf16, is compared without that too.

@@ -28,11 +28,8 @@ if TYPE_CHECKING:
     from sae_kernels.bench.providers import Provider
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROVIDERS = [
-    provider
-    for provider in providers.chosen(["dense"], DEVICE)
-    if provider.module in ("ours", "dense")
-]
+CHOSEN = providers.chosen(["dense"], DEVICE)
+PROVIDERS = [provider for provider in CHOSEN if provider.module in ("ours", "dense")]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.key)

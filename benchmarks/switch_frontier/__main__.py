@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COMMAND = "python -m benchmarks.switch_frontier"
 NUMBERS = {"n_latents": 3072, "steps": 800, "batch_size": 1024, "lr": 2e-3}
+SETTINGS = ("n_latents", "experts", "k", "arms", "seeds", "steps", "batch_size", "lr")
 LISTS = {"experts": [2, 4, 8, 16], "k": [8, 16, 32, 64], "seeds": [0, 1, 2]}
 
 
@@ -33,9 +34,7 @@ def make(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     data, held_out = ShardDataset(options.data), ShardDataset(options.held_out)
     made = read_metrics(options.out) if options.out.exists() else []
-    shapes = (getattr(options, name) for name in ("n_latents", "experts", "k", "seeds", "arms"))
-    training = {name: getattr(options, name) for name in ("steps", "batch_size", "lr")}
-    wanted = list(plans(*shapes, **training))
+    wanted = list(plans(**{name: getattr(options, name) for name in SETTINGS}))
     for plan in wanted:
         plan.sae(data.d_in)  # what is wrong with the settings shows before the first run
     with MetricLog(options.out) as log:
@@ -58,7 +57,7 @@ SUMMARY = (
 def command(options: argparse.Namespace) -> str:
     """The command with every setting and without this machine's folders."""
     words = [COMMAND]
-    for name in ("n_latents", "experts", "k", "arms", "seeds", "steps", "batch_size", "lr"):
+    for name in SETTINGS:
         value = getattr(options, name)
         values = value if isinstance(value, list) else [value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]

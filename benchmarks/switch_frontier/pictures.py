@@ -6,7 +6,7 @@ import statistics
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.switch_frontier.tables import TITLES, by_shape, experts, ks, mean, shown_k
+from benchmarks.switch_frontier.tables import TITLES, by_shape, experts, ks, lines, mean, shown_k
 from sae_kernels.plotting import figure as figures
 from sae_kernels.plotting.axes import band, log_ticks
 from sae_kernels.plotting.figure import Drawing, Picture
@@ -36,9 +36,7 @@ def draw(records: list[Record]) -> list[Picture]:
         ImportError: matplotlib is not installed.
     """
     fills = {"frontier": _frontier, **{cost: partial(_cost, cost) for cost in _COSTS}}
-    drawings = [
-        Drawing(f"switch-{n}", partial(_panels, records, fill)) for n, fill in fills.items()
-    ]
+    drawings = (Drawing(f"switch-{n}", partial(_panels, records, f)) for n, f in fills.items())
     return figures.render(drawings, "the pictures of the frontier")
 
 
@@ -56,9 +54,8 @@ def _panels(
     axes[0].set_ylabel("FVU, log scale")
     log_ticks(axes[0].yaxis)
     handles = {line.get_label(): line for panel in axes for line in panel.get_lines()}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False
-    )
+    look = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
+    figure.legend(handles.values(), handles, **look)
 
 
 def _frontier(axes: Axes, records: list[Record], arm: str) -> None:
@@ -66,7 +63,7 @@ def _frontier(axes: Axes, records: list[Record], arm: str) -> None:
     from matplotlib.ticker import NullLocator
 
     found, every = by_shape(records), ks(records)
-    for one, n in _lines(records, arm):
+    for one, n in lines(records, arm):
         groups = [found[one, n, k] for k in every if (one, n, k) in found]
         l0 = [mean(runs, "l0") for runs in groups]
         _line(axes, l0, [[r["fvu"] for r in runs] for runs in groups], _look(records, n))
@@ -80,8 +77,9 @@ def _cost(cost: str, axes: Axes, records: list[Record], arm: str) -> None:
     """FVU of the training batches against a cost."""
     unit, words = _COSTS[cost]
     found, k = by_shape(records), shown_k(records)
-    for one, n in _lines(records, arm):
-        curves = [_learning(record) for record in found.get((one, n, k), [])]
+    for one, n in lines(records, arm):
+        runs = found.get((one, n, k), [])
+        curves = ([p for p in r["curve"] if p["step"] >= _FROM * r["steps"]] for r in runs)
         points = list(zip(*curves, strict=True))
         x = [statistics.fmean(p[cost] for p in point) / unit for point in points]
         fvu = [[p["fvu"] for p in point] for point in points]
@@ -89,14 +87,6 @@ def _cost(cost: str, axes: Axes, records: list[Record], arm: str) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(f"{words} (k = {k})")
     log_ticks(axes.xaxis)
-
-
-def _learning(record: Record) -> list[Record]:
-    return [point for point in record["curve"] if point["step"] >= _FROM * record["steps"]]
-
-
-def _lines(records: list[Record], arm: str) -> list[tuple[str, int]]:
-    return [("base", 1), *((arm, n) for n in experts(records, arm))]
 
 
 def _line(axes: Axes, x: list[float], y: list[list[float]], look: dict[str, Any]) -> None:

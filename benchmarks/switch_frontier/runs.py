@@ -12,7 +12,7 @@ from sae_kernels.analyze import effective_number
 from sae_kernels.bench.work import Work
 from sae_kernels.config import TrainConfig
 from sae_kernels.functional import RoutedCodes
-from sae_kernels.nn import SwitchConfig, TopKConfig, preset
+from sae_kernels.nn import SAEConfig, SparseAutoencoder, SwitchConfig, TopKConfig, preset
 from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from benchmarks.study import Record
     from sae_kernels.data.rows import RowSource
-    from sae_kernels.nn import SAEConfig, SparseAutoencoder
 
 ARMS = ("width", "flops")
 POINTS = 24  # of a curve
@@ -29,29 +28,16 @@ _HELD_OUT_BATCH = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run before it is made.
+    """A run before it is made."""
 
-    Attributes:
-        arm: "width", as many latents as TopK in all; "flops", as many in each expert; "base", TopK
-            itself.
-        n_experts, n_latents, k: the SAE's.
-        seed: of the weights and of the order of the data.
-        steps, batch_size, lr: the training's.
-    """
-
-    arm: str
+    arm: str  # "width", as many latents as TopK in all; "flops", in each expert; "base", TopK
     n_experts: int
     n_latents: int
     k: int
-    seed: int
+    seed: int  # of the weights and of the order of the data
     steps: int
     batch_size: int
     lr: float
-
-    @property
-    def architecture(self) -> str:
-        """The preset's name."""
-        return "topk" if self.arm == "base" else "switch"
 
     def sae(self, d_in: int) -> SAEConfig:
         """The SAE.
@@ -65,7 +51,7 @@ class Plan:
 
     def train(self) -> TrainConfig:
         """The preset's settings, without AuxK: it would be TopK's alone, and FLOPs by chance."""
-        kind = preset(self.architecture)
+        kind = preset("topk" if self.arm == "base" else "switch")
         given = {name: getattr(self, name) for name in ("seed", "steps", "batch_size", "lr")}
         own = {**kind.preset.objective, **kind.preset.optimizer, "auxk_alpha": 0.0}
         return TrainConfig.of(kind.sae.objective_class, log_every=1, **given, **own)
@@ -83,7 +69,7 @@ class Plan:
 def plans(
     n_latents: int,
     experts: Iterable[int],
-    ks: Iterable[int],
+    k: Iterable[int],
     seeds: Iterable[int],
     arms: Iterable[str],
     **training: Any,
@@ -99,8 +85,8 @@ def plans(
     for arm in arms:
         shapes += [(arm, n, n_latents * (n if arm == "flops" else 1)) for n in experts]
     for seed in seeds:
-        for k in ks:
-            yield from (Plan(*shape, k, seed, **training) for shape in shapes)
+        for kept in k:
+            yield from (Plan(*shape, kept, seed, **training) for shape in shapes)
 
 
 def run(plan: Plan, data: RowSource, held_out: RowSource) -> Record:
@@ -112,7 +98,7 @@ def run(plan: Plan, data: RowSource, held_out: RowSource) -> Record:
     each = [now - before for before, now in zip([0.0, *seconds], seconds, strict=False)]
     return {
         **dataclasses.asdict(plan),
-        "architecture": plan.architecture,
+        "architecture": "topk" if plan.arm == "base" else "switch",
         "d_in": d_in,
         **{name: getattr(measured, name) for name in ("fvu", "mse", "l0", "dead_fraction")},
         "flops": flops * plan.steps,

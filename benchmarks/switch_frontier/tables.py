@@ -5,15 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from benchmarks.study import DOCS, RESULTS, commit
+from benchmarks.study import DOCS, RESULTS, Record, commit, read
 from sae_kernels.plotting.tables import markdown
-from sae_kernels.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
-
-    from benchmarks.study import Record
 
 PAGE, PICTURES = DOCS / "switch.md", DOCS / "pictures"
 PATTERN = "switch-frontier-*.jsonl"
@@ -33,12 +30,6 @@ Shape = tuple[str, int, int]
 """Arm, experts and k."""
 
 
-def read(path: Path) -> tuple[Record, list[Record]]:
-    """A file's provenance and its runs."""
-    first, *records = read_metrics(path)
-    return first["provenance"], records
-
-
 def by_shape(records: Iterable[Record]) -> dict[Shape, list[Record]]:
     """The runs that differ in their seed alone."""
     found: dict[Shape, list[Record]] = {}
@@ -50,6 +41,11 @@ def by_shape(records: Iterable[Record]) -> dict[Shape, list[Record]]:
 def experts(records: Iterable[Record], arm: str) -> list[int]:
     """Numbers of experts that the SAEs of an arm have, ascending."""
     return sorted({record["n_experts"] for record in records if record["arm"] == arm})
+
+
+def lines(records: Iterable[Record], arm: str) -> list[tuple[str, int]]:
+    """Arm and experts of what is shown beside each other: TopK, then an arm."""
+    return [("base", 1), *((arm, n) for n in experts(records, arm))]
 
 
 def ks(records: Iterable[Record]) -> list[int]:
@@ -73,40 +69,37 @@ def fvu_table(records: list[Record], arm: str) -> str:
     """
     found, columns = by_shape(records), ks(records)
     rows = []
-    for one, n in [("base", 1), *((arm, n) for n in experts(records, arm))]:
+    for one, n in lines(records, arm):
         cells, latents = [], 0
         for k in columns:
             runs, base = found.get((one, n, k), []), found.get(("base", 1, k), [])
             latents = runs[0]["n_latents"] if runs else latents
-            cells.append(_against(mean(runs, "fvu"), mean(base, "fvu"), one) if runs else "")
+            value = mean(runs, "fvu")
+            more = "" if one == "base" else f" ({100 * (value / mean(base, 'fvu') - 1):+.1f} %)"
+            cells.append(f"{value:.4f}{more}" if runs else "")
         rows.append(["TopK" if one == "base" else f"{n} experts", f"{latents:,}", *cells])
     return markdown(["FVU", "F", *(f"k = {k}" for k in columns)], rows)
 
 
-def _against(value: float, base: float, arm: str) -> str:
-    return f"{value:.4f}" if arm == "base" else f"{value:.4f} ({100 * (value / base - 1):+.1f} %)"
-
-
 def cost_table(records: list[Record], k: int) -> str:
     """Costs of a step at one k, and how the experts share the work."""
-    arms, rows = {"base": "TopK", "width": "width", "flops": "FLOPs"}, []
-    shapes = {
-        (list(arms).index(arm), n): (arm, n, k) for arm, n, at in by_shape(records) if at == k
-    }
-    for (_, n), shape in sorted(shapes.items()):
-        runs, is_topk = by_shape(records)[shape], shape[0] == "base"
-        load, effective = (mean(runs, name) for name in ("largest_load", "effective_experts"))
-        rows.append(
-            [
-                "TopK" if is_topk else f"{n} experts, equal {arms[shape[0]]}",
-                f"{runs[0]['n_latents']:,}",
-                f"{mean(runs, 'flops') / runs[0]['steps'] / 1e9:.2f}",
-                f"{mean(runs, 'step_ms'):.1f}",
-                f"{mean(runs, 'seconds'):.1f}",
-                f"{100 * mean(runs, 'dead_fraction'):.1f} %",
-                *(("", "") if is_topk else (f"{100 * load:.1f} %", f"{effective:.2f}")),
-            ]
-        )
+    found, rows = by_shape(records), []
+    for arm, words in {"base": "", "width": "width", "flops": "FLOPs"}.items():
+        for n in experts(records, arm):
+            if not (runs := found.get((arm, n, k), [])):
+                continue
+            load, effective = (mean(runs, name) for name in ("largest_load", "effective_experts"))
+            rows.append(
+                [
+                    f"{n} experts, equal {words}" if words else "TopK",
+                    f"{runs[0]['n_latents']:,}",
+                    f"{mean(runs, 'flops') / runs[0]['steps'] / 1e9:.2f}",
+                    f"{mean(runs, 'step_ms'):.1f}",
+                    f"{mean(runs, 'seconds'):.1f}",
+                    f"{100 * mean(runs, 'dead_fraction'):.1f} %",
+                    *((f"{100 * load:.1f} %", f"{effective:.2f}") if words else ("", "")),
+                ]
+            )
     costs = ("GFLOP a step", "ms a step", "seconds in all")
     shares = ("dead on held-out tokens", "busiest expert", "effective experts")
     return markdown((f"k = {k}", "F", *costs, *shares), rows)

@@ -19,6 +19,7 @@ class Shape(NamedTuple):
     K: int
 
 
+SMALL = ((256, 64, 512, 8), (256, 128, 2048, 16), (512, 256, 4096, 32), (1024, 384, 8192, 32))
 CPU_SMALL = Shape(2048, 768, 24576, 32)
 GPU_YARDSTICKS = {
     "gpu-small": Shape(8192, 768, 65536, 32),
@@ -62,11 +63,9 @@ class Case:
             >>> Case("step", "step", Shape(2048, 768, 24576, 32)).name
             'step-topk-2048x768x24576x32-zipf'
         """
-        what = self.operation
-        if len(MODES[self.operation]) > 1:
-            what += f"-{self.mode}"
+        mode = f"-{self.mode}" * (len(MODES[self.operation]) > 1)
         size = "x".join(map(str, self.shape))
-        return f"{what}-{self.architecture}-{size}-{self.popularity}"
+        return f"{self.operation}{mode}-{self.architecture}-{size}-{self.popularity}"
 
     def facts(self) -> dict[str, str | int]:
         """The fields of a record that describe the case."""
@@ -103,12 +102,6 @@ def operators(shape: Shape, popularity: str = "zipf") -> list[Case]:
 _TINY = Shape(256, 64, 512, 8)
 
 
-def _sweep(shape: Shape, **values: tuple[int, ...]) -> list[Case]:
-    """Training-step cases at a shape with one size varied."""
-    ((size, several),) = values.items()
-    return [step(shape._replace(**{size: value})) for value in several]
-
-
 # Widths in circulation (16k to 1M), as far as a machine of the kind takes them.
 PRESETS: dict[str, list[Case]] = {
     "tiny": [step(_TINY, "uniform"), *operators(_TINY, "uniform")],
@@ -117,15 +110,11 @@ PRESETS: dict[str, list[Case]] = {
     "cpu-architectures": [step(CPU_SMALL, architecture=name) for name in ARCHITECTURES],
     "cpu-popularity": [step(CPU_SMALL, popularity) for popularity in ("uniform", "zipf")],
     "cpu-sweep": [
-        *_sweep(CPU_SMALL, F=(2048, 8192, 24576, 65536)),
-        *_sweep(CPU_SMALL, B=(256, 1024, 4096)),
-        *_sweep(CPU_SMALL, K=(8, 128, 512)),
+        *(step(CPU_SMALL._replace(F=F)) for F in (2048, 8192, 24576, 65536)),
+        *(step(CPU_SMALL._replace(B=B)) for B in (256, 1024, 4096)),
+        *(step(CPU_SMALL._replace(K=K)) for K in (8, 128, 512)),
     ],
-    "crossover": [
-        step(Shape(*sizes), "uniform")
-        for sizes in ((256, 64, 512, 8), (256, 128, 2048, 16), (512, 256, 4096, 32))
-    ]
-    + [step(Shape(1024, 384, 8192, 32), "uniform"), step(CPU_SMALL, "uniform")],
+    "crossover": [step(Shape(*sizes), "uniform") for sizes in (*SMALL, CPU_SMALL)],
     **{
         name: [step(shape, "uniform"), *operators(shape, "uniform")]
         for name, shape in GPU_YARDSTICKS.items()

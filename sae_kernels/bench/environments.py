@@ -13,7 +13,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sae_kernels.errors import SaeKernelsError, name_hint
 
@@ -21,23 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-class Peer(NamedTuple):
-    """Another package that trains sparse autoencoders.
-
-    Attributes:
-        package: what pip calls it.
-        version: the one that is measured.
-    """
-
-    package: str
-    version: str
-
-
-# By the names that Python imports them by.
+# The packages that others train sparse autoencoders with, as pinned, by the names of their modules.
 PEERS = {
-    "sparsify": Peer("eai-sparsify", "1.3.3"),
-    "dictionary_learning": Peer("dictionary-learning", "0.1.0"),
-    "sae_lens": Peer("sae-lens", "6.54.12"),
+    "sparsify": "eai-sparsify==1.3.3",
+    "dictionary_learning": "dictionary-learning==0.1.0",
+    "sae_lens": "sae-lens==6.54.12",
 }
 REQUIREMENTS = Path(__file__).parent / "requirements"
 _MARKER = "installed.txt"

@@ -75,15 +75,14 @@ def judge(task: Task, x: torch.Tensor, came: Tensors, given: Tensors) -> Deviati
     terms = centred.abs() @ weights["W_enc"].abs().T + weights["b_enc"].abs()
     off = (2 * u + x.shape[1] * _U32) * terms + u * h.abs()
     if task.operation == "product":
-        _within("product", came["codes"], h, off)
-        return _deviation(came["codes"], h, off)
+        return _within("product", came["codes"], h, off)
     kept = came["codes"] != 0
     _selection(task, h, off, kept, came.get("threshold"))
     exact = torch.where(kept, h, 0)
     off = torch.where(kept, 2 * off, 0)  # as much again for a scale that was folded
-    _within("code", came["codes"], exact, off)
+    deviation = _within("code", came["codes"], exact, off)
     if "x_hat" not in came:
-        return _deviation(came["codes"], exact, off)
+        return deviation
     if "moved" in came:
         _movement(task, x.double(), exact[:, used], weights, came["moved"])
     return _reconstruction(exact[:, used], off[:, used], came, weights, u)
@@ -119,12 +118,13 @@ def _reconstruction(
     n = int((codes != 0).sum(1).max()) + 1
     terms = codes.abs() @ W.abs() + b.abs()
     budget = off @ W.abs() + (2 * u + n * _U32) * terms + 2 * u * exact.abs()
-    _within("reconstruction", came["x_hat"], exact, budget)
-    return _deviation(came["x_hat"], exact, budget)
+    return _within("reconstruction", came["x_hat"], exact, budget)
 
 
-def _within(what: str, came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> None:
-    wrong = (came - exact).abs() > budget
+def _within(what: str, came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> Deviation:
+    """The error of a result; raises where it is over the budget."""
+    off = (came - exact).abs()
+    wrong = off > budget
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         raise WrongResult(
@@ -132,11 +132,8 @@ def _within(what: str, came: torch.Tensor, exact: torch.Tensor, budget: torch.Te
             f"{budget[row, column]:.2g}, got {came[row, column]:.6g}; {int(wrong.sum())} of "
             f"{wrong.numel()} are wrong"
         )
-
-
-def _deviation(came: torch.Tensor, exact: torch.Tensor, budget: torch.Tensor) -> Deviation:
     scale = float(exact.abs().max())
-    return Deviation(float((came - exact).abs().max()) / scale, float(budget.max()) / scale)
+    return Deviation(float(off.max()) / scale, float(budget.max()) / scale)
 
 
 def _movement(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.bench.contestants.contestant import Unable
 from sae_kernels.bench.contestants.rates import COPIED_BYTES
-from sae_kernels.bench.gate import WrongResult
+from sae_kernels.bench.gate import Deviation, WrongResult
 from sae_kernels.bench.timing import Timing, summary
 from sae_kernels.bench.work import of_case
 from sae_kernels.bench.workers import Failed
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sae_kernels.bench.cases import Case
-    from sae_kernels.bench.gate import Deviation
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Record
 
@@ -28,27 +27,16 @@ _STATUS: dict[type[Exception], str] = {
 
 @dataclass
 class Outcome:
-    """The measurements of a provider in a case so far.
-
-    Attributes:
-        provider: who.
-        status: "measured" while it takes part; "unable", "refused", "failed" or "skipped" after.
-        reason: why it takes no further part.
-        error: how far its result was off.
-        seconds: of each of its turns.
-        last: seconds of its last run.
-        peak_bytes: the most memory that a run took on top of what was there, if known.
-        phases: seconds by phase of one run.
-    """
+    """The measurements of a provider in a case so far."""
 
     provider: Provider
-    status: str = "measured"
-    reason: str | None = None
-    error: Deviation | None = None
-    seconds: list[float] = field(default_factory=list)
-    last: float = 0.0
-    peak_bytes: int | None = None
-    phases: dict[str, float] | None = None
+    status: str = "measured"  # while it takes part; then "unable", "refused", "failed", "skipped"
+    reason: str | None = None  # why it takes no further part
+    error: Deviation | None = None  # how far its result was off
+    seconds: list[float] = field(default_factory=list)  # of each of its turns
+    last: float = 0.0  # seconds of its last run
+    peak_bytes: int | None = None  # the most that a run took on top of what was there, if known
+    phases: dict[str, float] | None = None  # seconds by phase of one run
 
     def end(self, status: str, reason: str) -> None:
         """Stops measuring the provider in this case, for a reason."""
@@ -76,9 +64,8 @@ def measured(outcomes: list[Outcome]) -> list[Outcome]:
 def records(case: Case, outcomes: list[Outcome]) -> list[Record]:
     """The records of a case, one per provider and dtype."""
     times = {o.provider.key: o.timing for o in outcomes}
-    shipped = next(
-        (o.timing for o in outcomes if o.provider.name == "ours" and o.provider.as_shipped), None
-    )
+    ours_shipped = (o for o in outcomes if o.provider.name == "ours" and o.provider.as_shipped)
+    shipped = next((o.timing for o in ours_shipped), None)
     found = []
     for outcome in outcomes:
         provider, timing = outcome.provider, outcome.timing
@@ -91,15 +78,15 @@ def records(case: Case, outcomes: list[Outcome]) -> list[Record]:
             "reason": outcome.reason,
             "rounds": len(outcome.seconds),
             "peak_bytes": outcome.peak_bytes,
-            "max_error": outcome.error.error if outcome.error else None,
-            "error_budget": outcome.error.budget if outcome.error else None,
+            "max_error": outcome.error and outcome.error.error,
+            "error_budget": outcome.error and outcome.error.budget,
         }
         if timing is not None:
             record |= _rounded(timing._asdict())
         if timing is not None and provider.operation is None:
             ours, product = (times.get(f"{name} {provider.dtype}") for name in ("ours", "product"))
-            record |= {"speedup_of_ours": _ratio(timing, ours)}
-            record |= {"speedup_of_ours_default": _ratio(timing, shipped)}
+            record["speedup_of_ours"] = _ratio(timing, ours)
+            record["speedup_of_ours_default"] = _ratio(timing, shipped)
             record |= _rates(case, provider.dtype, timing, product, times.get("copy int8"))
             record |= {"phases_ms": _phases(outcome, product)}
         found.append(record)

@@ -49,12 +49,5 @@ def without_places(arguments: Sequence[str]) -> list[str]:
         >>> without_places(["--only", "step", "--out", "here/x.jsonl", "--plot=there"])
         ['--only', 'step']
     """
-    kept, is_place = [], False
-    for argument in arguments:
-        if is_place:
-            is_place = False
-        elif argument in _PLACES:
-            is_place = True
-        elif argument.partition("=")[0] not in _PLACES:
-            kept.append(argument)
-    return kept
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [a for before, a in pairs if not {before, a.partition("=")[0]} & {*_PLACES}]

@@ -20,27 +20,16 @@ if TYPE_CHECKING:
 
 
 class Provider(NamedTuple):
-    """A library in a dtype with options, which takes part in a benchmark.
-
-    Attributes:
-        name: what it is called.
-        dtype: "float32", or "bfloat16" products with fp32 weights.
-        module: of the folder ``contestants``, or any one by its dotted name.
-        options: for the module.
-        as_shipped: whether this is what its user gets without asking for another dtype.
-        operations: what it can do.
-        devices: where it runs.
-        operation: what it does in the place of the case's: a rate of the machine.
-    """
+    """A library in a dtype with options, which takes part in a benchmark."""
 
     name: str
-    dtype: str
-    module: str
-    options: dict[str, Any]
-    as_shipped: bool = False
+    dtype: str  # "float32", or "bfloat16" products with fp32 weights
+    module: str  # of the folder ``contestants``, or any one by its dotted name
+    options: dict[str, Any]  # for the module
+    as_shipped: bool = False  # what its user gets without asking for another dtype
     operations: tuple[str, ...] = ("encode", "decode", "sae", "step")
     devices: tuple[str, ...] = ("cpu", "cuda")
-    operation: str | None = None
+    operation: str | None = None  # done in the place of the case's: a rate of the machine
 
     @property
     def key(self) -> str:
@@ -65,43 +54,32 @@ class Provider(NamedTuple):
 
     def task(self, case: Case, device: str, options: dict[str, float]) -> Task:
         """The contestant's task for a case, with the options of the case's data."""
-        return Task(
-            self.operation or case.operation,
-            "inference" if self.operation else case.mode,
-            case.architecture,
-            case.shape.K,
-            self.dtype,
-            device,
-            {**options, **self.options},
-        )
+        what = self.operation or case.operation, "inference" if self.operation else case.mode
+        own = {**options, **self.options}
+        return Task(*what, case.architecture, case.shape.K, self.dtype, device, own)
 
 
-def _both(name: str, module: str, *dtypes: str, **options: Any) -> list[Provider]:
-    return [Provider(name, dtype, module, options) for dtype in dtypes]
+def _both(
+    name: str, module: str, *dtypes: str, options: dict[str, Any] | None = None, **more: Any
+) -> list[Provider]:
+    return [Provider(name, dtype, module, options or {}, **more) for dtype in dtypes]
 
 
 _OURS, _THEIRS = ("bfloat16", "float32"), ("float32", "bfloat16")  # what is shipped comes first
-_ENCODING = ("encode", "sae", "step")
+_GPU: dict[str, Any] = {"devices": ("cuda",)}
+_RATE: dict[str, Any] = {"operations": ("encode", "sae", "step"), "operation": "product"}
 # In the order in which tables show them.
 GROUPS: dict[str, list[Provider]] = {
     "ours": [
         *_both("ours", "ours", *_OURS),
-        *(
-            provider._replace(operations=_ENCODING, operation="product")
-            for provider in _both("product", "rates", *_OURS)
-        ),
-        Provider("copy", "int8", "rates", {}, operation="copy"),
+        *_both("product", "rates", *_OURS, **_RATE),
+        *_both("copy", "rates", "int8", operation="copy"),
     ],
-    "ours-reference": _both("ours-reference", "ours", *_OURS, backend="reference"),
-    "ours-triton": [
-        provider._replace(devices=("cuda",))
-        for provider in _both("ours-triton", "ours", *_OURS, backend="triton")
-    ],
+    "ours-reference": _both("ours-reference", "ours", *_OURS, options={"backend": "reference"}),
+    "ours-triton": _both("ours-triton", "ours", *_OURS, options={"backend": "triton"}, **_GPU),
     "dense": _both("dense", "dense", *_THEIRS),
-    "dense_compile": _both("dense_compile", "dense", "bfloat16", compile=1),
-    "cusparse": [
-        Provider("cusparse", "float32", "cusparse", {}, operations=("decode",), devices=("cuda",))
-    ],
+    "dense_compile": _both("dense_compile", "dense", "bfloat16", options={"compile": 1}),
+    "cusparse": _both("cusparse", "cusparse", "float32", operations=("decode",), **_GPU),
     **{peer: _both(peer, peer, *_THEIRS) for peer in environments.PEERS},
 }
 
@@ -120,12 +98,8 @@ def chosen(against: Iterable[str], device: str) -> list[Provider]:
     shipped = {"ours": auto}
     if device == "cuda":  # where it puts its forward pass under autocast whatever it is told
         shipped["sparsify"] = "bfloat16"
+    found = [provider for group in GROUPS if group in names for provider in GROUPS[group]]
     return [
-        provider._replace(
-            as_shipped=provider.operation is None
-            and provider.dtype == shipped.get(provider.module, "float32")
-        )
-        for group in GROUPS
-        if group in names
-        for provider in GROUPS[group]
+        p._replace(as_shipped=not p.operation and p.dtype == shipped.get(p.module, "float32"))
+        for p in found
     ]

@@ -120,8 +120,8 @@ def read(path: str | Path) -> Results:
     *lines, last = text.split("\n")
     notes: list[str] = []
     try:
-        if last:  # whole but for the end of its line
-            lines += [last] if isinstance(_parsed(last), dict) else []
+        if last and isinstance(_parsed(last), dict):  # whole but for the end of its line
+            lines.append(last)
     except ValueError:
         if last.strip() and lines:
             notes.append(f"{path}, line {len(lines) + 1} is cut off and was left out")
@@ -146,23 +146,19 @@ def _parsed(text: str) -> Any:
 
 def _check(found: Any, *, first: bool) -> None:
     """Raises DataError for a line that is neither the provenance (first) nor a record."""
-    if first:
-        if not isinstance(found, dict) or not isinstance(found.get("provenance"), dict):
-            raise ValueError(
-                'expected {"provenance": {...}}, as sae-kernels bench writes first, '
-                f"got {_short(json.dumps(found))}"
-            )
-        return
+    got = _short(json.dumps(found))
+    if first and not (isinstance(found, dict) and isinstance(found.get("provenance"), dict)):
+        wanted = '{"provenance": {...}}, as sae-kernels bench writes first,'
+        raise ValueError(f"expected {wanted} got {got}")
     if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, got {_short(json.dumps(found))}")
-    for names, kinds, words in (
-        (_TEXTS, str, "a text"),
-        (_KINDS, str | None, "a text or null"),
-        (("phases_ms",), dict | None, "an object or null"),
-    ):
-        for name in names:
-            if not isinstance(found.get(name), kinds):
-                raise ValueError(f"{name}: expected {words}, got {_short(repr(found.get(name)))}")
+        raise ValueError(f"expected a JSON object, got {got}")
+    kinds: list[tuple[str, Any, str]] = [(name, str, "a text") for name in _TEXTS]
+    kinds += [(name, str | None, "a text or null") for name in _KINDS]
+    if first:
+        return
+    for name, kind, words in [*kinds, ("phases_ms", dict | None, "an object or null")]:
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{name}: expected {words}, got {_short(repr(found.get(name)))}")
     numbers = {name: found.get(name) for name in _NUMBERS}
     for name, value in {**numbers, **(found.get("phases_ms") or {})}.items():
         if value is not None and not (type(value) in (int, float) and math.isfinite(value)):

@@ -17,7 +17,7 @@ from sae_kernels.bench import inputs
 from sae_kernels.bench.gate import TOKENS, judge
 from sae_kernels.bench.outcomes import Outcome, measured, records
 from sae_kernels.bench.provenance import provenance
-from sae_kernels.bench.results import Results, Writer
+from sae_kernels.bench.results import Record, Results, Writer
 from sae_kernels.bench.timing import in_turn
 from sae_kernels.bench.workers import WorkerProcess
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sae_kernels.bench.cases import Case
     from sae_kernels.bench.contestants.contestant import Task
     from sae_kernels.bench.providers import Provider
-    from sae_kernels.bench.results import Record
     from sae_kernels.data.rows import RowSource
 
     Show = Callable[[str, int, int | None], None]  # told a stage, what is done of it, its total
@@ -41,21 +40,13 @@ _REST_S = 0.02  # between turns, for the threads of the last one to fall asleep
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """The settings of a benchmark run.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        threads: of every contestant.
-        rounds: turns of each contestant, at most.
-        budget_s: of the whole run: rounds are fewer, and cases left out, where it is short.
-        data: stored activations for cases of "real" popularity.
-    """
+    """The settings of a benchmark run."""
 
     device: str = "cpu"
-    threads: int = field(default_factory=torch.get_num_threads)
-    rounds: int = 7
-    budget_s: float = 270.0
-    data: RowSource | None = None
+    threads: int = field(default_factory=torch.get_num_threads)  # of every contestant
+    rounds: int = 7  # turns of each contestant, at most
+    budget_s: float = 270.0  # of the whole run: if it is short, rounds are fewer and cases left out
+    data: RowSource | None = None  # stored activations for cases of "real" popularity
 
 
 def measure(
@@ -162,8 +153,11 @@ class BenchRun:
             given = load_file(path)
             for outcome in measured(outcomes):
                 self._show(f"{case.name}: check", 0, None)
+                task = tasks[outcome.provider.key]
                 with outcome.guarded():
-                    self._judge(outcome, tasks[outcome.provider.key], given, out)
+                    if task.operation != "copy":
+                        self._worker(outcome).ask(do="gate", tokens=TOKENS, out=str(out))
+                        outcome.error = judge(task, given["x"][:TOKENS], load_file(out), given)
             self._time(case, outcomes, deadline)
             for outcome in measured(outcomes):
                 if outcome.provider.operation is None:
@@ -195,26 +189,22 @@ class BenchRun:
 
     def _worker(self, outcome: Outcome) -> WorkerProcess:
         key = outcome.provider.key
-        worker = self._workers.get(key)
-        if worker is None or not worker.alive:
-            if worker is not None:
-                worker.close()
-            worker = self._workers[key] = WorkerProcess(outcome.provider, self.settings.threads)
-        return worker
-
-    def _judge(
-        self, outcome: Outcome, task: Task, given: dict[str, torch.Tensor], out: Path
-    ) -> None:
-        if task.operation != "copy":
-            self._worker(outcome).ask(do="gate", tokens=TOKENS, out=str(out))
-            outcome.error = judge(task, given["x"][:TOKENS], load_file(out), given)
+        if key in self._workers and not self._workers[key].alive:
+            self._workers.pop(key).close()
+        if key not in self._workers:
+            self._workers[key] = WorkerProcess(outcome.provider, self.settings.threads)
+        return self._workers[key]
 
     def _time(self, case: Case, outcomes: list[Outcome], deadline: float) -> None:
         """Times rounds of turns as the budget allows, after untimed runs of each contestant."""
         for outcome in measured(outcomes):
             self._show(f"{case.name}: warm up", 0, None)
             with outcome.guarded():
-                self._warm_up(outcome)
+                worker = self._worker(outcome)
+                if outcome.provider.options.get("compile"):  # which takes memory of its own
+                    worker.ask(do="time", untimed=1, times=0)
+                answer = worker.ask(do="peak")
+                outcome.peak_bytes, outcome.last = answer["measured"], answer["seconds"]
         for round_ in range(self.settings.rounds):
             self._show(f"{case.name}: rounds", round_, self.settings.rounds)
             began = time.monotonic()
@@ -225,14 +215,6 @@ class BenchRun:
             # Another round, and the phases after it.
             if round_ + 1 >= _LEAST_ROUNDS and time.monotonic() + 2 * took > deadline:
                 break
-
-    def _warm_up(self, outcome: Outcome) -> None:
-        """Measures the memory and approximate time of a run."""
-        worker = self._worker(outcome)
-        if outcome.provider.options.get("compile"):  # which takes memory of its own
-            worker.ask(do="time", untimed=1, times=0)
-        answer = worker.ask(do="peak")
-        outcome.peak_bytes, outcome.last = answer["measured"], answer["seconds"]
 
     def _turn(self, outcome: Outcome) -> None:
         """Times one turn, after an untimed run to fill the caches unless runs are long."""

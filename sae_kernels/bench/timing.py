@@ -8,12 +8,12 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from sae_kernels.bench.contestants.clock import WallClock
+from sae_kernels.bench.contestants.clock import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from sae_kernels.bench.contestants.clock import Clock, Reading
+    from sae_kernels.bench.contestants.clock import Reading
 
 _T = TypeVar("_T")
 
@@ -38,7 +38,7 @@ def interleaved(
     ``untimed`` runs of it come first in each of its turns: a step of a training follows a step of
     the same training, and finds the caches and the allocator as that left them.
     """
-    clock = WallClock() if clock is None else clock
+    clock = clock or Clock()
     readings: dict[str, list[Reading]] = {name: [] for name in contestants}
     for round_ in range(warmup + rounds):
         for name in in_turn(list(contestants), round_):

@@ -164,17 +164,11 @@ class Work:
 
 
 class Need(NamedTuple):
-    """The least FLOPs and bytes of a case, for any implementation.
+    """The least FLOPs and bytes of a case, for any implementation."""
 
-    Attributes:
-        flops: multiplications and additions.
-        product: those of them in the encoder's product.
-        moved: bytes read and written besides that product's operands, each once.
-    """
-
-    flops: float
-    product: float
-    moved: float
+    flops: float  # multiplications and additions
+    product: float  # those of them in the encoder's product
+    moved: float  # bytes read and written besides that product's operands, each once
 
     def floor_ms(self, product_ms: float, copy_bytes_per_s: float) -> float:
         """The least milliseconds: the product as torch does it, then all bytes at a copy's rate."""
@@ -204,11 +198,7 @@ def of_case(case: Case, dtype: str) -> Need:
     if case.operation == "encode":
         return Need(product, product, 8 * B * K)
     moved = work.used + 4 * B * D
-    learns = case.mode in ("backward", "step")
-    if learns:
-        moved += work.used + 2 * work.element_bytes * B * D
-    if case.mode == "backward":
-        moved += 2 * 4 * F * D
-    elif case.mode == "step":
-        moved += 2 * update_bytes(work.element_bytes) * F * D
+    written = {"backward": 4, "step": update_bytes(work.element_bytes)}  # of a weight
+    if learns := case.mode in written:
+        moved += work.used + 2 * work.element_bytes * B * D + 2 * written[case.mode] * F * D
     return Need(product + work.visit * (4 if learns else 1), product, moved)

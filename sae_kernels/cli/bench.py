@@ -147,7 +147,7 @@ def _measure(
     from rich.console import Console
 
     from sae_kernels.bench import run
-    from sae_kernels.bench.output import compare, page, table
+    from sae_kernels.bench.output import cells, compare, page
     from sae_kernels.gpu import training_device
 
     training_device(settings.device)  # says what is missing
@@ -155,7 +155,7 @@ def _measure(
         results, interrupted = run.measure(chosen, who, settings, out, output.record, show)
     if not output.as_json:
         console = Console()
-        table.show(results, console)
+        cells.show(results, console)
         if stored is not None:
             compare.show(results, stored, console)
     if plot is not None and results.records:

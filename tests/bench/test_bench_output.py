@@ -14,7 +14,7 @@ from plausible import PROVENANCE, record, run
 from rich.console import Console
 
 from benchmarks import page as benchmarks_page
-from sae_kernels.bench.output import page, pictures, ratios, series, table
+from sae_kernels.bench.output import cells, page, pictures, ratios, series
 from sae_kernels.bench.output.compare import compare
 from sae_kernels.bench.output.compare import show as show_comparison
 from sae_kernels.bench.results import Results, Writer, read, roofs
@@ -33,7 +33,7 @@ def written(path: Path, *records: dict[str, Any]) -> Path:
 
 def shown(results: Results, width: int) -> str:
     out = io.StringIO()
-    table.show(results, Console(file=out, width=width))
+    cells.show(results, Console(file=out, width=width))
     return out.getvalue()
 
 

@@ -7,7 +7,7 @@ import gc
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,30 +18,20 @@ if TYPE_CHECKING:
     Reading = Callable[[], float]
 
 
-class Clock(Protocol):
-    """Measures the time from a start to a stop."""
-
-    def start(self) -> None:
-        """Begins a measurement."""
-
-    def stop(self) -> Reading:
-        """Ends the measurement; the returned function gives the seconds."""
-
-
-class WallClock:
-    """Wall-clock time, for runs on the CPU."""
+class Clock:
+    """Measures the time from a start to a stop: here by the machine's clock, for the CPU."""
 
     def start(self) -> None:
         """Notes the time."""
         self._start = time.perf_counter()
 
     def stop(self) -> Reading:
-        """The seconds since the start."""
+        """Ends it: the seconds since the start, which may be asked for later."""
         seconds = time.perf_counter() - self._start
         return lambda: seconds
 
 
-class CudaClock:
+class CudaClock(Clock):
     """GPU time from CUDA events, after emptying the L2 cache.
 
     Writing the large buffer empties the cache, and takes the device long enough for the host to
@@ -73,7 +63,7 @@ class CudaClock:
 
 def clock_of(device: torch.device) -> Clock:
     """The clock for work on a device."""
-    return CudaClock(device) if device.type == "cuda" else WallClock()
+    return CudaClock(device) if device.type == "cuda" else Clock()
 
 
 class PeakMemory:
@@ -125,13 +115,10 @@ RULES = {
     "autograd::engine": "backward",
     **dict.fromkeys(("aten::topk", "aten::sort", "aten::kthvalue", "aten::scatter"), "selection"),
     **dict.fromkeys(("sae_kernels::select_", "sae_kernels::route_"), "product"),
-    "sae_kernels::decode": "decode",
-    "sae_kernels::code_grad": "backward",
-    "sae_kernels::transpose_codes": "backward",
-    "sae_kernels::row_grad": "backward",
-    "sae_kernels::auxk": "backward",
-    "sae_kernels::row_": "optimizer",
-    "sae_kernels::pick_dead": "optimizer",
+    **dict.fromkeys(("aten::embedding_bag", "sae_kernels::decode"), "decode"),
+    **dict.fromkeys(("sae_kernels::code_grad", "sae_kernels::transpose_codes"), "backward"),
+    **dict.fromkeys(("sae_kernels::row_grad", "sae_kernels::auxk"), "backward"),
+    **dict.fromkeys(("sae_kernels::row_", "sae_kernels::pick_dead"), "optimizer"),
 }
 _MOST_EVENTS = 100_000
 _MULTIPLIES = {"aten::mm", "aten::addmm", "aten::linear", "aten::matmul"}
@@ -184,12 +171,9 @@ class Phases:
         return above is not None
 
     def _phase(self, event: Any) -> str | None:
-        if event.name == "aten::embedding_bag":
-            return "decode"
         if event.name in _MULTIPLIES:
-            sizes = [shape for shape in event.input_shapes if len(shape) == 2]
-            reads_codes = any(shape[1] == self._n_latents for shape in sizes[:1])
-            return "decode" if reads_codes else "product"
+            widths = [shape[1] for shape in event.input_shapes if len(shape) == 2]
+            return "decode" if widths[:1] == [self._n_latents] else "product"
         return phase_of(event.name)
 
 

@@ -7,14 +7,13 @@ sae_kernels but the modules that run ours, and no module may import more than it
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -65,12 +64,8 @@ class Contestant:
 
     Raises:
         Unable: this library cannot do this task here; the message says why.
-
-    Attributes:
-        latents_first: whether a row of the encoder is a latent; else a column is.
     """
 
-    latents_first = True
     sae: Any
 
     def __init__(self, task: Task, tensors: Tensors) -> None:
@@ -115,31 +110,38 @@ class Contestant:
         codes = values.new_zeros(len(values), len(self.tensors["W_enc"]))
         return codes.scatter_(1, indices, values)
 
+    def parts(self) -> Tensors:
+        """The present weights, or views of them, by the names and shapes of ``tensors``.
+
+        Default: the given weights.
+        """
+        return {name: self.tensors[name] for name in WEIGHTS}
+
     def weights(self) -> Tensors:
-        """Copies of the present weights under the names, shapes and meaning of ``tensors``.
+        """Copies of the present weights in fp32, with the meaning of ``tensors``.
 
         A library that scales codes by decoder norms folds them in here: the plain formula on these
-        weights must give its reconstruction. Default: the given weights.
+        weights must give its reconstruction.
         """
-        return copies(**{name: self.tensors[name] for name in WEIGHTS})
+        return copies(**self.parts())
 
     def encoder(self) -> torch.Tensor:
-        """The encoder's parameter: [F, D] or, where not ``latents_first``, [D, F]."""
-        W_enc: torch.Tensor = self.sae.W_enc
-        return W_enc
+        """The encoder's parameter."""
+        return self.parts()["W_enc"]
+
+    def rows(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter, or its gradient, as rows [F, D]."""
+        return parameter
 
     def trained(self) -> torch.Tensor:
         """A copy of the encoder's rows [F, D] as they are trained, nothing folded."""
-        return self._rows(self.encoder().detach())
+        return self.rows(self.encoder().detach()).clone()
 
     def gradient(self) -> torch.Tensor:
         """A copy of the gradient of those rows [F, D] after :meth:`backward`."""
         grad = self.encoder().grad
         assert grad is not None
-        return self._rows(grad)
-
-    def _rows(self, parameter: torch.Tensor) -> torch.Tensor:
-        return (parameter if self.latents_first else parameter.T).clone()
+        return self.rows(grad).clone()
 
     def loop(self, batches: Iterator[torch.Tensor]) -> None:
         """Runs the task once for each batch."""
@@ -175,8 +177,8 @@ class Contestant:
 
 
 def copies(**tensors: torch.Tensor) -> Tensors:
-    """Detached copies of tensors."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    """Detached copies of tensors in fp32."""
+    return {name: tensor.detach().float().clone() for name, tensor in tensors.items()}
 
 
 def fill(parameters: Tensors, tensors: Tensors) -> None:

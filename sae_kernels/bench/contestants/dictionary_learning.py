@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .contestant import Contestant, Task, Tensors, Unable, copies, fill
+from .contestant import Contestant, Task, Tensors, Unable, fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,25 +33,11 @@ class DictionaryLearning(Contestant):
             raise Unable(f"no adapter for {task.architecture} SAEs of dictionary-learning")
         n_latents, d_in = tensors["W_enc"].shape
         trainers = import_module("dictionary_learning.trainers")
-        self._trainer = getattr(trainers, _TRAINERS[task.architecture])(
-            steps=_FOREVER,
-            activation_dim=d_in,
-            dict_size=n_latents,
-            k=task.k,
-            layer=0,
-            lm_name="none",
-            device=task.device,
-        )
+        trainer = getattr(trainers, _TRAINERS[task.architecture])
+        sizes = {"activation_dim": d_in, "dict_size": n_latents, "k": task.k, "steps": _FOREVER}
+        self._trainer = trainer(**sizes, layer=0, lm_name="none", device=task.device)
         self.sae = self._trainer.ae
-        fill(
-            {
-                "W_enc": self.sae.encoder.weight,
-                "b_enc": self.sae.encoder.bias,
-                "W_dec": self.sae.decoder.weight.T,
-                "b_dec": self.sae.b_dec,
-            },
-            tensors,
-        )
+        fill(self.parts(), tensors)
         if (task.device, task.dtype) == ("cpu", "bfloat16"):
             # Once per update, as autocast caches its copies of the weights until it exits.
             autocast = torch.autocast("cpu", torch.bfloat16)
@@ -80,17 +66,11 @@ class DictionaryLearning(Contestant):
             autocast_dtype=getattr(torch, self.task.dtype),
         )
 
-    def weights(self) -> Tensors:
+    def parts(self) -> Tensors:
         """The module's weights."""
-        encoder, decoder = self.sae.encoder, self.sae.decoder
-        return copies(
-            W_enc=encoder.weight, b_enc=encoder.bias, W_dec=decoder.weight.T, b_dec=self.sae.b_dec
-        )
-
-    def encoder(self) -> torch.Tensor:
-        """The encoder's weight [F, D]."""
-        rows: torch.Tensor = self.sae.encoder.weight
-        return rows
+        weight, bias = self.sae.encoder.weight, self.sae.encoder.bias
+        decoder = {"W_dec": self.sae.decoder.weight.T, "b_dec": self.sae.b_dec}
+        return {"W_enc": weight, "b_enc": bias, **decoder}
 
 
 contestant = DictionaryLearning

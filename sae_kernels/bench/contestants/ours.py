@@ -10,18 +10,10 @@ import torch
 from sae_kernels import functional
 from sae_kernels.codes import SparseCodes
 from sae_kernels.config import ObjectiveConfig, OptimizerConfig
-from sae_kernels.nn import (
-    BatchTopKConfig,
-    JumpReLUConfig,
-    ReLUConfig,
-    SAEConfig,
-    SparseAutoencoder,
-    TopKConfig,
-    build,
-)
+from sae_kernels.nn import SAEConfig, SparseAutoencoder, architecture, build
 from sae_kernels.step import FusedStep
 
-from .contestant import LR, Contestant, Task, Tensors, copies
+from .contestant import LR, WEIGHTS, Contestant, Task, Tensors, fill
 
 PACKAGE = "sae-kernels"
 DIFFERS = (
@@ -36,12 +28,10 @@ class Ours(Contestant):
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)
         self.dtype = getattr(torch, task.dtype)
-        backend = task.options.get("backend")
-        self.backend = str(backend) if backend else None
+        self.backend: str | None = task.options.get("backend")
         with torch.device(task.device):
             self.sae = build(_config(task, tensors), compute_dtype=self.dtype, backend=self.backend)
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(self.sae, name).data.copy_(tensors[name])
+        fill({name: getattr(self.sae, name) for name in WEIGHTS}, tensors)
         if task.mode == "inference":  # weights that no one trains are stored as they are computed
             self.sae = self.sae.to(self.dtype).eval()
         self.codes = SparseCodes(
@@ -71,35 +61,28 @@ class Ours(Contestant):
         """Codes as a matrix [B, F]."""
         return codes.to_dense()
 
-    def weights(self) -> Tensors:
-        """The module's weights, and its thresholds if it has them."""
+    def parts(self) -> Tensors:
+        """The module's weights, and its thresholds where it has them."""
         sae: Any = self.sae
-        names = (name for name in self.tensors if hasattr(sae, name))
-        found = copies(**{name: getattr(sae, name).float() for name in names})
-        if self.task.architecture == "jumprelu":
-            found |= copies(threshold=sae.thresholds())
-        return found
+        found = {name: getattr(sae, name) for name in self.tensors if hasattr(sae, name)}
+        return found | ({"threshold": sae.thresholds()} if hasattr(sae, "thresholds") else {})
 
 
 def _config(task: Task, tensors: Tensors) -> SAEConfig:
     F, D = tensors["W_enc"].shape
-    if task.architecture == "topk":
-        return TopKConfig(D, F, task.k)
-    if task.architecture == "batch_topk":
-        return BatchTopKConfig(D, F, task.k)
-    if task.architecture == "relu":
-        return ReLUConfig(D, F)
-    threshold, bandwidth = task.options["threshold"], task.options["bandwidth"]
-    return JumpReLUConfig(D, F, threshold_init=threshold, bandwidth=bandwidth)
+    own: dict[str, Any] = {"k": task.k} if "topk" in task.architecture else {}
+    if task.architecture == "jumprelu":
+        own["threshold_init"] = task.options["threshold"]
+        own["bandwidth"] = task.options["bandwidth"]
+    return architecture(task.architecture).config_class(D, F, **own)
 
 
 def _objective(task: Task, sae: SparseAutoencoder) -> ObjectiveConfig:
-    penalty: dict[str, Any] = {
-        "relu": {"sparsity": "l1", "sparsity_coefficient": task.options.get("coefficient", 0.0)},
-        "jumprelu": {"sparsity": "l0", "sparsity_coefficient": task.options.get("coefficient", 0)},
-    }.get(task.architecture, {})
-    plain = {"loss": "fvu", "sparsity": "none", "target_l0": None, "auxk_alpha": 0.0}
-    objective: ObjectiveConfig = sae.objective_class(**{**plain, **penalty})
+    plain: dict[str, Any] = {"loss": "fvu", "sparsity": "none", "target_l0": None}
+    if task.architecture in (penalties := {"relu": "l1", "jumprelu": "l0"}):
+        plain["sparsity"] = penalties[task.architecture]
+        plain["sparsity_coefficient"] = task.options.get("coefficient", 0.0)
+    objective: ObjectiveConfig = sae.objective_class(**plain, auxk_alpha=0.0)
     return objective
 
 

@@ -29,8 +29,6 @@ _SAES = {"topk": "TopKTrainingSAE", "batch_topk": "BatchTopKTrainingSAE"}
 class SAELens(Contestant):
     """``SAETrainer.fit`` on a TopK or BatchTopK training SAE, all with default settings."""
 
-    latents_first = False
-
     def __init__(self, task: Task, tensors: Tensors) -> None:
         super().__init__(task, tensors)
         if task.architecture not in _SAES:
@@ -66,6 +64,15 @@ class SAELens(Contestant):
             W_dec=sae.W_dec / norms[:, None],
             b_dec=sae.b_dec,
         )
+
+    def encoder(self) -> torch.Tensor:
+        """The encoder's parameter [D, F]."""
+        W_enc: torch.Tensor = self.sae.W_enc
+        return W_enc
+
+    def rows(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Its columns are the latents."""
+        return parameter.T
 
 
 contestant = SAELens

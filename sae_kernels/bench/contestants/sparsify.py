@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .contestant import Contestant, Task, Tensors, Unable, copies, fill
+from .contestant import Contestant, Task, Tensors, Unable, fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Sparsify(Contestant):
         self._model = _Model(tensors["b_dec"])
         self._trainer = _trainer(task, tensors, self._model)
         self.sae = self._trainer.saes[_LAYER]
-        fill(self._parameters(), tensors)
+        fill(self.parts(), tensors)
         if (task.device, task.dtype, task.mode) == ("cpu", "bfloat16", "step"):
             autocast = torch.autocast("cpu", torch.bfloat16)
             self.sae.forward = autocast(self.sae.forward)  # as its decorator does on a GPU
@@ -73,13 +73,10 @@ class Sparsify(Contestant):
     def weights(self) -> Tensors:
         """The module's weights with decoder rows of norm 1, as its trainer normalises them."""
         self.sae.set_decoder_norm_to_unit_norm()
-        return copies(**self._parameters())
+        return super().weights()
 
-    def encoder(self) -> torch.Tensor:
-        """The encoder's weight [F, D]."""
-        return self._parameters()["W_enc"]
-
-    def _parameters(self) -> Tensors:
+    def parts(self) -> Tensors:
+        """The module's weights."""
         encoder, sae = self.sae.encoder, self.sae
         weights = {"W_enc": encoder.weight, "b_enc": encoder.bias}
         return {**weights, "W_dec": sae.W_dec, "b_dec": sae.b_dec}

@@ -18,13 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .clock import PeakMemory, Phases, clock_of
-from .contestant import Task, Unable
+from .contestant import Contestant, Task, Unable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TextIO
-
-    from .contestant import Contestant
 
 
 class Ended(Exception):
@@ -111,9 +109,8 @@ def _batches(
                 readings.append(clock.stop())
             channel.reply(seconds=[read() for read in readings])
         else:
-            measure: Any = PeakMemory(device)
-            if command["do"] == "phases":
-                measure = Phases(device, contestant.tensors["W_enc"].shape[0])
+            of_phases, F = command["do"] == "phases", contestant.tensors["W_enc"].shape[0]
+            measure = Phases(device, F) if of_phases else PeakMemory(device)
             measure.start()
             clock.start()
             yield x

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.bench.contestants.clock import PHASES
 from sae_kernels.bench.output.ratios import as_shipped, headline, same_dtype
-from sae_kernels.bench.results import measured
-from sae_kernels.plotting.tables import Column
+from sae_kernels.bench.results import Record, Results, measured
+from sae_kernels.plotting import tables
+from sae_kernels.plotting.tables import Column, say
 from sae_kernels.plotting.units import number, percent, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sae_kernels.bench.results import Record, Results
+    from rich.console import Console
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -32,21 +33,13 @@ def dtype(record: Record) -> str:
 
 
 class CaseTable(NamedTuple):
-    """The tables and remarks of a case.
-
-    Attributes:
-        name: the case's.
-        who: provider and dtype of each measured record; a star is at those to be quoted.
-        columns: how long each took, how many times as fast ours is, what each used and achieved.
-        phases: provider, dtype and milliseconds of each phase; no columns if none was split.
-        remarks: those without a time and their reasons, a line each.
-    """
+    """The tables and remarks of a case."""
 
     name: str
-    who: list[Column]
-    columns: list[Column]
-    phases: list[Column]
-    remarks: list[str]
+    who: list[Column]  # provider and dtype of each measured record; a star is at those to be quoted
+    columns: list[Column]  # how long each took, how many times as fast ours is, what each used
+    phases: list[Column]  # provider, dtype and milliseconds of each phase; none if none was split
+    remarks: list[str]  # those without a time and their reasons, a line each
 
 
 def cases(results: Results) -> list[CaseTable]:
@@ -112,6 +105,33 @@ def libraries(provenance: Record) -> list[tuple[str, str]]:
         text = ", ".join(filter(None, (package, beside, str(known.get("differs") or ""))))
         names.setdefault(text, []).append(str(name))
     return [(", ".join(same), text) for text, same in names.items()]
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints every case: times, ratios, memory, achieved rates and phases."""
+    say(console, machine(results.provenance))
+    say(console, LEGEND)
+    for case in cases(results):
+        console.print()
+        say(console, case.name, "bold")
+        if case.columns:
+            tables.show(case.who, case.columns, console)
+        if case.phases:
+            console.print()
+            say(console, "phases, ms")
+            tables.show(case.phases[:2], case.phases[2:], console)
+        for line in case.remarks:
+            say(console, line)
+    for note in results.notes or ([] if results.records else ["nothing was measured"]):
+        say(console, note)
+
+
+def machine(provenance: Record) -> str:
+    """The machine and software versions in one line."""
+    named = ("isa", "threads", "python", "torch", "triton", "commit")
+    place = [str(provenance[name]) for name in ("device", "cpu") if provenance.get(name)]
+    facts = [f"{name} {provenance[name]}" for name in named if provenance.get(name)]
+    return ", ".join([*place, *facts]) + (" with changes" if provenance.get("dirty") else "")
 
 
 def _reason(record: Record) -> str:

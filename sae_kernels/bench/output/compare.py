@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.bench.output.cells import who
 from sae_kernels.bench.output.ratios import Ratio, ratio, same_dtype
-from sae_kernels.bench.results import key, measured
+from sae_kernels.bench.results import Key, Record, Results, key, measured
 from sae_kernels.plotting import tables
 from sae_kernels.plotting.tables import Column, say
 from sae_kernels.plotting.units import number
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from sae_kernels.bench.results import Key, Record, Results
 
 NOISE = 1.1
 """Two runs of the same code on the same machine agree within this factor."""
@@ -25,37 +23,25 @@ _MACHINE = ("cpu", "device", "isa", "threads", "malloc", "torch", "triton", "cup
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one record (case, provider, dtype) between two runs.
-
-    Attributes:
-        now, stored: its two records.
-        time: the present time by the stored one; above 1 it became slower.
-        speedup: how many times as fast ours is in the same dtype, now and as stored; or None.
-        changed: by more than the noise and than p20 and p80 allow; of the times on the same
-            machine, of the speedups between two that differ.
-    """
+    """The change of one record (case, provider, dtype) between two runs."""
 
     now: Record
     stored: Record
-    time: Ratio
-    speedup: tuple[Ratio, Ratio] | None
+    time: Ratio  # the present time by the stored one; above 1 it became slower
+    speedup: tuple[Ratio, Ratio] | None  # how many times as fast ours is, same dtype, now and then
+    # By more than the noise and than p20 and p80 allow; of the times on the same machine, of the
+    # speedups between two that differ.
     changed: bool
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The records of two runs, matched by case, provider and dtype.
+    """The records of two runs, matched by case, provider and dtype."""
 
-    Attributes:
-        rows: what both measured.
-        only_now, only_stored: what one of them did not measure, with its status there if any.
-        differs: what of machine and libraries is not the same, as "threads 2, was 4".
-    """
-
-    rows: list[Change]
-    only_now: dict[Key, str]
+    rows: list[Change]  # what both measured
+    only_now: dict[Key, str]  # what one of them did not measure, with its status there if any
     only_stored: dict[Key, str]
-    differs: list[str]
+    differs: list[str]  # what of machine and libraries is not the same, as "threads 2, was 4"
 
 
 def compare(now: Results, stored: Results) -> Comparison:
@@ -67,9 +53,8 @@ def compare(now: Results, stored: Results) -> Comparison:
     ]
     new, old = ({key(r): r for r in measured(run.records)} for run in (now, stored))
     rows = []
-    for k, record in new.items():
-        if k not in old:
-            continue
+    for k in (k for k in new if k in old):
+        record = new[k]
         before = same_dtype(old[k], stored.cases()[k[0]])
         beside = same_dtype(record, now.cases()[k[0]])
         speedup = (beside, before) if beside and before else None

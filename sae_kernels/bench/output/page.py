@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.bench.output import cells
 from sae_kernels.bench.output.pictures import draw
-from sae_kernels.bench.output.table import machine
 from sae_kernels.plotting import page
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def write(results: Results, folder: str | Path) -> Path:
     html = page.render(
         "bench/output/page.html",
         title="sae-kernels benchmark",
-        subtitle=machine(results.provenance),
+        subtitle=cells.machine(results.provenance),
         notes=results.notes,
         pictures=pictures,
         legend=cells.LEGEND,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from sae_kernels.bench.contestants.clock import PHASES
 from sae_kernels.bench.output import series
 from sae_kernels.bench.output.ratios import RATES, default, ratio
-from sae_kernels.bench.output.series import label, title, what
-from sae_kernels.bench.results import measured, roofs
+from sae_kernels.bench.output.series import Lines, label, title, what
+from sae_kernels.bench.results import Record, Results, measured, roofs
 from sae_kernels.plotting import charts
 from sae_kernels.plotting import figure as figures
-from sae_kernels.plotting.charts import Line
+from sae_kernels.plotting.charts import Line, Spread
 from sae_kernels.plotting.figure import Drawing, Picture
 from sae_kernels.plotting.style import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, RULE
 from sae_kernels.plotting.units import number, si, size
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from matplotlib.figure import Figure
-
-    from sae_kernels.bench.output.series import Lines
-    from sae_kernels.bench.results import Record, Results
-    from sae_kernels.plotting.charts import Spread
 
     Value = Callable[[Record, float], float]  # of a record and one of its times
 
@@ -54,21 +50,14 @@ def draw(results: Results) -> list[Picture]:
 
 def drawings(results: Results) -> list[Drawing]:
     """The drawings that the results have points for, in the order of the page."""
-    found = []
-    if shown := series.showpiece(results):
-        found.append(headline(shown))
+    found = [headline(shown)] if (shown := series.showpiece(results)) else []
     found += [speed(axis, lines) for axis in "FBK" if (lines := series.lines(results, axis))]
     axis, crossing = series.crossing(results)
-    if crossing:
-        found.append(crossover(axis, crossing))
-    if lines := series.lines(results, "F", "peak_bytes"):
-        found.append(memory(lines))
+    found += [crossover(axis, crossing)] if crossing else []
+    found += [memory(lines)] if (lines := series.lines(results, "F", "peak_bytes")) else []
     points = [r for r in measured(results.records) if (r.get("gflops") or 0) > 0 < (r["gbps"] or 0)]
-    if len(points) > 1:
-        found.append(roofline(points, *roofs(results)))
-    if split := series.split(results):
-        found.append(phases(split))
-    return found
+    found += [roofline(points, *roofs(results))] if len(points) > 1 else []
+    return found + ([phases(split)] if (split := series.split(results)) else [])
 
 
 def headline(records: list[Record]) -> Drawing:
@@ -108,16 +97,14 @@ def phases(records: list[Record]) -> Drawing:
 
 def speed(axis: str, lines: Lines) -> Drawing:
     """Lines of tokens per second against F, B or K."""
-    heading = f"Tokens per second, log scale: {_kind(lines)}"
-    draw = _against_size(axis, lines, lambda r, ms: 1e3 * r["B"] / ms, heading, si)
+    draw = _against_size(axis, lines, lambda r, ms: 1e3 * r["B"] / ms, "Tokens per second", si)
     alt = f"Tokens per second against {axis}, for {', '.join(lines)}."
     return Drawing(f"speed-{axis}", draw, alt, f"{_fixed(lines, axis)}. Bands: p20 to p80.")
 
 
 def memory(lines: Lines) -> Drawing:
     """Lines of peak memory against F."""
-    heading = f"Peak memory, log scale: {_kind(lines)}"
-    draw = _against_size("F", lines, lambda r, ms: float(r["peak_bytes"]), heading, size, base=2)
+    draw = _against_size("F", lines, lambda r, ms: float(r["peak_bytes"]), "Peak memory", size, 2)
     alt = f"Peak memory against F, for {', '.join(lines)}."
     return Drawing("memory-F", draw, alt, f"{_fixed(lines, 'F')}.")
 
@@ -133,7 +120,7 @@ def crossover(axis: str, lines: Lines) -> Drawing:
     ratios = [value(record, record["median_ms"]) for rs in dense.values() for record in rs]
 
     def draw(figure: Figure) -> None:
-        axes = charts.lines(figure, _lines(axis, dense, value))
+        axes = charts.lines(figure, _lines(dense, lambda r: float(r[axis]), value))
         axes.set_ylim(0.8 * min(1.0, *ratios), 1.3 * max(1.0, *ratios))
         axes.axhline(1, color=INK, linewidth=1.0)
         axes.axhspan(axes.get_ylim()[0], 1, color=RULE, alpha=0.45, linewidth=0)
@@ -150,18 +137,10 @@ def crossover(axis: str, lines: Lines) -> Drawing:
 
 def roofline(points: list[Record], copy: float, products: dict[str, float]) -> Drawing:
     """A roofline chart of the achieved FLOP/s of every record."""
-    seen: dict[str, list[Record]] = {}
+    seen: Lines = {}
     for record in points:
         seen.setdefault(label(record), []).append(record)
-    achieved = [
-        Line(
-            name,
-            [r["gflops"] / r["gbps"] for r in records],
-            [_spread(r, lambda r, ms: float(r["gflops"])) for r in records],
-            _look(records[0]),
-        )
-        for name, records in seen.items()
-    ]
+    achieved = _lines(seen, lambda r: r["gflops"] / r["gbps"], lambda r, ms: float(r["gflops"]))
 
     def draw(figure: Figure) -> None:
         roofs = {f"{name} product": rate / 1e9 for name, rate in products.items()}
@@ -178,33 +157,25 @@ def roofline(points: list[Record], copy: float, products: dict[str, float]) -> D
 
 
 def _against_size(
-    axis: str,
-    lines: Lines,
-    value: Value,
-    heading: str,
-    text: Callable[[float], str],
-    base: int = 10,
+    axis: str, lines: Lines, value: Value, words: str, text: Callable[[float], str], base: int = 10
 ) -> Callable[[Figure], None]:
     """Draws each provider's values against a size, with a band from p20 to p80."""
+    what_of = what(next(iter(lines.values()))[0]).lower()
 
     def draw(figure: Figure) -> None:
-        axes = charts.lines(figure, _lines(axis, lines, value))
+        axes = charts.lines(figure, _lines(lines, lambda r: float(r[axis]), value))
         charts.finish_sizes(axes, _sizes(axis, lines), text, base)
         axes.set_xlabel(_AXES[axis])
-        axes.set_title(heading)
+        axes.set_title(f"{words}, log scale: {what_of}")
 
     return draw
 
 
-def _lines(axis: str, lines: Lines, value: Value) -> list[Line]:
+def _lines(lines: Lines, at: Callable[[Record], float], value: Value) -> list[Line]:
+    """Lines of a value of records, against another."""
     return [
-        Line(
-            name,
-            [float(r[axis]) for r in records],
-            [_spread(r, value) for r in records],
-            _look(records[0]),
-        )
-        for name, records in lines.items()
+        Line(name, [at(r) for r in rs], [_spread(r, value) for r in rs], _look(rs[0]))
+        for name, rs in lines.items()
     ]
 
 
@@ -230,10 +201,6 @@ def _look(record: Record) -> dict[str, Any]:
         "markerfacecolor": "white" if hollow else colour,
         "zorder": 4 if ours else 3,
     }
-
-
-def _kind(lines: Lines) -> str:
-    return what(next(iter(lines.values()))[0]).lower()
 
 
 def _fixed(lines: Lines, axis: str) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from sae_kernels.bench.results import measured
+from sae_kernels.bench.results import Record, measured
 from sae_kernels.plotting.units import number
-
-if TYPE_CHECKING:
-    from sae_kernels.bench.results import Record
 
 SHORT_MS = 5.0
 """Up to here a median wanders by more than a tenth from run to run: its ratios are intervals."""
@@ -18,18 +15,12 @@ RATES = ("product", "copy")
 
 
 class Ratio(NamedTuple):
-    """The ratio of two times, with its interval.
+    """The ratio of two times, with its interval."""
 
-    Attributes:
-        value: of the medians.
-        low, high: the least and the largest that their p20 and p80 allow.
-        short: one of the medians is too short for the value alone to be said.
-    """
-
-    value: float
-    low: float
+    value: float  # of the medians
+    low: float  # the least and the largest that their p20 and p80 allow
     high: float
-    short: bool
+    short: bool  # one of the medians is too short for the value alone to be said
 
     def __str__(self) -> str:
         if self.short:

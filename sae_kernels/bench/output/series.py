@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from sae_kernels.bench.output.cells import dtype
 from sae_kernels.bench.output.ratios import RATES, default, headline
-from sae_kernels.bench.results import measured
-
-if TYPE_CHECKING:
-    from sae_kernels.bench.results import Record, Results
+from sae_kernels.bench.results import Record, Results, measured
 
 Lines = dict[str, list["Record"]]
 """Records of each provider in the order of an axis; at least two of each."""
@@ -65,12 +61,11 @@ def crossing(results: Results) -> tuple[str, Lines]:
         found = lines(results, axis)
         mine = {name: rs for name, rs in found.items() if rs[0]["provider"] == "ours"}
         beside = {(r[axis], r["dtype"]) for records in mine.values() for r in records}
-        dense = {
-            name: [r for r in records if (r[axis], r["dtype"]) in beside]
-            for name, records in found.items()
-            if records[0]["provider"] in ("dense", "dense_compile")
-        }
-        dense = {name: records for name, records in dense.items() if len(records) > 1}
+        dense: Lines = {}
+        for name, records in found.items():
+            both = [r for r in records if (r[axis], r["dtype"]) in beside]
+            if records[0]["provider"] in ("dense", "dense_compile") and len(both) > 1:
+                dense[name] = both
         if len(mine) == 1 and dense:
             return axis, {**mine, **dense}
     return "", {}
@@ -85,15 +80,9 @@ def showpiece(results: Results) -> list[Record]:
     found = []
     for records in results.cases().values():
         if base := default(records):
-            rates = ("product", base["dtype"])
-            found.append(
-                [
-                    record
-                    for record in measured(records)
-                    if record["provider"] not in RATES
-                    or (record["provider"], record["dtype"]) == rates
-                ]
-            )
+            kept = ("product", base["dtype"])
+            each = ((r, (r["provider"], r["dtype"])) for r in measured(records))
+            found.append([r for r, who in each if who[0] not in RATES or who == kept])
     return max((several for several in found if len(several) > 1), key=_worth, default=[])
 
 

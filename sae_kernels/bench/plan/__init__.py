@@ -10,18 +10,16 @@ Formulas, sources and what is not known: docs/planning.md.
 
 from .calibration import Calibration, calibrated
 from .devices import NAMES, Device, device
-from .layouts import Layout, Message, Problem, layouts
-from .prediction import Prediction, StepTime, default_batch, fastest, predict
+from .layouts import Layout, Problem, layouts
+from .prediction import Prediction, default_batch, fastest, predict
 
 __all__ = [
     "NAMES",
     "Calibration",
     "Device",
     "Layout",
-    "Message",
     "Prediction",
     "Problem",
-    "StepTime",
     "calibrated",
     "default_batch",
     "device",

@@ -21,17 +21,14 @@ from sae_kernels import machine
 from sae_kernels.bench import results
 from sae_kernels.errors import DataError
 
-from .devices import isa
+from .devices import Device, isa
 from .layouts import Layout, Problem
 from .prediction import amounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .devices import Device
-
 _PRODUCTS = ("bfloat16", "float32")
-_SHAPE = ("B", "D", "F", "K")
 
 
 PULL = 0.1
@@ -46,31 +43,23 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibrated rates of a device and their origins.
+    """The calibrated rates of a device and their origins."""
 
-    Attributes:
-        rates: per second, by unit.
-        origins: by unit "nominal", "measured" (alone, in the run of a result) or "fitted".
-        files: names of the results that count.
-        steps: measured steps of ours that the fit is of.
-    """
-
-    rates: dict[str, float]
-    origins: dict[str, str]
-    files: list[str] = field(default_factory=list)
-    steps: int = 0
+    rates: dict[str, float]  # per second, by unit
+    origins: dict[str, str]  # by unit "nominal", "measured" (alone, in a result's run) or "fitted"
+    files: list[str] = field(default_factory=list)  # names of the results that count
+    steps: int = 0  # measured steps of ours that the fit is of
 
     def text(self, device: Device) -> str:
         """One sentence about the origin of the rates."""
         if not self.files:
             return f"not calibrated: no stored result for {device.name}"
-        by_origin = {
-            origin: ", ".join(unit for unit, came in self.origins.items() if came == origin)
-            for origin in ("fitted", "measured", "nominal")
-        }
-        rest = "; ".join(f"{origin}: {units}" for origin, units in by_origin.items() if units)
+        parts = []
+        for origin in ("fitted", "measured", "nominal"):
+            if units := [unit for unit, came in self.origins.items() if came == origin]:
+                parts.append(f"{origin}: {', '.join(units)}")
         by = f"{self.steps} steps" if self.steps else "rates"
-        return f"calibrated by {by} in {', '.join(self.files)} ({rest})"
+        return f"calibrated by {by} in {', '.join(self.files)} ({'; '.join(parts)})"
 
 
 def calibrated(device: Device, files: Sequence[str | Path] | None = None) -> Calibration:
@@ -132,8 +121,13 @@ def foreign(provenance: Mapping[str, Any], device: Device) -> str | None:
 def observations(read: results.Results, device: Device) -> list[Observation]:
     """The measured TopK steps of ours in results, each with its work by unit."""
     found = []
-    for record in filter(_is_step_of_ours, results.measured(read.records)):
-        B, D, F, K = (record[name] for name in _SHAPE)
+    for record in results.measured(read.records):
+        kind = (record["provider"], record.get("operation"), record.get("architecture", "topk"))
+        sizes: list[Any] = [record.get(name) for name in "BDFK"]
+        B, D, F, K = sizes
+        whole = all(type(size) is int and size >= 1 for size in sizes) and K <= F
+        if not whole or record["dtype"] not in _PRODUCTS or kind != ("ours", "step", "topk"):
+            continue
         problem, work = Problem(D, F, K, batch=B, dtype=record["dtype"]), dict[str, float]()
         for _, unit, amount in amounts(problem, Layout(1, 1), device):
             if amount:
@@ -147,13 +141,6 @@ def _measured_rates(read: results.Results) -> dict[str, float]:
     copy, products = results.roofs(read)
     found = {"moved": copy, **{dtype: products.get(dtype, 0.0) for dtype in _PRODUCTS}}
     return {unit: rate for unit, rate in found.items() if rate > 0}
-
-
-def _is_step_of_ours(record: results.Record) -> bool:
-    whole = all(type(record.get(name)) is int and record[name] >= 1 for name in _SHAPE)
-    kind = (record["provider"], record.get("operation"), record.get("architecture", "topk"))
-    fits = whole and record["dtype"] in _PRODUCTS and record["K"] <= record["F"]
-    return fits and kind == ("ours", "step", "topk")
 
 
 def fit(
@@ -178,17 +165,12 @@ def fit(
     names = sorted({unit for step in seen for unit in step.amounts})
     if not names:
         return {}
-    shares = [
-        [step.amounts.get(unit, 0.0) / nominal[unit] / step.seconds for unit in names]
-        for step in seen
-    ]
+    units = [(unit, nominal[unit]) for unit in names]
+    shares = [[s.amounts.get(u, 0.0) / rate / s.seconds for u, rate in units] for s in seen]
     rows = np.vstack([np.array(shares), pull * np.eye(len(names))])
     aims = np.concatenate([np.ones(len(seen)), np.full(len(names), pull)])
-    times = _nonnegative(rows, aims)
-    return {
-        unit: nominal[unit] / float(time) if time > 0 else float("inf")
-        for unit, time in zip(names, times, strict=True)
-    }
+    times = zip(units, map(float, _nonnegative(rows, aims)), strict=True)
+    return {u: rate / time if time > 0 else float("inf") for (u, rate), time in times}
 
 
 def _nonnegative(rows: np.ndarray, aims: np.ndarray) -> np.ndarray:

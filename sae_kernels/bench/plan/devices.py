@@ -30,26 +30,15 @@ USABLE_MEMORY = 0.95
 
 @dataclass(frozen=True)
 class Device:
-    """A device to plan for, with its rates and memory.
+    """A device to plan for, with its rates and memory."""
 
-    Attributes:
-        name: as ``--device`` has it.
-        rates: per second, by unit of :data:`UNITS`; without links on the CPU.
-        memory_bytes: what it has.
-        cache_bytes: of the cache that rows are gathered from; infinite where every gather is
-            counted at one rate.
-        node: devices in a node.
-        gpu: a word of a GPU's name in a result; None for the CPU.
-        source: where the rates are from.
-    """
-
-    name: str
-    rates: dict[str, float]
+    name: str  # as ``--device`` has it
+    rates: dict[str, float]  # per second, by unit of :data:`UNITS`; without links on the CPU
     memory_bytes: float
-    cache_bytes: float
-    node: int
-    gpu: str | None
-    source: str
+    cache_bytes: float  # of that rows are gathered from; infinite: every gather counts at one rate
+    node: int  # devices in a node
+    gpu: str | None  # a word of a GPU's name in a result; None for the CPU
+    source: str  # where the rates are from
 
     @property
     def traffic(self) -> Rates:
@@ -60,7 +49,7 @@ class Device:
         """The dtype of a ``compute`` setting on this device; resolves "auto"."""
         if compute != "auto":
             return compute
-        return "bfloat16" if self.gpu is not None or has_amx() else "float32"
+        return "bfloat16" if self.gpu is not None or isa() == "amx" else "float32"
 
 
 _GPU_SOURCE = (
@@ -69,45 +58,12 @@ _GPU_SOURCE = (
 )
 
 
-def _gpu(
-    name: str,
-    tensor: float,
-    fp32: float,
-    cache: float,
-    memory: float,
-    links: tuple[float, float],
-    room: tuple[float, float],
-) -> Device:
-    """A GPU with the rates of its data sheet.
-
-    Args:
-        name: as ``--device`` has it; in capitals a word of its name in results.
-        tensor, fp32: flop/s.
-        cache, memory: bytes/s.
-        links: bytes/s to the node and to the network.
-        room: GiB of memory and MiB of cache.
-    """
-    rates = {
-        "bfloat16": 0.8 * tensor,
-        "float32": 0.8 * fp32,
-        "gathered": cache,
-        "moved": 0.9 * memory,
-        "candidates": 3e10,
-        "latents": 5e9,
-        "steps": 5e3,
-        "node": 0.8 * links[0],
-        "network": 0.8 * links[1],
-    }
-    return Device(name, rates, room[0] * 2**30, room[1] * 2**20, 8, name.upper(), _GPU_SOURCE)
-
-
+# Flop/s in 16 bits and in fp32, bytes/s of cache and memory, of links to the node and the network,
+# GiB of memory, MiB of cache; the name in capitals is a word of its name in results.
 _GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("h200", 989e12, 67e12, 5.5e12, 4.8e12, (450e9, 50e9), (140, 60)),
-        _gpu("h100", 989e12, 67e12, 5.5e12, 3.35e12, (450e9, 50e9), (79, 50)),
-        _gpu("a100", 312e12, 19.5e12, 4e12, 2.04e12, (300e9, 25e9), (79, 40)),
-    )
+    "h200": (989e12, 67e12, 5.5e12, 4.8e12, 450e9, 50e9, 140, 60),
+    "h100": (989e12, 67e12, 5.5e12, 3.35e12, 450e9, 50e9, 79, 50),
+    "a100": (312e12, 19.5e12, 4e12, 2.04e12, 300e9, 25e9, 79, 40),
 }
 NAMES = (*_GPUS, "cpu")
 
@@ -125,17 +81,28 @@ def device(name: str) -> Device:
     if name == "cpu":
         return this_cpu()
     if name not in _GPUS:
-        raise ValueError(
-            f"--device: expected a known device, got {name!r}; {name_hint(name, NAMES)}"
-        )
-    return _GPUS[name]
+        hint = name_hint(name, NAMES)
+        raise ValueError(f"--device: expected a known device, got {name!r}; {hint}")
+    tensor, fp32, cache, memory, node, network, gib, mib = _GPUS[name]
+    rates = {
+        "bfloat16": 0.8 * tensor,
+        "float32": 0.8 * fp32,
+        "gathered": cache,
+        "moved": 0.9 * memory,
+        "candidates": 3e10,
+        "latents": 5e9,
+        "steps": 5e3,
+        "node": 0.8 * node,
+        "network": 0.8 * network,
+    }
+    return Device(name, rates, gib * 2**30, mib * 2**20, 8, name.upper(), _GPU_SOURCE)
 
 
 def this_cpu() -> Device:
     """This machine's processor, on torch's number of threads."""
     threads = torch.get_num_threads()
     per_core = {
-        "bfloat16": 0.8e12 if has_amx() else 0.15e12,
+        "bfloat16": 0.8e12 if isa() == "amx" else 0.15e12,
         "float32": 0.15e12,
         "gathered": 25e9,
         "moved": 16e9,
@@ -145,11 +112,6 @@ def this_cpu() -> Device:
     rates = {unit: threads * rate for unit, rate in per_core.items()} | {"steps": 1e3}
     source = f"those of a core of one Xeon with AVX-512, times {threads} threads"
     return Device("cpu", rates, _memory_bytes(), math.inf, 1, None, source)
-
-
-def has_amx() -> bool:
-    """Whether this CPU's kernels multiply bf16 natively (AMX)."""
-    return isa() == "amx"
 
 
 def isa() -> str | None:

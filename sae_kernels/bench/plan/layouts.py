@@ -58,10 +58,8 @@ class Problem:
     @property
     def decoder_bytes(self) -> int:
         """Bytes of an element of W_dec as the kernels read it."""
-        reads_master = (
-            self.config.master_weights == "float32" and self.config.compute_copies == "encoder"
-        )
-        return 4 if reads_master else self.element_bytes
+        chosen = self.config.master_weights, self.config.compute_copies
+        return 4 if chosen == ("float32", "encoder") else self.element_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -87,17 +85,11 @@ class Problem:
 
 
 class Message(NamedTuple):
-    """A message of a step: the bytes that every GPU sends.
+    """A message of a step: the bytes that every GPU sends."""
 
-    Attributes:
-        what: tokens, candidates, partial sums or gradients.
-        bytes: sent by one GPU.
-        span: how many neighbouring GPUs its group is spread over.
-    """
-
-    what: str
-    bytes: float
-    span: int
+    what: str  # tokens, candidates, partial sums or gradients
+    bytes: float  # sent by one GPU
+    span: int  # how many neighbouring GPUs its group is spread over
 
 
 @dataclass(frozen=True)
@@ -144,15 +136,13 @@ class Layout:
         R = self.replicas
         dense = 2 * (R - 1) / R * self.latents(problem)
         touched = (R - 1) * self.work(problem).used_rows
-        if R == 1:
-            return "none", 0.0
-        return ("dense", dense) if dense <= touched else ("touched", touched)
+        name = "none" if R == 1 else "dense" if dense <= touched else "touched"
+        return name, min(dense, touched)
 
     def messages(self, problem: Problem) -> list[Message]:
         """The messages of a step, without vectors of F and D elements."""
         D, S, b = problem.d_in, self.shards, self.tokens(problem)
-        rest = (S - 1) / S
-        rows = self.gradient_rows(problem)[1]
+        rest, rows = (S - 1) / S, self.gradient_rows(problem)[1]
         candidates = 2 * b * min(problem.k, self.latents(problem)) * _ENTRY * rest
         found = [
             Message("tokens", b * D * problem.element_bytes * rest, S),

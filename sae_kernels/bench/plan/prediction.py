@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 
 from sae_kernels.bench.work import Amount
 
-from .devices import USABLE_MEMORY
-from .layouts import Layout, layouts
+from .devices import USABLE_MEMORY, Device
+from .layouts import Layout, Message, Problem, layouts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .calibration import Calibration
-    from .devices import Device
-    from .layouts import Message, Problem
 
 _SCORE_BYTES = 8  # of a tile that stays in a GPU's L2 cache: fp32, written and read
 # The batch of arXiv 2406.04093, and the default batch of training on each of few devices.
@@ -48,14 +46,9 @@ class StepTime:
 
     def bounds(self) -> dict[str, float]:
         """Seconds of a step by the resource that limits them."""
-        return {
-            "product": self.product,
-            "selection": self.selection,
-            "gathers": self.decode + self.code_gradients + self.latent_order,
-            "optimizer": self.optimizer,
-            "communication": self.communication,
-            "other": self.other,
-        }
+        gathers = self.decode + self.code_gradients + self.latent_order
+        first = {"product": self.product, "selection": self.selection, "gathers": gathers}
+        return first | {n: getattr(self, n) for n in ("optimizer", "communication", "other")}
 
     @property
     def bound(self) -> str:
@@ -66,23 +59,14 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted time and memory of one layout.
-
-    Attributes:
-        layout: which.
-        seconds: of a step, by part.
-        memory: bytes on a GPU, by what they hold.
-        messages: what a GPU sends in a step.
-        fits: whether the memory is there.
-        gradients: which rows the replicas exchange: "none", "dense" or "touched".
-    """
+    """The predicted time and memory of one layout."""
 
     layout: Layout
-    seconds: StepTime
-    memory: dict[str, float]
-    messages: list[Message]
-    fits: bool
-    gradients: str
+    seconds: StepTime  # of a step, by part
+    memory: dict[str, float]  # bytes on a GPU, by what they hold
+    messages: list[Message]  # that a GPU sends in a step
+    fits: bool  # whether the memory is there
+    gradients: str  # which rows the replicas exchange: "none", "dense" or "touched"
 
     @property
     def memory_bytes(self) -> float:
