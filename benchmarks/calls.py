@@ -45,7 +45,7 @@ def arguments(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[Any, ...]:
-    """Arguments of a primitive's ``run``, made by their names; ``options`` are `_makers`'."""
+    """Arguments of a primitive's ``run``, made by their names; `_makers` has the options."""
     _, D, F, _ = shape
     experts = options.get("experts", 8)
     if primitive == "route_top1":
@@ -105,15 +105,15 @@ def _makers(
     dtype: torch.dtype,
     *,
     popularity: str = "uniform",  # of latents, see `latents`
-    ranked: bool = False,  # by scores times a scale
+    ranked: bool = False,  # whether latents are ranked by scores times a scale
     experts: int = 8,  # that tokens choose among, at random
     groups: int = 0,  # of latents that are decoded apart; 0 is one
-    ragged: bool = False,  # tokens have any number of entries up to 2K, K on average
+    ragged: bool = False,  # whether tokens have any number of entries up to 2K, K on average
     drop_zeros: bool = True,
     norm: str = "unit",
-    split: bool = False,  # masters are low and high halves
+    split: bool = False,  # whether masters are low and high halves
     states: torch.dtype = torch.float32,  # of Adam's moments
-    copied: bool = True,  # there is a compute copy
+    copied: bool = True,  # whether there is a compute copy
     width: int | None = None,  # of gradients and masters; default: D
     penalties: int = 0,  # on the norms of so many parts of a row
 ) -> dict[str, Callable[[], Any]]:
