@@ -74,7 +74,8 @@ def _config(task: Task, tensors: Tensors) -> SAEConfig:
     if task.architecture == "jumprelu":
         own["threshold_init"] = task.options["threshold"]
         own["bandwidth"] = task.options["bandwidth"]
-    return architecture(task.architecture).config_class(D, F, **own)
+    name = task.architecture.replace("_", "")  # batch_topk here, batchtopk in files
+    return architecture(name).config_class(D, F, **own)
 
 
 def _objective(task: Task, sae: SparseAutoencoder) -> ObjectiveConfig:
