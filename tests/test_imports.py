@@ -138,7 +138,7 @@ def test_the_walk_sees_imports() -> None:
     assert Path("primitives/checks.py") in graph()[Path("functional/encode.py")]
     assert "_C" in inside(Path("backends/cpu.py"))
     assert "primitives.terms.Term" not in inside(Path("backends/cpu.py")), "for type checkers only"
-    assert Path("nn/pretrained.py") in graph()[Path("nn/saving.py")], "in a function"
+    assert Path("nn/pretrained.py") in graph()[Path("nn/upkeep.py")], "in a function"
     source = "from . import b\nfrom ..nn.topk import T\ndef f():\n    from .c import d, e\n"
     source += "if TYPE_CHECKING:\n    import x\nelse:\n    import y\n"
     source += "import sae_kernels\nprint(sae_kernels.__file__, sae_kernels.train)\n"

@@ -16,9 +16,9 @@ from torch import nn
 from sae_kernels import functional
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig
-from sae_kernels.nn.initialise import geometric_median, initial_weights
+from sae_kernels.nn.initialise import initial_weights
 from sae_kernels.nn.objective import Reconstruction, sparsity_penalty
-from sae_kernels.nn.saving import Saving
+from sae_kernels.nn.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ class SAEOutput(NamedTuple):
     codes: SparseCodes
 
 
-class SparseAutoencoder(Saving):
+class SparseAutoencoder(Upkeep):
     """Base class of all sparse autoencoders.
 
     Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
@@ -388,36 +388,6 @@ class SparseAutoencoder(Saving):
         if not getattr(self.config, "rank_by_decoder_norm", False):
             return None
         return self.latent_norms(self.decoder_norms().detach())
-
-    @torch.no_grad()
-    def normalize_decoder_(self) -> None:
-        """Scales each layer's decoder rows to unit norm; zero rows stay zero."""
-        rows = self.W_dec.unflatten(1, (self.config.n_layers, -1))
-        norms = rows.norm(dim=2, keepdim=True)
-        rows.div_(torch.where(norms > 0, norms, 1))
-
-    @torch.no_grad()
-    def remove_parallel_gradient_(self) -> None:
-        """Projects the decoder's gradient to be orthogonal to its (unit) rows.
-
-        The parallel part only changes their length, which :meth:`normalize_decoder_` undoes. Call
-        it after backward and before clipping and the optimizer.
-
-        Raises:
-            RuntimeError: the decoder has no gradient yet.
-        """
-        if self.W_dec.grad is None:
-            raise RuntimeError("W_dec.grad: expected a gradient, got None; call backward() first")
-        shape = (self.config.n_layers, -1)
-        grad, rows = self.W_dec.grad.unflatten(1, shape), self.W_dec.unflatten(1, shape)
-        grad.addcmul_((grad * rows).sum(2, keepdim=True), rows, value=-1)
-
-    @torch.no_grad()
-    def initialise_b_dec_(
-        self, x: torch.Tensor, centre: Callable[[torch.Tensor], torch.Tensor] = geometric_median
-    ) -> None:
-        """Sets b_dec to the centre (geometric median) of raw targets [N, output width]."""
-        self.b_dec.copy_(centre(x) * self.target_scale)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         kept = {name: getattr(self, name).data for name in self.keeps_dtype}

@@ -1,4 +1,4 @@
-"""Folding scales into weights, saving, loading and publishing, for every SAE."""
+"""Upkeep of an SAE's weights: start, unit norms, scales, saving, loading and publishing."""
 
 from __future__ import annotations
 
@@ -9,22 +9,58 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
+from sae_kernels.nn.initialise import geometric_median
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from sae_kernels.nn.base import SparseAutoencoder
 
-_SAE = TypeVar("_SAE", bound="Saving")
+_SAE = TypeVar("_SAE", bound="Upkeep")
 
 
-class Saving(nn.Module):
-    """An SAE's scales and files; safetensors is imported when they are asked for."""
+class Upkeep(nn.Module):
+    """Methods of every SAE that are not its function; safetensors is imported when they need it."""
 
     config: Any
     metadata: dict[str, Any]
     is_fresh: bool
     compute_dtype: torch.dtype | None
     backend: str | None
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    target_scale: Any
+
+    @torch.no_grad()
+    def initialise_b_dec_(
+        self, x: torch.Tensor, centre: Callable[[torch.Tensor], torch.Tensor] = geometric_median
+    ) -> None:
+        """Sets b_dec to the centre (geometric median) of raw targets [N, output width]."""
+        self.b_dec.copy_(centre(x) * self.target_scale)
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scales each layer's decoder rows to unit norm; zero rows stay zero."""
+        rows = self.W_dec.unflatten(1, (self.config.n_layers, -1))
+        norms = rows.norm(dim=2, keepdim=True)
+        rows.div_(torch.where(norms > 0, norms, 1))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Projects the decoder's gradient to be orthogonal to its (unit) rows.
+
+        The parallel part only changes their length, which :meth:`normalize_decoder_` undoes. Call
+        it after backward and before clipping and the optimizer.
+
+        Raises:
+            RuntimeError: the decoder has no gradient yet.
+        """
+        if self.W_dec.grad is None:
+            raise RuntimeError("W_dec.grad: expected a gradient, got None; call backward() first")
+        shape = (self.config.n_layers, -1)
+        grad, rows = self.W_dec.grad.unflatten(1, shape), self.W_dec.unflatten(1, shape)
+        grad.addcmul_((grad * rows).sum(2, keepdim=True), rows, value=-1)
 
     def folded(self: _SAE) -> _SAE:
         """A copy with both scales folded into the weights: the same function, scales of 1."""
