@@ -63,7 +63,7 @@ def open_source(source: Any) -> RowSource | Stream:
         return IterableStream(source)
     raise TypeError(
         "activations: expected a tensor [N, D], a folder of activations or batches [B, D] to "
-        f"iterate over, got a {type(source).__name__}"
+        f"iterate over, got {type(source).__name__}"
     )
 
 

@@ -37,9 +37,15 @@ def _asking(repository: str) -> Iterator[None]:
     """Turns errors of the hub client into a DataError of one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    refusals = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+    # A hub that cannot be reached: an error of the HTTP library, which differs by version.
+    caught: tuple[type[Exception], ...] = (
+        *refusals,
+        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    )
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except caught as error:
         said = str(error).strip().splitlines()
         reason = said[0] if said else type(error).__name__
         raise DataError(

@@ -161,7 +161,7 @@ def _architecture(sae: SAEConfig | SparseAutoencoder) -> type[SparseAutoencoder]
         return type(sae)
     name = getattr(sae, "architecture", None)
     if name is None:
-        raise TypeError(f"sae: expected a module or its configuration, got a {type(sae).__name__}")
+        raise TypeError(f"sae: expected a module or its configuration, got {type(sae).__name__}")
     return architecture(name)
 
 

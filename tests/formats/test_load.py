@@ -8,12 +8,14 @@ import shutil
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import pytest
 import torch
 from foreign import D, refuses
 from makers import MAKE, SWITCH, dictionary_learning_switch, gemma_scope, saelens, sparsify
 
 import sae_kernels as sk
+from sae_kernels.errors import DataError
 from sae_kernels.testing import assert_bitwise
 
 if TYPE_CHECKING:
@@ -196,6 +198,14 @@ def test_a_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=offline))
     refuses(lambda: sk.load("owner/repo"), "owner/repo", "(no route to the host)")
+
+
+@pytest.mark.parametrize("name", ["owner/repo", "owner/repo/layer_3"])
+def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client, and a port of this machine at which nobody listens."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match=r"^owner/repo: no such folder, and the .* hub did not"):
+        sk.load(name)
 
 
 def test_the_cache_is_read_without_the_network(

@@ -283,7 +283,7 @@ def test_an_objective_of_another_architecture_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("sae", "data", "message"),
     [
-        (3, tokens(200), "sae: expected a module or its configuration, got a int"),
+        (3, tokens(200), "sae: expected a module or its configuration, got int"),
         (tokens(200), TopKConfig(D, F, 4), "activations: expected a tensor|sae: expected a module"),
         (TopKConfig(D, F, 4), 3, "activations: expected a tensor"),
     ],
