@@ -172,9 +172,8 @@ def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> E
 def check_end_to_end(sae: SparseAutoencoder, objective: ObjectiveConfig, weights: EndToEnd) -> None:
     """Raises ValueError for settings that do not go together."""
     sae.check_objective(objective)
-    others = ("random_prefixes", "multi_topk")
-    further = getattr(sae.config, "groups", None) or any(getattr(objective, n, 0) for n in others)
-    if further and not weights.reconstruction_coefficient:
+    several = sae.kept_per_token(1, objective) > 1 or sae.prefixes(objective, 0, 0) is not None
+    if several and not weights.reconstruction_coefficient:
         raise ValueError(
             "reconstruction_coefficient: expected a number above 0 with groups, random_prefixes or "
             "multi_topk, whose further reconstructions are of the layer alone (the model sees the "
