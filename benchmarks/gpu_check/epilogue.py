@@ -73,7 +73,7 @@ class _Watched:
         return run
 
     def survivors(self, name: str, backend: str) -> list[Record]:
-        """How full the fullest list was after a pass, the mean, and how many rows overflowed."""
+        """Largest and mean fill of the lists after a pass, and how many rows overflowed."""
         counts = torch.cat(self.counts).float()
         over = (counts > self.capacity).float().mean()
         numbers = {

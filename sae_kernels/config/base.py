@@ -115,7 +115,7 @@ _WORDS: dict[Any, str] = {
     tuple[str, ...]: "a list of names",
     tuple[int, ...]: "a list of integers",
 }
-_DECLARED: dict[Any, dict[str, Declared]] = {}  # reading annotations takes as long as some checks
+_DECLARED: dict[Any, dict[str, Declared]] = {}  # annotations are read once a class, not a check
 _NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 
 
@@ -176,6 +176,12 @@ def declared(cls: type[Settings]) -> dict[str, Declared]:
 
     A field redeclared for another default alone keeps the documentation and limits of the base.
     """
+    if cls not in _DECLARED:
+        _DECLARED[cls] = _read_declarations(cls)
+    return _DECLARED[cls]
+
+
+def _read_declarations(cls: type[Settings]) -> dict[str, Declared]:
     hints = typing.get_type_hints(cls)
     above = [declared(base) for base in cls.__bases__ if issubclass(base, Settings)]
     found = {}

@@ -126,7 +126,7 @@ def read_dictionary_learning(folder_or_file: str | Path) -> Weights:
 
 
 def _trainer(file: Path) -> tuple[Path, dict[str, Any]]:
-    """Of the config.json beside a file, or above the folder of checkpoints that holds it."""
+    """Trainer settings of the config.json beside a file, or above its folder of checkpoints."""
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     path = folder / CONFIG_FILE
     trainer = read_settings(path).get("trainer")
@@ -160,7 +160,7 @@ def _claimed(path: Path, kind: _Kind, trainer: dict[str, Any], k_is_stored: bool
 
 
 def _options(file: Path, trainer: dict[str, Any], buffers: dict[str, Any]) -> dict[str, Any]:
-    """What the buffers add to the configuration."""
+    """Settings that the file's buffers add to the configuration."""
     options: dict[str, Any] = {}
     if (stored := buffers.get("k")) is not None:
         said = trainer.get("k")

@@ -84,7 +84,7 @@ def _file(path: Path) -> Path:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """Of config.json, which some of the repositories do not have."""
+    """Values of config.json, which some of the repositories do not have."""
     values = read_settings(path) if path.is_file() else {}
     if (architecture := values.get("architecture", "jump_relu")) != "jump_relu":
         raise DataError(

@@ -108,7 +108,7 @@ def from_foreign(
 def to_foreign(
     where: str, config: SAEConfig, names: Mapping[str, str], tensors: Tensors
 ) -> Tensors:
-    """The inverse of `from_foreign`: another tool's tensors out of ours, on the CPU.
+    """Another tool's tensors out of ours, on the CPU; undoes `from_foreign`.
 
     What has no place there is left out: the caller looks whether it is zeros.
 
@@ -206,7 +206,7 @@ def only_raw_activations(tool: str, config: SAEConfig) -> None:
 
 
 def _theirs(config: SAEConfig, names: Mapping[str, str]) -> Sizes:
-    """What the file must hold, in its own words."""
+    """Shapes of the tensors that the file must hold, by its own names."""
     sizes = ((names[our], size) for our, size in config.shapes().items())
     return {_plain(name): _turned(name, size) for name, size in sizes if name}
 

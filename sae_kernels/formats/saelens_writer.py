@@ -130,7 +130,7 @@ def _architecture(config: SAEConfig) -> str:
 
 
 def _inference(config: SAEConfig, tensors: Tensors) -> tuple[SAEConfig, Tensors]:
-    """What SAELens can run: JumpReLU for BatchTopK, thresholds for their logarithms."""
+    """The form that SAELens runs: JumpReLU for BatchTopK, thresholds for their logarithms."""
     if type(config) not in (*_ARCHITECTURES, BatchTopKConfig):
         raise ValueError(f"SAELens: it has no class for {type(config).__name__}")
     if isinstance(config, TopKConfig) and config.relu == "none":

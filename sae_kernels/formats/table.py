@@ -132,7 +132,7 @@ def present(path: str | Path) -> list[str]:
 
 
 def detect(path: str | Path) -> str:
-    """Whose format a folder (or a weights file) has, by the names of its files alone.
+    """The format of a folder (or a weights file), by the names of its files alone.
 
     Returns:
         "native", "saelens", "sparsify", "dictionary_learning" or "gemma_scope".

@@ -251,19 +251,13 @@ def check_groups(groups: tuple[int, ...] | None, n_latents: int) -> None:
         )
 
 
-def prefixes_of(
-    groups: tuple[int, ...] | None,
-    n_latents: int,
-    objective: Any,
-    step: int,
-    seed: int,
-    device: torch.device,
-) -> Prefixes:
+def prefixes_of(sae: SparseAutoencoder, objective: Any, step: int, seed: int) -> Prefixes | None:
     """The prefixes at a 0-based step: random ones if the objective says so, else the groups."""
-    if groups is None or objective.random_prefixes:
-        ends = _random_ends(n_latents, objective.random_prefixes, seed, step)
+    config, device = sae.config, sae.W_enc.device
+    if objective.random_prefixes:
+        ends = _random_ends(config.n_latents, objective.random_prefixes, seed, step)
         return _weighted(ends.tolist(), objective.matryoshka, device)
-    return _fixed(groups, objective.matryoshka, device)
+    return None if config.groups is None else _fixed(config.groups, objective.matryoshka, device)
 
 
 @functools.cache

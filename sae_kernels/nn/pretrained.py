@@ -31,7 +31,7 @@ _CARD_START = 4096  # characters, among which the mark stands
 
 
 class Described(NamedTuple):
-    """What ``config.json`` says.
+    """Contents of a ``config.json``.
 
     Attributes:
         config: what the SAE is.
@@ -100,7 +100,7 @@ def upload(
 
 
 def config_values(config: SAEConfig, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` says of an SAE."""
+    """Contents of the ``config.json`` of an SAE, ready for JSON."""
     return {
         "architecture": config.architecture,
         "sae_kernels_version": __version__,

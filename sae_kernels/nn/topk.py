@@ -162,7 +162,4 @@ class TopKSAE(SparseAutoencoder):
 
     def prefixes(self, objective: TopKObjective, step: int, seed: int) -> Prefixes | None:
         """The prefixes of the configured groups, or random ones drawn for this step."""
-        config, device = self.config, self.W_enc.device
-        if not (objective.random_prefixes or config.groups):
-            return None
-        return prefixes_of(config.groups, config.n_latents, objective, step, seed, device)
+        return prefixes_of(self, objective, step, seed)

@@ -59,7 +59,7 @@ def ordered(key):
 
 @triton.jit
 def key_of(order):
-    """The inverse of `ordered`."""
+    """The key whose sortable integer `ordered` gave."""
     return tl.where(order < 0, order ^ _MOST, order).to(tl.float32, bitcast=True)
 
 

@@ -13,7 +13,7 @@ from sae_kernels.primitives.checks import gradient_operand
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, Reconstruction
-    from sae_kernels.step.state import DeadLatents
+    from sae_kernels.step.base import StepBase
 
 
 class AutogradLoss(NamedTuple):
@@ -38,14 +38,14 @@ class AutogradLoss(NamedTuple):
 
 
 def autograd_loss(
-    context: Context, x: torch.Tensor, dead: DeadLatents, *, weight: float = 1.0
+    step: StepBase, context: Context, x: torch.Tensor, *, weight: float = 1.0
 ) -> AutogradLoss:
     """Encodes and reconstructs a batch and returns the terms of its loss.
 
     Args:
+        step: the step whose dead latents AuxK sees.
         context: the batch, without leaves; its ``x`` is the encoder's input.
         x: fp32 [B, input width], in the scale of training, for a skip connection.
-        dead: the dead-latent counters, for AuxK.
         weight: factor of all reconstructions but those marked ``always``.
     """
     sae, objective = context.sae, context.objective
@@ -67,7 +67,7 @@ def autograd_loss(
         x_hat=x_hat,
         error=context.scale * torch.stack(errors).sum() if errors else None,
         penalty=nothing if penalty is None else penalty,
-        aux_loss=_aux_loss(context, residual, dead),
+        aux_loss=_aux_loss(step, context, residual),
         squared_error=residual.square().sum(),
         fired=order.counts(),
     )
@@ -91,16 +91,15 @@ def _squared_error(e: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
     return squares if prefixes is None else (prefixes.weights * squares).sum()
 
 
-def _aux_loss(context: Context, residual: torch.Tensor, dead: DeadLatents) -> torch.Tensor:
+def _aux_loss(step: StepBase, context: Context, residual: torch.Tensor) -> torch.Tensor:
     """AuxK loss of the dead latents on the residual; 0 where no latent is dead."""
-    sae, objective = context.sae, context.objective
-    latents = dead.longest(objective.auxk_latents if objective.auxk_alpha else 0)
+    sae, objective = step.sae, step.objective
+    latents = step.dead.longest(objective.auxk_latents if objective.auxk_alpha else 0)
     if not latents.numel():
         return residual.new_zeros(())
     rows = DeadRows(sae.W_enc[latents], sae.b_enc[latents], sae.W_dec[latents])
-    k_aux = objective.k_aux or max(1, sae.config.input_width // 2)
-    dtype = sae.compute_dtype or sae.W_enc.dtype
-    return auxk_loss(context.x, residual, rows, k_aux, objective.auxk_alpha, dtype, sae.backend)
+    dtype, alpha = sae.compute_dtype or sae.W_enc.dtype, objective.auxk_alpha
+    return auxk_loss(context.x, residual, rows, step.k_aux, alpha, dtype, sae.backend)
 
 
 class DeadRows(NamedTuple):

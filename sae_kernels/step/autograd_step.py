@@ -62,7 +62,7 @@ class AutogradStep(StepBase):
         sae = self.sae.train()
         x, target = self.checked(x, target)
         scale, variance = loss_scale(target, self.objective.loss)
-        result = autograd_loss(self.context(sae.centred(x), target, scale, k), x, self.dead)
+        result = autograd_loss(self, self.context(sae.centred(x), target, scale, k), x)
         assert result.error is not None
         loss = result.error + result.penalty + result.aux_loss
         finite = self.update(loss, lr, self.optimizer.clip_norm)

@@ -123,7 +123,7 @@ class FusedStep(StepBase):
         W_enc, W_dec = self.adam.operand("W_enc"), self.adam.operand("W_dec")
         run = dense_pass if self.dense_next else sparse_pass
         result = run(sae, W_enc, W_dec, context)
-        gradients = dict(result.gradients)
+        gradients = result.gradients
         # The input's gradient and AuxK read the weights from before the update.
         if sae.config.subtract_b_dec:
             through_input = rows_weighted(W_enc, result.dh_sum, sae.backend)

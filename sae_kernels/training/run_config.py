@@ -225,18 +225,17 @@ def _name(tables: Tables) -> str:
 
 def check_tables(tables: Tables, also: Iterable[str] = ()) -> None:
     """Raises ValueError for unknown tables and keys, and values in place of tables."""
-    classes = setting_classes()
-    _refuse_unknown("unknown table", tables, ("arch", "architecture", *classes, *also))
+    settings = {table: setting_names(table) for table in setting_classes()}
+    _refuse_unknown("unknown table", tables, ("arch", "architecture", *settings, *also))
     for name, known in (("arch", presets()), ("architecture", architectures())):
         if name in tables and not isinstance(tables[name], str):
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {tables[name]!r}")
-    for table in classes:
+    for table, own in settings.items():
         values = tables.get(table, {})
         if not isinstance(values, dict):
             raise ValueError(f"expected a table [{table}], got {values!r}")
-        own = setting_names(table)
         for key in values:
-            owner = next((other for other in classes if key in setting_names(other)), None)
+            owner = next((other for other, names in settings.items() if key in names), None)
             if key not in own and owner is not None:
                 raise ValueError(f"[{table}]: unknown key {key!r}; it belongs in [{owner}]")
         _refuse_unknown(f"[{table}]: unknown key", values, own)
@@ -299,10 +298,11 @@ def _of_data(widths: Widths) -> dict[str, Any]:
     return values
 
 
-def _typed(config: type, name: str, value: Any) -> Any:
+def _typed(config: type[SAEConfig], name: str, value: Any) -> Any:
     """A value in the type of its field, from a flag or TOML, which lack ints and tuples."""
-    kind = typing.get_type_hints(config)[name]
-    if kind is int and isinstance(value, float) and value.is_integer():
+    said = declared(config)[name]
+    whole = said.kind is int and not said.optional
+    if whole and isinstance(value, float) and value.is_integer():
         return int(value)
     return _groups(value) if name == "groups" else value
 

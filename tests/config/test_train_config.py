@@ -15,7 +15,7 @@ from sae_kernels.step import AutogradStep
 
 
 def test_defaults() -> None:
-    """Where a default comes from is said at its declaration."""
+    """The sources of defaults stand in the settings' declarations."""
     assert TrainConfig().to_dict() == {
         "steps": 1000,
         "batch_size": 2048,

@@ -1,4 +1,4 @@
-"""What activations come from: tensors, folders, row sources, streams, any iterable of batches."""
+"""Sources of activations: tensors, folders, row sources, streams, any iterable of batches."""
 
 from __future__ import annotations
 

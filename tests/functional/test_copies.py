@@ -24,7 +24,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(call: Callable[[], Any], times: int = 2) -> list[warnings.WarningMessage]:
-    """What repeated calls warn of."""
+    """The warnings of repeated calls."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""What a primitive's one function says must reach the operator and every implementation."""
+"""The operator and every implementation follow the signature of the primitive's function."""
 
 import importlib
 import inspect

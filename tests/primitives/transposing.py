@@ -1,4 +1,4 @@
-"""What the tests of transpose_codes share: shapes, codes and a sort written out in Python."""
+"""Shared by the tests of transpose_codes: shapes, codes and a sort written out in Python."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class SplicedSAE:
         scale, variance = loss_scale(x, loss)
         context = step.context(sae.centred(x), x, scale, self.k)
         weight = self.weights.reconstruction_coefficient
-        result = autograd_loss(context, x, step.dead, weight=weight)
+        result = autograd_loss(step, context, x, weight=weight)
         # Where no error weighs it stays out: a single token has no variance, 0 * inf is NaN.
         error = result.penalty.new_zeros(()) if result.error is None else result.error
         self.measured = Measured(
