@@ -218,5 +218,8 @@ def test_the_help_lists_every_setting_and_every_architecture(run):
             if name != "folders":  # an argument
                 assert f"--{name.replace('_', '-')} " in text, name
     words = " ".join(text.split())
-    for name, (_, preset) in PRESETS.items():
-        assert f"{name}, {preset.about}" in words
+    for name, (sae, preset) in PRESETS.items():
+        # Of this package: flags are made when the command line is imported, and another test may
+        # have registered a class of its own since.
+        if sae.__module__.startswith("sae_kernels."):
+            assert f"{name}, {preset.about}" in words
