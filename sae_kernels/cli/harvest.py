@@ -50,6 +50,7 @@ def harvest(
 ) -> None:
     """Store a layer's output for every token of some text."""
     from sae_kernels import harvest as harvesting
+    from sae_kernels.config.row_filter import RowFilter
     from sae_kernels.data.shard_index import DTYPES
 
     if dtype not in DTYPES:
@@ -80,7 +81,7 @@ def harvest(
             context_length=context_length,
             max_tokens=max_tokens,
             dtype=DTYPES[dtype],
-            drop_special_tokens=not keep_special_tokens,
+            row_filter=RowFilter(drop_special_tokens=not keep_special_tokens),
             metadata={"dataset": {"name": dataset, **chosen}} if dataset else None,
             overwrite=overwrite,
             progress=progress,

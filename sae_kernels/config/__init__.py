@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.config.optimizer import OptimizerConfig
     from sae_kernels.config.output import OutputConfig
+    from sae_kernels.config.row_filter import RowFilter
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
 
@@ -16,6 +17,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "RowFilter",
     "SAEConfig",
     "Settings",
     "TrainConfig",
@@ -28,5 +30,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = {"Settings": "base"}.get(name, name.removesuffix("Config").lower())
+    module = {"Settings": "base", "RowFilter": "row_filter"}.get(
+        name, name.removesuffix("Config").lower()
+    )
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sae_kernels.config.row_filter import RowFilter
+
 _DOCUMENTS = 64  # tokenized together
 
 
@@ -57,9 +59,9 @@ def check_options(
 
 
 def cut_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, drop: bool
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, row_filter: RowFilter
 ) -> Iterator[Chunk]:
-    """Tokenizes documents in order into chunks of ``length``; ``drop`` keeps no special tokens."""
+    """Tokenizes documents in order into chunks of ``length``; the filter says which are kept."""
     source = iter(documents)
     first = 0
     while texts := list(islice(source, _DOCUMENTS)):
@@ -72,7 +74,7 @@ def cut_documents(
         )
         columns = ("overflow_to_sample_mapping", "input_ids", "special_tokens_mask")
         for document, ids, special in zip(*(encoded[name] for name in columns), strict=True):
-            kept = ~torch.tensor(special, dtype=torch.bool) if drop else torch.ones(len(ids)).bool()
+            kept = ~(torch.tensor(special, dtype=torch.bool) & row_filter.drop_special_tokens)
             ids = torch.tensor(ids, dtype=torch.long)
             yield Chunk(first + document, ids, kept, int(kept.sum()))
         first += len(texts)

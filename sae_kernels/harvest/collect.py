@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.shard_writer import ShardWriter
 from sae_kernels.harvest.chunks import check_options, cut_documents, limit_rows, windows
 from sae_kernels.harvest.rows import LayerRows
@@ -32,7 +33,7 @@ def harvest(
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
-    drop_special_tokens: bool = True,
+    row_filter: RowFilter = DEFAULT_FILTER,
     rows_per_shard: int = 65536,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -56,7 +57,7 @@ def harvest(
         max_tokens: stop after this many rows.
         dtype: stored dtype.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
-        drop_special_tokens: leave out what the tokenizer adds, such as [CLS].
+        row_filter: which rows are left out; by default those of special tokens.
         rows_per_shard, overwrite: see `ShardWriter`.
         metadata: stored besides the model, layer and options.
         progress: called with the number of new rows, as `tqdm.update` expects.
@@ -75,12 +76,12 @@ def harvest(
         "model": str(getattr(model.config, "_name_or_path", "")),
         "layer": layer,
         "context_length": context_length,
-        "special_tokens": not drop_special_tokens,
+        **row_filter.to_dict(),
         "autocast": autocast and str(autocast).removeprefix("torch."),
         **(metadata or {}),
     }
     window_rows = max(min(_WINDOW_ROWS, rows_per_shard), context_length)
-    chunks = cut_documents(tokenizer, documents, context_length, drop_special_tokens)
+    chunks = cut_documents(tokenizer, documents, context_length, row_filter)
     held = torch.empty(window_rows, layer_rows.d_in, dtype=dtype)
     total = 0
     options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "overwrite": overwrite}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.chunks import check_options
@@ -51,7 +52,7 @@ class LiveBatches:
         context_length: tokens in a chunk, special tokens included.
         dtype: of the batches.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
-        drop_special_tokens: leave out what the tokenizer adds, such as [CLS].
+        row_filter: which rows are left out; by default those of special tokens.
         epochs: passes over the text; None never ends.
         max_tokens: rows in a pass, for endless text.
         device: device of the window and the batches; default: the model's.
@@ -91,7 +92,7 @@ class LiveBatches:
         context_length: int = 128,
         dtype: torch.dtype = torch.float32,
         autocast: torch.dtype | None = None,
-        drop_special_tokens: bool = True,
+        row_filter: RowFilter = DEFAULT_FILTER,
         epochs: int | None = None,
         max_tokens: int | None = None,
         device: torch.device | str | None = None,
@@ -112,7 +113,7 @@ class LiveBatches:
             reopenable(documents),
             context_length=context_length,
             rows=window_rows,
-            drop_special_tokens=drop_special_tokens,
+            row_filter=row_filter,
             max_tokens=max_tokens,
         )
         budget = model_batch_size * context_length
@@ -128,7 +129,7 @@ class LiveBatches:
             "window_rows": window_rows,
             "model_batch_size": model_batch_size,
             "context_length": context_length,
-            "drop_special_tokens": drop_special_tokens,
+            **row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)},
             "max_tokens": max_tokens,
             "layer": list(layers),
             "d_in": self.d_in,

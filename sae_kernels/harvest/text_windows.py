@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from sae_kernels.config.row_filter import RowFilter
     from sae_kernels.harvest.chunks import Chunk
 
 
@@ -54,12 +55,12 @@ class TextWindows:
         *,
         context_length: int,
         rows: int,
-        drop_special_tokens: bool,
+        row_filter: RowFilter,
         max_tokens: int | None,
     ) -> None:
         self._tokenizer, self._documents = tokenizer, documents
         self._length, self._rows = context_length, rows
-        self._drop, self._max_tokens = drop_special_tokens, max_tokens
+        self._row_filter, self._max_tokens = row_filter, max_tokens
         self.close()
 
     def close(self) -> None:
@@ -89,7 +90,7 @@ class TextWindows:
 
     def _open(self) -> None:
         self.close()
-        chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._drop)
+        chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._row_filter)
         self._source = windows(limit_rows(chunks, self._max_tokens), self._rows)
 
     def _advance(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sae_kernels.config.row_filter import KEEP_ALL
 from sae_kernels.harvest.chunks import by_length, check_options, cut_documents, limit_rows, windows
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def token_batches(
     pad = tokenizer.pad_token_id or 0
 
     def batches() -> Iterator[TokenBatch]:
-        chunks = cut_documents(tokenizer, documents, context_length, False)
+        chunks = cut_documents(tokenizer, documents, context_length, KEEP_ALL)
         whole = limit_rows(chunks, max_tokens)
         sequences = (chunk._replace(ids=chunk.ids[chunk.kept]) for chunk in whole)
         for window in windows(sequences, _WINDOW_BATCHES * budget):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sae_kernels.config.row_filter import KEEP_ALL
 from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import DataError, ModelError, NonFiniteError
 from sae_kernels.harvest import (
@@ -183,7 +184,7 @@ def test_max_tokens_is_exact_and_reads_no_further(
 def test_special_tokens_stay_when_asked(tmp_path: Path, bert: tuple[Any, Any]) -> None:
     documents = ["the cat sat", "zebra [UNK] dog"]
     options: dict[str, Any] = {"context_length": CONTEXT}
-    harvest(*bert, documents, LAYERS["bert"], tmp_path / "a", drop_special_tokens=False, **options)
+    harvest(*bert, documents, LAYERS["bert"], tmp_path / "a", row_filter=KEEP_ALL, **options)
     tokens = ShardDataset(tmp_path / "a").rows(0, 10).tokens
     assert tokens is not None
     assert tokens.tolist() == [1, 4, 5, 6, 2, 1, 3, 3, 13, 2]

@@ -16,6 +16,7 @@ import torch
 from causal import CONTEXT, LAYER, D, documents, gpt2, tokenizer
 from torch import Tensor, nn
 
+from sae_kernels.config.row_filter import RowFilter
 from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import ModelError, NonFiniteError
 from sae_kernels.harvest import LiveBatches, collect, harvest
@@ -83,7 +84,7 @@ def test_rows_are_shuffled_inside_their_window_and_anew_each_epoch(
     for a, b in itertools.combinations((stored, first, second, other), 2):
         assert not torch.equal(a, b)
         same(ordered(a), ordered(b))
-    chunks = cut_documents(tokenizer(), TEXT, CONTEXT, True)
+    chunks = cut_documents(tokenizer(), TEXT, CONTEXT, RowFilter())
     start = 0
     for window in windows((chunk for chunk in chunks if chunk.rows), WINDOW):
         stop = start + sum(chunk.rows for chunk in window)

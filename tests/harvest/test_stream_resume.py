@@ -11,6 +11,7 @@ import pytest
 import torch
 from causal import CONTEXT, LAYER, documents, gpt2, tokenizer
 
+from sae_kernels.config.row_filter import RowFilter
 from sae_kernels.harvest import LiveBatches
 from sae_kernels.testing import assert_bitwise
 
@@ -112,7 +113,10 @@ def test_the_end_is_kept_and_more_epochs_go_on() -> None:
         ({"layer": "h.0"}, r"layer was \['h.1'\] and is \['h.0'\]"),
         ({"dtype": torch.float64}, r"dtype was 'torch\.float32' and is 'torch\.float64'"),
         ({"autocast": torch.bfloat16}, "autocast was None and is 'torch.bfloat16'"),
-        ({"drop_special_tokens": False}, "drop_special_tokens was True and is False"),
+        (
+            {"row_filter": RowFilter(drop_special_tokens=False)},
+            "drop_special_tokens was True and is False",
+        ),
         ({"max_tokens": 500}, "max_tokens was None and is 500"),
         ({"text": ["a dog", *TEXT[1:]]}, "this one differs within its first"),
         ({"text": TEXT[:2]}, "this one differs within its first"),
