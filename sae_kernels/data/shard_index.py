@@ -80,7 +80,7 @@ class Index:
             dtype=DTYPES.get(dtype, torch.int8),
             columns=tuple(name for name in COLUMNS if name in columns),
             metadata=_field(path, record, "metadata", dict),
-            shards=tuple(_shard(path, entry) for entry in _field(path, record, "shards", list)),
+            shards=tuple(read_shard(path, entry) for entry in _field(path, record, "shards", list)),
         )
         count = _field(path, record, "count", int)
         held = sum(shard.count for shard in index.shards)
@@ -122,7 +122,12 @@ def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:
     return value
 
 
-def _shard(path: Path, entry: object) -> Shard:
+def read_shard(path: Path, entry: object) -> Shard:
+    """A shard from its JSON object in the file at ``path``.
+
+    Raises:
+        DataError: a field that is missing or wrong, or a name that leaves the folder.
+    """
     if not isinstance(entry, dict):
         raise DataError(f"{path}: expected a JSON object for each shard, got {entry!r:.80}")
     shard = Shard(

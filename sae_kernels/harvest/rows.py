@@ -31,6 +31,7 @@ class LayerRows:
         autocast: run the model in this dtype.
 
     Attributes:
+        layers: as given.
         widths: the width of each layer's output.
         d_in: D.
         device: the model's.
@@ -50,7 +51,7 @@ class LayerRows:
     ) -> None:
         if not layers:
             raise ValueError("layer: expected the dotted path of at least one module, got none")
-        self._model, self._layers = model, tuple(layers)
+        self._model, self.layers = model, tuple(layers)
         self._modules = [resolve_layer(model, layer) for layer in layers]
         self._budget, self._autocast = budget, autocast
         self._pad = tokenizer.pad_token_id or 0
@@ -90,7 +91,7 @@ class LayerRows:
             ),
         ):
             outputs = layer_outputs(self._model, self._modules, **inputs)
-            for layer, output in zip(self._layers, outputs, strict=True):
+            for layer, output in zip(self.layers, outputs, strict=True):
                 if output.ndim != 3 or output.shape[:2] != ids.shape:
                     raise ModelError(
                         f"{layer}: expected a layer that puts out "
