@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,7 @@ from sae_kernels.cli.files import Data
 from sae_kernels.training.run_config import Widths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from sae_kernels.cli.output import Progress
     from sae_kernels.config.data import DataConfig
@@ -80,14 +81,14 @@ def open_stored(config: DataConfig, verify: bool = False) -> RunData:
 def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData:
     """Loads a language model that computes the activations during training."""
     from sae_kernels import harvest
-    from sae_kernels.gpu import training_device
 
     assert config.model is not None
     documents = _documents(config)
-    show("load model", 0, 1)
-    model, tokenizer = harvest.load_model(config.model)
-    model.to(training_device(train.device))  # type: ignore[arg-type]
-    show("load model", 1, 1)
+    with loading(show):
+        device = None if config.device_map else train.device
+        model, tokenizer = harvest.load_model(
+            config.model, device=device, dtype=config.model_dtype, device_map=config.device_map
+        )
     layers = (*config.layer, *([config.target_layer] if config.target_layer else []))
     source = harvest.LiveBatches(
         model,
@@ -102,6 +103,14 @@ def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData
     widths = list(source.widths)
     target = widths.pop() if config.target_layer else None
     return RunData(source, None, Widths(widths, target))
+
+
+@contextmanager
+def loading(show: Progress) -> Iterator[None]:
+    """Shows that a model is being loaded in the block."""
+    show("load model", 0, 1)
+    yield
+    show("load model", 1, 1)
 
 
 def _documents(config: DataConfig) -> Iterable[str] | Callable[[], Iterable[str]]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae_kernels.cli.data import loading
 from sae_kernels.cli.files import Data
-from sae_kernels.cli.options import Debug, Json, Verify
+from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Verify, placed
 from sae_kernels.cli.output import Output
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Text file, .jsonl file (key text) or folder; may be repeated."),
     ] = None,
+    device: Device = None,
+    model_dtype: ModelDtype = None,
+    device_map: DeviceMap = None,
     model_batch_size: Annotated[int, typer.Option(help="Sequences per batch of the model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens per sequence of the model.")] = 128,
     max_tokens: Annotated[
@@ -78,8 +82,9 @@ def evaluate(
             "max_tokens": max_tokens,
         }
         with output.progress() as show:
-            loss = _in_model(loaded, model, layer, text, keep_first, options, show)
-        values |= {**loss.scalars(), "model": model, "layer": layer}
+            place = {"device": device, "dtype": model_dtype, "device_map": device_map}
+            loss, facts = _in_model(loaded, model, layer, text, keep_first, place, options, show)
+        values |= {**loss.scalars(), "model": model, "layer": layer, **facts}
         rows += _loss_rows(loss)
     output.record(values)
     output.table(rows)
@@ -109,15 +114,17 @@ def _in_model(
     layer: str,
     text: "Sequence[Path]",
     keep_first: bool,
+    place: dict[str, Any],
     options: dict[str, Any],
     show: "Progress",
-) -> "LanguageModelLoss":
+) -> "tuple[LanguageModelLoss, dict[str, str]]":
+    """The losses, and the model's dtype and device."""
     from sae_kernels import harvest as harvesting
 
     documents = harvesting.read_documents(text)
-    show("load model", 0, 1)
-    model, tokenizer = harvesting.load_causal_model(name)
-    show("load model", 1, 1)
+    with loading(show):
+        model, tokenizer = harvesting.load_causal_model(name, **placed(**place))
+    sae.to(harvesting.layer_device(model, layer))
     batches = list(harvesting.token_batches(model, tokenizer, documents, **options))
     done = 0
 
@@ -126,9 +133,11 @@ def _in_model(
         done += more
         show("language model", done, 2 * len(batches))
 
-    return harvesting.language_model_loss(
+    loss = harvesting.language_model_loss(
         model, batches, layer, sae, keep_first=keep_first, progress=progress
     )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return loss, {"model_dtype": dtype, "device": model.device.type}
 
 
 def _values(measured: "Evaluation") -> dict[str, Any]:

@@ -7,16 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
+from sae_kernels.cli.data import loading
 from sae_kernels.cli.files import check_free
-from sae_kernels.cli.options import Debug, Json, Overwrite
+from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Overwrite, placed
 from sae_kernels.cli.output import Output
+from sae_kernels.cli.start import stopped, terminable
 
 
 def harvest(
     model: Annotated[
         str, typer.Argument(help="Model: a folder, or a name on the Hugging Face hub.")
     ],
-    layer: Annotated[str, typer.Option(help="Dotted path of a module, as encoder.layer.4.")],
+    layer: Annotated[
+        list[str],
+        typer.Option(
+            help="Dotted path of a module, as encoder.layer.4; may be repeated, for a folder of "
+            "each layer in OUT."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the activations.")],
     text: Annotated[
         list[Path] | None,
@@ -44,27 +52,48 @@ def harvest(
     keep_special_tokens: Annotated[
         bool, typer.Option("--keep-special-tokens", help="Store special tokens such as [CLS] too.")
     ] = False,
+    on_nonfinite: Annotated[
+        str,
+        typer.Option(metavar="stop|skip", help="At a row that is NaN or infinite: stop, or skip."),
+    ] = "stop",
+    rows_per_shard: Annotated[int, typer.Option(help="Rows of a file.")] = 65536,
+    device: Device = None,
+    model_dtype: ModelDtype = None,
+    device_map: DeviceMap = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished harvest in the folder.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Store a layer's output for every token of some text."""
+    """Store the output of one or several layers for every token of some text."""
     from sae_kernels import harvest as harvesting
     from sae_kernels.config.row_filter import RowFilter
-    from sae_kernels.data.shard_index import DTYPES
+    from sae_kernels.data.shard_index import DTYPES, Index
+    from sae_kernels.harvest.progress import HarvestProgress, refuse_unfinished
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    check_free(out, overwrite)
+    if not resume:
+        if not overwrite:
+            refuse_unfinished(out)
+        check_free(out, overwrite)
     chosen = {"subset": subset, "split": split, "column": column, "revision": revision}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     documents = _documents(text, dataset, chosen)
     output = Output(as_json)
     start, done = time.perf_counter(), 0
-    with output.progress() as show:
-        show("load model", 0, 1)
-        loaded, tokenizer = harvesting.load_model(model)
-        show("load model", 1, 1)
+
+    def saved() -> str:
+        record = HarvestProgress.read(out)
+        return f"{record.stored:,} tokens stored" if record else "no file finished yet"
+
+    again = "the same command with --resume"
+    with stopped(again, saved), terminable(), output.progress() as show:
+        with loading(show):
+            place = placed(device, model_dtype, device_map)
+            loaded, tokenizer = harvesting.load_model(model, **place)
 
         def progress(rows: int) -> None:
             nonlocal done
@@ -75,21 +104,30 @@ def harvest(
             loaded,
             tokenizer,
             documents,
-            layer,
+            layer if len(layer) > 1 else layer[0],
             out,
             batch_size=batch_size,
             context_length=context_length,
             max_tokens=max_tokens,
             dtype=DTYPES[dtype],
             row_filter=RowFilter(drop_special_tokens=not keep_special_tokens),
+            on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
+            rows_per_shard=rows_per_shard,
             metadata={"dataset": {"name": dataset, **chosen}} if dataset else None,
+            resume=resume,
             overwrite=overwrite,
             progress=progress,
         )
     seconds = time.perf_counter() - start
-    made = {"folder": out, "n_tokens": n_tokens, "model": model, "layer": layer, "dtype": dtype}
-    output.record({**made, "seconds": seconds})
-    output.text(f"{n_tokens:,} tokens of {layer} in {out}, {seconds:.1f} seconds")
+    folders = [out / name for name in layer] if len(layer) > 1 else [out]
+    left_out = Index.read(folders[0]).metadata["nonfinite_rows"]
+    made = {"folder": out, "n_tokens": n_tokens, "nonfinite_rows": left_out, "model": model}
+    layers = layer if len(layer) > 1 else layer[0]
+    output.record({**made, "layer": layers, "dtype": dtype, "seconds": seconds})
+    what = f"{n_tokens:,} tokens of {', '.join(layer)} in {out}"
+    if left_out:
+        what += f", {left_out:,} left out that are not finite"
+    output.text(f"{what}, {seconds:.1f} seconds" if done else f"{what}, finished before")
 
 
 def _documents(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from sae_kernels.cli.progress import follow, summarise
 from sae_kernels.training.run_config import RunConfig, kind_of, train_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from sae_kernels.cli.data import RunData
@@ -76,16 +78,51 @@ def interruptible(again: str, *runs: Path) -> Iterator[None]:
     from sae_kernels.runs import checkpoint
     from sae_kernels.runs.folder import holds_run
 
+    def saved() -> str | None:
+        if not any(map(holds_run, runs)):
+            return None
+        steps = [step for run in runs for step in checkpoint.steps(run / checkpoint.CHECKPOINTS)]
+        return f"checkpoint of step {max(steps)} saved" if steps else "no checkpoint yet"
+
+    with stopped(again, saved):
+        yield
+
+
+@contextmanager
+def stopped(again: str, saved: Callable[[], str | None]) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM prints what is saved and the command ``again`` that goes on from it.
+
+    Args:
+        again: a command.
+        saved: what is saved by then; None prints nothing.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        if not any(map(holds_run, runs)):
+        where = saved()
+        if where is None:
             raise
-        saved = [step for run in runs for step in checkpoint.steps(run / checkpoint.CHECKPOINTS)]
-        where = f"checkpoint of step {max(saved)} saved" if saved else "no checkpoint yet"
         print(f"sae-kernels: stopped, {where}; go on with: {again}", file=sys.stderr)
         code = error.code if isinstance(error, SystemExit) else None
         raise typer.Exit(code if isinstance(code, int) else 130) from error
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block by SystemExit, as Ctrl-C does by KeyboardInterrupt."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # the caller's own handler stays
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def kind_of_data(tables: Tables) -> str:

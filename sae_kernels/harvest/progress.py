@@ -89,22 +89,28 @@ def begun(
             other settings.
     """
     settings = {"layers": list(layers), **settings}
+    if not resume and not overwrite:
+        refuse_unfinished(folder)
     found = None if overwrite else HarvestProgress.read(folder)
     if found is None:
         (folder / PROGRESS).unlink(missing_ok=True)
         return HarvestProgress(settings, shards=((),) * len(layers))
-    if not resume:
-        raise DataError(
-            f"{folder}: expected no unfinished harvest, it holds one of {found.stored} rows so "
-            "far; go on with it, resume=True (--resume), or replace it, overwrite=True "
-            "(--overwrite)"
-        )
     if differ := differences(found.settings, settings):
         raise DataError(
             f"{folder}: expected the settings that its unfinished harvest began with: {differ}; "
             "give those, or replace it, overwrite=True (--overwrite)"
         )
     return found
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises DataError if the folder holds an unfinished harvest."""
+    if (found := HarvestProgress.read(folder)) is not None:
+        raise DataError(
+            f"{folder}: expected no unfinished harvest, it holds one of {found.stored} rows so "
+            "far; go on with it, resume=True (--resume), or replace it, overwrite=True "
+            "(--overwrite)"
+        )
 
 
 def finished_rows(folders: Mapping[str, Path], settings: Mapping[str, Any]) -> int | None:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_kernels.errors import ModelError
 from sae_kernels.harvest.chunks import Chunk, by_length
-from sae_kernels.harvest.model import layer_outputs, resolve_layer
+from sae_kernels.harvest.model import input_device, layer_outputs, resolve_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class LayerRows:
     Rows of several layers are concatenated in the given order; D is the sum of their widths.
 
     Args:
-        model: put in evaluation mode; it stays on its device.
+        model: put in evaluation mode; it stays on its devices.
         tokenizer: for the padding id.
         layers: dotted paths of modules whose output, or its first element, is [batch, length, D].
         budget: tokens in a forward pass, padding included.
@@ -34,7 +34,7 @@ class LayerRows:
         layers: as given.
         widths: the width of each layer's output.
         d_in: D.
-        device: the model's.
+        device: the model's; of several, that of its embedding, where the rows come together.
 
     Raises:
         ModelError: an unknown layer, or one with another output.
@@ -55,7 +55,7 @@ class LayerRows:
         self._modules = [resolve_layer(model, layer) for layer in layers]
         self._budget, self._autocast = budget, autocast
         self._pad = tokenizer.pad_token_id or 0
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         # Running one token finds the widths, and errors before any work is done.
         probe = Chunk(0, torch.tensor([self._pad]), torch.tensor([True]), 1)
         self.widths = tuple(rows.shape[1] for rows in self._forward([probe]))

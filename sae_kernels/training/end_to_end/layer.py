@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels.errors import ModelError
-from sae_kernels.harvest.model import layer_output, resolve_layer
+from sae_kernels.harvest.model import input_device, layer_device, layer_output, resolve_layer
 from sae_kernels.harvest.splice import clean_logits, frozen, record
 from sae_kernels.harvest.tokens import TokenBatch
 from sae_kernels.training.end_to_end.loss import EndToEnd, downstream_outputs, require_model
@@ -33,7 +33,7 @@ def layer_width(model: nn.Module, layer: str, weights: EndToEnd | None = None) -
     """
     require_model(model)
     weights = weights or EndToEnd()
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     layers = (layer, *weights.downstream_layers)
     with frozen(model), torch.no_grad(), record(model, layers) as outputs:
         clean_logits(model, TokenBatch.of(token))
@@ -52,7 +52,7 @@ def prepare_end_to_end(
     *,
     keep_first: bool = False,
 ) -> SparseAutoencoder:
-    """Makes a fresh SAE for a layer of a model, on the model's device.
+    """Makes a fresh SAE for a layer of a model, on the layer's device.
 
     Its scale and b_dec are estimated on the layer's output for the first 16384 tokens, as
     :func:`~sae_kernels.training.train` does on stored activations.
@@ -77,7 +77,7 @@ def prepare_end_to_end(
             break
     if not sum(map(len, rows)):
         raise ValueError("expected text with at least one token to replace, got none")
-    device = next(model.parameters()).device
+    device = layer_device(model, layer)
     return fitted(torch.cat(rows)[:_SAMPLE], sae_config, config, device)
 
 
@@ -89,10 +89,10 @@ def _layer_rows(
 ) -> Iterator[Tensor]:
     """Yields a layer's output [n, D] at the tokens to replace, per batch."""
     module = resolve_layer(model, layer)
-    device = next(model.parameters()).device
+    device = input_device(model)
     for inputs in batches:
         batch = TokenBatch.of(inputs).to(device)
         mask = batch.attention_mask.long()
         with frozen(model), torch.no_grad():
             x = layer_output(model, module, input_ids=batch.input_ids, attention_mask=mask)
-        yield x[batch.replaced(keep_first)]
+        yield x[batch.replaced(keep_first).to(x.device)]
