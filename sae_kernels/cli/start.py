@@ -11,35 +11,39 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sae_kernels.cli.data import check_data, open_live, open_stored
+from sae_kernels.cli.data import check_data, opener
 from sae_kernels.cli.progress import follow, summarise
-from sae_kernels.training.run_config import RunConfig, kind_of, train_config
+from sae_kernels.training.run_config import RunConfig, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from sae_kernels.cli.data import RunData
-    from sae_kernels.cli.output import Output, Progress
+    from sae_kernels.cli.output import Output
+    from sae_kernels.config.data import DataConfig
     from sae_kernels.config.toml import Tables
 
 METRICS = ("loss", "fvu", "l0")
 
 
-def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[RunConfig, RunData]:
+def opened(tables: Tables, open_data: Callable[[DataConfig], RunData]) -> tuple[RunConfig, RunData]:
     """Opens a run's data and completes its settings by their widths."""
-    from sae_kernels.config.data import DataConfig
-
-    config = DataConfig(**tables.get("data", {}))
-    check_data(config, kind_of_data(tables))
-    if config.model:
-        data = open_live(config, train_config(tables), show)
-    else:
-        data = open_stored(config, verify)
+    config = data_config(tables)
+    data = open_data(config)
     whole = RunConfig.from_tables(tables, data.widths)
     if whole.sae.transcodes and data.widths.target is None:
         raise ValueError("--target: expected the activations that the transcoder reconstructs")
     return whole, data
+
+
+def data_config(tables: Tables) -> DataConfig:
+    """The settings of a run's data, which must fit its architecture."""
+    from sae_kernels.config.data import DataConfig
+
+    config = DataConfig(**tables.get("data", {}))
+    check_data(config, kind_of_data(tables))
+    return config
 
 
 def start(
@@ -56,12 +60,12 @@ def start(
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
     with interruptible(again, out), output.progress() as show:
-        config, data = opened(tables, show, verify=verify)
+        open_data = opener(data_config(tables), tables, show, verify=verify)
+        config, data = opened(tables, open_data)
         result = training.train(
             config.sae,
             data.source,
             config.train,
-            target=data.target,
             folder=out,
             output=config.output,
             data=config.data.to_dict(),

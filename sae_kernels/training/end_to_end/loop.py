@@ -82,7 +82,7 @@ def train_end_to_end(
     check_end_to_end(sae, objective, weights)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
-    location = RunLocation(folder, output or OutputConfig(), {}, resume, overwrite)
+    location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
     training = sae.training
     stream = TokenStream(batches, weights.keep_first)
     try:
