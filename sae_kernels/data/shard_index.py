@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INDEX = "index.json"
+PROGRESS = "progress.json"  # of an unfinished harvest
 FORMAT = "sae_kernels.activations"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,12 +101,19 @@ class Index:
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_symlink() and not path.exists():
-        raise DataError(
-            f"{path.parent} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
-            "finished, and write an interrupted one again"
-        )
+        raise DataError(f"{path.parent} is not a data set: it has no {INDEX}; {_hint(path.parent)}")
     regular_file_size(path)
     return read_json(path, "the index of a data set")
+
+
+def _hint(folder: Path) -> str:
+    """What to do about a folder without an index."""
+    if (folder / PROGRESS).exists():
+        return "its harvest is unfinished, go on with it by resume=True (--resume)"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
+    if inside:
+        return f"it holds data sets, name one of them: {', '.join(inside)[:200]}"
+    return "name a folder that a ShardWriter finished, and write an interrupted one again"
 
 
 def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:

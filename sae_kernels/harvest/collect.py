@@ -12,11 +12,12 @@ import torch
 
 from sae_kernels._version import __version__
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
+from sae_kernels.data.shard_index import PROGRESS
 from sae_kernels.data.shard_writer import ShardWriter, overflow_remedy
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.harvest.chunks import check_options
 from sae_kernels.harvest.cursor import weights_digest
-from sae_kernels.harvest.progress import PROGRESS, HarvestProgress, begun, finished_rows
+from sae_kernels.harvest.progress import HarvestProgress, begun, finished_rows
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.text_windows import TextWindows
 from sae_kernels.io.files import is_plain_name, remove_stale

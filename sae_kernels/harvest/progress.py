@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.data.shard_index import INDEX, Index, Shard, read_shard
+from sae_kernels.data.shard_index import INDEX, PROGRESS, Index, Shard, read_shard
 from sae_kernels.errors import DataError
 from sae_kernels.harvest.cursor import differences
 from sae_kernels.io.files import json_writer, publish, read_json
@@ -13,8 +13,6 @@ from sae_kernels.io.files import json_writer, publish, read_json
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,8 @@ def test_an_unfinished_harvest_is_not_replaced_unasked(
 ) -> None:
     until(tmp_path, 370)
     before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"its harvest is unfinished, .*--resume"):
+        ShardDataset(tmp_path)
     assert HarvestProgress.read(tmp_path).stored == 300  # type: ignore[union-attr]
     with pytest.raises(DataError, match=r"one of 300 rows so far; .*--resume.*--overwrite"):
         begin(tmp_path)
@@ -338,6 +340,8 @@ def test_several_layers_are_each_what_it_would_be_alone(tmp_path: Path) -> None:
     begin(tmp_path / "one", layer=LAYERS[:1], model=model)
     assert contents(tmp_path / "one" / "h.0") == contents(tmp_path / "h.0")
     assert computed == both  # the model ran as often for two layers as for one
+    with pytest.raises(DataError, match=r"it holds data sets, name one of them: h\.0, h\.1"):
+        ShardDataset(tmp_path / "all")
     joint = JointRows([ShardDataset(tmp_path / "all" / layer) for layer in LAYERS])
     assert joint.rows(0, n).activations.shape == (n, 32)
 
