@@ -150,7 +150,7 @@ def harvest(
                                 **(metadata or {}),
                                 **settings,
                             },
-                            overwrite=overwrite or start.stored > 0,
+                            overwrite=overwrite or (folder / PROGRESS).exists(),
                             finished=shards,
                         )
                     )
@@ -193,6 +193,7 @@ class _Harvest:
             )
         if at.seen:
             progress(at.seen)
+        begin = at
         held = torch.empty(at.settings["window_rows"], self._layer_rows.d_in, dtype=first.dtype)
         while window is not None:
             rows = self._layer_rows.fill(window, held, progress)
@@ -221,6 +222,8 @@ class _Harvest:
                 f"expected finite activations, none of the {at.seen} rows is finite in "
                 f"{first.dtype}; look for NaN in the model"
             )
+        if not (self._folder / PROGRESS).exists():
+            begin.write(self._folder)  # of several indexes some may be there and others not yet
         for writer in self._writers:
             writer.metadata["nonfinite_rows"] = at.nonfinite
         return at.seen - at.nonfinite

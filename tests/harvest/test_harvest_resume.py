@@ -200,6 +200,7 @@ def _damaged(folder: Path) -> dict[str, Any]:
         ({"model": gpt2().bfloat16()}, "model_dtype was 'float32' and is 'bfloat16'"),
         ({"model": gpt2(initializer_range=0.2)}, "weights was"),
         ({"text": ["a dog", *TEXT[1:]]}, "expected the text that its unfinished harvest read"),
+        ({"text": ["", *TEXT]}, "expected the text that its unfinished harvest read"),
         ({"text": TEXT[:3]}, "expected the text that its unfinished harvest read"),
         (_reversed_shard, r"shard_00001\.safetensors changed since written"),
         (_without_shard, r"shard_00001\.safetensors is missing"),
@@ -356,11 +357,30 @@ def test_several_layers_go_on_together(tmp_path: Path) -> None:
     (stopped / "h.1" / ".shard_00004.safetensors.partial-elsewhere-1").unlink()
     assert contents(stopped) == contents(tmp_path / "straight")
     assert begin(stopped, layer=LAYERS, resume=True) == n
-    (stopped / "h.0" / "index.json").unlink()  # as if it had ended between the two
+    (stopped / "h.0" / "index.json").unlink()  # nothing says whose the other one is
     with pytest.raises(DataError, match="holds a data set already"):
         begin(stopped, layer=LAYERS, resume=True)
     with pytest.raises(ValueError, match="expected layers that differ"):
         begin(tmp_path / "new", layer=["h.0", "h.0"])
+
+
+@pytest.mark.parametrize("rows", [100, 1000])
+def test_several_may_end_between_their_indexes(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path / "straight", layer=LAYERS, rows_per_shard=rows)
+    with monkeypatch.context() as patch:
+
+        def once(path: Path, write: Any) -> None:
+            publish(path, write)
+            raise Stop
+
+        patch.setattr("sae_kernels.data.shard_index.publish", once)
+        with pytest.raises(Stop):
+            begin(tmp_path / "stopped", layer=LAYERS, rows_per_shard=rows)
+    assert len(list(tmp_path.glob("stopped/*/index.json"))) == 1
+    begin(tmp_path / "stopped", layer=LAYERS, rows_per_shard=rows, resume=True)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 
 def test_what_one_layer_leaves_out_all_do(tmp_path: Path) -> None:
