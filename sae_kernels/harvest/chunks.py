@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from tokenizers import Encoding, Tokenizer
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from sae_kernels.config.row_filter import RowFilter
 
@@ -57,12 +57,9 @@ def cut_documents(
     first = 0
     dropped = dropped_ids(tokenizer, row_filter)
     while texts := list(islice(source, _DOCUMENTS)):
-        with _whole(tokenizer.backend_tokenizer):
-            encoded = _encode(tokenizer, texts, first)
-            before, after = _added(tokenizer, encoded.encodings or [])
+        all_ids, before, after = _encode(tokenizer, texts, first)
         room = length - len(before) - len(after)
-        for document, listed in enumerate(encoded.input_ids, first):
-            ids = torch.tensor(listed, dtype=torch.long)
+        for document, ids in enumerate(all_ids, first):
             for start in range(0, max(len(ids), 1), room):  # a document without tokens: one chunk
                 chunk = torch.cat([before, ids[start : start + room], after])
                 kept = ~torch.isin(chunk, dropped)
@@ -106,24 +103,31 @@ def _whole(backend: Tokenizer) -> Iterator[None]:
             backend.enable_padding(**padding)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], first: int) -> BatchEncoding:
-    """Encodes documents, numbered from ``first`` on, without adding special tokens."""
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], first: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The ids of documents, numbered from ``first`` on, and what goes before and after each."""
     for document, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise TypeError(f"document {document}: expected a string, got {type(text).__name__}")
-    try:
-        encoded: BatchEncoding = tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # longer than the model's longest context they may be
-        )
-    except TypeError:  # of the tokenizer's own, which does not say of what
-        for document, text in enumerate(texts, first):
-            _check_characters(text, document)
-        raise
-    return encoded
+    with _whole(tokenizer.backend_tokenizer):
+        try:
+            encoded = tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # longer than the model's longest context they may be
+            )
+        except TypeError:  # of the tokenizer's own, which does not say of what
+            for document, text in enumerate(texts, first):
+                _check_characters(text, document)
+            raise
+        return [_ids(each) for each in encoded["input_ids"]], *_added(tokenizer, encoded.encodings)
+
+
+def _ids(listed: list[int]) -> Tensor:
+    return torch.tensor(listed, dtype=torch.long)
 
 
 def _check_characters(text: str, document: int) -> None:
@@ -151,7 +155,7 @@ def _added(tokenizer: PreTrainedTokenizerBase, encodings: list[Encoding]) -> tup
             "expected a tokenizer that adds special tokens before and after the text, this one "
             f"makes {whole.tokens[:9]} of {sample.tokens[:9]}; mend its post-processor"
         )
-    return torch.tensor(whole.ids[:start]).long(), torch.tensor(whole.ids[end:]).long()
+    return _ids(whole.ids[:start]), _ids(whole.ids[end:])
 
 
 def limit_rows(chunks: Iterable[Chunk], max_tokens: int | None) -> Iterator[Chunk]:

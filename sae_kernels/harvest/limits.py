@@ -133,7 +133,7 @@ def _refuse_decoder(model: PreTrainedModel, layers: Sequence[str]) -> None:
 
     It needs tokens of its own; some models take those of the encoder, moved by one.
     """
-    if not (model.config.is_encoder_decoder and hasattr(model, "get_encoder")):
+    if not (model.config.is_encoder_decoder and hasattr(model, "get_decoder")):
         return
     encoder = model.get_encoder()
     refused = {*model.get_decoder().modules()} - {*encoder.modules()}

@@ -137,6 +137,9 @@ def test_relative_attention_has_no_limit_but_the_tokenizers(tmp_path: Path, stat
     model = transformers.T5EncoderModel(transformers.T5Config(**T5)).eval()
     fast = _words(model_max_length=stated)
     assert longest_context(model, fast) == (None if stated > 16 else 16)
+    xlnet = _model("XLNet", vocab_size=15, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    assert xlnet.config.max_position_embeddings == -1
+    assert longest_context(xlnet, fast) == longest_context(model, fast)
     if stated == 16:
         with pytest.raises(ModelError, match="from 1 to 16 for this model, got 100"):
             _take(tmp_path, model, "encoder.block.1", fast, context_length=100)
