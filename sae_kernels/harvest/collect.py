@@ -15,8 +15,8 @@ from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.shard_index import PROGRESS
 from sae_kernels.data.shard_writer import ShardWriter, overflow_remedy
 from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.harvest.chunks import check_options
 from sae_kernels.harvest.cursor import weights_digest
+from sae_kernels.harvest.limits import check_options
 from sae_kernels.harvest.progress import HarvestProgress, begun, finished_rows
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.text_windows import TextWindows
@@ -94,7 +94,8 @@ def harvest(
         The number of rows stored in the folder of each layer.
 
     Raises:
-        ModelError: an unknown layer, one with another output, or a tokenizer that is not fast.
+        ModelError: an unknown layer, one with another output, or whatever else the model or its
+            tokenizer cannot do (:mod:`sae_kernels.harvest.limits`).
         DataError: the folder is in use, holds a data set or an unfinished harvest already, or one
             of other settings or text; a finished shard of it has changed.
         NonFiniteError: a layer's output is not finite, or not in ``dtype``.
@@ -104,9 +105,9 @@ def harvest(
         raise TypeError("expected an iterable of documents, got one string; put it in a list")
     if on_nonfinite not in ("stop", "skip"):
         raise ValueError(f"on_nonfinite: expected stop or skip, got {on_nonfinite!r}")
-    check_options(model, tokenizer, batch_size, context_length, max_tokens)
+    check_options(model, tokenizer, batch_size, context_length, max_tokens, row_filter)
     layers = (layer,) if isinstance(layer, str) else tuple(layer)
-    layer_rows = LayerRows(model, tokenizer, layers, batch_size * context_length, autocast)
+    layer_rows = LayerRows(model, tokenizer, layers, batch_size, context_length, autocast)
     folder = Path(folder)
     folders = {layer: folder} if isinstance(layer, str) else _folders(folder, layers)
     settings = {

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_kernels.config.row_filter import KEEP_ALL
-from sae_kernels.harvest.chunks import by_length, check_options, cut_documents, limit_rows, windows
+from sae_kernels.harvest.chunks import by_length, cut_documents, limit_rows, windows
+from sae_kernels.harvest.limits import check_ids, check_options, padding_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -88,18 +89,21 @@ def token_batches(
         max_tokens: stop after this many tokens.
 
     Raises:
-        ModelError: a tokenizer that is not fast.
+        ModelError: a tokenizer that is not fast, a context longer than the model's; while
+            iterating, a token that the model has no embedding of.
         ValueError: an option out of range.
     """
-    check_options(model, tokenizer, batch_size, context_length, max_tokens)
+    check_options(model, tokenizer, batch_size, context_length, max_tokens, KEEP_ALL)
     budget = batch_size * context_length
-    pad = tokenizer.pad_token_id or 0
+    pad = padding_id(model, tokenizer)
 
     def batches() -> Iterator[TokenBatch]:
         chunks = cut_documents(tokenizer, documents, context_length, KEEP_ALL)
         whole = limit_rows(chunks, max_tokens)
         sequences = (chunk._replace(ids=chunk.ids[chunk.kept]) for chunk in whole)
         for window in windows(sequences, _WINDOW_BATCHES * budget):
+            for chunk in window:
+                check_ids(model, tokenizer, chunk)
             for numbers in by_length(window, budget):
                 yield _padded([window[i].ids for i in numbers], pad)
 

@@ -304,13 +304,4 @@ def _typed(config: type[SAEConfig], name: str, value: Any) -> Any:
     whole = said.kind is int and not said.optional
     if whole and isinstance(value, float) and value.is_integer():
         return int(value)
-    return _groups(value) if name == "groups" else value
-
-
-def _groups(value: Any) -> tuple[int, ...] | None:
-    if value is None or isinstance(value, (list, tuple)):
-        return value if value is None else tuple(value)
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"groups: expected sizes such as 512,512,1024, got {value!r}") from error
+    return said.typed(value)

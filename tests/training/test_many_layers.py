@@ -121,8 +121,8 @@ def test_the_model_runs_once_for_all() -> None:
     once = sum(computed)
     computed.clear()
     together(opened)
-    # Besides, one token tells the widths of each stream.
-    assert sum(computed) <= once + len(RUNS)
+    # Besides, one sequence tells the widths of each stream.
+    assert sum(computed) <= once + len(RUNS) * CONTEXT
 
 
 def test_stopped_they_go_on_together_and_alone(opened: Any, tmp_path: Path) -> None:
