@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.testing import assert_bitwise, assert_within
-from tests.nn.modules import CASES, SAEConfig, each, sae_of, scaled, x_of
+from tests.nn.modules import CASES, each, sae_of, scaled, x_of
 
 if TYPE_CHECKING:
     import contextlib
     from collections.abc import Callable, Iterator
 
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.nn.base import SAEOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")

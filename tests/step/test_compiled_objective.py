@@ -40,7 +40,7 @@ def loss_of(step: AutogradStep, prefixes: Prefixes | None, x: Tensor, target: Te
         k=getattr(sae.config, "k", 0),
         coefficient=schedule.coefficient(),
         p=schedule.p,
-        observe=schedule.observe,
+        observe=lambda codes: None,  # the schedule's is a list that grows: the step's, on the host
         dead_mask=step.dead.mask,
         prefixes=prefixes,
     )
@@ -62,7 +62,7 @@ def outcome(loss: Callable[..., Tensor], step: AutogradStep, *given: object) -> 
     """The loss, all gradients and all buffers, by name."""
     step.sae.zero_grad()
     result = loss(step, *given)
-    result.backward()  # type: ignore[no-untyped-call]
+    result.backward()
     named = step.sae.named_parameters()
     grads = {f"{n}.grad": torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
     return {"loss": result.detach()[None], **grads} | {
