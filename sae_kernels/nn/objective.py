@@ -60,7 +60,7 @@ class Prefixes(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Context:
-    """A batch, in the scale of training, with everything that an objective depends on.
+    """A batch or a micro-batch of it, in the scale of training, and all its objective depends on.
 
     Attributes:
         sae: the module in training.
@@ -72,6 +72,9 @@ class Context:
         coefficient: multiplies the sparsity penalty at this step.
         p: the exponent of the penalty "lp" at this step.
         observe: called with the codes that "lp" sums the powers of.
+        batch_tokens: tokens of the whole batch, of which these may be a micro-batch.
+        survey: of a micro-batch, what :meth:`~sae_kernels.nn.SparseAutoencoder.survey` found in
+            all of them; else None.
         dead_mask: returns bool [F], which latents are dead.
         prefixes: of a Matryoshka SAE, else None.
         skip_input: fp32 [B, input width], what a skip connection reads, else None.
@@ -89,6 +92,8 @@ class Context:
     p: float
     observe: Callable[[torch.Tensor], None]
     dead_mask: Callable[[], torch.Tensor]
+    batch_tokens: int
+    survey: Any = None
     prefixes: Prefixes | None = None
     skip_input: torch.Tensor | None = None
     leaves: dict[str, torch.Tensor] | None = None
@@ -97,7 +102,7 @@ class Context:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the batch, B."""
+        """Tokens in these rows, B."""
         return self.x.shape[0]
 
     @property
@@ -126,6 +131,22 @@ class Context:
         return value
 
 
+class SurveyContext(NamedTuple):
+    """What a survey of a batch in micro-batches depends on.
+
+    Attributes:
+        objective: the settings.
+        n_tokens: tokens of the whole batch.
+        k: latents that :meth:`~sae_kernels.nn.SparseAutoencoder.select` keeps per token.
+        W_enc: read instead of the parameter; or None.
+    """
+
+    objective: Any
+    n_tokens: int
+    k: float
+    W_enc: torch.Tensor | None = None
+
+
 def objective_of(
     preacts: SparseCodes, context: Context
 ) -> tuple[list[Reconstruction], torch.Tensor | None]:
@@ -136,13 +157,13 @@ def objective_of(
 
 
 def sparsity_penalty(codes: SparseCodes, context: Context) -> torch.Tensor:
-    """The configured penalty averaged over tokens, before its coefficient."""
+    """The configured penalty averaged over the batch's tokens, before its coefficient."""
     sae, objective = context.sae, context.objective
     values = codes.values
     if objective.sparsity_norm_weighted:
         weights = sae.latent_norms(context.norms)
         values = values * functional.gather_by_latent(weights, codes, backend=sae.backend)
-    return total(PENALTIES[objective.sparsity](values, context)) / context.n_tokens
+    return total(PENALTIES[objective.sparsity](values, context)) / context.batch_tokens
 
 
 def total(entries: torch.Tensor) -> torch.Tensor:
