@@ -78,8 +78,10 @@ class AutogradStep(StepBase):
             (own + result.aux_loss).backward()
             return own.detach(), result.aux_loss.detach(), result.squared_error, result.fired
 
-        parts = [differentiated(rows, y) for rows, y in batch]
-        sums = [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
+        sums: list[torch.Tensor] = []
+        for rows, y in batch:
+            parts = differentiated(rows, y)
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else list(parts)
         own, aux_loss, squared_error, fired = sums
         if auxk is not None:
             aux_loss = auxk.finish(aux_loss)
