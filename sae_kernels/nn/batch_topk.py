@@ -74,10 +74,12 @@ class KeyCut:
     Attributes:
         key: scalar; 0: all positive entries are kept.
         ties: entries equal to it that are still to be kept, the first ones of those to come.
+        found: entries of each micro-batch, among them all that are kept.
     """
 
     key: torch.Tensor
     ties: torch.Tensor | int
+    found: list[SparseCodes]
 
     def keep(self, keys: torch.Tensor) -> torch.Tensor:
         """Whether entries are kept, bool [N], from the keys of the next micro-batch; once each."""
@@ -91,6 +93,14 @@ def _keys(preacts: SparseCodes, scale: torch.Tensor | None) -> torch.Tensor:
     """What ranks the entries [N], without gradient."""
     values = preacts.values.detach()
     return values if scale is None else values * scale[preacts.indices.long()]
+
+
+def _where(codes: SparseCodes, kept: torch.Tensor) -> SparseCodes:
+    """Some of the entries of ragged codes."""
+    assert codes.offsets is not None
+    before = pad(kept.cumsum(0), (1, 0)).to(torch.int32)
+    codes = dataclasses.replace(codes, offsets=before[codes.offsets.long()])
+    return codes.with_values(codes.values[kept], codes.indices[kept])
 
 
 def _bounds(key: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -176,42 +186,42 @@ class BatchTopKSAE(SparseAutoencoder):
         return preacts
 
     def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> KeyCut:
-        """The batch's smallest kept key; encodes every token (twice if the last one misleads)."""
+        """The batch's smallest kept key; encodes every token."""
         count, scale = int(context.k * context.n_tokens), self.rank_scale()
-        if not count:
-            self.last_key.fill_(torch.nan)
-            return KeyCut(self.last_key.new_full((), torch.inf), 0)
-
-        def found(bound: float) -> torch.Tensor:
-            """The count largest keys of the batch above a bound."""
-            largest = self.b_enc.new_empty(0)
-            bounds = _bounds(self.last_key.new_tensor(bound), scale)
-            for x in micro_batches:
-                keys = _keys(self._above(x, context.W_enc, bounds), scale)
-                largest = torch.cat([largest, keys[~(keys <= bound * (1 + _SLACK))]])
-                if largest.numel() > count:
-                    largest = largest.topk(count, sorted=False).values
-            return largest
-
         guess = float(self.last_key)
         if not 0 < guess < torch.inf:  # no batch before: the first micro-batch alone
             first = self.select(next(iter(micro_batches)), W_enc=context.W_enc, k=context.k)
             guess = float(_keys(first, scale).min()) if first.values.numel() else 0.0
-        for bound in (0.9 * guess, guess / 2, guess / 4, 0.0):
-            largest = found(bound)
+        for bound in (0.9 * guess, guess / 2, guess / 4, 0.0) if count else (torch.inf,):
+            found, largest = [], self.b_enc.new_empty(0)
+            for x in micro_batches:
+                bounds = _bounds(self.last_key.new_tensor(bound), scale)
+                codes = self._above(x, context.W_enc, bounds)
+                keys = _keys(codes, scale)
+                largest = torch.cat([largest, keys[~(keys <= bound * (1 + _SLACK))]])
+                if largest.numel() > count:
+                    largest = largest.topk(count, sorted=False).values
+                # Only what can still be among the count largest: few more than are kept in the end.
+                full = largest.numel() == count > 0
+                found.append(_where(codes, ~(keys < largest.min())) if full else codes)
             if largest.numel() == count:
                 break
-        self.last_key.copy_(largest.min() if largest.numel() else torch.tensor(torch.nan))
+        cut = largest.min() if largest.numel() else self.last_key.new_full((), torch.nan)
+        self.last_key.copy_(cut)
         if largest.numel() < count:
-            return KeyCut(torch.zeros_like(self.last_key), 0)
-        return KeyCut(self.last_key.clone(), (largest == largest.min()).sum())
+            return KeyCut(torch.zeros_like(self.last_key), 0, found)
+        key = self.last_key.clone() if count else self.last_key.new_full((), torch.inf)
+        return KeyCut(key, (largest == cut).sum(), found)
 
     def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
         """The batch's int(k B) largest pre-activations, those that lie in these rows."""
         if context.survey is None:
             return super().select_in(context, W_enc)
-        cut, scale = context.survey, self.rank_scale()
-        preacts = self._above(context.x, W_enc, _bounds(cut.key * (1 - _SLACK), scale))
+        cut: KeyCut = context.survey
+        scale = self.rank_scale()
+        preacts = cut.found.pop(0)
+        if context.leaves is None:  # autograd is to see how they come from the weights
+            preacts = self._above(context.x, W_enc, _bounds(cut.key * (1 - _SLACK), scale))
         kept = cut.keep(_keys(preacts, scale))
         return preacts.with_values(torch.where(kept, preacts.values, 0))
 

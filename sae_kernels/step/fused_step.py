@@ -32,7 +32,8 @@ class FusedStep(StepBase):
     """Training step of a :class:`~sae_kernels.nn.SparseAutoencoder` by fused kernels, in place.
 
     Only the encoder product touches B F entries; everything after it touches the kept entries
-    alone. Gradients reach the optimizer as sparse terms, never as matrices.
+    alone. Gradients reach the optimizer as sparse terms, not as matrices; micro-batches are the
+    exception.
 
     Args:
         sae: the module; its fp32 parameters are the master weights. The kernels read compute copies

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from sae_kernels.config import OptimizerConfig
-from sae_kernels.nn import BatchTopKSAE, TopKSAE
+from sae_kernels.nn import BatchTopKConfig, BatchTopKSAE, TopKSAE
+from sae_kernels.nn import build as build_sae
 from sae_kernels.step import AutogradStep, FusedStep, adam
 from sae_kernels.step.base import Variance
 from sae_kernels.testing import assert_bitwise, assert_within
+from tests.settings import settings
 from tests.step.architectures import (
     ARCHITECTURES,
     DEAD_AFTER,
@@ -25,7 +27,7 @@ from tests.step.architectures import (
 )
 from tests.step.clear_batches import clear_batch
 from tests.step.dense_steps import assert_result, expected
-from tests.step.harness import ROUTES, counted, everything, state
+from tests.step.harness import ROUTES, counted, everything, state, stepping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,6 +162,18 @@ def test_batch_topk_with_fewer_positives_than_places(route: type[Step]) -> None:
         assert int(want.fired.sum()) < 3 * B
         assert_bitwise("fired", got.fired, want.fired)
         assert not got.skipped
+
+
+@each_route
+def test_a_share_of_k_too_small_for_one_entry_of_the_batch(route: type[Step]) -> None:
+    """int(k B) = 0 keeps nothing; with one token more the batch keeps one entry, wherever it is."""
+    config = BatchTopKConfig(5, 12, k=0.2)
+    for n, kept in ((4, 0), (5, 1)):
+        step = stepping(route, build_sae(config), settings(config, compute="float32"))
+        for _ in range(2):
+            result = step(torch.randn(n, 5).split(2), lr=LR)
+            assert int(result.fired.sum()) == kept
+            assert not result.skipped
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
