@@ -206,11 +206,9 @@ class BatchTopKSAE(SparseAutoencoder):
                 found.append(_where(codes, ~(keys < largest.min())) if full else codes)
             if largest.numel() == count:
                 break
-        cut = largest.min() if largest.numel() else self.last_key.new_full((), torch.nan)
-        self.last_key.copy_(cut)
-        if largest.numel() < count:
-            return KeyCut(torch.zeros_like(self.last_key), 0, found)
-        key = self.last_key.clone() if count else self.last_key.new_full((), torch.inf)
+        cut = pad(largest, (0, 1), value=torch.inf).amin()
+        _set_(self.last_key, cut)
+        key = self.last_key.clone() if largest.numel() == count else torch.zeros_like(self.last_key)
         return KeyCut(key, (largest == cut).sum(), found)
 
     def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
