@@ -72,14 +72,14 @@ class Context:
         coefficient: multiplies the sparsity penalty at this step.
         p: the exponent of the penalty "lp" at this step.
         observe: called with the codes that "lp" sums the powers of.
-        batch_tokens: tokens of the whole batch, of which these may be a micro-batch.
-        survey: of a micro-batch, what :meth:`~sae_kernels.nn.SparseAutoencoder.survey` found in
-            all of them; else None.
         dead_mask: returns bool [F], which latents are dead.
         prefixes: of a Matryoshka SAE, else None.
         skip_input: fp32 [B, input width], what a skip connection reads, else None.
         leaves: None where autograd reaches the weights. In FusedStep it reaches entries and
             per-latent vectors only; what is derived from the weights here becomes a leaf, by name.
+        total_tokens: of a micro-batch, the tokens of its whole batch; None: these are the batch.
+        survey: of a micro-batch, what :meth:`~sae_kernels.nn.SparseAutoencoder.survey` found in
+            all of them; else None.
     """
 
     sae: SparseAutoencoder
@@ -92,11 +92,11 @@ class Context:
     p: float
     observe: Callable[[torch.Tensor], None]
     dead_mask: Callable[[], torch.Tensor]
-    batch_tokens: int
-    survey: Any = None
     prefixes: Prefixes | None = None
     skip_input: torch.Tensor | None = None
     leaves: dict[str, torch.Tensor] | None = None
+    total_tokens: int | None = None
+    survey: Any = None
     # functools.cached_property has a lock before Python 3.12, at which a compiled graph breaks.
     _known: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False)
 
@@ -104,6 +104,11 @@ class Context:
     def n_tokens(self) -> int:
         """Tokens in these rows, B."""
         return self.x.shape[0]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the whole batch, over which losses are averaged."""
+        return self.n_tokens if self.total_tokens is None else self.total_tokens
 
     @property
     def norms(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.step.autograd_loss import AuxKOfMicroBatches, autograd_loss
-from sae_kernels.step.base import MicroBatches, StepBase, StepResult, loss_scale
+from sae_kernels.step.base import MicroBatches, StepBase, StepResult
 from sae_kernels.step.state import State, matched
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ class AutogradStep(StepBase):
         """One update from raw activations; see :meth:`FusedStep.__call__`."""
         sae = self.sae.train()
         batch = MicroBatches(x, target, self.checked)
-        scale, variance = loss_scale((y for _, y in batch), self.objective.loss)
+        scale, variance = batch.loss_scale(self.objective.loss)
         survey = self.survey(batch.inputs(sae.centred), k)
         auxk = None if len(batch) == 1 else AuxKOfMicroBatches(self)
         self.torch_adam.zero_grad(set_to_none=True)
 
         def differentiated(rows: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
             context = self.context(
-                sae.centred(rows), y, scale, k, batch_tokens=batch.n_tokens, survey=survey
+                sae.centred(rows), y, scale, k, total_tokens=batch.n_tokens, survey=survey
             )
             result = autograd_loss(self, context, rows, auxk=auxk)
             assert result.error is not None

@@ -12,7 +12,7 @@ from sae_kernels.nn.objective import Context, SurveyContext
 from sae_kernels.step.state import DeadLatents, SparsitySchedule, State, restore_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
@@ -63,6 +63,22 @@ class MicroBatches:
         for x, target in self._given:
             yield self._check(x, target)
 
+    def loss_scale(
+        self,
+        loss: str,
+        scratch_like: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of the squared error, and the summed squared distance from the mean.
+
+        Args:
+            loss: the setting.
+            scratch_like: memory to work in, as large as some targets; None: fresh.
+        """
+        variance = Variance()
+        for _, target in self:
+            variance.add(target, scratch_like(target))
+        return variance.loss_scale(loss)
+
     def inputs(self, centre: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """The encoder's inputs, to be iterated over any number of times."""
         return Inputs(self, centre)
@@ -106,6 +122,11 @@ class Variance:
             total = self.total + total + self.n_rows * share * away.square().sum()
             mean = self._mean + share * away
         self.n_rows, self._mean, self.total = self.n_rows + len(rows), mean, total
+
+    def loss_scale(self, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of the rows' squared errors in a loss by this name, and the variance."""
+        total = self.total
+        return (1 / total if loss == "fvu" else torch.ones_like(total) / self.n_rows), total
 
 
 class StepResult(NamedTuple):
@@ -260,7 +281,7 @@ class StepBase:
         scale: torch.Tensor,
         k: float | None = None,
         *,
-        batch_tokens: int | None = None,
+        total_tokens: int | None = None,
         survey: Any = None,
         skip_input: torch.Tensor | None = None,
         leaves: dict[str, torch.Tensor] | None = None,
@@ -278,7 +299,7 @@ class StepBase:
             p=schedule.p,
             observe=schedule.observe,
             dead_mask=self.dead.mask,
-            batch_tokens=len(x_centred) if batch_tokens is None else batch_tokens,
+            total_tokens=total_tokens,
             survey=survey,
             prefixes=sae.prefixes(self.objective, schedule.step, self.seed),
             skip_input=skip_input,
@@ -341,23 +362,11 @@ def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x if scale == 1 else x * scale
 
 
-def loss_scale(
-    micro_batches: Iterable[torch.Tensor],
-    loss: str,
-    scratch_like: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor of the squared error, and the batch's summed squared distance from its mean.
-
-    Args:
-        micro_batches: of the batch's targets, fp32 [b, width].
-        loss: the setting.
-        scratch_like: memory to work in, for one of them; None: fresh.
-    """
+def loss_scale(x: torch.Tensor, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor of the squared error, and the batch's summed squared distance from its mean."""
     variance = Variance()
-    for rows in micro_batches:
-        variance.add(rows, scratch_like(rows))
-    total = variance.total
-    return (1 / total if loss == "fvu" else torch.ones_like(total) / variance.n_rows), total
+    variance.add(x)
+    return variance.loss_scale(loss)
 
 
 def compute_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.decode import decode
 from sae_kernels.step.adam import FusedAdam, added
-from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance, loss_scale
+from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance
 from sae_kernels.step.dense_pass import dense_pass
 from sae_kernels.step.sparse_pass import PassResult, sparse_pass
 
@@ -110,7 +110,7 @@ class FusedStep(StepBase):
         """
         sae = self.sae.train()
         batch = MicroBatches(x, target, self.checked)
-        scale, variance = loss_scale((y for _, y in batch), self.objective.loss, self._scratch_like)
+        scale, variance = batch.loss_scale(self.objective.loss, self._scratch_like)
         W_enc, W_dec = self.adam.operand("W_enc"), self.adam.operand("W_dec")
         survey = self.survey(batch.inputs(self._encoder_input), k, W_enc)
         run = dense_pass if self.dense_next else sparse_pass
@@ -122,7 +122,7 @@ class FusedStep(StepBase):
                 y - rows @ sae.W_skip.T if sae.config.skip else y,
                 scale,
                 k,
-                batch_tokens=batch.n_tokens,
+                total_tokens=batch.n_tokens,
                 survey=survey,
                 skip_input=rows if sae.config.skip else None,
                 leaves={},

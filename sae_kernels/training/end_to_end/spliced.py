@@ -60,7 +60,7 @@ class SplicedSAE:
         check_fits(sae, x.shape[-1], self.layer)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * sae.config.activation_scale
         loss = step.objective.loss
-        scale, variance = loss_scale([x], loss)
+        scale, variance = loss_scale(x, loss)
         context = step.context(sae.centred(x), x, scale, self.k)
         weight = self.weights.reconstruction_coefficient
         result = autograd_loss(step, context, x, weight=weight)
