@@ -149,6 +149,7 @@ def _rows(measured: "Evaluation") -> list[tuple[str, str]]:
     return [
         ("tokens", f"{measured.n_tokens:,}"),
         ("FVU", f"{measured.fvu:.5f}"),
+        ("FVU, mean over rows", f"{measured.row_fvu:.5f}"),
         *([("FVU by layer", by_layer)] if by_layer else []),
         ("explained variance", f"{measured.explained_variance:.5f}"),
         ("L0", f"{measured.l0:.2f}"),

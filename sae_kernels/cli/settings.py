@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_kernels.config.base import declared
+from sae_kernels.config.base import NONE, declared
 from sae_kernels.config.toml import read_tables
 from sae_kernels.nn import presets
 from sae_kernels.training.run_config import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from sae_kernels.config.base import Declared
+    from sae_kernels.config.base import Declared, Settings
     from sae_kernels.config.toml import Tables
 
 _OWN = ("folders",)  # arguments, not flags
@@ -45,8 +45,11 @@ def arch_help(*data: str) -> str:
     return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"
 
 
-def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator that replaces a command's ``**flags`` by one flag per setting of these tables.
+def with_flags(*tables: str | type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that replaces a command's ``**flags`` by one flag per setting.
+
+    Args:
+        tables: tables of a run's TOML file, or single classes of settings.
 
     A flag that is not given is None. The command's own parameters come first.
     """
@@ -59,9 +62,9 @@ def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., No
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         flags = [
-            _flag(table, name)
+            _flag(setting_classes()[table] if isinstance(table, str) else [table], name)
             for table in tables
-            for name in setting_names(table)
+            for name in (setting_names(table) if isinstance(table, str) else declared(table))
             if name not in _OWN
         ]
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -96,8 +99,8 @@ def given(
     return merged(below, above)
 
 
-def _flag(table: str, setting: str) -> inspect.Parameter:
-    found = [cls for cls in setting_classes()[table] if setting in declared(cls)]
+def _flag(classes: list[type[Settings]], setting: str) -> inspect.Parameter:
+    found = [cls for cls in classes if setting in declared(cls)]
     # An architecture with further choices describes those of all.
     said = max((declared(cls)[setting] for cls in found), key=lambda each: len(each.choices))
     kind, metavar = _kind([declared(cls)[setting] for cls in found])
@@ -105,11 +108,23 @@ def _flag(table: str, setting: str) -> inspect.Parameter:
     words = said.words or setting
     words += "" if default in (None, ()) else f" [default: {default}]"
     # The default stands in the text, as the flag's own is None: not given.
-    option = typer.Option(help=words[0].upper() + words[1:], metavar=metavar)
-    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    about = {"help": words[0].upper() + words[1:], "metavar": metavar}
+    if said.optional and kind in (int, float) and default is not None:
+        about |= {"metavar": f"{kind.__name__.upper()}|{NONE}", "parser": functools.partial(_or_none, kind)}
+    annotation = Annotated[kind | None, typer.Option(**about)]  # type: ignore[valid-type]
     return inspect.Parameter(
         setting, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _or_none(kind: type[float], text: str) -> float | str:
+    """A number, or the word for none."""
+    if text == NONE:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number or {NONE}, got {text!r}") from None
 
 
 def _kind(said: list[Declared]) -> tuple[Any, str | None]:

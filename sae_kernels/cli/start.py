@@ -62,7 +62,7 @@ def start(
             target=data.target,
             folder=out,
             output=config.output,
-            data=config.data.to_dict(),
+            data=config.data.to_table(),
             resume=resume,
             overwrite=overwrite,
             on_step=follow(output, show, config.train.steps),

@@ -56,7 +56,7 @@ def sweep(
             target=data.target,
             folder=out,
             output=config.output,
-            data=config.data.to_dict(),
+            data=config.data.to_table(),
             resume=resume,
             overwrite=overwrite,
             on_step=_follow(output, show, configs),

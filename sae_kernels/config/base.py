@@ -12,11 +12,13 @@ import inspect
 import math
 import types
 import typing
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from sae_kernels.errors import name_hint
 
 _Settings = TypeVar("_Settings", bound="Settings")
+NONE = "none"  # in TOML and on the command line, None for a setting whose default is not None
 
 
 class Limit(NamedTuple):
@@ -86,6 +88,25 @@ class Declared(NamedTuple):
             return self.limits[0].words
         return _NUMBERS.get(self.kind) or f"a {self.kind.__name__}"
 
+    def typed(self, value: Any) -> Any:
+        """A tuple from what JSON, TOML or a flag have in its place; other values as they are.
+
+        These are a list, one element, or integers as "N,N,..."; "none" is None where that is
+        allowed and no name.
+        """
+        if value == NONE and self.optional and self.kind is not str and not self.choices:
+            return None
+        if typing.get_origin(self.kind) is not tuple:
+            return value
+        each = typing.get_args(self.kind)[0]
+        if isinstance(value, str) and each is int:
+            parts = value.split(",") if value.strip() else []
+            with suppress(ValueError):  # fits() refuses what is no list of integers
+                return tuple(int(part) for part in parts)
+        if isinstance(value, list):
+            return tuple(value)
+        return (value,) if type(value) is each else value
+
     def fits(self, value: Any) -> bool:
         """Whether a value is allowed; bools and infinities are no numbers."""
         if value is None:
@@ -99,10 +120,8 @@ class Declared(NamedTuple):
         if isinstance(self.kind, type) and issubclass(self.kind, Settings):
             return isinstance(value, self.kind)
         if typing.get_origin(self.kind) is tuple:
-            names = typing.get_args(self.kind)[0] is str
-            return isinstance(value, tuple) and (
-                not names or all(isinstance(each, str) for each in value)
-            )
+            each = typing.get_args(self.kind)[0]
+            return isinstance(value, tuple) and all(type(item) is each for item in value)
         numbers = (int,) if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, numbers) or not math.isfinite(value):
             return False
@@ -113,7 +132,7 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     str: "a name",
     tuple[str, ...]: "a list of names",
-    tuple[int, ...]: "a list of integers",
+    tuple[int, ...]: "a list of integers such as 512,512,1024",
 }
 _DECLARED: dict[Any, dict[str, Declared]] = {}  # annotations are read once a class, not a check
 _NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
@@ -135,11 +154,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, declaration in declared(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, list) and typing.get_origin(declaration.kind) is tuple:
-                value = tuple(value)  # JSON and TOML have lists; frozen settings are hashable
-            elif isinstance(value, str) and declaration.kind == tuple[str, ...]:
-                value = (value,)
+            value = declaration.typed(getattr(self, name))  # frozen settings are hashable
             object.__setattr__(self, name, value)
             self.expect(name, declaration.fits(value), declaration.expects())
 
@@ -151,6 +166,13 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The values by name, for JSON and TOML."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def to_table(self) -> dict[str, Any]:
+        """The values by name for TOML, which has no None: "none" where that is not the default."""
+        return {
+            name: NONE if value is None and getattr(type(self), name, None) is not None else value
+            for name, value in self.to_dict().items()
+        }
 
     @classmethod
     def from_dict(cls: type[_Settings], values: dict[str, Any]) -> _Settings:

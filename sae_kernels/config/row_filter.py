@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.base import NATURAL, POSITIVE, Settings, setting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +17,10 @@ class RowFilter(Settings):
 
     Attention sinks, BOS and the first token of a sequence often have a norm a hundred times that
     of other rows: in a sum of squared errors a thousandth of such rows outweighs all others.
+
+    By default special tokens are left out, and rows whose norm is more than 10 times the median.
+    Others keep all unless told: dictionary_learning (whose own example sets 10, and drops BOS) and
+    SAELens (exclude_special_tokens).
     """
 
     table = "data"
@@ -31,6 +39,24 @@ class RowFilter(Settings):
         "10); None keeps them",
         POSITIVE,
     )
+
+    @classmethod
+    def recorded(cls, facts: Mapping[str, Any]) -> RowFilter | None:
+        """The filter among recorded facts of activations; None if they do not tell.
+
+        Facts are the metadata of stored activations, or ``metadata["activations"]`` of an SAE. A
+        filter that they leave out part of is completed by what was not left out.
+
+        Raises:
+            ValueError: a value out of range.
+
+        Example:
+            >>> RowFilter.recorded({"drop_first": 1, "layer": "h.6"})
+            RowFilter(drop_special_tokens=False, drop_first=1, drop_tokens=(), max_norm_multiple=None)
+        """
+        names = [field.name for field in dataclasses.fields(RowFilter)]
+        known = {name: facts[name] for name in names if name in facts}
+        return RowFilter(**{**KEEP_ALL.to_dict(), **known}) if known else None
 
 
 DEFAULT_FILTER = RowFilter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,7 @@ class Stream(Batches, Protocol):
     batch_size: int
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first n rows [n, D], without advancing the stream."""
+        """About n rows [n, D] that stand for the stream, without advancing it."""
 
 
 Source = RowSource | torch.Tensor | Stream
@@ -83,8 +84,9 @@ class IterableStream:
     """A stream of the batches [B, D] of an iterable, which is restarted at its end if it can be.
 
     Args:
-        batches: a list, a ``torch.utils.data.DataLoader``, a generator. A generator is read once:
-            the batches of :meth:`sample` are kept until they are handed out.
+        batches: a list, a ``torch.utils.data.DataLoader``, a generator. A generator is read once,
+            and a DataLoader may come in another order each time: the batches of :meth:`sample` are
+            kept until they are handed out.
 
     Attributes:
         d_in: the width of the first batch.
@@ -111,7 +113,17 @@ class IterableStream:
         self._ahead.append(first)
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first n rows [n, D], or all if there are fewer, without advancing the stream."""
+        """About n rows [n, D], or all if there are fewer, without advancing the stream.
+
+        Of a list or another sequence, rows of all batches, or of n batches evenly spread over them.
+        Of other iterables the first n rows: what comes later is not at hand before training, so
+        their batches should not be sorted by source.
+        """
+        if isinstance(self._batches, Sequence):
+            count = min(len(self._batches), n)
+            parts = [self._checked(self._batches[len(self._batches) * i // count]) for i in range(count)]
+            shares = [n * (i + 1) // count - n * i // count for i in range(count)]
+            return torch.cat([_evenly(x, share) for x, share in zip(parts, shares, strict=True)])
         while sum(map(len, self._ahead)) < n:
             following = next(self._source, None)
             if following is None:
@@ -165,3 +177,9 @@ class IterableStream:
                 f"{batch.shape[1]}"
             )
         return batch
+
+
+def _evenly(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """n rows evenly spread over these, or all if there are fewer."""
+    n = min(n, len(rows))
+    return rows[[len(rows) * i // n for i in range(n)]]

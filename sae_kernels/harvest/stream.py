@@ -12,7 +12,9 @@ from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.chunks import check_options
 from sae_kernels.harvest.cursor import Cursor, checked_cursor, weights_digest
+from sae_kernels.harvest.norms import NormBound
 from sae_kernels.harvest.rows import LayerRows
+from sae_kernels.harvest.spread import some_rows, spread
 from sae_kernels.harvest.text_windows import TextWindows, reopenable
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sae_kernels.harvest.chunks import Chunk
+
+_AHEAD = 1 << 22  # rows that a sample is spread over: text is tokenized for it that far
 
 
 class LiveBatches:
@@ -31,6 +35,9 @@ class LiveBatches:
     resumed from a saved state yields what the first one would have, bit for bit on a CPU. Resuming
     tokenizes the earlier text again, but runs the model on the current window alone. Memory holds
     the model, one window, a batch of the model and a batch of the stream.
+
+    Rows of enormous norm are left out by ``row_filter.max_norm_multiple`` times the median norm of
+    the first window of text, a bound for each layer that the saved state has, too.
 
     An epoch is one pass over the text, without the last rows that do not fill a batch. Documents
     are read in the same order every time, so similar ones should not be adjacent:
@@ -52,15 +59,18 @@ class LiveBatches:
         context_length: tokens in a chunk, special tokens included.
         dtype: of the batches.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
-        row_filter: which rows are left out; by default those of special tokens.
+        row_filter: which rows are left out; by default those of special tokens, and those whose
+            norm is more than 10 times the median.
         epochs: passes over the text; None never ends.
-        max_tokens: rows in a pass, for endless text.
+        max_tokens: rows in a pass, for endless text; those of enormous norm count, although they
+            are left out.
         device: device of the window and the batches; default: the model's.
 
     Attributes:
         d_in: D, the width of a row.
         widths: the width of each layer.
         position: batches yielded so far.
+        left_out: rows left out so far because of their norm.
 
     Raises:
         ModelError: an unknown layer, one with another output, or a tokenizer that is not fast.
@@ -121,15 +131,17 @@ class LiveBatches:
         self.widths, self.d_in = self._layer_rows.widths, self._layer_rows.d_in
         self.dtype, self.batch_size = dtype, batch_size
         self.device = torch.device(device) if device is not None else self._layer_rows.device
-        self.seed, self.epochs, self.position = seed, epochs, 0
+        self.seed, self.epochs, self.position, self.left_out = seed, epochs, 0, 0
         self._window_rows = window_rows
+        self._filter = row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)}
+        self._norms = NormBound(row_filter.max_norm_multiple, self.widths)
         self._settings = {
             "seed": seed,
             "batch_size": batch_size,
             "window_rows": window_rows,
             "model_batch_size": model_batch_size,
             "context_length": context_length,
-            **row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)},
+            **self._filter,
             "max_tokens": max_tokens,
             "layer": list(layers),
             "d_in": self.d_in,
@@ -138,13 +150,20 @@ class LiveBatches:
             "weights": weights_digest(model),
         }
         self._cursor, self._digest = Cursor(), ""
+        self._counted: tuple[int, int] | None = None  # window whose rows left_out has
         self.close()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which rows are left out, as JSON values, for the metadata of an SAE trained on this."""
+        return {**self._filter, "max_norm": self._norms.recorded()}
 
     def close(self) -> None:
         """Frees the window and the text; the next batch would make them again."""
         self._text.close()
         self._buffer: Tensor | None = None
-        self._held: int | None = None  # number of the window in the buffer
+        # Number of the window in the buffer, and its rows that are kept.
+        self._held: tuple[int, Tensor] | None = None
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -175,10 +194,13 @@ class LiveBatches:
         return batch
 
     def sample(self, n: int) -> Tensor:
-        """The first n rows [n, D] of the stream, or all rows of an epoch if there are fewer.
+        """Rows [n, D] drawn at random from the whole text, or all there are; moves nothing.
 
-        The stream does not advance, but reads the start of the text again: call it before the first
-        batch.
+        The text is tokenized for it, but not more than 4,194,304 rows of it: a longer text is
+        sampled up to there. The model runs on chunks evenly spread over it, of at most 4 n rows, besides the
+        first window, which fixes the bound of the norms. Fewer rows come where some of the n are
+        left out because of their norm. The stream does not advance; call it before the first batch,
+        which finds the first window ready.
 
         Raises:
             NonFiniteError: the layer's output holds NaN or infinity.
@@ -186,14 +208,16 @@ class LiveBatches:
         """
         if n < 1:
             raise ValueError(f"expected n of at least 1, got {n}")
-        pieces: list[Tensor] = []
-        missing = n
-        while missing and (rows := self._take(Cursor(0, len(pieces)), missing)) is not None:
-            pieces.append(rows)
-            missing -= len(rows)
-        if not pieces:
+        self._fix_bounds()
+        ahead = self._text.chunks(_AHEAD)
+        chunks = some_rows(spread(ahead, lambda chunk: chunk.rows, 4 * n, self.seed), n, self.seed)
+        if not chunks:
             raise ValueError(self._too_few(0))
-        return torch.cat(pieces)
+        rows = torch.empty(
+            sum(chunk.rows for chunk in chunks), self.d_in, dtype=self.dtype, device=self.device
+        )
+        self._fill(chunks, rows, "sample")
+        return rows[self._norms.kept(rows)]
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and all settings that the order depends on, as JSON values."""
@@ -201,6 +225,8 @@ class LiveBatches:
             "position": self.position,
             **self._cursor._asdict(),
             "text": self._digest,
+            "max_norm": self._norms.recorded(),
+            "left_out": self.left_out,
             "settings": dict(self._settings),
         }
 
@@ -214,6 +240,7 @@ class LiveBatches:
                 which), or the state is not one of LiveBatches.
         """
         cursor, position = checked_cursor(state, self._settings)
+        bounds = self._norms.checked(state.get("max_norm"))
         if cursor.offset:
             window = self._text.window(cursor.window)
             rows = sum(chunk.rows for chunk in window or ())
@@ -223,35 +250,49 @@ class LiveBatches:
                     f"within its first {cursor.window + 1} windows; give the same documents in the "
                     "same order, and the same tokenizer"
                 )
+        self._norms.bounds = bounds or self._norms.bounds
         self._cursor, self._digest, self.position = cursor, state["text"], position
+        self.left_out = int(state["left_out"])
+        self._counted = cursor[:2] if cursor.offset else None
 
     def _take(self, cursor: Cursor, most: int) -> Tensor | None:
         """Up to `most` rows from a cursor on, within its window; None after the last window."""
+        self._fix_bounds()
         chunks = self._text.window(cursor.window)
         if chunks is None:
             return None
-        order = self._permutation(sum(chunk.rows for chunk in chunks), cursor)
-        taken = order[cursor.offset : cursor.offset + most]
-        if not len(taken):
-            return torch.empty(0, self.d_in, dtype=self.dtype, device=self.device)
-        return self._rows(cursor.window, chunks)[taken]
+        rows, kept = self._rows(cursor.window, chunks)
+        if self._counted is None or self._counted < cursor[:2]:
+            self._counted = cursor[:2]
+            self.left_out += sum(chunk.rows for chunk in chunks) - len(kept)
+        order = self._permutation(len(kept), cursor)
+        return rows[kept[order[cursor.offset : cursor.offset + most]]]
 
-    def _rows(self, number: int, chunks: list[Chunk]) -> Tensor:
-        """The buffer [window_rows, D] with the rows of a window, in the order of the text."""
+    def _fix_bounds(self) -> None:
+        """Runs the model on the first window if no window has fixed the bounds of the norms yet."""
+        if self._norms.waits and (chunks := self._text.window(0)) is not None:
+            self._rows(0, chunks)
+
+    def _rows(self, number: int, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
+        """The rows of a window, in the order of the text, and the numbers of those to be kept."""
         if self._buffer is None:
             shape = (self._window_rows, self.d_in)
             self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self._held != number:
+        if self._held is None or self._held[0] != number:
             self._held = None
-            rows = self._layer_rows.fill(chunks, self._buffer)
-            extremes = torch.stack(rows.aminmax())
-            if not extremes.isfinite().all():
-                raise NonFiniteError(
-                    f"window {number}: expected activations that are finite in {self.dtype}, got "
-                    f"extremes {extremes.tolist()}; look for NaN in the model or take a wider dtype"
-                )
-            self._held = number
-        return self._buffer
+            rows = self._fill(chunks, self._buffer, f"window {number}")
+            self._held = (number, self._norms.kept(rows).nonzero().flatten())
+        return self._buffer, self._held[1]
+
+    def _fill(self, chunks: list[Chunk], out: Tensor, what: str) -> Tensor:
+        rows = self._layer_rows.fill(chunks, out)
+        extremes = torch.stack(rows.aminmax())
+        if not extremes.isfinite().all():
+            raise NonFiniteError(
+                f"{what}: expected activations that are finite in {self.dtype}, got "
+                f"extremes {extremes.tolist()}; look for NaN in the model or take a wider dtype"
+            )
+        return rows
 
     def _permutation(self, n: int, cursor: Cursor) -> Tensor:
         key = cursor[:2]

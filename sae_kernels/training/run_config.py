@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 DEFAULT_ARCHITECTURE = "topk"
 LATENTS_PER_INPUT = 8
 NESTED_TABLES = ("objective", "optimizer")  # of a TrainConfig
-NONE = "none"  # in [objective], None for a number whose default is not None
 
 
 def setting_classes() -> dict[str, list[type[Settings]]]:
@@ -104,7 +103,7 @@ class RunConfig:
 
     def to_tables(self) -> Tables:
         """All settings as TOML tables."""
-        return run_tables(self.sae, self.train, self.data.to_dict(), self.output)
+        return run_tables(self.sae, self.train, self.data.to_table(), self.output)
 
     @classmethod
     def from_tables(cls, tables: Tables, widths: Widths | None = None) -> RunConfig:
@@ -139,9 +138,6 @@ def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> Trai
     kind = kind_of(tables)
     objective = {**kind.preset.objective, **tables.get("objective", {})}
     _check_known("objective", kind.sae.objective_class, objective, _name(tables))
-    for name, declaration in declared(kind.sae.objective_class).items():
-        if declaration.optional and objective.get(name) == NONE:
-            objective[name] = None
     optimizer = {**kind.preset.optimizer, **tables.get("optimizer", {})}
     return TrainConfig(
         **(tables.get("train", {}) if train is None else train),
@@ -158,21 +154,12 @@ def run_tables(
     return {
         "architecture": sae.architecture,
         "data": dict(data),
-        "sae": sae.to_dict(),
-        "objective": _with_none(objective),
-        "optimizer": train.optimizer.to_dict(),
-        "train": train.to_dict(),
-        "output": output.to_dict(),
+        "sae": sae.to_table(),
+        "objective": objective.to_table(),
+        "optimizer": train.optimizer.to_table(),
+        "train": train.to_table(),
+        "output": output.to_table(),
     }
-
-
-def _with_none(objective: ObjectiveConfig) -> dict[str, Any]:
-    """Plain values, with "none" for a None that is not the default, as TOML has no None."""
-    values = objective.to_dict()
-    for name, value in values.items():
-        if value is None and getattr(type(objective), name) is not None:
-            values[name] = NONE
-    return values
 
 
 def run_defaults(sae: SAEConfig) -> dict[str, Any]:
@@ -304,13 +291,4 @@ def _typed(config: type[SAEConfig], name: str, value: Any) -> Any:
     whole = said.kind is int and not said.optional
     if whole and isinstance(value, float) and value.is_integer():
         return int(value)
-    return _groups(value) if name == "groups" else value
-
-
-def _groups(value: Any) -> tuple[int, ...] | None:
-    if value is None or isinstance(value, (list, tuple)):
-        return value if value is None else tuple(value)
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"groups: expected sizes such as 512,512,1024, got {value!r}") from error
+    return said.typed(value)

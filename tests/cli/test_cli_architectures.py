@@ -145,7 +145,7 @@ def test_groups_from_a_flag_and_from_a_file(run, data, tmp_path):
         ),
         (
             ["--arch", "matryoshka", "--groups", "16;16"],
-            "groups: expected sizes such as 512,512,1024, got '16;16'",
+            "groups: expected a list of integers such as 512,512,1024, got '16;16'",
         ),
         (["--arch", "topk", "--k", 4.5], "k: expected a positive integer, got 4.5"),
         (["--arch", "skip_transcoder"], "--target: expected the activations that the transcoder"),
