@@ -9,9 +9,11 @@ import typer
 from sae_kernels.cli.files import Data
 from sae_kernels.cli.options import Debug, Json, Verify
 from sae_kernels.cli.output import Output
+from sae_kernels.cli.settings import with_flags, with_given
+from sae_kernels.config.row_filter import KEEP_ALL, RowFilter, activation_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sae_kernels.cli.output import Progress
     from sae_kernels.harvest.language_model import LanguageModelLoss
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from sae_kernels.training import Evaluation
 
 
+@with_flags(RowFilter)
 def evaluate(
     sae: Annotated[
         str, typer.Argument(help="A folder of a saved SAE of any format, or a hub name.")
@@ -48,13 +51,16 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens of text.")
     ] = None,
-    keep_first: Annotated[
-        bool, typer.Option("--keep-first", help="Do not replace the first token of each sequence.")
-    ] = False,
     as_json: Json = False,
     debug: Debug = False,
+    **flags: Any,
 ) -> None:
-    """Measure an SAE on activations, in its language model, or both."""
+    """Measure an SAE on activations, in its language model, or both.
+
+    In the model, activations that the SAE was not trained on are not replaced: --drop-first,
+    --drop-tokens, --drop-special-tokens and --max-norm-multiple are the SAE's own, if it has them
+    recorded, else all are replaced.
+    """
     _check(data, verify, {"--model": model, "--layer": layer, "--text": text})
     from sae_kernels import formats, training
 
@@ -78,9 +84,10 @@ def evaluate(
             "max_tokens": max_tokens,
         }
         with output.progress() as show:
-            loss = _in_model(loaded, model, layer, text, keep_first, options, show)
-        values |= {**loss.scalars(), "model": model, "layer": layer}
-        rows += _loss_rows(loss)
+            loss, kept = _in_model(loaded, model, layer, text, flags, options, show)
+        values |= {**loss.scalars(), "model": model, "layer": layer, "not_replaced": kept}
+        not_replaced = RowFilter.recorded(kept) or KEEP_ALL
+        rows += [*_loss_rows(loss), ("not replaced", not_replaced.describe(kept["max_norm"]))]
     output.record(values)
     output.table(rows)
 
@@ -108,17 +115,26 @@ def _in_model(
     name: str,
     layer: str,
     text: "Sequence[Path]",
-    keep_first: bool,
+    flags: "Mapping[str, Any]",
     options: dict[str, Any],
     show: "Progress",
-) -> "LanguageModelLoss":
+) -> "tuple[LanguageModelLoss, dict[str, Any]]":
+    """The loss, and which activations kept the model's own."""
     from sae_kernels import harvest as harvesting
+    from sae_kernels.harvest.language_model import norm_bound
+    from sae_kernels.harvest.norms import recorded_max_norm
 
+    recorded = RowFilter.recorded(activation_facts(sae.metadata)) or KEEP_ALL
+    row_filter = with_given(recorded, flags)
     documents = harvesting.read_documents(text)
     show("load model", 0, 1)
     model, tokenizer = harvesting.load_causal_model(name)
     show("load model", 1, 1)
+    options = {**options, "row_filter": row_filter}
     batches = list(harvesting.token_batches(model, tokenizer, documents, **options))
+    max_norm = recorded_max_norm(sae.metadata)
+    if flags["max_norm_multiple"] is not None:
+        max_norm = norm_bound(model, batches, layer, row_filter.max_norm_multiple)
     done = 0
 
     def progress(more: int) -> None:
@@ -126,9 +142,10 @@ def _in_model(
         done += more
         show("language model", done, 2 * len(batches))
 
-    return harvesting.language_model_loss(
-        model, batches, layer, sae, keep_first=keep_first, progress=progress
+    loss = harvesting.language_model_loss(
+        model, batches, layer, sae, max_norm=max_norm, progress=progress
     )
+    return loss, {**row_filter.to_dict(), "max_norm": max_norm}
 
 
 def _values(measured: "Evaluation") -> dict[str, Any]:

@@ -10,8 +10,11 @@ import typer
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite
 from sae_kernels.cli.output import Output
+from sae_kernels.cli.settings import with_flags, with_given
+from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 
 
+@with_flags(RowFilter)
 def harvest(
     model: Annotated[
         str, typer.Argument(help="Model: a folder, or a name on the Hugging Face hub.")
@@ -41,20 +44,19 @@ def harvest(
         str,
         typer.Option(metavar="float32|bfloat16|float16", help="Dtype of the stored activations."),
     ] = "float32",
-    keep_special_tokens: Annotated[
-        bool, typer.Option("--keep-special-tokens", help="Store special tokens such as [CLS] too.")
-    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
+    **flags: Any,
 ) -> None:
     """Store a layer's output for every token of some text."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels.config.row_filter import RowFilter
+    from sae_kernels.data import ShardDataset
     from sae_kernels.data.shard_index import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    row_filter = with_given(DEFAULT_FILTER, flags)
     check_free(out, overwrite)
     chosen = {"subset": subset, "split": split, "column": column, "revision": revision}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -81,15 +83,23 @@ def harvest(
             context_length=context_length,
             max_tokens=max_tokens,
             dtype=DTYPES[dtype],
-            row_filter=RowFilter(drop_special_tokens=not keep_special_tokens),
+            row_filter=row_filter,
             metadata={"dataset": {"name": dataset, **chosen}} if dataset else None,
             overwrite=overwrite,
             progress=progress,
         )
     seconds = time.perf_counter() - start
     made = {"folder": out, "n_tokens": n_tokens, "model": model, "layer": layer, "dtype": dtype}
-    output.record({**made, "seconds": seconds})
+    index = ShardDataset(out).metadata
+    norms = {name: index[name] for name in ("max_norm", "rows_above_max_norm")}
+    output.record({**made, **norms, "seconds": seconds})
     output.text(f"{n_tokens:,} tokens of {layer} in {out}, {seconds:.1f} seconds")
+    if above := norms["rows_above_max_norm"]:
+        output.text(
+            f"{above:,} more ({100 * above / (n_tokens + above):.2f} %) left out, as their norm is "
+            f"above {norms['max_norm']:.4g}, {row_filter.max_norm_multiple} times the median; "
+            "--max-norm-multiple none keeps them"
+        )
 
 
 def _documents(

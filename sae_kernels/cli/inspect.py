@@ -12,6 +12,9 @@ from sae_kernels.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sae_kernels.data import ShardDataset
+
+_BAR = 40  # columns of the histogram's longest bar
 _SHOWN = (
     "a run, a checkpoint, a folder of activations, a saved SAE of any format (docs/formats.md) or "
     "a .safetensors file"
@@ -31,11 +34,16 @@ def inspect(
     output = Output(as_json)
     output.record(values)
     tensors = values.pop("tensors", {})
+    bins = values.get("norms", {}).pop("histogram", [])
     output.table([(_plain(key), _plain(str(value))) for key, value in _rows(values)])
     if tensors:
         rows = [(n, str(t["shape"]), t["dtype"]) for n, t in tensors.items()]
         output.text("")
         output.table([("tensor", "shape", "dtype"), *(tuple(map(_plain, row)) for row in rows)])
+    if bins:
+        most = max(each["rows"] for each in bins)
+        output.text("")
+        output.table([("norm", "rows of the sample", ""), *(_bar(each, most) for each in bins)])
 
 
 def look(path: Path, verify: bool) -> dict[str, Any]:
@@ -62,6 +70,12 @@ def look(path: Path, verify: bool) -> dict[str, Any]:
     if path.is_file() and path.suffix == ".safetensors":
         return {"kind": "safetensors", "bytes": path.stat().st_size, **_header(path), **_no(verify)}
     raise DataError(f"{path}: expected {_SHOWN}, got none of these")
+
+
+def _bar(part: "Mapping[str, Any]", most: int) -> tuple[str, str, str]:
+    """A line of the histogram, in which even a single row shows."""
+    bar = "#" * -(-_BAR * part["rows"] // most)
+    return f"{part['from']:.4g} to {part['to']:.4g}", f"{part['rows']:,}", bar
 
 
 def _run(path: Path, verify: bool) -> dict[str, Any]:
@@ -128,7 +142,28 @@ def _activations(path: Path, verify: bool) -> dict[str, Any]:
         "dtype": str(data.dtype).removeprefix("torch."),
         "columns": list(data.columns),
         "metadata": data.metadata,
+        **({"norms": _norms(data)} if data.n_tokens else {}),
         **({"verified": f"{data.n_tokens} rows"} if verify else {}),
+    }
+
+
+def _norms(data: "ShardDataset") -> dict[str, Any]:
+    """The norms of a sample of rows from all shards, and how much of the variance few carry."""
+    from sae_kernels.data.sample import NormSummary, sample_rows
+
+    rows = sample_rows(data)
+    finite = rows[rows.isfinite().all(1)]
+    found = {"rows": len(rows), "nonfinite": len(rows) - len(finite)}
+    if not len(finite):
+        return found
+    summary = NormSummary.of(finite)
+    return {
+        **found,
+        "zero": summary.zeros,
+        **summary.quantiles,
+        "variance_of_largest_thousandth": summary.concentration.thousandth,
+        "rows_of_half_the_variance": summary.concentration.rows_of_half,
+        "histogram": [{"from": a, "to": b, "rows": n} for a, b, n in summary.bins],
     }
 
 

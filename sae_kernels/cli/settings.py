@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,12 +23,13 @@ from sae_kernels.training.run_config import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from sae_kernels.config.base import Declared, Settings
     from sae_kernels.config.toml import Tables
 
+_Settings = TypeVar("_Settings", bound="Settings")
 _OWN = ("folders",)  # arguments, not flags
 _DEFAULTS = {
     "d_in": "width of the activations",
@@ -45,7 +46,9 @@ def arch_help(*data: str) -> str:
     return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"
 
 
-def with_flags(*tables: str | type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(
+    *tables: str | type[Settings],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator that replaces a command's ``**flags`` by one flag per setting.
 
     Args:
@@ -99,6 +102,16 @@ def given(
     return merged(below, above)
 
 
+def with_given(settings: _Settings, flags: Mapping[str, Any]) -> _Settings:
+    """The settings with those that flags of :func:`with_flags` gave.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    names = [name for name in declared(type(settings)) if flags.get(name) is not None]
+    return dataclasses.replace(settings, **{name: flags[name] for name in names})
+
+
 def _flag(classes: list[type[Settings]], setting: str) -> inspect.Parameter:
     found = [cls for cls in classes if setting in declared(cls)]
     # An architecture with further choices describes those of all.
@@ -108,9 +121,10 @@ def _flag(classes: list[type[Settings]], setting: str) -> inspect.Parameter:
     words = said.words or setting
     words += "" if default in (None, ()) else f" [default: {default}]"
     # The default stands in the text, as the flag's own is None: not given.
-    about = {"help": words[0].upper() + words[1:], "metavar": metavar}
+    about: dict[str, Any] = {"help": words[0].upper() + words[1:], "metavar": metavar}
     if said.optional and kind in (int, float) and default is not None:
-        about |= {"metavar": f"{kind.__name__.upper()}|{NONE}", "parser": functools.partial(_or_none, kind)}
+        parser = functools.partial(_or_none, kind)
+        about |= {"metavar": f"{kind.__name__.upper()}|{NONE}", "parser": parser}
     annotation = Annotated[kind | None, typer.Option(**about)]  # type: ignore[valid-type]
     return inspect.Parameter(
         setting, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation

@@ -68,6 +68,8 @@ def start(
             on_step=follow(output, show, config.train.steps),
         )
     summarise(output, result, out, METRICS)
+    if left_out := getattr(data.source, "left_out", 0):
+        output.text(f"{left_out:,} rows left out, their norm above the bound of max_norm_multiple")
 
 
 @contextmanager

@@ -87,6 +87,12 @@ class DataConfig(RowFilter):
             got = "both" if self.text else "neither"
             raise ValueError(f"text: expected text or a dataset for the model, got {got}")
 
+    @property
+    def row_filter(self) -> RowFilter:
+        """The filter of a model's activations alone."""
+        names = (field.name for field in dataclasses.fields(RowFilter))
+        return RowFilter(**{name: getattr(self, name) for name in names})
+
     def to_dict(self) -> dict[str, Any]:
         """The values by name: only those of stored activations, or only those of a model.
 
@@ -98,5 +104,7 @@ class DataConfig(RowFilter):
             return {}
         values = super().to_dict()
         kept = [name for name in values if (name in _STORED) != bool(self.model)]
-        unset = [name for name in kept if values[name] is None and getattr(type(self), name) is None]
+        unset = [
+            name for name in kept if values[name] is None and getattr(type(self), name) is None
+        ]
         return {name: values[name] for name in kept if name not in unset}

@@ -51,13 +51,37 @@ class RowFilter(Settings):
             ValueError: a value out of range.
 
         Example:
-            >>> RowFilter.recorded({"drop_first": 1, "layer": "h.6"})
-            RowFilter(drop_special_tokens=False, drop_first=1, drop_tokens=(), max_norm_multiple=None)
+            >>> RowFilter.recorded({"drop_first": 1, "layer": "h.6"}).describe()
+            'the first token of each sequence'
         """
         names = [field.name for field in dataclasses.fields(RowFilter)]
         known = {name: facts[name] for name in names if name in facts}
         return RowFilter(**{**KEEP_ALL.to_dict(), **known}) if known else None
 
+    def describe(self, max_norm: float | None = None) -> str:
+        """What is left out, in words; ``max_norm`` is the bound that the multiple came to.
+
+        Example:
+            >>> RowFilter(drop_first=1).describe(max_norm=86.5)
+            'special tokens, the first token of each sequence, norms above 86.5'
+        """
+        first = "token" if self.drop_first == 1 else f"{self.drop_first} tokens"
+        norms = f"norms above {self.max_norm_multiple} times the median"
+        parts = (
+            (self.drop_special_tokens, "special tokens"),
+            (self.drop_first, f"the first {first} of each sequence"),
+            (self.drop_tokens, f"tokens {', '.join(map(str, self.drop_tokens))}"),
+            (self.max_norm_multiple and max_norm is None, norms),
+            (max_norm is not None, f"norms above {max_norm or 0:.4g}"),
+        )
+        return ", ".join(words for holds, words in parts if holds) or "nothing"
+
 
 DEFAULT_FILTER = RowFilter()
 KEEP_ALL = RowFilter(drop_special_tokens=False, max_norm_multiple=None)
+
+
+def activation_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What an SAE's metadata tell of the activations that it was trained on."""
+    facts = metadata.get("activations")
+    return facts if isinstance(facts, dict) else {}

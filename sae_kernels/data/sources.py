@@ -120,10 +120,11 @@ class IterableStream:
         their batches should not be sorted by source.
         """
         if isinstance(self._batches, Sequence):
-            count = min(len(self._batches), n)
-            parts = [self._checked(self._batches[len(self._batches) * i // count]) for i in range(count)]
-            shares = [n * (i + 1) // count - n * i // count for i in range(count)]
-            return torch.cat([_evenly(x, share) for x, share in zip(parts, shares, strict=True)])
+            some = _evenly(range(len(self._batches)), n)
+            shares = [n * (i + 1) // len(some) - n * i // len(some) for i in range(len(some))]
+            batches = (self._checked(self._batches[i]) for i in some)
+            rows = (x[_evenly(range(len(x)), m)] for x, m in zip(batches, shares, strict=True))
+            return torch.cat(list(rows))
         while sum(map(len, self._ahead)) < n:
             following = next(self._source, None)
             if following is None:
@@ -179,7 +180,7 @@ class IterableStream:
         return batch
 
 
-def _evenly(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """n rows evenly spread over these, or all if there are fewer."""
-    n = min(n, len(rows))
-    return rows[[len(rows) * i // n for i in range(n)]]
+def _evenly(items: range, n: int) -> list[int]:
+    """n of these numbers, evenly spread, or all if there are fewer."""
+    n = min(n, len(items))
+    return [items[len(items) * i // n] for i in range(n)]

@@ -76,6 +76,8 @@ def cut_documents(
         for document, ids, special in zip(*(encoded[name] for name in columns), strict=True):
             kept = ~(torch.tensor(special, dtype=torch.bool) & row_filter.drop_special_tokens)
             ids = torch.tensor(ids, dtype=torch.long)
+            kept[: row_filter.drop_first] = False
+            kept &= ~torch.isin(ids, torch.tensor(row_filter.drop_tokens, dtype=torch.long))
             yield Chunk(first + document, ids, kept, int(kept.sum()))
         first += len(texts)
 

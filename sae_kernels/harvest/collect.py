@@ -9,6 +9,7 @@ import torch
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.shard_writer import ShardWriter
 from sae_kernels.harvest.chunks import check_options, cut_documents, limit_rows, windows
+from sae_kernels.harvest.norms import NormBound
 from sae_kernels.harvest.rows import LayerRows
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def harvest(
     overwrite: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> int:
-    """Stores a layer's output for every token of the documents; returns the number of tokens.
+    """Stores a layer's output for every token of the documents; returns the number of rows.
 
     Documents longer than `context_length` are cut into chunks that the model sees one by one. Rows
     are stored in the order of the text, with their token and document number, so a row's context
@@ -54,10 +55,13 @@ def harvest(
         folder: written as `ShardWriter` does.
         batch_size: chunks of full length in a forward pass; more if they are shorter.
         context_length: tokens in a chunk, special tokens included.
-        max_tokens: stop after this many rows.
+        max_tokens: stop after this many rows; those of enormous norm count, although they are left
+            out.
         dtype: stored dtype.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
-        row_filter: which rows are left out; by default those of special tokens.
+        row_filter: which rows are left out; by default those of special tokens, and those whose
+            norm is more than 10 times the median norm of the first window, of 32768 rows or
+            ``rows_per_shard`` if those are fewer. Bound and count are in the index.
         rows_per_shard, overwrite: see `ShardWriter`.
         metadata: stored besides the model, layer and options.
         progress: called with the number of new rows, as `tqdm.update` expects.
@@ -83,7 +87,8 @@ def harvest(
     window_rows = max(min(_WINDOW_ROWS, rows_per_shard), context_length)
     chunks = cut_documents(tokenizer, documents, context_length, row_filter)
     held = torch.empty(window_rows, layer_rows.d_in, dtype=dtype)
-    total = 0
+    norms = NormBound(row_filter.max_norm_multiple, layer_rows.widths)
+    total = stored = 0
     options: dict[str, Any] = {"rows_per_shard": rows_per_shard, "overwrite": overwrite}
     with ShardWriter(folder, layer_rows.d_in, dtype=dtype, metadata=record, **options) as writer:
         for window in windows(limit_rows(chunks, max_tokens), window_rows):
@@ -91,8 +96,11 @@ def harvest(
             tokens = torch.cat([chunk.ids[chunk.kept] for chunk in window])
             numbers = torch.tensor([chunk.document for chunk in window])
             counts = torch.tensor([chunk.rows for chunk in window])
-            writer.write(rows, tokens, numbers.repeat_interleave(counts))
+            kept = norms.kept(rows)
+            writer.write(rows[kept], tokens[kept], numbers.repeat_interleave(counts)[kept])
             total += len(tokens)
+            stored += int(kept.sum())
         if not total:
             raise ValueError("expected documents with at least one token, got none")
-    return total
+        writer.metadata |= norms.index_facts(0, total - stored)
+    return stored

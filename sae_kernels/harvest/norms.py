@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sae_kernels.config.row_filter import activation_facts
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from sae_kernels.config.row_filter import RowFilter
 
 
 class NormBound:
@@ -70,23 +74,52 @@ class NormBound:
             return None
         return [bound if math.isfinite(bound) else None for bound in self.bounds]
 
-    def checked(self, recorded: object) -> tuple[float, ...] | None:
-        """Bounds as :meth:`recorded` gave them, to be set in place of those of the next rows.
+    def facts(self, row_filter: RowFilter) -> dict[str, Any]:
+        """Which rows are left out, as JSON values: the filter's settings and ``max_norm``."""
+        tokens = list(row_filter.drop_tokens)
+        return {**row_filter.to_dict(), "drop_tokens": tokens, "max_norm": self.recorded()}
 
-        Raises:
-            ValueError: neither None nor a positive number or None for each layer.
-        """
-        if recorded is None:
-            return None
-        given = recorded if isinstance(recorded, list) else []
-        bounds = [math.inf if bound is None else bound for bound in given]
-        fit = [type(bound) in (int, float) and bound > 0 for bound in bounds]
-        if len(bounds) != len(self._widths) or not all(fit):
-            raise ValueError(
-                "expected the state of a LiveBatches, with max_norm a positive number for each of "
-                f"{len(self._widths)} layers, got {recorded!r:.200}"
-            )
-        return tuple(bounds)
+    def index_facts(self, layer: int, above: int) -> dict[str, Any]:
+        """For the index of a layer's stored activations: its bound, and the rows above any."""
+        recorded = self.recorded()
+        return {"max_norm": recorded and recorded[layer], "rows_above_max_norm": above}
+
+
+def read_bounds(recorded: object, layers: int) -> tuple[float, ...] | None:
+    """Bounds as :meth:`NormBound.recorded` gave them; None where there are none.
+
+    Raises:
+        ValueError: neither None nor a positive number or None for each layer.
+    """
+    if recorded is None:
+        return None
+    given = recorded if isinstance(recorded, list) else []
+    bounds = [math.inf if bound is None else bound for bound in given]
+    fit = [type(bound) in (int, float) and bound > 0 for bound in bounds]
+    if len(bounds) != layers or not all(fit):
+        raise ValueError(
+            f"max_norm: expected a list of a positive number for each of {layers} layers, got "
+            f"{recorded!r:.200}"
+        )
+    return tuple(bounds)
+
+
+def recorded_max_norm(metadata: Mapping[str, Any]) -> float | None:
+    """The largest norm of the rows that an SAE of one layer was trained on; None without a bound.
+
+    Args:
+        metadata: of the SAE, whose entry "activations" has what :meth:`NormBound.facts` gave.
+
+    Raises:
+        ValueError: what is no list of bounds.
+
+    Example:
+        >>> recorded_max_norm({"activations": {"max_norm": [20.0]}})
+        20.0
+    """
+    recorded = activation_facts(metadata).get("max_norm")
+    bounds = read_bounds(recorded, len(recorded) if isinstance(recorded, list) else 1)
+    return None if bounds is None or len(bounds) > 1 or math.isinf(bounds[0]) else bounds[0]
 
 
 def _median(norms: Tensor) -> float:

@@ -43,7 +43,8 @@ def spread(items: Iterable[T], size: Callable[[T], int], budget: int, seed: int)
         total += size(item)
         while total > budget and len(taken) > 1:
             stretch *= 2
-            taken = [min(some) for _, some in groupby(taken, lambda each: each[1] // stretch)]
+            stretches = groupby(taken, lambda each, n=stretch: each[1] // n)  # type: ignore[misc]
+            taken = [min(some) for _, some in stretches]
             total = sum(size(item) for *_, item in taken)
     return [item for *_, item in taken]
 

@@ -12,7 +12,7 @@ from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.chunks import check_options
 from sae_kernels.harvest.cursor import Cursor, checked_cursor, weights_digest
-from sae_kernels.harvest.norms import NormBound
+from sae_kernels.harvest.norms import NormBound, read_bounds
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.spread import some_rows, spread
 from sae_kernels.harvest.text_windows import TextWindows, reopenable
@@ -133,7 +133,7 @@ class LiveBatches:
         self.device = torch.device(device) if device is not None else self._layer_rows.device
         self.seed, self.epochs, self.position, self.left_out = seed, epochs, 0, 0
         self._window_rows = window_rows
-        self._filter = row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)}
+        self._row_filter = row_filter
         self._norms = NormBound(row_filter.max_norm_multiple, self.widths)
         self._settings = {
             "seed": seed,
@@ -141,7 +141,7 @@ class LiveBatches:
             "window_rows": window_rows,
             "model_batch_size": model_batch_size,
             "context_length": context_length,
-            **self._filter,
+            **row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)},
             "max_tokens": max_tokens,
             "layer": list(layers),
             "d_in": self.d_in,
@@ -156,7 +156,7 @@ class LiveBatches:
     @property
     def facts(self) -> dict[str, Any]:
         """Which rows are left out, as JSON values, for the metadata of an SAE trained on this."""
-        return {**self._filter, "max_norm": self._norms.recorded()}
+        return self._norms.facts(self._row_filter)
 
     def close(self) -> None:
         """Frees the window and the text; the next batch would make them again."""
@@ -197,10 +197,10 @@ class LiveBatches:
         """Rows [n, D] drawn at random from the whole text, or all there are; moves nothing.
 
         The text is tokenized for it, but not more than 4,194,304 rows of it: a longer text is
-        sampled up to there. The model runs on chunks evenly spread over it, of at most 4 n rows, besides the
-        first window, which fixes the bound of the norms. Fewer rows come where some of the n are
-        left out because of their norm. The stream does not advance; call it before the first batch,
-        which finds the first window ready.
+        sampled up to there. The model runs on chunks evenly spread over it, of at most 4 n rows,
+        besides the first window, which fixes the bound of the norms. Fewer rows come where some of
+        the n are left out because of their norm. The stream does not advance; call it before the
+        first batch, which finds the first window ready.
 
         Raises:
             NonFiniteError: the layer's output holds NaN or infinity.
@@ -240,7 +240,7 @@ class LiveBatches:
                 which), or the state is not one of LiveBatches.
         """
         cursor, position = checked_cursor(state, self._settings)
-        bounds = self._norms.checked(state.get("max_norm"))
+        bounds = read_bounds(state.get("max_norm"), len(self.widths))
         if cursor.offset:
             window = self._text.window(cursor.window)
             rows = sum(chunk.rows for chunk in window or ())

@@ -89,7 +89,7 @@ class TextWindows:
         return self._window
 
     def chunks(self, most: int | None = None) -> Iterator[Chunk]:
-        """All chunks from the first on, of at most ``most`` rows; the windows stay where they are."""
+        """All chunks from the first on, of at most ``most`` rows, apart from the windows."""
         chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._row_filter)
         return limit_rows(limit_rows(chunks, self._max_tokens), most)
 

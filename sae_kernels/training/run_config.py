@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.config.base import Settings
-    from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.toml import Tables
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sae_kernels.config.row_filter import activation_facts
 from sae_kernels.data.sources import is_rows
 from sae_kernels.errors import DataError
 from sae_kernels.gpu import training_device
@@ -98,6 +99,7 @@ class TrainerFactory:
         self, source: RowSource | Stream, runs: Mapping[str, Planned], step: MakeStep = make_step
     ) -> None:
         self.runs, self._samples, self._make_step = runs, Samples(source), step
+        self._source = source
         self._rows = source if is_rows(source) else None
 
     def __call__(self, name: str, sae: SparseAutoencoder | None = None) -> ActivationTraining:
@@ -105,6 +107,8 @@ class TrainerFactory:
         plan = self.runs[name]
         if sae is None:
             sae = self._samples.prepared(plan.sae, plan.config)
+            if facts := getattr(self._source, "facts", {}):
+                sae.metadata["activations"] = {**activation_facts(sae.metadata), **facts}
         return ActivationTraining(self._make_step(sae, plan.config), plan.config, self._rows)
 
 

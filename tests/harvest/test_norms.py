@@ -6,17 +6,34 @@ import itertools
 import json
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from causal import CONTEXT, LAYER, WORDS, D, documents, gpt2, sinking, tokenizer
+from causal import (
+    CONTEXT,
+    LAYER,
+    VOCABULARY,
+    WORDS,
+    D,
+    Replaced,
+    documents,
+    gpt2,
+    sinking,
+    tokenizer,
+)
 from torch import Tensor
 
 from sae_kernels.config.row_filter import KEEP_ALL, RowFilter
-from sae_kernels.harvest import LiveBatches
+from sae_kernels.data import JointRows, ShardDataset
+from sae_kernels.harvest import LiveBatches, harvest, spliced_logits, token_batches
+from sae_kernels.harvest.language_model import norm_bound
 from sae_kernels.harvest.norms import NormBound
+from sae_kernels.harvest.splice import clean_logits, replaced_rows
 from sae_kernels.testing import assert_bitwise
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 
@@ -101,7 +118,9 @@ def test_a_stream_leaves_out_the_sinks() -> None:
     assert given == sorted(x[~over].tolist())
     assert batches.left_out == sinks
     # The batch size changes the batches, not the rows.
-    assert {tuple(row) for row in rows_of(live(row_filter=SINK, epochs=1))} <= set(map(tuple, given))
+    assert {tuple(row) for row in rows_of(live(row_filter=SINK, epochs=1))} <= set(
+        map(tuple, given)
+    )
 
 
 def _first_window(batches: LiveBatches) -> int:
@@ -113,9 +132,7 @@ def _first_window(batches: LiveBatches) -> int:
 def test_several_layers_stay_paired() -> None:
     joint = live(layer=["h.0", "h.2"], row_filter=SINK, epochs=1, batch_size=1)
     x = torch.cat(list(joint))
-    plain = torch.cat(
-        list(live(layer=["h.0", "h.2"], row_filter=KEEP_ALL, epochs=1, batch_size=1))
-    )
+    plain = torch.cat(list(live(layer=["h.0", "h.2"], row_filter=KEEP_ALL, epochs=1, batch_size=1)))
     low, high = joint.facts["max_norm"]
     over = (plain[:, :D].norm(dim=1) > low) | (plain[:, D:].norm(dim=1) > high)
     assert 0 < int(over.sum()) == joint.left_out
@@ -152,7 +169,7 @@ def test_a_damaged_bound_is_refused(damage: object) -> None:
     batches = live()
     next(batches)
     state = batches.state_dict() | {"max_norm": damage}
-    with pytest.raises(ValueError, match="expected the state of a LiveBatches, with max_norm"):
+    with pytest.raises(ValueError, match="max_norm: expected a list of a positive number for"):
         live().load_state_dict(state)
 
 
@@ -171,3 +188,101 @@ def test_a_sample_has_no_sinks_and_finds_the_streams_own_bound() -> None:
 def test_a_model_without_sinks_loses_nothing() -> None:
     assert WORDS[5] == "mat"
     assert rows_of(live(gpt2(), epochs=1)) == rows_of(live(gpt2(), epochs=1, row_filter=KEEP_ALL))
+
+
+def test_stored_rows_are_those_of_the_stream(tmp_path: Path) -> None:
+    """The first window of both is the whole text, so that they have one bound."""
+    options: dict[str, Any] = {"batch_size": 2, "context_length": CONTEXT}
+    n = harvest(sinking(), tokenizer(), TEXT, LAYER, tmp_path, **options)
+    data = ShardDataset(tmp_path)
+    batches = live(row_filter=SINK, window_rows=65536, epochs=1, batch_size=1)
+    rows = rows_of(batches)
+    assert sorted(data.rows(0, n).activations.tolist()) == rows
+    assert data.facts == batches.facts
+    assert data.metadata["max_norm"] == batches.facts["max_norm"][0]
+    assert data.metadata["rows_above_max_norm"] == batches.left_out > 0
+    tokens = data.rows(0, n).tokens
+    assert tokens is not None
+    assert VOCABULARY["mat"] not in tokens.tolist()
+
+
+def test_what_is_stored_does_not_depend_on_shards_or_batches(tmp_path: Path) -> None:
+    stored = []
+    for i, rows_per_shard in enumerate((40, 65536)):
+        options: dict[str, Any] = {"context_length": CONTEXT, "batch_size": 3 * i + 1}
+        folder = tmp_path / str(i)
+        n = harvest(
+            sinking(), tokenizer(), TEXT, LAYER, folder, rows_per_shard=rows_per_shard, **options
+        )
+        tokens = ShardDataset(folder).rows(0, n).tokens
+        assert tokens is not None
+        stored.append(tokens)
+    same(*stored)
+
+
+def test_facts_of_layers_side_by_side(tmp_path: Path) -> None:
+    folders = {}
+    for layer in ("h.0", "h.1"):
+        folders[layer] = tmp_path / layer
+        harvest(gpt2(), tokenizer(), TEXT, layer, folders[layer], context_length=CONTEXT)
+    a, b = (ShardDataset(folder) for folder in folders.values())
+    assert JointRows([a, b]).facts == {
+        **RowFilter().to_dict(),
+        "drop_tokens": [],
+        "max_norm": [a.metadata["max_norm"], b.metadata["max_norm"]],
+    }
+    assert JointRows([a, torch.zeros(a.n_tokens, 2)]).facts == {}
+    other = tmp_path / "other"
+    harvest(gpt2(), tokenizer(), TEXT, "h.0", other, context_length=CONTEXT, row_filter=KEEP_ALL)
+    assert ShardDataset(other).facts["max_norm"] is None
+    assert JointRows([a, ShardDataset(other)]).facts == {}
+
+
+def test_a_splice_keeps_what_is_above_the_bound() -> None:
+    """By hand: the reconstruction where the norm is small, the model's own elsewhere."""
+    model = sinking()
+    batches = list(token_batches(model, tokenizer(), TEXT, context_length=CONTEXT, batch_size=4))
+    bound = norm_bound(model, batches, LAYER, 10.0)
+    assert bound is not None
+    seen: list[Tensor] = []
+
+    def bent(x: Tensor) -> Tensor:
+        seen.append(x)
+        return 0.5 * x.sin()
+
+    def by_hand(x: Tensor) -> Tensor:
+        return torch.where(x.norm(dim=-1, keepdim=True) > bound, x, 0.5 * x.sin())
+
+    other = sinking()
+    other.transformer.h[1] = Replaced(other.transformer.h[1], by_hand)
+    for batch in batches:
+        with torch.no_grad():
+            got = spliced_logits(model, batch, LAYER, bent, max_norm=bound)
+            want = clean_logits(other, batch)
+        mask = batch.attention_mask
+        torch.testing.assert_close(got[mask], want[mask])
+    assert float(torch.cat(seen).norm(dim=1).max()) <= bound
+    assert norm_bound(model, batches, LAYER, None) is None
+
+
+def test_the_tokens_that_are_replaced_are_those_that_are_stored() -> None:
+    row_filter = RowFilter(drop_first=2, drop_tokens=(VOCABULARY["cat"],), max_norm_multiple=None)
+    model = gpt2()
+    options: dict[str, Any] = {"context_length": CONTEXT}
+    batches = list(
+        token_batches(model, tokenizer(), TEXT, row_filter=row_filter, batch_size=2, **options)
+    )
+    replaced = torch.cat(list(replaced_rows(model, batches, LAYER)))
+    stored = torch.cat(list(live(model, row_filter=row_filter, epochs=1, batch_size=1)))
+    assert len(replaced) == len(stored) > 100
+    assert float(torch.cdist(replaced, stored).min(1).values.max()) < 1e-2
+    whole = list(token_batches(model, tokenizer(), TEXT, batch_size=2, **options))
+    for a, b in zip(batches, whole, strict=True):
+        same(a.input_ids, b.input_ids)
+        same(a.attention_mask, b.attention_mask)
+        same(b.replaced, b.attention_mask)
+        cats = a.input_ids == VOCABULARY["cat"]
+        same(a.replaced, b.keeping_first(2).replaced & ~cats)
+    # The limit counts the tokens that the model reads.
+    some = token_batches(model, tokenizer(), TEXT, row_filter=row_filter, max_tokens=37, **options)
+    assert sum(int(batch.attention_mask.sum()) for batch in some) == 37

@@ -166,9 +166,9 @@ def test_a_list_is_gone_through_again_and_an_iterator_is_not() -> None:
     assert line["tokens"] == 8 + 12 + 8 + 12 + 8
     with pytest.raises(ValueError, match="each of the 5 steps, got 0"):
         train_end_to_end(gpt2(), [], LAYER, sae, config)
-    keep_first = EndToEnd(keep_first=True)
+    kept = TokenBatch.of(_ids(5, 1)).keeping_first()
     with pytest.raises(ValueError, match="each of the 5 steps, got 0"):
-        train_end_to_end(gpt2(), [_ids(5, 1)], LAYER, sae, config, keep_first)
+        train_end_to_end(gpt2(), [kept], LAYER, sae, config)
 
 
 def test_a_loss_that_is_not_finite_stops_or_is_skipped() -> None:
@@ -213,12 +213,12 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
 def test_a_fresh_sae_fits_the_layer(keep_first: bool) -> None:
     ids = _ids(4, 6)
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]
-    batches = [TokenBatch(ids[:2], mask[:2]), TokenBatch(ids[2:], mask[2:])]
+    batches = [TokenBatch(ids[i : i + 2], mask[i : i + 2], mask[i : i + 2]) for i in (0, 2)]
+    if keep_first:
+        batches = [batch.keeping_first() for batch in batches]
     model = gpt2()
     config = settings(TopKConfig, compute="float32")
-    sae = prepare_end_to_end(
-        model, batches, LAYER, TopKConfig(D, F, K), config, keep_first=keep_first
-    )
+    sae = prepare_end_to_end(model, batches, LAYER, TopKConfig(D, F, K), config)
     # Attention goes one way, so what pads a sequence does not reach its tokens.
     states = model.transformer(ids, output_hidden_states=True).hidden_states[1].detach()
     kept = mask & (torch.arange(6) > 0) if keep_first else mask
