@@ -194,13 +194,13 @@ class LiveBatches:
         return batch
 
     def sample(self, n: int) -> Tensor:
-        """Rows [n, D] drawn at random from the whole text, or all there are; moves nothing.
+        """About n rows drawn at random from the whole text, or all there are; moves nothing.
 
         The text is tokenized for it, but not more than 4,194,304 rows of it: a longer text is
-        sampled up to there. The model runs on chunks evenly spread over it, of at most 4 n rows,
-        besides the first window, which fixes the bound of the norms. Fewer rows come where some of
-        the n are left out because of their norm. The stream does not advance; call it before the
-        first batch, which finds the first window ready.
+        sampled up to there. The model runs on chunks evenly spread over it, of at most 2 n rows,
+        besides the first window, which fixes the bound of the norms. No more than n of their rows
+        come, less those left out because of their norm. The stream does not advance; call it before
+        the first batch, which finds the first window ready.
 
         Raises:
             NonFiniteError: the layer's output holds NaN or infinity.
@@ -210,7 +210,7 @@ class LiveBatches:
             raise ValueError(f"expected n of at least 1, got {n}")
         self._fix_bounds()
         ahead = self._text.chunks(_AHEAD)
-        chunks = some_rows(spread(ahead, lambda chunk: chunk.rows, 4 * n, self.seed), n, self.seed)
+        chunks = some_rows(spread(ahead, lambda chunk: chunk.rows, 2 * n, self.seed), n, self.seed)
         if not chunks:
             raise ValueError(self._too_few(0))
         rows = torch.empty(
