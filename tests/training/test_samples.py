@@ -10,10 +10,11 @@ import torch
 
 import sae_kernels as sk
 from sae_kernels.config import TrainConfig
-from sae_kernels.config.row_filter import RowFilter
+from sae_kernels.config.row_filter import KEEP_ALL, RowFilter
 from sae_kernels.data import JointRows, ShardDataset, ShardWriter
 from sae_kernels.nn import TopKConfig
 from sae_kernels.training import prepare
+from tests.harvest.causal import sinking, tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +75,21 @@ def test_a_warning_if_few_rows_carry_most(
     """16 of 2048 rows have 100 times the norm: nearly half of them carry half of the variance."""
     with pytest.warns(UserWarning, match=r"of 2,048 sampled rows \(0\.\d\d %\) carry half of the "):
         sk.train(TopKConfig(D, F, 4), source(_rows(every=128), tmp_path), **SETTINGS)
+
+
+def test_a_warning_if_few_rows_of_a_model_carry_most() -> None:
+    pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
+    from sae_kernels.harvest import LiveBatches
+
+    text = ["the cat sat on a dog and ran far away from one " * 10, "mat"] * 20
+    for row_filter, warns in ((KEEP_ALL, True), (RowFilter(), False)):
+        batches = LiveBatches(
+            sinking(), tokenizer(), text, "h.1", 32, context_length=10, row_filter=row_filter
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sk.train(TopKConfig(batches.d_in, F, 4), batches, **SETTINGS)
+        assert [each.category for each in caught] == [UserWarning] * warns
 
 
 def test_the_warning_says_what_helps_and_comes_once() -> None:
