@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_kernels.errors import ModelError
+from sae_kernels.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
     from sae_kernels.config.row_filter import RowFilter
 
@@ -36,50 +39,123 @@ class Chunk(NamedTuple):
     rows: int
 
 
-def check_options(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    context_length: int,
-    max_tokens: int | None,
-) -> None:
-    """Raises ModelError for a slow tokenizer and ValueError for options out of range."""
-    if not tokenizer.is_fast:
-        raise ModelError(f"expected a fast tokenizer, got {type(tokenizer).__name__}")
-    least = tokenizer.num_special_tokens_to_add() + 1
-    most = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if not least <= context_length <= most:
-        raise ValueError(
-            f"expected context_length from {least} to {most} for this model, got {context_length}"
-        )
-    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-        raise ValueError(
-            f"expected batch_size and max_tokens of at least 1, got {batch_size} and {max_tokens}"
-        )
-
-
 def cut_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, row_filter: RowFilter
 ) -> Iterator[Chunk]:
-    """Tokenizes documents in order into chunks of ``length``; the filter says which are kept."""
+    """Tokenizes documents in order into chunks of ``length``; the filter says which are kept.
+
+    A document is encoded whole, without truncation, and its ids are cut here: the chunks without
+    the added special tokens, joined, are the document's ids in their order, whatever truncation and
+    padding the tokenizer is set to. Its settings stay as they are.
+
+    Raises:
+        TypeError: a document that is not a string.
+        DataError: a document with half a surrogate pair, which is no character.
+        ModelError: a tokenizer that adds tokens inside the text, not before and after it.
+    """
     source = iter(documents)
     first = 0
+    dropped = dropped_ids(tokenizer, row_filter)
     while texts := list(islice(source, _DOCUMENTS)):
-        encoded = tokenizer(
-            texts,
-            truncation=True,
-            max_length=length,
-            return_overflowing_tokens=True,
-            return_special_tokens_mask=True,
-        )
-        columns = ("overflow_to_sample_mapping", "input_ids", "special_tokens_mask")
-        for document, ids, special in zip(*(encoded[name] for name in columns), strict=True):
-            kept = ~(torch.tensor(special, dtype=torch.bool) & row_filter.drop_special_tokens)
-            ids = torch.tensor(ids, dtype=torch.long)
-            kept[: row_filter.drop_first] = False
-            kept &= ~torch.isin(ids, torch.tensor(row_filter.drop_tokens, dtype=torch.long))
-            yield Chunk(first + document, ids, kept, int(kept.sum()))
+        all_ids, before, after = _encode(tokenizer, texts, first)
+        room = length - len(before) - len(after)
+        for document, ids in enumerate(all_ids, first):
+            for start in range(0, max(len(ids), 1), room):  # a document without tokens: one chunk
+                chunk = torch.cat([before, ids[start : start + room], after])
+                kept = ~torch.isin(chunk, dropped)
+                kept[: row_filter.drop_first] = False
+                if row_filter.drop_special_tokens:
+                    kept[: len(before)] = kept[len(chunk) - len(after) :] = False
+                yield Chunk(document, chunk, kept, int(kept.sum()))
         first += len(texts)
+
+
+def dropped_ids(tokenizer: PreTrainedTokenizerBase, row_filter: RowFilter) -> Tensor:
+    """The ids [n] of the tokens that are left out wherever they stand in a text.
+
+    An unknown word is text: its token counts as special only if it is another one as well, as in
+    GPT-2, where it is the end of a text too.
+    """
+    dropped = set(row_filter.drop_tokens)
+    if row_filter.drop_special_tokens:
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        unknown = named.pop("unk_token", None)
+        special = {*tokenizer.all_special_tokens}
+        special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special -= {unknown} - {*named.values()}
+        ids = map(tokenizer.backend_tokenizer.token_to_id, special)
+        dropped.update(token for token in ids if token is not None)
+    return torch.tensor(sorted(dropped), dtype=torch.long)
+
+
+@contextmanager
+def _whole(backend: Tokenizer) -> Iterator[None]:
+    """Texts are neither truncated nor padded in the block, whatever the tokenizer is set to."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], first: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The ids of documents, numbered from ``first`` on, and what goes before and after each."""
+    for document, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise TypeError(f"document {document}: expected a string, got {type(text).__name__}")
+    with _whole(tokenizer.backend_tokenizer):
+        try:
+            encoded = tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # longer than the model's longest context they may be
+            )
+        except TypeError:  # of the tokenizer's own, which does not say of what
+            for document, text in enumerate(texts, first):
+                _check_characters(text, document)
+            raise
+        return [_ids(each) for each in encoded["input_ids"]], *_added(tokenizer, encoded.encodings)
+
+
+def _ids(listed: list[int]) -> Tensor:
+    return torch.tensor(listed, dtype=torch.long)
+
+
+def _check_characters(text: str, document: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"document {document}: expected characters, got half a surrogate pair "
+            f"({text[error.start]!a} at character {error.start}); mend it or leave it out"
+        ) from None
+
+
+def _added(tokenizer: PreTrainedTokenizerBase, encodings: list[Encoding]) -> tuple[Tensor, Tensor]:
+    """The ids of the special tokens that the tokenizer adds before and after a text.
+
+    They are read off the shortest document with a token. For those without any, all are before.
+    """
+    sample = min(encodings, key=lambda encoding: len(encoding) or math.inf)
+    whole = tokenizer.backend_tokenizer.post_process(sample)
+    special = whole.special_tokens_mask
+    start = special.index(0) if 0 in special else len(special)
+    end = start + len(sample)
+    if whole.ids[start:end] != sample.ids or not all(special[end:]):
+        raise ModelError(
+            "expected a tokenizer that adds special tokens before and after the text, this one "
+            f"makes {whole.tokens[:9]} of {sample.tokens[:9]}; mend its post-processor"
+        )
+    return _ids(whole.ids[:start]), _ids(whole.ids[end:])
 
 
 def limit_rows(chunks: Iterable[Chunk], max_tokens: int | None) -> Iterator[Chunk]:

@@ -8,7 +8,8 @@ import torch
 
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.shard_writer import ShardWriter
-from sae_kernels.harvest.chunks import check_options, cut_documents, limit_rows, windows
+from sae_kernels.harvest.chunks import cut_documents, limit_rows, windows
+from sae_kernels.harvest.limits import check_options
 from sae_kernels.harvest.norms import NormBound
 from sae_kernels.harvest.rows import LayerRows
 
@@ -67,15 +68,16 @@ def harvest(
         progress: called with the number of new rows, as `tqdm.update` expects.
 
     Raises:
-        ModelError: an unknown layer, one with another output, or a tokenizer that is not fast.
+        ModelError: an unknown layer, one with another output, or whatever else the model or its
+            tokenizer cannot do (:mod:`sae_kernels.harvest.limits`).
         DataError: the folder holds a data set already.
         NonFiniteError: the layer's output holds NaN or infinity.
         ValueError, TypeError: an option out of range, documents that are not strings or empty.
     """
     if isinstance(documents, str):
         raise TypeError("expected an iterable of documents, got one string; put it in a list")
-    check_options(model, tokenizer, batch_size, context_length, max_tokens)
-    layer_rows = LayerRows(model, tokenizer, [layer], batch_size * context_length, autocast)
+    check_options(model, tokenizer, batch_size, context_length, max_tokens, row_filter)
+    layer_rows = LayerRows(model, tokenizer, [layer], batch_size, context_length, autocast)
     record = {
         "model": str(getattr(model.config, "_name_or_path", "")),
         "layer": layer,

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sae_kernels.errors import ModelError
 from sae_kernels.harvest.chunks import Chunk, by_length
+from sae_kernels.harvest.limits import check_ids, padding_id, probe
 from sae_kernels.harvest.model import layer_outputs, resolve_layer
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class LayerRows:
         model: put in evaluation mode; it stays on its device.
         tokenizer: for the padding id.
         layers: dotted paths of modules whose output, or its first element, is [batch, length, D].
-        budget: tokens in a forward pass, padding included.
+        batch_size: chunks of full length in a forward pass.
+        context_length: tokens in a chunk of full length.
         autocast: run the model in this dtype.
 
     Attributes:
@@ -36,7 +38,7 @@ class LayerRows:
         device: the model's.
 
     Raises:
-        ModelError: an unknown layer, or one with another output.
+        ModelError: an unknown layer, one with another output, or what the model cannot run.
         ValueError: no layers.
     """
 
@@ -45,25 +47,28 @@ class LayerRows:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         layers: Sequence[str],
-        budget: int,
+        batch_size: int,
+        context_length: int,
         autocast: torch.dtype | None,
     ) -> None:
         if not layers:
             raise ValueError("layer: expected the dotted path of at least one module, got none")
-        self._model, self._layers = model, tuple(layers)
+        self._model, self._tokenizer, self._layers = model, tokenizer, tuple(layers)
         self._modules = [resolve_layer(model, layer) for layer in layers]
-        self._budget, self._autocast = budget, autocast
-        self._pad = tokenizer.pad_token_id or 0
+        self._budget, self._autocast = batch_size * context_length, autocast
+        self._pad = padding_id(model, tokenizer)
         self.device = next(model.parameters()).device
-        # Running one token finds the widths, and errors before any work is done.
-        probe = Chunk(0, torch.tensor([self._pad]), torch.tensor([True]), 1)
-        self.widths = tuple(rows.shape[1] for rows in self._forward([probe]))
+        # One sequence of full length finds the widths, and errors before any work is done.
+        outputs = probe(self._one_sequence, model, layers, context_length)
+        self.widths = tuple(rows.shape[1] for rows in outputs)
         self.d_in = sum(self.widths)
 
     def fill(
         self, window: list[Chunk], out: Tensor, progress: Callable[[int], object] | None = None
     ) -> Tensor:
         """Writes a window's rows [n, D] in the order of the text to the start of ``out``."""
+        for chunk in window:
+            check_ids(self._model, self._tokenizer, chunk)
         counts = [chunk.rows for chunk in window]
         places = torch.arange(sum(counts), device=out.device).split(counts)
         for batch in by_length(window, self._budget):
@@ -72,6 +77,11 @@ class LayerRows:
             if progress is not None:
                 progress(len(rows))
         return out[: sum(counts)]
+
+    def _one_sequence(self, length: int) -> list[Tensor]:
+        """The rows of a sequence of one token, not the padding's, which may have no position."""
+        ids = torch.full((length,), int(self._pad == 0))
+        return self._forward([Chunk(0, ids, torch.ones(length, dtype=torch.bool), length)])
 
     def _forward(self, batch: list[Chunk]) -> list[Tensor]:
         """The rows [n, width] of each layer for a batch of chunks, concatenated."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
-from sae_kernels.harvest.chunks import check_options
 from sae_kernels.harvest.cursor import Cursor, checked_cursor, weights_digest
+from sae_kernels.harvest.limits import check_options
 from sae_kernels.harvest.norms import NormBound, read_bounds
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.spread import some_rows, spread
@@ -73,7 +73,8 @@ class LiveBatches:
         left_out: rows left out so far because of their norm.
 
     Raises:
-        ModelError: an unknown layer, one with another output, or a tokenizer that is not fast.
+        ModelError: an unknown layer, one with another output, or whatever else the model or its
+            tokenizer cannot do (:mod:`sae_kernels.harvest.limits`).
         NonFiniteError: while iterating, if the layer's output holds NaN or infinity.
         TypeError: documents that can be iterated only once.
         ValueError: an option out of range; while iterating, a text without tokens or with fewer
@@ -107,7 +108,7 @@ class LiveBatches:
         max_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        check_options(model, tokenizer, model_batch_size, context_length, max_tokens)
+        check_options(model, tokenizer, model_batch_size, context_length, max_tokens, row_filter)
         for name, given, least in (
             ("batch_size", batch_size, 1),
             ("epochs", 1 if epochs is None else epochs, 1),
@@ -126,8 +127,9 @@ class LiveBatches:
             row_filter=row_filter,
             max_tokens=max_tokens,
         )
-        budget = model_batch_size * context_length
-        self._layer_rows = LayerRows(model, tokenizer, layers, budget, autocast)
+        self._layer_rows = LayerRows(
+            model, tokenizer, layers, model_batch_size, context_length, autocast
+        )
         self.widths, self.d_in = self._layer_rows.widths, self._layer_rows.d_in
         self.dtype, self.batch_size = dtype, batch_size
         self.device = torch.device(device) if device is not None else self._layer_rows.device

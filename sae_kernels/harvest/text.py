@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
+import io
 import json
 import os
 import sysconfig
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from sae_kernels.errors import DataError
 
@@ -29,6 +31,15 @@ _SKIPPED = {
     "turtledemo",
 }
 _SUFFIXES = (".txt", ".jsonl")
+# By byte order mark. That of UTF-32 starts as that of UTF-16 does.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_DOS_END = "\x1a"  # ^Z
 _MIN_CHARACTERS = 200
 
 
@@ -81,50 +92,109 @@ def _definitions(node: ast.AST) -> Iterator[_Documented]:
 
 
 def read_documents(paths: Iterable[str | Path]) -> Iterator[str]:
-    """Reads documents from UTF-8 text files, one file in memory at a time.
+    """Reads documents from text files, one file in memory at a time.
 
     A .jsonl file holds one document per line, under the key "text"; any other file is one document.
-    A folder stands for its .txt and .jsonl files, at any depth, sorted by name. Blank
-    documents are left out.
+    A folder stands for its .txt and .jsonl files, at any depth, sorted by name; links to folders in
+    it are not followed. Blank documents are left out.
+
+    Text is UTF-8, or what a byte order mark says: UTF-8, UTF-16 or UTF-32 of either order. The
+    mark and a last ^Z, the end of a DOS file, are no text. Lines end with LF, CRLF or CR, all of
+    which a document has as LF; no other character ends one, such as NEL or U+2028.
 
     Raises:
         DataError: at once for a missing path or a folder without such files; while iterating for
-            text that is not UTF-8 or a line that is not such a JSON object.
+            bytes that are no such text, or a line that is not such a JSON object.
     """
     files: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not path.exists():
             raise DataError(f"{path} does not exist; name a text file or a folder of them")
-        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES) if path.is_dir() else []
+        found = sorted(filter(_is_text, path.rglob("*"))) if path.is_dir() else []
         if path.is_dir() and not found:
             raise DataError(f"{path} holds no .txt or .jsonl file; name the files one by one")
         files += found or [path]
     return (text for path in files for text in _read(path) if text.strip())
 
 
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and not path.is_dir()
+
+
 def _read(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix != ".jsonl":
-                yield file.read()
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text_of(line, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text ({error}); convert the file") from None
+        with path.open("rb") as file:
+            encoding = _encoding(file.peek(4))
+            lines = io.TextIOWrapper(file, encoding)  # turns every end of a line into LF
+            try:
+                yield from _documents(lines, path)
+            except UnicodeDecodeError as error:
+                raise DataError(_undecodable(path, file, encoding, error)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error})") from None
 
 
+def _encoding(start: bytes) -> str:
+    """The encoding that a byte order mark names, without one UTF-8."""
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def _documents(lines: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    if path.suffix.lower() != ".jsonl":
+        yield _checked(lines.read().removesuffix(_DOS_END), str(path))
+        return
+    for number, line in enumerate(lines, 1):
+        # Files with a mark that were joined have it in the middle as well.
+        line = line.removeprefix("\ufeff").removesuffix(_DOS_END)
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _text_of(_checked(line, where), where)
+
+
+def _checked(text: str, where: str) -> str:
+    place = text.find("\0")
+    if place >= 0:
+        raise DataError(
+            f"{where}: expected text, got a NUL character after {place} others; UTF-16 without a "
+            "byte order mark has them: convert it with `iconv -f utf-16le -t utf-8`"
+        )
+    return text
+
+
+def _undecodable(path: Path, file: BinaryIO, encoding: str, error: UnicodeDecodeError) -> str:
+    # What was decoded last ends where reading stands.
+    place = f" at byte {file.tell() - len(error.object) + error.start}" if file.seekable() else ""
+    got = f"{error.object[error.start : error.start + 1].hex() or 'nothing'}{place}"
+    said, remedy = "", "a file of Windows with `iconv -f windows-1252 -t utf-8`"
+    if not encoding.startswith("utf-8"):
+        said, remedy = " as its byte order mark says", f"`iconv -c -f {encoding} -t utf-8` drops it"
+    kind = encoding.removesuffix("-sig").upper()
+    return f"{path}: expected {kind} text{said}, got the byte {got}; convert it, {remedy}"
+
+
 def _text_of(line: str, where: str) -> str:
+    many = line.lstrip().startswith("[")
+    convert = f"; `jq -c '{'.[]' if many else '.'}'` writes one a line"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected one JSON object a line ({error})") from None
+        goes_on = isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
+        raise DataError(
+            f"{where}: expected one JSON object a line ({error}){convert if goes_on else ''}"
+        ) from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise DataError(f'{where}: expected an object with a string under "text", got {line:.60}')
+        raise DataError(
+            f'{where}: expected an object with a string under "text", got {line:.60}'
+            f"{convert if many else ''}"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: expected characters, got {text[error.start]!a}, half of a surrogate pair; "
+            "mend the line or leave it out"
+        ) from None
     return text
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_kernels.config.row_filter import KEEP_ALL
-from sae_kernels.harvest.chunks import by_length, check_options, cut_documents, windows
+from sae_kernels.harvest.chunks import by_length, cut_documents, windows
+from sae_kernels.harvest.limits import check_ids, check_options, padding_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -102,16 +103,19 @@ def token_batches(
             Norms are for the splice to look at.
 
     Raises:
-        ModelError: a tokenizer that is not fast.
+        ModelError: a tokenizer that is not fast, a context longer than the model's; while
+            iterating, a token that the model has no embedding of.
         ValueError: an option out of range.
     """
-    check_options(model, tokenizer, batch_size, context_length, max_tokens)
+    check_options(model, tokenizer, batch_size, context_length, max_tokens, row_filter)
     budget = batch_size * context_length
-    pad = tokenizer.pad_token_id or 0
+    pad = padding_id(model, tokenizer)
 
     def batches() -> Iterator[TokenBatch]:
         chunks = cut_documents(tokenizer, documents, context_length, row_filter)
         for window in windows(_whole(chunks, max_tokens), _WINDOW_BATCHES * budget):
+            for chunk in window:
+                check_ids(model, tokenizer, chunk)
             for numbers in by_length(window, budget):
                 yield _padded([window[i] for i in numbers], pad)
 

@@ -247,7 +247,7 @@ def test_autocast_is_close(tmp_path: Path, bert: tuple[Any, Any], dtype: torch.d
     ("options", "error", "message"),
     [
         ({"layer": "encoder.layer.7"}, ModelError, r"nearest: .*encoder\.layer\.1"),
-        ({"layer": "pooler"}, ModelError, r"puts out \[1, 1, D\], got \[1, 16\]"),
+        ({"layer": "pooler"}, ModelError, r"puts out \[1, 12, D\], got \[1, 16\]"),
         ({"layer": "encoder"}, ModelError, "puts out a tensor, got BaseModelOutput"),
         ({"layer": "encoder.layer"}, ModelError, "runs and puts out a tensor"),
         ({"documents": "the cat"}, TypeError, "put it in a list"),
