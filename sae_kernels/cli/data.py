@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_kernels.cli.files import Data
-from sae_kernels.training.run_config import Widths
+from sae_kernels.training.run_config import Widths, train_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from sae_kernels.cli.output import Progress
     from sae_kernels.config.data import DataConfig
-    from sae_kernels.config.train import TrainConfig
-    from sae_kernels.data import ShardDataset
+    from sae_kernels.config.toml import Tables
     from sae_kernels.data.rows import RowSource
     from sae_kernels.data.sources import Stream
 
@@ -24,13 +24,11 @@ class RunData(NamedTuple):
     """Opened activations.
 
     Attributes:
-        source: the activations that the trainer reads.
-        target: a transcoder's target, if it is stored separately.
-        widths: widths of both.
+        source: what the trainer reads; a transcoder's inputs and targets side by side.
+        widths: widths of the layers and the target.
     """
 
     source: RowSource | Stream
-    target: ShardDataset | None
     widths: Widths
 
 
@@ -67,42 +65,67 @@ def check_data(config: DataConfig, kind: str) -> None:
         raise ValueError("--target: expected the activations that the transcoder reconstructs")
 
 
+def opener(
+    config: DataConfig, tables: Tables, show: Progress, *, verify: bool = False
+) -> Callable[[DataConfig], RunData]:
+    """A function that opens a run's data; it loads the model of ``config`` once for all runs.
+
+    Args:
+        config: the settings that all runs share; those of the layers or folders may differ.
+        tables: all settings of a run, for those of training.
+        show: shows that the model is being loaded.
+        verify: compare the checksums of folders.
+    """
+    if not config.model:
+        return functools.cache(functools.partial(open_stored, verify=verify))
+    from sae_kernels import harvest
+
+    train, documents = train_config(tables), _documents(config)
+    device = None if config.device_map else train.device
+    with loading(show):
+        model, tokenizer = harvest.load_model(
+            config.model, device=device, dtype=config.model_dtype, device_map=config.device_map
+        )
+
+    def open_live(own: DataConfig) -> RunData:
+        layers = (*own.layer, *([own.target_layer] if own.target_layer else []))
+        source = harvest.LiveBatches(
+            model,
+            tokenizer,
+            documents,
+            layers,
+            train.batch_size,
+            seed=train.order_seed,
+            model_batch_size=config.model_batch_size,
+            context_length=config.context_length,
+            row_filter=config.row_filter,
+        )
+        widths = list(source.widths)
+        target = widths.pop() if own.target_layer else None
+        return RunData(source, Widths(widths, target))
+
+    return functools.cache(open_live)
+
+
 def open_stored(config: DataConfig, verify: bool = False) -> RunData:
     """Opens folders of activations without reading them, unless to ``verify`` their checksums."""
+    from sae_kernels.data import JointRows
+
     target = Path(config.target) if config.target else None
     data = Data.open([Path(f) for f in config.folders], target, config.check_on_read)
     if verify:
         data.verify()
     widths = Widths([s.d_in for s in data.layers], data.target.d_in if data.target else None)
-    return RunData(data.source, data.target, widths)
+    whole = data.source if data.target is None else JointRows([data.source, data.target])
+    return RunData(whole, widths)
 
 
-def open_live(config: DataConfig, train: TrainConfig, show: Progress) -> RunData:
-    """Loads a language model that computes the activations during training."""
-    from sae_kernels import harvest
-    from sae_kernels.gpu import training_device
-
-    assert config.model is not None
-    documents = _documents(config)
+@contextmanager
+def loading(show: Progress) -> Iterator[None]:
+    """Shows that a model is being loaded in the block."""
     show("load model", 0, 1)
-    model, tokenizer = harvest.load_model(config.model)
-    model.to(training_device(train.device))  # type: ignore[arg-type]
+    yield
     show("load model", 1, 1)
-    layers = (*config.layer, *([config.target_layer] if config.target_layer else []))
-    source = harvest.LiveBatches(
-        model,
-        tokenizer,
-        documents,
-        layers,
-        train.batch_size,
-        seed=train.order_seed,
-        model_batch_size=config.model_batch_size,
-        context_length=config.context_length,
-        row_filter=config.row_filter,
-    )
-    widths = list(source.widths)
-    target = widths.pop() if config.target_layer else None
-    return RunData(source, None, Widths(widths, target))
 
 
 def _documents(config: DataConfig) -> Iterable[str] | Callable[[], Iterable[str]]:

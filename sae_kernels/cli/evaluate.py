@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae_kernels.cli.data import loading
 from sae_kernels.cli.files import Data
-from sae_kernels.cli.options import Debug, Json, Verify
+from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Verify, placed
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import with_flags, with_given
 from sae_kernels.config.row_filter import KEEP_ALL, RowFilter, activation_facts
@@ -46,6 +47,9 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Text file, .jsonl file (key text) or folder; may be repeated."),
     ] = None,
+    device: Device = None,
+    model_dtype: ModelDtype = None,
+    device_map: DeviceMap = None,
     model_batch_size: Annotated[int, typer.Option(help="Sequences per batch of the model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens per sequence of the model.")] = 128,
     max_tokens: Annotated[
@@ -84,8 +88,10 @@ def evaluate(
             "max_tokens": max_tokens,
         }
         with output.progress() as show:
-            loss, kept = _in_model(loaded, model, layer, text, flags, options, show)
-        values |= {**loss.scalars(), "model": model, "layer": layer, "not_replaced": kept}
+            place = {"device": device, "dtype": model_dtype, "device_map": device_map}
+            loss, facts = _in_model(loaded, model, layer, text, flags, place, options, show)
+        values |= {**loss.scalars(), "model": model, "layer": layer, **facts}
+        kept = facts["not_replaced"]
         not_replaced = RowFilter.recorded(kept) or KEEP_ALL
         rows += [*_loss_rows(loss), ("not replaced", not_replaced.describe(kept["max_norm"]))]
     output.record(values)
@@ -116,10 +122,11 @@ def _in_model(
     layer: str,
     text: "Sequence[Path]",
     flags: "Mapping[str, Any]",
+    place: dict[str, Any],
     options: dict[str, Any],
     show: "Progress",
 ) -> "tuple[LanguageModelLoss, dict[str, Any]]":
-    """The loss, and which activations kept the model's own."""
+    """The losses; the model's dtype and device, and which activations kept the model's own."""
     from sae_kernels import harvest as harvesting
     from sae_kernels.harvest.language_model import norm_bound
     from sae_kernels.harvest.norms import recorded_max_norm
@@ -127,9 +134,9 @@ def _in_model(
     recorded = RowFilter.recorded(activation_facts(sae.metadata)) or KEEP_ALL
     row_filter = with_given(recorded, flags)
     documents = harvesting.read_documents(text)
-    show("load model", 0, 1)
-    model, tokenizer = harvesting.load_causal_model(name)
-    show("load model", 1, 1)
+    with loading(show):
+        model, tokenizer = harvesting.load_causal_model(name, **placed(**place))
+    sae.to(harvesting.layer_device(model, layer))
     options = {**options, "row_filter": row_filter}
     batches = list(harvesting.token_batches(model, tokenizer, documents, **options))
     max_norm = recorded_max_norm(sae.metadata)
@@ -145,7 +152,13 @@ def _in_model(
     loss = harvesting.language_model_loss(
         model, batches, layer, sae, max_norm=max_norm, progress=progress
     )
-    return loss, {**row_filter.to_dict(), "max_norm": max_norm}
+    not_replaced = {**row_filter.to_dict(), "max_norm": max_norm}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return loss, {
+        "model_dtype": dtype,
+        "device": model.device.type,
+        "not_replaced": not_replaced,
+    }
 
 
 def _values(measured: "Evaluation") -> dict[str, Any]:

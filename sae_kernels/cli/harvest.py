@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sae_kernels.cli.data import loading
 from sae_kernels.cli.files import check_free
-from sae_kernels.cli.options import Debug, Json, Overwrite
+from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Overwrite, placed
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import with_flags, with_given
+from sae_kernels.cli.start import stopped, terminable
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 
 
@@ -19,7 +21,13 @@ def harvest(
     model: Annotated[
         str, typer.Argument(help="Model: a folder, or a name on the Hugging Face hub.")
     ],
-    layer: Annotated[str, typer.Option(help="Dotted path of a module, as encoder.layer.4.")],
+    layer: Annotated[
+        list[str],
+        typer.Option(
+            help="Dotted path of a module, as encoder.layer.4; may be repeated, for a folder of "
+            "each layer in OUT."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the activations.")],
     text: Annotated[
         list[Path] | None,
@@ -44,29 +52,49 @@ def harvest(
         str,
         typer.Option(metavar="float32|bfloat16|float16", help="Dtype of the stored activations."),
     ] = "float32",
+    on_nonfinite: Annotated[
+        str,
+        typer.Option(metavar="stop|skip", help="At a row that is NaN or infinite: stop, or skip."),
+    ] = "stop",
+    rows_per_shard: Annotated[int, typer.Option(help="Rows of a file.")] = 65536,
+    device: Device = None,
+    model_dtype: ModelDtype = None,
+    device_map: DeviceMap = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished harvest in the folder.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
     **flags: Any,
 ) -> None:
-    """Store a layer's output for every token of some text."""
+    """Store the output of one or several layers for every token of some text."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels.data import ShardDataset
-    from sae_kernels.data.shard_index import DTYPES
+    from sae_kernels.data.shard_index import DTYPES, Index
+    from sae_kernels.harvest.progress import HarvestProgress, refuse_unfinished
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     row_filter = with_given(DEFAULT_FILTER, flags)
-    check_free(out, overwrite)
+    if not resume:
+        if not overwrite:
+            refuse_unfinished(out)
+        check_free(out, overwrite)
     chosen = {"subset": subset, "split": split, "column": column, "revision": revision}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     documents = _documents(text, dataset, chosen)
     output = Output(as_json)
     start, done = time.perf_counter(), 0
-    with output.progress() as show:
-        show("load model", 0, 1)
-        loaded, tokenizer = harvesting.load_model(model)
-        show("load model", 1, 1)
+
+    def saved() -> str:
+        record = HarvestProgress.read(out)
+        return f"{record.stored:,} tokens stored" if record else "no file finished yet"
+
+    again = "the same command with --resume"
+    with stopped(again, saved), terminable(), output.progress() as show:
+        with loading(show):
+            place = placed(device, model_dtype, device_map)
+            loaded, tokenizer = harvesting.load_model(model, **place)
 
         def progress(rows: int) -> None:
             nonlocal done
@@ -77,28 +105,38 @@ def harvest(
             loaded,
             tokenizer,
             documents,
-            layer,
+            layer if len(layer) > 1 else layer[0],
             out,
             batch_size=batch_size,
             context_length=context_length,
             max_tokens=max_tokens,
             dtype=DTYPES[dtype],
             row_filter=row_filter,
+            on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
+            rows_per_shard=rows_per_shard,
             metadata={"dataset": {"name": dataset, **chosen}} if dataset else None,
+            resume=resume,
             overwrite=overwrite,
             progress=progress,
         )
     seconds = time.perf_counter() - start
-    made = {"folder": out, "n_tokens": n_tokens, "model": model, "layer": layer, "dtype": dtype}
-    index = ShardDataset(out).metadata
-    norms = {name: index[name] for name in ("max_norm", "rows_above_max_norm")}
-    output.record({**made, **norms, "seconds": seconds})
-    output.text(f"{n_tokens:,} tokens of {layer} in {out}, {seconds:.1f} seconds")
-    if above := norms["rows_above_max_norm"]:
+    folders = [out / name for name in layer] if len(layer) > 1 else [out]
+    facts = [Index.read(folder).metadata for folder in folders]
+    left_out, above = facts[0]["nonfinite_rows"], facts[0]["rows_above_max_norm"]
+    made = {"folder": out, "n_tokens": n_tokens, "nonfinite_rows": left_out, "model": model}
+    several, bounds = len(layer) > 1, [each["max_norm"] for each in facts]
+    made |= {"layer": layer if several else layer[0], "rows_above_max_norm": above}
+    made["max_norm"] = bounds if several else bounds[0]
+    output.record({**made, "dtype": dtype, "seconds": seconds})
+    what = f"{n_tokens:,} tokens of {', '.join(layer)} in {out}"
+    if left_out:
+        what += f", {left_out:,} left out that are not finite"
+    output.text(f"{what}, {seconds:.1f} seconds" if done else f"{what}, finished before")
+    if above:
         output.text(
             f"{above:,} more ({100 * above / (n_tokens + above):.2f} %) left out, as their norm is "
-            f"above {norms['max_norm']:.4g}, {row_filter.max_norm_multiple} times the median; "
-            "--max-norm-multiple none keeps them"
+            f"above {', '.join(f'{bound:.4g}' for bound in bounds)}, "
+            f"{row_filter.max_norm_multiple} times the median; --max-norm-multiple none keeps them"
         )
 
 

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
-from sae_kernels.cli.data import check_data, open_live, open_stored
+from sae_kernels.cli.data import check_data, opener
 from sae_kernels.cli.progress import follow, summarise
-from sae_kernels.training.run_config import RunConfig, kind_of, train_config
+from sae_kernels.training.run_config import RunConfig, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from sae_kernels.cli.data import RunData
-    from sae_kernels.cli.output import Output, Progress
+    from sae_kernels.cli.output import Output
+    from sae_kernels.config.data import DataConfig
     from sae_kernels.config.toml import Tables
 
 METRICS = ("loss", "fvu", "l0")
 
 
-def opened(tables: Tables, show: Progress, *, verify: bool = False) -> tuple[RunConfig, RunData]:
+def opened(tables: Tables, open_data: Callable[[DataConfig], RunData]) -> tuple[RunConfig, RunData]:
     """Opens a run's data and completes its settings by their widths."""
-    from sae_kernels.config.data import DataConfig
-
-    config = DataConfig(**tables.get("data", {}))
-    check_data(config, kind_of_data(tables))
-    if config.model:
-        data = open_live(config, train_config(tables), show)
-    else:
-        data = open_stored(config, verify)
+    config = data_config(tables)
+    data = open_data(config)
     whole = RunConfig.from_tables(tables, data.widths)
     if whole.sae.transcodes and data.widths.target is None:
         raise ValueError("--target: expected the activations that the transcoder reconstructs")
     return whole, data
+
+
+def data_config(tables: Tables) -> DataConfig:
+    """The settings of a run's data, which must fit its architecture."""
+    from sae_kernels.config.data import DataConfig
+
+    config = DataConfig(**tables.get("data", {}))
+    check_data(config, kind_of_data(tables))
+    return config
 
 
 def start(
@@ -54,12 +60,12 @@ def start(
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
     with interruptible(again, out), output.progress() as show:
-        config, data = opened(tables, show, verify=verify)
+        open_data = opener(data_config(tables), tables, show, verify=verify)
+        config, data = opened(tables, open_data)
         result = training.train(
             config.sae,
             data.source,
             config.train,
-            target=data.target,
             folder=out,
             output=config.output,
             data=config.data.to_table(),
@@ -78,16 +84,51 @@ def interruptible(again: str, *runs: Path) -> Iterator[None]:
     from sae_kernels.runs import checkpoint
     from sae_kernels.runs.folder import holds_run
 
+    def saved() -> str | None:
+        if not any(map(holds_run, runs)):
+            return None
+        steps = [step for run in runs for step in checkpoint.steps(run / checkpoint.CHECKPOINTS)]
+        return f"checkpoint of step {max(steps)} saved" if steps else "no checkpoint yet"
+
+    with stopped(again, saved):
+        yield
+
+
+@contextmanager
+def stopped(again: str, saved: Callable[[], str | None]) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM prints what is saved and the command ``again`` that goes on from it.
+
+    Args:
+        again: a command.
+        saved: what is saved by then; None prints nothing.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        if not any(map(holds_run, runs)):
+        where = saved()
+        if where is None:
             raise
-        saved = [step for run in runs for step in checkpoint.steps(run / checkpoint.CHECKPOINTS)]
-        where = f"checkpoint of step {max(saved)} saved" if saved else "no checkpoint yet"
         print(f"sae-kernels: stopped, {where}; go on with: {again}", file=sys.stderr)
         code = error.code if isinstance(error, SystemExit) else None
         raise typer.Exit(code if isinstance(code, int) else 130) from error
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block by SystemExit, as Ctrl-C does by KeyboardInterrupt."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # the caller's own handler stays
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def kind_of_data(tables: Tables) -> str:

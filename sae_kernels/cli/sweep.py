@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_kernels.cli.data import absolute, check_data
+from sae_kernels.cli.data import absolute, opener
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite, Resume, Verify
 from sae_kernels.cli.output import Output
-from sae_kernels.cli.start import METRICS, interruptible, kind_of_data, opened
+from sae_kernels.cli.start import METRICS, data_config, interruptible, opened
 from sae_kernels.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def sweep(
 ) -> None:
     """Train several SAEs on one stream of activations, read once."""
     from sae_kernels import training
-    from sae_kernels.training.run_config import RunConfig
 
     runs = _runs_of(file)
     if not resume:
@@ -44,19 +43,18 @@ def sweep(
     output = Output(as_json)
     again = shlex.join(["sae-kernels", "sweep", str(file), "--out", str(out), "--resume"])
     with interruptible(again, *(out / name for name in runs)), output.progress() as show:
-        first = next(iter(runs.values()))
-        first["data"] = absolute(first.get("data", {}))
-        config, data = opened(first, show, verify=verify)
         for tables in runs.values():
-            check_data(config.data, kind_of_data(tables))
-        configs = {n: RunConfig.from_tables(tables, data.widths) for n, tables in runs.items()}
+            tables["data"] = absolute(tables.get("data", {}))
+        first = next(iter(runs.values()))
+        open_data = opener(data_config(first), first, show, verify=verify)
+        each = {name: opened(tables, open_data) for name, tables in runs.items()}
+        configs = {name: config for name, (config, _) in each.items()}
         results = training.train_many(
-            {name: (each.sae, each.train) for name, each in configs.items()},
-            data.source,
-            target=data.target,
+            {name: (config.sae, config.train) for name, config in configs.items()},
+            {name: data.source for name, (_, data) in each.items()},
             folder=out,
-            output=config.output,
-            data=config.data.to_table(),
+            output=next(iter(configs.values())).output,
+            data={name: config.data.to_table() for name, config in configs.items()},
             resume=resume,
             overwrite=overwrite,
             on_step=_follow(output, show, configs),

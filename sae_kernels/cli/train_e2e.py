@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_kernels.cli.data import absolute
+from sae_kernels.cli.data import absolute, loading
 from sae_kernels.cli.files import check_free
-from sae_kernels.cli.options import Debug, Json, Overwrite, Resume
+from sae_kernels.cli.options import Debug, DeviceMap, Json, ModelDtype, Overwrite, Resume
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.progress import follow, summarise
 from sae_kernels.cli.settings import arch_help, given, with_flags, with_given
 from sae_kernels.cli.start import interruptible
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
+from sae_kernels.training import run_config
 from sae_kernels.training.end_to_end import EndToEnd
 from sae_kernels.training.run_config import RunConfig, Widths, kind_of
 
@@ -66,6 +67,8 @@ def train_e2e(
     sequences_per_batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences per step. [default: batch_size tokens]")
     ] = None,
+    model_dtype: ModelDtype = None,
+    device_map: DeviceMap = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -74,7 +77,6 @@ def train_e2e(
 ) -> None:
     """Train an SAE end to end, on a language model's predictions."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels.gpu import training_device
     from sae_kernels.training import end_to_end
     from sae_kernels.training.end_to_end.layer import layer_width
 
@@ -94,14 +96,15 @@ def train_e2e(
     output = Output(as_json)
     again = "the same command with --resume"
     with interruptible(again, out), output.progress() as show:
-        show("load model", 0, 1)
-        loaded, tokenizer = harvesting.load_causal_model(model)
-        show("load model", 1, 1)
+        device = None if device_map else run_config.train_config(tables).device
+        with loading(show):
+            loaded, tokenizer = harvesting.load_causal_model(
+                model, device=device, dtype=model_dtype, device_map=device_map
+            )
         widths = Widths([layer_width(loaded, layer, weights)])
         settings = RunConfig.from_tables(tables, widths)
         sae_config, train_config = settings.sae, settings.train
         _check_layers(sae_config)
-        loaded.to(training_device(train_config.device))  # type: ignore[arg-type]
         options = {
             "batch_size": max(1, train_config.batch_size // context_length),
             "context_length": context_length,
@@ -121,7 +124,11 @@ def train_e2e(
             folder=out,
             output=settings.output,
             metadata=absolute({"model": model, "text": list(map(str, text))})
-            | {"context_length": context_length, **row_filter.to_table()},
+            | {
+                "model_dtype": model_dtype,
+                "context_length": context_length,
+                **row_filter.to_table(),
+            },
             resume=resume,
             overwrite=overwrite,
             on_step=follow(output, show, train_config.steps),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from sae_kernels.config.base import Limit, setting
 from sae_kernels.config.row_filter import RowFilter
@@ -31,6 +31,14 @@ class DataConfig(RowFilter):
         None,
         "language model (a folder or a name on the hub) that computes the activations during "
         "training, instead of stored folders",
+    )
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None, "dtype of the model's weights and of what it computes; None is the checkpoint's"
+    )
+    device_map: str | None = setting(
+        None,
+        "spreads the model over several devices, as transformers and accelerate do: auto, ...; "
+        "None puts it on train.device",
     )
     layer: tuple[str, ...] = setting(
         (),
@@ -63,7 +71,7 @@ class DataConfig(RowFilter):
             self._expect_text_for_the_model()
 
     def _expect_no_model(self) -> None:
-        for name in ("layer", "target_layer", "text", "dataset"):
+        for name in ("model_dtype", "device_map", "layer", "target_layer", "text", "dataset"):
             if getattr(self, name):
                 raise ValueError(f"{name}: expected a model with it, got none; give model too")
         for field in dataclasses.fields(RowFilter):

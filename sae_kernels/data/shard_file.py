@@ -40,7 +40,7 @@ class ShardReader:
         """A shard's rows, views of the file."""
         with self._opened(shard) as file:
             if self.check_content and shard not in self._checked:
-                if not self.is_unchanged(shard):
+                if not is_unchanged(self.folder, shard):
                     raise DataError(changed_message(self.folder, [shard]))
                 self._checked.add(shard)
             try:
@@ -48,12 +48,6 @@ class ShardReader:
             except (OSError, SafetensorError) as error:
                 path = self.folder / shard.file
                 raise DataError(f"{path} changed while it was opened ({error!s:.200})") from None
-
-    def is_unchanged(self, shard: Shard) -> bool:
-        """Reads a whole shard and compares its SHA-256 with the index."""
-        path = self.folder / shard.file
-        regular_file_size(path)
-        return digest(path) == shard.sha256
 
     def check_header(self, shard: Shard) -> None:
         """Compares size and header with the index; reads no payload.
@@ -98,6 +92,16 @@ class ShardReader:
                     "shard of this data set there or harvest again"
                 )
             yield file
+
+
+def is_unchanged(folder: Path, shard: Shard) -> bool:
+    """Compares a shard's size, then its SHA-256, for which the whole file is read.
+
+    Raises:
+        DataError: no regular file is there.
+    """
+    path = folder / shard.file
+    return regular_file_size(path) == shard.bytes and digest(path) == shard.sha256
 
 
 def changed_message(folder: Path, shards: list[Shard]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INDEX = "index.json"
+PROGRESS = "progress.json"  # of an unfinished harvest
 FORMAT = "sae_kernels.activations"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,7 +81,7 @@ class Index:
             dtype=DTYPES.get(dtype, torch.int8),
             columns=tuple(name for name in COLUMNS if name in columns),
             metadata=_field(path, record, "metadata", dict),
-            shards=tuple(_shard(path, entry) for entry in _field(path, record, "shards", list)),
+            shards=tuple(read_shard(path, entry) for entry in _field(path, record, "shards", list)),
         )
         count = _field(path, record, "count", int)
         held = sum(shard.count for shard in index.shards)
@@ -100,12 +101,19 @@ class Index:
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_symlink() and not path.exists():
-        raise DataError(
-            f"{path.parent} is not a data set: it has no {INDEX}; name a folder that a ShardWriter "
-            "finished, and write an interrupted one again"
-        )
+        raise DataError(f"{path.parent} is not a data set: it has no {INDEX}; {_hint(path.parent)}")
     regular_file_size(path)
     return read_json(path, "the index of a data set")
+
+
+def _hint(folder: Path) -> str:
+    """What to do about a folder without an index."""
+    if (folder / PROGRESS).exists():
+        return "its harvest is unfinished, go on with it by resume=True (--resume)"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
+    if inside:
+        return f"it holds data sets, name one of them: {', '.join(inside)[:200]}"
+    return "name a folder that a ShardWriter finished, and write an interrupted one again"
 
 
 def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:
@@ -122,7 +130,12 @@ def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:
     return value
 
 
-def _shard(path: Path, entry: object) -> Shard:
+def read_shard(path: Path, entry: object) -> Shard:
+    """A shard from its JSON object in the file at ``path``.
+
+    Raises:
+        DataError: a field that is missing or wrong, or a name that leaves the folder.
+    """
     if not isinstance(entry, dict):
         raise DataError(f"{path}: expected a JSON object for each shard, got {entry!r:.80}")
     shard = Shard(

@@ -1,7 +1,7 @@
 """Writing activations to disk as shards, each atomically, and the index last.
 
 A folder without index.json is not a data set: an interrupted writer leaves finished shards and
-no index. docs/data.md describes the files.
+no index, and another can go on after them. docs/data.md describes the files.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_kernels.data.shard_file import changed_message, is_unchanged
 from sae_kernels.data.shard_index import DTYPES, INDEX, Index, Shard
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.io.files import digest, publish, remove_stale
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Self
 
@@ -41,9 +42,16 @@ class ShardWriter:
         rows_per_shard: rows of every shard but the last.
         metadata: anything JSON can hold: the model, the layer, ...
         overwrite: replace a data set in the folder; its index is removed first.
+        finished: shards of an interrupted writer, after which this one goes on.
+
+    Attributes:
+        shards: the finished shards so far.
+        pending: rows written that no finished shard holds.
+        metadata: as given; may be added to until the index is written.
 
     Raises:
-        DataError: the folder holds a data set already.
+        DataError: the folder holds a data set already; on entering the `with` block, a finished
+            shard that is missing or has changed.
         TypeError, ValueError: an argument or metadata that cannot be written.
 
     >>> import tempfile
@@ -65,6 +73,7 @@ class ShardWriter:
         rows_per_shard: int = 65536,
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        finished: Sequence[Shard] = (),
     ) -> None:
         if dtype not in DTYPES.values():
             raise TypeError(f"expected dtype float32, bfloat16 or float16, got {dtype}")
@@ -81,12 +90,14 @@ class ShardWriter:
                 f"{self.folder} holds a data set already; choose another folder or overwrite=True"
             )
         self._buffer: dict[str, Tensor] = {}
-        self._shards: list[Shard] = []
-        self._filled = 0
+        self.shards: list[Shard] = list(finished)
+        self.pending = 0
         self._open = False
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if changed := [each for each in self.shards if not is_unchanged(self.folder, each)]:
+            raise DataError(changed_message(self.folder, changed))
         (self.folder / INDEX).unlink(missing_ok=True)
         self._open = True
         return self
@@ -127,11 +138,11 @@ class ShardWriter:
             )
         n, start = len(activations), 0
         while start < n:
-            stop = min(n, start + self.rows_per_shard - self._filled)
-            end = self._filled + stop - start
+            stop = min(n, start + self.rows_per_shard - self.pending)
+            end = self.pending + stop - start
             for name, column in columns.items():
-                self._buffer[name][self._filled : end] = column[start:stop]
-            start, self._filled = stop, end
+                self._buffer[name][self.pending : end] = column[start:stop]
+            start, self.pending = stop, end
             if end == self.rows_per_shard:
                 self._flush()
 
@@ -141,11 +152,13 @@ class ShardWriter:
         if not x.is_floating_point():
             raise TypeError(f"expected floating point activations, got {x.dtype}")
         # The extremes show NaN, infinity and overflow at a fraction of isfinite's cost.
-        extremes = [float(e.to(self.dtype)) for e in x.aminmax()] if len(x) else []
-        if not all(map(math.isfinite, extremes)):
+        extremes = x.aminmax() if len(x) else ()
+        if not all(math.isfinite(e.to(self.dtype)) for e in extremes):
+            given = all(math.isfinite(e) for e in extremes)
+            remedy = overflow_remedy(self.dtype) if given else "look for NaN in the model"
             raise NonFiniteError(
                 f"expected activations that are finite in {self.dtype}, got extremes "
-                f"{extremes}; look for NaN in the model or store a wider dtype"
+                f"{[float(e) for e in extremes]}; {remedy}"
             )
 
     def _empty(self, name: str) -> Tensor:
@@ -154,24 +167,31 @@ class ShardWriter:
         return torch.empty(self.rows_per_shard, dtype=torch.int32)
 
     def _flush(self) -> None:
-        path = self.folder / f"shard_{len(self._shards):05d}.safetensors"
-        tensors = {name: column[: self._filled] for name, column in self._buffer.items()}
+        path = self.folder / f"shard_{len(self.shards):05d}.safetensors"
+        tensors = {name: column[: self.pending] for name, column in self._buffer.items()}
         publish(path, lambda temporary: save_file(tensors, temporary))
         size = path.stat().st_size
-        self._shards.append(Shard(path.name, self._filled, size, digest(path)))
-        self._filled = 0
+        self.shards.append(Shard(path.name, self.pending, size, digest(path)))
+        self.pending = 0
 
     def _finish(self) -> None:
-        if self._filled:
+        if self.pending:
             self._flush()
         remove_stale(self.folder)
         for path in self.folder.glob("shard_*.safetensors"):
             # Of an earlier writer that was interrupted or wrote more shards.
             number = re.fullmatch(r"shard_(\d{5,})\.safetensors", path.name)
-            if number and int(number[1]) >= len(self._shards):
+            if number and int(number[1]) >= len(self.shards):
                 path.unlink()
         columns = tuple(self._buffer) or ("activations",)
-        Index(self.d_in, self.dtype, columns, self.metadata, tuple(self._shards)).write(self.folder)
+        Index(self.d_in, self.dtype, columns, self.metadata, tuple(self.shards)).write(self.folder)
+
+
+def overflow_remedy(dtype: torch.dtype) -> str:
+    """What to do about finite activations that are infinite in the stored dtype."""
+    wider = "bfloat16" if dtype == torch.float16 else "float32"
+    most = torch.finfo(dtype).max
+    return f"{dtype} ends at {most:.6g}, store dtype=torch.{wider} (--dtype {wider})"
 
 
 def _check_ids(name: str, ids: Tensor, n: int) -> None:

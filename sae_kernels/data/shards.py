@@ -12,7 +12,7 @@ import torch
 
 from sae_kernels.config.row_filter import RowFilter
 from sae_kernels.data.rows import Rows, combined_fingerprint
-from sae_kernels.data.shard_file import ShardReader, changed_message
+from sae_kernels.data.shard_file import ShardReader, changed_message, is_unchanged
 from sae_kernels.data.shard_index import INDEX, Index
 from sae_kernels.errors import DataError
 
@@ -112,7 +112,7 @@ class ShardDataset:
         Raises:
             DataError: names the shards whose content is not what was written.
         """
-        damaged = [shard for shard in self._shards if not self._reader.is_unchanged(shard)]
+        damaged = [shard for shard in self._shards if not is_unchanged(self.folder, shard)]
         if damaged:
             raise DataError(changed_message(self.folder, damaged))
 

@@ -4,6 +4,7 @@ from sae_kernels.harvest.collect import harvest
 from sae_kernels.harvest.hub_text import DatasetDocuments, dataset_documents
 from sae_kernels.harvest.language_model import LanguageModelLoss, language_model_loss
 from sae_kernels.harvest.model import (
+    layer_device,
     layer_output,
     load_causal_model,
     load_model,
@@ -23,6 +24,7 @@ __all__ = [
     "dataset_documents",
     "harvest",
     "language_model_loss",
+    "layer_device",
     "layer_output",
     "load_causal_model",
     "load_model",

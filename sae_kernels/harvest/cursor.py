@@ -37,24 +37,35 @@ def checked_cursor(state: Mapping[str, Any], settings: Mapping[str, Any]) -> tup
             "expected the state of a LiveBatches, with position, epoch, window, offset, left_out, "
             f"text and settings, got {', '.join(map(str, state))[:200] or 'nothing'}"
         )
-    differ = [
-        f"{name} was {saved.get(name)!r:.80} and is {settings.get(name)!r:.80}"
-        for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
-    ]
-    if differ:
+    if differ := differences(saved, settings):
         raise ValueError(
-            f"expected a stream made as the saved one was: {'; '.join(differ)[:1000]}; make it "
-            "with the saved settings, or start afresh"
+            f"expected a stream made as the saved one was: {differ}; make it with the saved "
+            "settings, or start afresh"
         )
     _, position, *cursor = (int(count) for count in counts if count is not None)
     return Cursor(*cursor), position
+
+
+def differences(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The settings that differ from saved ones, for an error message; empty if none does.
+
+    >>> differences({"seed": 0, "rows": 5}, {"seed": 1, "rows": 5})
+    'seed was 0 and is 1'
+    """
+    return "; ".join(
+        f"{name} was {saved.get(name)!r:.80} and is {settings.get(name)!r:.80}"
+        for name in sorted(saved.keys() | settings.keys())
+        if saved.get(name) != settings.get(name)
+    )[:1000]
 
 
 def weights_digest(model: nn.Module) -> str:
     """A digest of the first weights of each parameter, which tells models apart."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in model.parameters():
+        if parameter.is_meta:  # a device_map left it on the disk
+            digest.update(repr(parameter.shape).encode())
+            continue
         some = parameter.detach().reshape(-1)[:_WEIGHTS].to("cpu", torch.float32)
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()

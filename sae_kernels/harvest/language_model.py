@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sae_kernels.harvest.model import input_device
 from sae_kernels.harvest.norms import NormBound, recorded_max_norm
 from sae_kernels.harvest.splice import (
     apply_sae,
@@ -98,7 +99,7 @@ def language_model_loss(
         batches: from :func:`token_batches`, or token ids [B, S]. Their ids are kept for a second
             pass, which measures the mean ablation.
         layer: the dotted path of the module whose output the SAE reconstructs.
-        sae: maps activations [n, D] on the model's device to an ``SAEOutput``; put in evaluation
+        sae: maps activations [n, D] on the layer's device to an ``SAEOutput``; put in evaluation
             mode during the call.
         max_norm: keep activations of a larger norm as they are, which an SAE was not trained on:
             ``sae.metadata["activations"]["max_norm"]`` tells, for one trained here.
@@ -149,7 +150,7 @@ class _Meter:
 
     def __init__(self, model: nn.Module, layer: str, max_norm: float | None) -> None:
         self.model, self.layer, self.max_norm = model, layer, max_norm
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.n_predictions = self.n_rows = 0
         self.losses = dict.fromkeys(("clean_loss", "spliced_loss", "zero_loss", "mean_loss"), 0.0)
         self.kl = 0.0
@@ -157,7 +158,7 @@ class _Meter:
 
     def first_pass(self, batch: TokenBatch, sae: Callable[[Tensor], Any]) -> None:
         def reconstruct(x: Tensor) -> Tensor:
-            self.total = self.total + x.sum(0, dtype=torch.float64)
+            self.total = self.total + x.sum(0, dtype=torch.float64).to(self.device)
             self.n_rows += len(x)
             x_hat: Tensor = apply_sae(sae, x, self.layer).x_hat
             return x_hat
@@ -174,7 +175,9 @@ class _Meter:
     def second_pass(self, batch: TokenBatch) -> None:
         mean = self.total / max(self.n_rows, 1)
         batch = batch.to(self.device)
-        self._add("mean_loss", self._spliced(batch, lambda x: mean.expand(x.shape)), batch)
+        self._add(
+            "mean_loss", self._spliced(batch, lambda x: mean.to(x.device).expand(x.shape)), batch
+        )
 
     def result(self) -> LanguageModelLoss:
         n = self.n_predictions

@@ -11,44 +11,73 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sae_kernels.data.shard_index import DTYPES
 from sae_kernels.errors import ModelError
+from sae_kernels.gpu import training_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    DeviceMap = str | Mapping[str, int | str | torch.device]
 
-def load_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a transformers model without its head, in evaluation mode, and its tokenizer.
 
     From a local folder or by a name on the Hugging Face hub, offline if the hub's cache has it.
     Only safetensors weights are loaded, and no code of the repository runs.
 
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        device: "auto", the first usable GPU, else the CPU; or one by name, as "cuda:0". None leaves
+            the model where it is loaded, on the CPU or as ``device_map`` says.
+        dtype: of the weights and so of what the model computes: float32, bfloat16 or float16. None
+            is the dtype of the checkpoint, as in transformers 5: what the model was trained in, at
+            the size it has on the disk. On a CPU without bfloat16 units float32 is faster.
+        device_map: places parts of the model on several devices, as transformers and accelerate
+            define it: "auto", or a device by name of module. Inputs go to the embedding's device.
+
     Raises:
         ModelError: nothing found, or nothing that loads under these rules.
-        ImportError: transformers is not installed.
+        ValueError: a device that is not there, another dtype, or a device and a device_map.
+        ImportError: transformers is not installed, or accelerate for a device_map.
     """
-    return _load(name_or_path, _without_head)
+    return _load(name_or_path, _without_head, device, dtype, device_map)
 
 
 def load_causal_model(
     name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model that predicts the next token, in evaluation mode, and its tokenizer.
 
-    Sources and rules are those of :func:`load_model`.
+    Sources, arguments and rules are those of :func:`load_model`.
 
     Raises:
         ModelError: as :func:`load_model`; also a model without a language-model head, or one whose
             predictions depend on the tokens that follow, such as a masked language model.
-        ImportError: transformers is not installed.
+        ValueError, ImportError: as :func:`load_model`.
     """
-    return _load(name_or_path, _with_head)
+    return _load(name_or_path, _with_head, device, dtype, device_map)
 
 
 def _load(
-    name_or_path: str | Path, load: Callable[..., PreTrainedModel]
+    name_or_path: str | Path,
+    load: Callable[..., PreTrainedModel],
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    device_map: DeviceMap | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         from transformers import AutoTokenizer
@@ -56,6 +85,8 @@ def _load(
         raise ImportError(
             'harvesting needs transformers; pip install "sae-kernels[harvest]"'
         ) from error
+    placed = None if device is None else training_device(str(device))
+    options = _placement(placed, dtype, device_map)
     name = str(name_or_path)
     local = Path(name).expanduser()
     if not local.exists() and (isinstance(name_or_path, Path) or name[:1] in "./~\\"):
@@ -63,11 +94,13 @@ def _load(
     source = str(local) if local.exists() else name
     failure: Exception | None = None
     for cached in [True] if local.exists() else [True, False]:
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": cached}
+        origin: dict[str, Any] = {"trust_remote_code": False, "local_files_only": cached}
         try:
             with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(source, **options)
-                model = load(source, **options)
+                tokenizer = AutoTokenizer.from_pretrained(source, **origin)
+                model = load(source, origin, options)
+            if placed is not None:
+                model.to(placed)  # type: ignore[arg-type]
             return model.eval(), tokenizer
         except ModelError:
             raise
@@ -80,18 +113,68 @@ def _load(
     ) from failure
 
 
-def _without_head(source: str, **options: Any) -> PreTrainedModel:
+def _placement(
+    device: torch.device | None, dtype: str | torch.dtype | None, device_map: DeviceMap | None
+) -> dict[str, Any]:
+    """The arguments of transformers' ``from_pretrained`` for dtype and device_map."""
+    from transformers import __version__
+
+    names = {name: value for name, value in DTYPES.items() if dtype in (name, value)}
+    if dtype is not None and not names:
+        raise ValueError(
+            f"model dtype: expected one of {', '.join(DTYPES)}, or None for the checkpoint's, got "
+            f"{dtype!r}"
+        )
+    # Its name before transformers 4.56, where moreover the default was float32.
+    major, minor = map(int, __version__.split(".")[:2])
+    key = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    options: dict[str, Any] = {key: next(iter(names.values()), "auto")}
+    if device_map is not None:
+        if device is not None:
+            raise ValueError(
+                f"device: expected a device or a device_map, got both ({device} and "
+                f"{device_map!r}); leave out one of them"
+            )
+        if importlib.util.find_spec("accelerate") is None:
+            raise ImportError("a device_map needs accelerate; pip install accelerate")
+        options["device_map"] = device_map
+    return options
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model takes its token ids on, that of its embedding."""
+    embedding = None
+    with suppress(AttributeError, NotImplementedError):  # of a model of images, for one
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    own = () if embedding is None else embedding.parameters()
+    # Weights that a device_map left on the disk are nowhere; their module takes ids from anywhere.
+    devices = (p.device for p in (*own, *model.parameters()) if not p.is_meta)
+    return next(devices, torch.device("cpu"))
+
+
+def layer_device(model: nn.Module, layer: str) -> torch.device:
+    """The device of a layer's output: that of its weights, or of the model's input without any.
+
+    Raises:
+        ModelError: an unknown module.
+    """
+    weights = (p.device for p in resolve_layer(model, layer).parameters() if not p.is_meta)
+    return next(weights, input_device(model))
+
+
+def _without_head(source: str, origin: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModel
 
-    model: PreTrainedModel = AutoModel.from_pretrained(source, use_safetensors=True, **options)
+    loaded = AutoModel.from_pretrained(source, use_safetensors=True, **origin, **options)
+    model: PreTrainedModel = loaded
     return model
 
 
-def _with_head(source: str, **options: Any) -> PreTrainedModel:
+def _with_head(source: str, origin: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    config = AutoConfig.from_pretrained(source, **options)
+    config = AutoConfig.from_pretrained(source, **origin)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"expected a model with a language-model head, got {source!r}, whose kind "
@@ -101,7 +184,7 @@ def _with_head(source: str, **options: Any) -> PreTrainedModel:
     logging.set_verbosity_error()  # missing weights, of which it warns, are an error below
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
+            source, use_safetensors=True, output_loading_info=True, **origin, **options
         )
     finally:
         logging.set_verbosity(shown)
@@ -124,7 +207,7 @@ def _with_head(source: str, **options: Any) -> PreTrainedModel:
 def _looks_ahead(model: PreTrainedModel) -> bool:
     """Whether the logits at the first token depend on the second one."""
     first, other = (
-        model(input_ids=torch.tensor([[0, second]], device=model.device)).logits[0, 0]
+        model(input_ids=torch.tensor([[0, second]], device=input_device(model))).logits[0, 0]
         for second in (0, 1)
     )
     # Not equality: models that route tokens in groups may round differently.

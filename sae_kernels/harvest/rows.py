@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_kernels.errors import ModelError
 from sae_kernels.harvest.chunks import Chunk, by_length
 from sae_kernels.harvest.limits import check_ids, padding_id, probe
-from sae_kernels.harvest.model import layer_outputs, resolve_layer
+from sae_kernels.harvest.model import input_device, layer_outputs, resolve_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class LayerRows:
     Rows of several layers are concatenated in the given order; D is the sum of their widths.
 
     Args:
-        model: put in evaluation mode; it stays on its device.
+        model: put in evaluation mode; it stays on its devices.
         tokenizer: for the padding id.
         layers: dotted paths of modules whose output, or its first element, is [batch, length, D].
         batch_size: chunks of full length in a forward pass.
@@ -33,9 +33,10 @@ class LayerRows:
         autocast: run the model in this dtype.
 
     Attributes:
+        layers: as given.
         widths: the width of each layer's output.
         d_in: D.
-        device: the model's.
+        device: the model's; of several, that of its embedding, where the rows come together.
 
     Raises:
         ModelError: an unknown layer, one with another output, or what the model cannot run.
@@ -53,11 +54,11 @@ class LayerRows:
     ) -> None:
         if not layers:
             raise ValueError("layer: expected the dotted path of at least one module, got none")
-        self._model, self._tokenizer, self._layers = model, tokenizer, tuple(layers)
+        self._model, self._tokenizer, self.layers = model, tokenizer, tuple(layers)
         self._modules = [resolve_layer(model, layer) for layer in layers]
         self._budget, self._autocast = batch_size * context_length, autocast
         self._pad = padding_id(model, tokenizer)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         # One sequence of full length finds the widths, and errors before any work is done.
         outputs = probe(self._one_sequence, model, layers, context_length)
         self.widths = tuple(rows.shape[1] for rows in outputs)
@@ -100,7 +101,7 @@ class LayerRows:
             ),
         ):
             outputs = layer_outputs(self._model, self._modules, **inputs)
-            for layer, output in zip(self._layers, outputs, strict=True):
+            for layer, output in zip(self.layers, outputs, strict=True):
                 if output.ndim != 3 or output.shape[:2] != ids.shape:
                     raise ModelError(
                         f"{layer}: expected a layer that puts out "

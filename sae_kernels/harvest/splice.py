@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_kernels.errors import ModelError
-from sae_kernels.harvest.model import layer_output, resolve_layer
+from sae_kernels.harvest.model import input_device, layer_output, resolve_layer
 from sae_kernels.harvest.tokens import TokenBatch
 
 if TYPE_CHECKING:
@@ -149,13 +149,13 @@ def replaced_rows(
     Raises:
         ModelError: no such layer, or one without an output [B, S, D].
     """
-    module, device = resolve_layer(model, layer), next(model.parameters()).device
+    module, device = resolve_layer(model, layer), input_device(model)
     for inputs in batches:
         batch = TokenBatch.of(inputs).to(device)
         mask = batch.attention_mask.long()
         with frozen(model), torch.no_grad():
             x = layer_output(model, module, input_ids=batch.input_ids, attention_mask=mask)
-        yield _activations(x, layer, batch.replaced)[batch.replaced]
+        yield _activations(x, layer, batch.replaced)[batch.replaced.to(x.device)]
 
 
 def apply_sae(sae: Callable[[Tensor], Any], x: Tensor, layer: str) -> Any:

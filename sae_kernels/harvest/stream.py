@@ -68,6 +68,7 @@ class LiveBatches:
 
     Attributes:
         d_in: D, the width of a row.
+        layers: as given.
         widths: the width of each layer.
         position: batches yielded so far.
         left_out: rows left out so far because of their norm.
@@ -118,7 +119,20 @@ class LiveBatches:
                 raise ValueError(f"expected {name} of at least {least}, got {given}")
         if not dtype.is_floating_point:
             raise ValueError(f"expected a floating point dtype, got {dtype}")
-        layers = (layer,) if isinstance(layer, str) else tuple(layer)
+        self.layers = layers = (layer,) if isinstance(layer, str) else tuple(layer)
+        self._read = model, tokenizer, documents
+        self._options: dict[str, Any] = {
+            "seed": seed,
+            "window_rows": window_rows,
+            "model_batch_size": model_batch_size,
+            "context_length": context_length,
+            "dtype": dtype,
+            "autocast": autocast,
+            "row_filter": row_filter,
+            "epochs": epochs,
+            "max_tokens": max_tokens,
+            "device": device,
+        }
         self._text = TextWindows(
             tokenizer,
             reopenable(documents),
@@ -159,6 +173,25 @@ class LiveBatches:
     def facts(self) -> dict[str, Any]:
         """Which rows are left out, as JSON values, for the metadata of an SAE trained on this."""
         return self._norms.facts(self._row_filter)
+
+    def joined(self, others: Sequence[LiveBatches]) -> LiveBatches:
+        """A stream of the layers of this one and of others, each once, in one pass of the model.
+
+        Its batches hold the rows of the same tokens as the streams' own, in the same order.
+
+        Raises:
+            ValueError: streams of another model, tokenizer or text, or with other options.
+        """
+        for other in others:
+            same = all(one is two for one, two in zip(self._read, other._read, strict=True))
+            if not same or (self.batch_size, self._options) != (other.batch_size, other._options):
+                raise ValueError(
+                    "source: expected streams that differ in their layer alone, got different "
+                    f"models, texts or options for {', '.join(self.layers)} and "
+                    f"{', '.join(other.layers)}; make them with the same objects"
+                )
+        layers = dict.fromkeys(layer for each in (self, *others) for layer in each.layers)
+        return LiveBatches(*self._read, list(layers), self.batch_size, **self._options)
 
     def close(self) -> None:
         """Frees the window and the text; the next batch would make them again."""

@@ -45,7 +45,7 @@ class TextWindows:
     Only the tokenizer makes windows, so skipping one does not run the model.
 
     Attributes:
-        digest: a hash of the tokens of all windows up to the last one returned.
+        digest: a hash of the tokens and document numbers up to the last window returned.
     """
 
     def __init__(
@@ -102,5 +102,5 @@ class TextWindows:
         self._window = next(self._source, None)
         self._number += 1
         for chunk in self._window or ():
-            self._hash.update(f"{len(chunk.ids)} {chunk.rows}".encode())
+            self._hash.update(f"{chunk.document} {len(chunk.ids)} {chunk.rows}".encode())
             self._hash.update(chunk.ids.numpy().tobytes())

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sae_kernels.config.toml import changes, plain, read_tables, write_tables
 from sae_kernels.errors import DataError
 from sae_kernels.io.files import json_writer, publish, remove_stale
+from sae_kernels.io.lock import locked
 from sae_kernels.runs import checkpoint
-from sae_kernels.runs.lock import locked
 from sae_kernels.runs.loggers import TENSORBOARD_FOLDER, WANDB_ID_FILE, open_loggers
 from sae_kernels.runs.metrics import MetricLog, jsonable, read_metrics
 from sae_kernels.runs.saver import Saver

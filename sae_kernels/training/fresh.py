@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.shared import Share
     from sae_kernels.data.sources import Stream
 
 _FEW = 0.01  # part of the rows that should carry less than half of the variance
@@ -60,16 +61,21 @@ class Samples:
         self._sample: torch.Tensor | None = None
 
     def prepared(
-        self, sae: SAEConfig | SparseAutoencoder, config: TrainConfig
+        self, sae: SAEConfig | SparseAutoencoder, config: TrainConfig, share: Share | None = None
     ) -> SparseAutoencoder:
-        """An SAE prepared on the sample; all SAEs here share one order of the data."""
+        """An SAE prepared on the sample, or on its share of the sample's columns.
+
+        All SAEs here share one order of the data.
+        """
         device = training_device(config.device)
-        check_width(self.source.d_in, sae.config if isinstance(sae, SparseAutoencoder) else sae)
+        width = self.source.d_in if share is None else share.own.d_in
+        check_width(width, sae.config if isinstance(sae, SparseAutoencoder) else sae)
         self._check_batch(config)
         if self._sample is None:
             self._sample = self._read(config)
             warn_of_few_rows(self._sample)
-        return fitted(self._sample, sae, config, device)
+        own = self._sample if share is None else share.rows(self._sample)
+        return fitted(own, sae, config, device)
 
     def _check_batch(self, config: TrainConfig) -> None:
         source = self.source

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.shared import Share
     from sae_kernels.data.sources import Stream
     from sae_kernels.step import TrainingStep
     from sae_kernels.training.run import OnStep
@@ -40,11 +41,15 @@ class Planned(NamedTuple):
 
     Attributes:
         sae, config: as given.
+        data: description of the activations for run.toml.
+        share: its columns, if several runs read their layers together.
         fitted: whether the SAE has its scales already, so that none are estimated.
     """
 
     sae: SAEConfig | SparseAutoencoder
     config: TrainConfig
+    data: Mapping[str, Any] = {}
+    share: Share | None = None
     fitted: bool = False
 
     @property
@@ -63,7 +68,6 @@ class RunLocation:
 
     folder: str | Path | None
     output: OutputConfig
-    data: dict[str, Any]
     resume: bool
     overwrite: bool
 
@@ -77,7 +81,7 @@ class RunLocation:
             return None
         folder = RunFolder(
             Path(self.folder, name),
-            run_tables(plan.sae_config, plan.config, self.data, self.output) | more,
+            run_tables(plan.sae_config, plan.config, plan.data, self.output) | more,
             self.output,
             resume=self.resume,
             overwrite=self.overwrite,
@@ -99,17 +103,19 @@ class TrainerFactory:
         self, source: RowSource | Stream, runs: Mapping[str, Planned], step: MakeStep = make_step
     ) -> None:
         self.runs, self._samples, self._make_step = runs, Samples(source), step
-        self._source = source
-        self._rows = source if is_rows(source) else None
 
     def __call__(self, name: str, sae: SparseAutoencoder | None = None) -> ActivationTraining:
         """The training of a run, with an SAE prepared on the source unless one is given."""
         plan = self.runs[name]
         if sae is None:
-            sae = self._samples.prepared(plan.sae, plan.config)
-            if facts := getattr(self._source, "facts", {}):
+            sae = self._samples.prepared(plan.sae, plan.config, plan.share)
+            joint = self._samples.source
+            facts = getattr(joint, "facts", {}) if plan.share is None else plan.share.facts(joint)
+            if facts:
                 sae.metadata["activations"] = {**activation_facts(sae.metadata), **facts}
-        return ActivationTraining(self._make_step(sae, plan.config), plan.config, self._rows)
+        source = self._samples.source if plan.share is None else plan.share.own
+        rows = source if is_rows(source) else None
+        return ActivationTraining(self._make_step(sae, plan.config), plan.config, rows, plan.share)
 
 
 def start_run(

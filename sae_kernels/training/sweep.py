@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _GRID, _RUNS = "sweep", "run"
 _KINDS = ("arch", "architecture")
-_SHARED = ("data", "output")
+_OWN = ("layer", "target_layer", "folders", "target")  # of [data]: what of the stream a run reads
 
 
 def expand(tables: Tables) -> dict[str, Tables]:
@@ -26,7 +26,8 @@ def expand(tables: Tables) -> dict[str, Tables]:
             and further runs in ``[[run]]`` tables with a ``name`` and their own settings. Without
             either there is one run.
 
-    All runs share the order of the data, ``train.data_seed``.
+    All runs share the order of the data, ``train.data_seed``, the model and the text; they may
+    differ in the layers or folders that they read.
 
     Raises:
         ValueError: unknown keys, values that are no lists, or duplicate names.
@@ -84,11 +85,12 @@ def _check_own(where: str, own: Tables) -> None:
         check_tables(own)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    for table in _SHARED:
-        if table in own:
-            raise ValueError(
-                f"{where}: {table}: expected in the file's own table [{table}], shared by all runs"
-            )
+    shared = [f"data.{name}" for name in own.get("data", {}) if name not in _OWN]
+    for name in (*shared, *(["output"] if "output" in own else [])):
+        table = name.partition(".")[0]
+        raise ValueError(
+            f"{where}: {name}: expected in the file's own table [{table}], shared by all runs"
+        )
 
 
 def _flat(grid: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from sae_kernels.training.fresh import split
 if TYPE_CHECKING:
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.shared import Share
     from sae_kernels.step import StepResult, TrainingStep
 
 Batch = TypeVar("Batch")
@@ -157,16 +158,23 @@ class ActivationTraining(Trainable[torch.Tensor]):
         step: FusedStep, AutogradStep or another :class:`~sae_kernels.step.TrainingStep`.
         config: the settings.
         source: all rows, for what is fitted after the last step; None for a stream.
+        share: its columns, if the batches are of several runs' layers.
     """
 
-    def __init__(self, step: TrainingStep, config: TrainConfig, source: RowSource | None) -> None:
+    def __init__(
+        self,
+        step: TrainingStep,
+        config: TrainConfig,
+        source: RowSource | None,
+        share: Share | None = None,
+    ) -> None:
         super().__init__(step, config)
         self._to_finish = self.sae.rows_to_finish(config.objective)
         if self._to_finish and source is None:
             raise ValueError(
                 "fix_shrinkage: expected false on a stream (it fits stored activations), got true"
             )
-        self.source = source
+        self.source, self._share = source, share
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.sae.W_enc.device)
         self._last: StepResult | None = None
 
@@ -182,7 +190,8 @@ class ActivationTraining(Trainable[torch.Tensor]):
     def step(self, batch: torch.Tensor) -> None:
         """One step on raw rows; for a transcoder inputs and targets side by side."""
         device = self.sae.W_enc.device
-        x, target = split(batch.to(device), self.sae.config)
+        own = batch if self._share is None else self._share.rows(batch)
+        x, target = split(own.to(device), self.sae.config)
         lr, k = self.learning_rate(self.made), self.k(self.made)
         self._last = self.training_step(x, lr=lr, k=k, target=target)
         self._skipped += self._last.skipped
@@ -192,6 +201,19 @@ class ActivationTraining(Trainable[torch.Tensor]):
         looks = self.config.on_nonfinite == "stop" and (self.due or device.type == "cpu")
         if looks and self._skipped:
             raise NonFiniteError.in_step(self.made - 1)
+
+    def contents(self, **more: Any) -> Contents:
+        """Contents of a checkpoint, from which the run can go on alone too."""
+        if self._share is not None:
+            more["batches"] = self._share.own_state(more["batches"])
+        return super().contents(**more)
+
+    def load(self, contents: Contents) -> dict[str, Any]:
+        """Restores a checkpoint of this run, made alone or together with others."""
+        values = super().load(contents)
+        if self._share is not None:
+            values["batches"] = self._share.shared_state(values["batches"])
+        return values
 
     def measured(self) -> dict[str, float]:
         """Loss, FVU, L0, AuxK loss and the architecture's own figures of the last step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from sae_kernels.config.train import TrainConfig
 from sae_kernels.data.joint import JointRows
 from sae_kernels.data.prefetch import Prefetched
 from sae_kernels.data.rows import TensorRows
+from sae_kernels.data.shared import shared
 from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_source
 from sae_kernels.io.files import is_plain_name
 from sae_kernels.nn import SparseAutoencoder, architecture
@@ -20,12 +22,13 @@ from sae_kernels.training.run import TrainingResult, drive
 from sae_kernels.training.start import Planned, RunLocation, TrainerFactory, make_step, start_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     import torch
 
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.shared import Share
     from sae_kernels.data.sources import Source, Stream
     from sae_kernels.training.run import OnStep
     from sae_kernels.training.start import MakeStep
@@ -99,9 +102,9 @@ def train(
         raise ValueError(f"expected config or settings by name, got both ({', '.join(settings)})")
     if isinstance(opened_source, IterableStream):  # the batches are as large as they come
         config = dataclasses.replace(config, batch_size=opened_source.batch_size)
-    location = RunLocation(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
+    location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
     watch = {} if on_step is None else {"": on_step}
-    runs = {"": Planned(sae, config)}
+    runs = {"": Planned(sae, config, dict(data or {}))}
     result = _train(opened_source, runs, target, location, watch, step)[""]
     if result.error is not None:
         raise result.error
@@ -110,7 +113,7 @@ def train(
 
 def train_many(
     runs: Mapping[str, tuple[SAEConfig | SparseAutoencoder, TrainConfig]],
-    source: Source | str | Path | Iterable[torch.Tensor],
+    source: Source | str | Path | Iterable[torch.Tensor] | Mapping[str, Source | str | Path],
     *,
     target: RowSource | torch.Tensor | None = None,
     folder: str | Path | None = None,
@@ -128,6 +131,11 @@ def train_many(
 
     Args:
         runs: SAE and settings of each run, by name.
+        source: as of :func:`train`, for all; or one for each run by name: stored activations of the
+            same tokens, or streams that differ in their layer alone. These are read together, the
+            layers in one pass of the model, and each run trains on its own. A transcoder's has its
+            inputs and targets side by side.
+        data: description of the source for run.toml; with a source for each run, of each by name.
         folder: holds a folder per run, of its name. When resuming, runs that are finished there are
             left out of the result.
         on_step: callbacks by name, as of :func:`train`.
@@ -151,9 +159,32 @@ def train_many(
     _check_together(runs)
     if resume and folder is not None:
         runs = {name: run for name, run in runs.items() if not is_finished(Path(folder, name))}
-    location = RunLocation(folder, output or OutputConfig(), dict(data or {}), resume, overwrite)
-    planned = {name: Planned(*run) for name, run in runs.items()}
-    return _train(open_source(source), planned, target, location, on_step or {}, make_step)
+        if not runs:
+            return {}
+    location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
+    if not isinstance(source, Mapping):
+        planned = {name: Planned(*run, dict(data or {})) for name, run in runs.items()}
+        return _train(open_source(source), planned, target, location, on_step or {}, make_step)
+    if target is not None:
+        raise ValueError("target: expected none with a source for each run, which has it itself")
+    joint, shares = _shared(source, runs)
+    planned = {
+        name: Planned(*run, dict((data or {}).get(name, {})), shares.get(name))
+        for name, run in runs.items()
+    }
+    return _train(joint, planned, None, location, on_step or {}, make_step)
+
+
+def _shared(
+    sources: Mapping[str, Any], runs: Mapping[str, tuple[Any, TrainConfig]]
+) -> tuple[RowSource | Stream, dict[str, Share]]:
+    """One source for the runs, and each run's share of it."""
+    if missing := sorted(runs.keys() - sources.keys()):
+        raise ValueError(f"source: expected one for each run, got none for {', '.join(missing)}")
+    opened = {id(sources[name]): open_source(sources[name]) for name in runs}
+    config = next(iter(runs.values()))[1]
+    own = {name: opened[id(sources[name])] for name in runs}
+    return shared(own, config.batch_size, config.order_seed)
 
 
 def _architecture(sae: SAEConfig | SparseAutoencoder) -> type[SparseAutoencoder]:

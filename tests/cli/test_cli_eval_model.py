@@ -86,6 +86,7 @@ def test_in_a_model_alone(run, model, text, saved, flags):
     # An SAE of unknown data replaces every activation.
     kept = {**KEEP_ALL.to_dict(), "drop_tokens": [], "max_norm": None}
     told = {"model": str(model), "layer": LAYER, "not_replaced": kept}
+    told |= {"model_dtype": "float32", "device": "cpu"}
     assert record == {**want, **told}
     assert record["loss_recovered"] != 1
     want = _expected(model, text, TopKSAE.from_pretrained(saved), drop_first=1)
@@ -150,6 +151,17 @@ def test_on_data_and_in_a_model(run, data, model, text, saved, flags):
     assert f"{record['kl']:.5f} nats per token" in lines["KL(clean || spliced)"]
     assert "codes + " in lines["bits per token"]
     assert f"{record['fvu']:.5f}" in lines["FVU"]
+
+
+def test_where_the_model_is_and_in_which_dtype(run, model, saved, flags):
+    (plain,) = run("eval", saved, *flags, "--json").records()
+    place = ["--device", "cpu", "--model-dtype", "bfloat16"]
+    (record,) = run("eval", saved, *flags, *place, "--json").records()
+    assert record["model_dtype"] == "bfloat16"
+    assert record["clean_loss"] != plain["clean_loss"]
+    assert record["clean_loss"] == pytest.approx(plain["clean_loss"], rel=0.05)
+    refused = run("eval", saved, *flags, "--json", "--device", "gpu").refusal()
+    assert "expected auto, cpu or cuda:0" in refused
 
 
 def test_an_sae_of_another_architecture(run, flags, data, tmp_path):

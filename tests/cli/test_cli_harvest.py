@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,3 +144,95 @@ def test_text_or_a_dataset_and_not_both(run, model, text, dataset, tmp_path):
     ran = run(*command[:2], text, *command[2:], "--split", "test")
     assert "--split goes with --dataset" in ran.refusal()
     assert not (tmp_path / "acts").exists()
+
+
+# Stopped and resumed, several layers, other places.
+
+SIGNALLED = """
+import os, signal, sys
+import torch
+from sae_kernels.cli import main
+from sae_kernels.harvest.progress import HarvestProgress
+torch.set_num_threads(1)
+write, number = HarvestProgress.write, int(sys.argv[1])
+def signalled(record, folder):
+    write(record, folder)
+    if record.stored == 60:
+        os.kill(os.getpid(), number)
+HarvestProgress.write = signalled
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "the cat sat on a mat"}) for _ in range(30)))
+    return path
+
+
+@pytest.mark.full
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signalled_and_resumed(run, model, long_text, tmp_path, contents, number, code):
+    command = ["harvest", model, long_text, *LAYER, "--rows-per-shard", 20]
+    assert run(*command, "--out", tmp_path / "straight").code == 0
+    out = ["--out", tmp_path / "acts"]
+    words = [sys.executable, "-c", SIGNALLED, int(number), *command, *out, "--json"]
+    ended = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr == (
+        "sae-kernels: stopped, 60 tokens stored; go on with: the same command with --resume\n"
+    )
+    assert "one of 60 rows so far; go on with it, resume=True (--resume)" in (
+        run(*command, *out).refusal()
+    )
+    ran = run(*command, *out, "--resume")
+    assert "180 tokens of encoder.layer.0 in" in ran.out
+    assert contents(tmp_path / "acts") == contents(tmp_path / "straight")
+    ran = run(*command, *out, "--resume")
+    assert ran.out.endswith("finished before\n")
+    assert "batch_size was 16 and is 3" in (
+        run(*command, *out, "--resume", "--batch-size", 3, "--json").refusal()
+    )
+    assert run(*command, *out, "--overwrite", "--max-tokens", 7, "--json").code == 0
+
+
+def test_rows_that_are_not_finite(run, model, text, tmp_path):
+    folder = tmp_path / "nan"
+    shutil.copytree(model, folder)
+    broken = transformers.BertModel.from_pretrained(folder)
+    broken.embeddings.word_embeddings.weight.data[5] = torch.nan  # "cat"
+    broken.save_pretrained(folder)
+    command = ["harvest", folder, text, "--layer", "embeddings", "--context-length", 8]
+    command += ["--out", tmp_path / "acts", "--json"]
+    refused = run(*command).refusal()
+    assert "embeddings, document 0: expected activations that are finite" in refused
+    assert "--on-nonfinite skip" in refused
+    ran = run(*command, "--resume", "--on-nonfinite", "skip")
+    assert (ran.records()[0]["n_tokens"], ran.records()[0]["nonfinite_rows"]) == (25, 5)
+    assert "expected stop or skip, got 'drop'" in (
+        run(*command[:-1], "--overwrite", "--on-nonfinite", "drop", "--json").refusal()
+    )
+
+
+def test_several_layers(run, model, text, tmp_path, contents):
+    layers = ["--layer", "encoder.layer.0", "--layer", "encoder.layer.1", "--context-length", 8]
+    ran = run("harvest", model, text, *layers, "--out", tmp_path / "acts", "--json")
+    assert ran.records()[0]["layer"] == ["encoder.layer.0", "encoder.layer.1"]
+    assert run("harvest", model, text, *LAYER, "--out", tmp_path / "one").code == 0
+    assert contents(tmp_path / "acts" / "encoder.layer.0") == contents(tmp_path / "one")
+    assert ShardDataset(tmp_path / "acts" / "encoder.layer.1").n_tokens == 30
+
+
+def test_where_the_model_is_and_in_which_dtype(run, model, text, tmp_path):
+    command = ["harvest", model, text, *LAYER, "--json"]
+    place = ["--device", "cpu", "--model-dtype", "bfloat16"]
+    assert run(*command, "--out", tmp_path / "acts", *place).code == 0
+    assert ShardDataset(tmp_path / "acts").metadata["model_dtype"] == "bfloat16"
+    out = ["--out", tmp_path / "none"]
+    assert "expected auto, cpu or cuda:0" in run(*command, *out, "--device", "gpu").refusal()
+    assert "model dtype: expected one of" in run(*command, *out, "--model-dtype", "int8").refusal()
+    both = run(*command, *out, "--device", "cpu", "--device-map", "auto")
+    assert "a device or a device_map, got both" in both.refusal()
+    assert not (tmp_path / "none").exists()

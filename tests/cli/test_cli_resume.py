@@ -352,6 +352,25 @@ def test_a_stream_from_a_model(
     assert_same_run(straight, tmp_path / "again")
 
 
+@needs_signals
+def test_the_dtype_of_the_model_is_one_of_the_run(
+    run: Any, model: Path, text: Path, tmp_path: Path
+) -> None:
+    command = ["train", "--model", model, "--layer", "h.1", "--text", text, "--k", 3, *STREAM]
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    assert run(*command, "--out", tmp_path / "float32").code == 0
+    command += ["--model-dtype", "bfloat16", "--device", "cpu"]
+    assert run(*command, "--out", straight).code == 0
+    assert read_tables(straight / "run.toml")["data"]["model_dtype"] == "bfloat16"
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(6, signal.SIGINT, patch)
+        assert run(*command, "--out", out).code == 130
+    assert run("resume", out).code == 0
+    assert_same_run(straight, out)
+    files = [tmp_path / name / "sae" / "sae.safetensors" for name in ("float32", "straight")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
 @pytest.mark.full
 @needs_signals
 def test_a_stream_from_a_dataset(
@@ -393,6 +412,7 @@ def test_a_stream_from_a_dataset(
     ("flags", "message"),
     [
         (["--layer", "h.1", "--text", "a"], "layer: expected a model with it"),
+        (["--model-dtype", "float16"], "model_dtype: expected a model with it"),
         (["--model", "m", "--text", "a"], "layer: expected the dotted path"),
         (["--model", "m", "--layer", "h.1"], "text or a dataset for the model, got neither"),
         (["--model", "m", "--layer", "h.1", "--text", "nowhere.txt"], "does not exist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import torch
 from sae_kernels.config.toml import read_tables
 from sae_kernels.data import ShardWriter
 from sae_kernels.nn import SparseAutoencoder
+from sae_kernels.runs.folder import RunFolder
 from sae_kernels.runs.metrics import read_metrics
+from tests.harvest.causal import documents, gpt2, tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -215,3 +218,70 @@ def test_layers_of_a_crosscoder(run: Any, data: Path, file: Path, tmp_path: Path
     for name in ("crosscoder", "crosscoder_relu"):
         sae = SparseAutoencoder.from_pretrained(tmp_path / "runs" / name / "sae")
         assert sae.config.n_layers == 2
+
+
+def test_an_sae_per_layer_of_stored_activations(
+    run: Any, data: Path, file: Path, tmp_path: Path
+) -> None:
+    with ShardWriter(tmp_path / "more", 8) as writer:
+        writer.write(torch.randn(600, 8))
+    file.write_text(
+        "[sae]\nn_latents = 32\n[train]\nsteps = 8\nbatch_size = 64\n[output]\n"
+        'checkpoint_every = 3\n[sweep]\n"data.folders" = [["data"], ["more"]]\n'
+        '[[run]]\nname = "map"\narch = "transcoder"\ndata.folders = ["data"]\n'
+        'data.target = "more"\n[[run]]\nname = "both"\narch = "crosscoder"\n'
+        'data.folders = ["more", "data"]\n'
+    )
+    out = tmp_path / "runs"
+    assert run("sweep", file, "--out", out, "--verify").code == 0
+    for name, folders in {
+        "folders_data": ["data"],
+        "folders_more": ["more"],
+        "map": ["data"],
+        "both": ["more", "data"],
+    }.items():
+        used = read_tables(out / name / "run.toml")
+        assert used["data"]["folders"] == [str(tmp_path / each) for each in folders]
+        alone = tmp_path / "alone" / name
+        assert run("train", "--config", out / name / "run.toml", "--out", alone).code == 0
+        assert sae_files(alone) == sae_files(out / name)
+        assert untimed(alone) == untimed(out / name)
+
+
+def test_an_sae_per_layer_of_a_model(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
+    gpt2().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"text": line}) for line in documents(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    (tmp_path / "sweep.toml").write_text(
+        '[data]\nmodel = "model"\ntext = "text.jsonl"\ncontext_length = 10\n'
+        "[sae]\nn_latents = 32\nk = 3\n[train]\nsteps = 9\nbatch_size = 24\nlog_every = 1\n"
+        '[output]\ncheckpoint_every = 4\n[sweep]\n"data.layer" = ["h.0", "h.1"]\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", "sweep.toml", "--out"]
+    assert run(*command, "straight").code == 0
+    with monkeypatch.context() as patch:
+        log = RunFolder.log
+
+        def signalled(folder: RunFolder, line: dict[str, Any]) -> None:
+            log(folder, line)
+            if folder.path.name == "layer_h.1" and line["step"] == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(RunFolder, "log", signalled)
+        assert run(*command, "stopped").code == 130
+    for layer in ("h.0", "h.1"):
+        used = read_tables(tmp_path / "straight" / f"layer_{layer}" / "run.toml")
+        assert used["data"]["layer"] == [layer]
+    # One goes on by itself, the sweep with the other.
+    assert run("resume", "stopped/layer_h.1").code == 0
+    ran = run(*command, "stopped", "--resume", "--json")
+    results = [record for record in ran.records() if record["event"] == "result"]
+    assert [record["run"] for record in results] == ["layer_h.0"]
+    for name in ("layer_h.0", "layer_h.1"):
+        assert sae_files(tmp_path / "stopped" / name) == sae_files(tmp_path / "straight" / name)
+        assert untimed(tmp_path / "stopped" / name) == untimed(tmp_path / "straight" / name)

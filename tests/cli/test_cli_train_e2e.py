@@ -111,6 +111,15 @@ def test_jumprelu_from_a_file_of_settings(run, model, text, tmp_path):
     assert _spliced(run, out / "sae", model, text)["kl"] > 0
 
 
+def test_the_dtype_of_the_model_is_one_of_the_run(run, model, text, tmp_path):
+    command = ["train-e2e", model, text, "--layer", LAYER, *TOPK, "--json", "--device", "cpu"]
+    plain = run(*command, "--out", tmp_path / "plain").records()[-1]
+    ran = run(*command, "--out", tmp_path / "run", "--model-dtype", "bfloat16")
+    assert read_tables(tmp_path / "run" / "run.toml")["end_to_end"]["model_dtype"] == "bfloat16"
+    assert ran.records()[-1]["kl"] != plain["kl"]
+    assert ran.records()[-1]["kl"] == pytest.approx(plain["kl"], rel=0.2)
+
+
 def test_in_words(run, model, text, tmp_path):
     ran = run("train-e2e", model, text, "--layer", LAYER, "--out", tmp_path / "run", *TOPK)
     assert ran.code == 0

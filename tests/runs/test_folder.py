@@ -121,7 +121,7 @@ def test_what_changes_nothing_may_change(tmp_path: Path) -> None:
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
-        "from sae_kernels.runs.lock import locked\n"
+        "from sae_kernels.io.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
@@ -129,7 +129,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(DataError, match="another process is training in it"), opened(tmp_path):
+        with pytest.raises(DataError, match="another process is writing to it"), opened(tmp_path):
             pass
         other.kill()
         other.wait()

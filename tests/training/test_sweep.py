@@ -81,6 +81,22 @@ def test_all_runs_share_the_order_of_the_data() -> None:
     assert runs["a"]["train"] == {"data_seed": 9, "seed": 5}
 
 
+def test_runs_may_read_layers_of_their_own() -> None:
+    live = '[data]\nmodel = "m"\ntext = ["t"]\n[sae]\nd_in = 8\nn_latents = 32\n'
+    runs = expanded(
+        '[sweep]\n"data.layer" = ["h.3", "h.6"]\n[[run]]\nname = "map"\narch = "transcoder"\n'
+        'data.layer = "h.3"\ndata.target_layer = "h.6"\n',
+        live,
+    )
+    assert list(runs) == ["layer_h.3", "layer_h.6", "map"]
+    data = {name: RunConfig.from_tables(run).data for name, run in runs.items()}
+    assert [each.layer for each in data.values()] == [("h.3",), ("h.6",), ("h.3",)]
+    assert data["map"].target_layer == "h.6"
+    assert {each.model for each in data.values()} == {"m"}
+    runs = expanded('[sweep]\n"data.folders" = [["a/h.3"], ["a/h.6"]]\n')
+    assert list(runs) == ["folders_a_h.3", "folders_a_h.6"]
+
+
 def test_without_either_there_is_one_run() -> None:
     (name, run), *more = expanded("").items()
     assert (name, more) == ("run", [])
@@ -124,7 +140,7 @@ def test_names_say_what_differs_and_stay_in_their_folder(grid: str, name: str) -
         ("[sweep]\nk = [3]\n", r"\[sweep\]: unknown table 'k'"),
         ('[sweep]\n"sea.k" = [3]\n', r"\[sweep\]: unknown table 'sea'; did you mean 'sae'"),
         ('[sweep]\n"sae.k.x" = [3]\n', r"\[sweep\]: unknown table 'sae\.k'"),
-        ('[sweep]\n"data.folders" = [["a"]]\n', r"\[sweep\]: data: expected in the file's own"),
+        ('[sweep]\n"data.model" = ["a"]\n', r"\[sweep\]: data.model: expected in the file's own"),
         ('[sweep]\n"output.checkpoint_every" = [3]\n', r"\[sweep\]: output: expected in the"),
         ('[sweep]\narch = ["topkk"]\n', None),
         ("[sweep]\narch = [3]\n", r"\[sweep\]: arch: expected one of topk"),
@@ -133,7 +149,7 @@ def test_names_say_what_differs_and_stay_in_their_folder(grid: str, name: str) -
         ("[[run]]\nsae.k = 3\n", r"\[\[run\]\]: name: expected a name, got None"),
         ("[[run]]\nname = 3\n", r"\[\[run\]\]: name: expected a name, got 3"),
         ('[run]\nname = "a"\n', r"\[\[run\]\]: expected tables, each with a name"),
-        ('[[run]]\nname = "a"\ndata.folders = ["b"]\n', r"\[\[run\]\]: data: expected in the"),
+        ('[[run]]\nname = "a"\ndata.text = ["b"]\n', r"\[\[run\]\]: data.text: expected in the"),
         ('[[run]]\nname = "a"\noutput.loggers = []\n', r"\[\[run\]\]: output: expected in the"),
         ('[[run]]\nname = "a"\nsae.kk = 3\n', r"\[\[run\]\]: \[sae\]: unknown key 'kk'"),
         ("[train]\nstpes = 3\n", r"\[train\]: unknown key 'stpes'; did you mean 'steps'"),

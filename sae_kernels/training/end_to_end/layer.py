@@ -10,6 +10,7 @@ from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.sample import SAMPLE
 from sae_kernels.data.windows import permutation
 from sae_kernels.errors import ModelError
+from sae_kernels.harvest.model import input_device, layer_device
 from sae_kernels.harvest.norms import NormBound
 from sae_kernels.harvest.splice import clean_logits, frozen, record, replaced_rows
 from sae_kernels.harvest.spread import spread
@@ -37,7 +38,7 @@ def layer_width(model: nn.Module, layer: str, weights: EndToEnd | None = None) -
     """
     require_model(model)
     weights = weights or EndToEnd()
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     layers = (layer, *weights.downstream_layers)
     with frozen(model), torch.no_grad(), record(model, layers) as outputs:
         clean_logits(model, TokenBatch.of(token))
@@ -56,7 +57,7 @@ def prepare_end_to_end(
     *,
     row_filter: RowFilter = DEFAULT_FILTER,
 ) -> SparseAutoencoder:
-    """Makes a fresh SAE for a layer of a model, on the model's device.
+    """Makes a fresh SAE for a layer of a model, on the layer's device.
 
     Its scale and b_dec are estimated on 16384 of the layer's activations to replace, as
     :func:`~sae_kernels.training.train` does on stored ones. They are of batches spread evenly over
@@ -92,7 +93,7 @@ def prepare_end_to_end(
     norms = NormBound(row_filter.max_norm_multiple, [sample.shape[1]])
     sample = sample[norms.kept(sample)]
     warn_of_few_rows(sample)
-    sae = fitted(sample, sae_config, config, next(model.parameters()).device)
+    sae = fitted(sample, sae_config, config, layer_device(model, layer))
     sae.metadata["activations"] = norms.facts(row_filter)
     return sae
 

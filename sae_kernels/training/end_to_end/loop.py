@@ -60,7 +60,7 @@ def train_end_to_end(
             fewer than two tokens to replace, which have no variance, are skipped.
         layer: the dotted path of the layer that the SAE reconstructs.
         sae: fresh (:func:`~sae_kernels.training.end_to_end.prepare_end_to_end`), or trained on the
-            layer's activations before; on the model's device.
+            layer's activations before; on the layer's device.
         config: the settings, as of the autograd route; batch_size is not used.
         weights: see :func:`~sae_kernels.training.end_to_end.end_to_end_loss`.
         folder: folder for the settings, metric lines, checkpoints and the SAE (docs/runs.md); None
@@ -82,7 +82,7 @@ def train_end_to_end(
     check_end_to_end(sae, objective, weights)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
-    location = RunLocation(folder, output or OutputConfig(), {}, resume, overwrite)
+    location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
     training = sae.training
     stream = TokenStream(batches)
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_kernels.harvest.language_model import divergence, log_probabilities
+from sae_kernels.harvest.model import input_device
 from sae_kernels.harvest.norms import recorded_max_norm
 from sae_kernels.harvest.splice import clean_logits, frozen, record, spliced_logits
 from sae_kernels.harvest.tokens import TokenBatch
@@ -120,7 +121,7 @@ def end_to_end_loss(
             :class:`~sae_kernels.harvest.TokenBatch` says which of them are replaced. Activations
             above the bound in ``sae.metadata["activations"]["max_norm"]`` are not.
         layer: the dotted path of the layer that the SAE reconstructs.
-        sae: on the model's device.
+        sae: on the layer's device.
         weights: coefficients and downstream layers; default: KL alone.
         step: the SAE's training step, which holds objective, penalty schedule and dead latents;
             default: a fresh one without penalty.
@@ -144,7 +145,7 @@ def end_to_end_loss(
 def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> EndToEndLoss:
     """:func:`end_to_end_loss` of a :class:`SplicedSAE`, which keeps its own measures."""
     layer, weights = spliced.layer, spliced.weights
-    batch = batch.to(next(model.parameters()).device)
+    batch = batch.to(input_device(model))
     mask = batch.attention_mask
     with frozen(model), record(model, (layer, *weights.downstream_layers)) as outputs:
         with torch.no_grad():
@@ -158,14 +159,18 @@ def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> E
     if here is None:
         raise ValueError("expected at least one token to replace, got none")
     kl = divergence(clean, log_probabilities(logits[mask])).mean()
-    errors = [_fvu(a[mask], b[mask]) for a, b in zip(after, before, strict=True)]
+    # Of a model on several devices every layer's output is on its own.
+    errors = [
+        _fvu(a[mask.to(a.device)], b[mask.to(b.device)]).to(kl.device)
+        for a, b in zip(after, before, strict=True)
+    ]
     downstream = torch.stack(errors).mean() if errors else torch.zeros_like(kl)
     loss = here.loss
     for weight, term in (
         (weights.kl_coefficient, kl),
         (weights.downstream_coefficient, downstream),
     ):
-        loss = loss + weight * here.unit * term if weight else loss
+        loss = loss + weight * here.unit * term.to(loss.device) if weight else loss
     return EndToEndLoss(
         loss, kl.detach(), downstream.detach(), here.fvu, here.l0, here.sparsity, here.aux_loss
     )

@@ -1,4 +1,4 @@
-"""A lock that keeps a second process out of a run's folder."""
+"""A lock that keeps a second process from writing to a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Locks a folder for this process; the system unlocks it when the process dies.
 
     Raises:
-        DataError: another process, or another run in this one, holds the lock.
+        DataError: another process, or another writer in this one, holds the lock.
     """
     if fcntl is None:
         yield
@@ -34,8 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"{folder}: expected a run folder that nobody uses, another process is training "
-                "in it; wait for its end, or choose another folder"
+                f"{folder}: expected a folder that nobody uses, another process is writing to it; "
+                "wait for its end, or choose another folder"
             ) from None
         yield
     finally:
