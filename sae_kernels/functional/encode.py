@@ -215,7 +215,7 @@ def encode_batch_topk(
             batch is all leading dimensions of x together.
         k: latents per token on average, more than 0 and at most F; may be a fraction.
         start: scalar tensor, a guess of the smallest kept ``h * rank_scale``; it saves work and
-            does not change the result.
+            does not change the result. A number that is not positive and finite is no guess.
 
     Returns:
         Ragged SparseCodes of exactly min(int(k B), positives) entries, ties to the lower token and

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from sae_kernels import functional
 from sae_kernels.config.base import POSITIVE, setting
@@ -122,14 +123,13 @@ class BatchTopKSAE(SparseAutoencoder):
         scale = self.rank_scale()
         if not self.training:
             return self._above(x_centred, W_enc, self._bounds(scale))
-        start = self.last_key if bool(self.last_key > 0) else None
         preacts = functional.encode_batch_topk(
             x_centred,
             W_enc,
             self.b_enc,
             self.config.k if k is None else k,
             rank_scale=scale,
-            start=start,
+            start=self.last_key,
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )
@@ -145,13 +145,9 @@ class BatchTopKSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def _note(self, preacts: SparseCodes, scale: torch.Tensor | None) -> None:
-        if preacts.values.numel():
-            key = (
-                preacts.values if scale is None else preacts.values * scale[preacts.indices.long()]
-            )
-            self.last_key.copy_(key.min())
-        else:
-            self.last_key.fill_(torch.nan)
+        key = preacts.values if scale is None else preacts.values * scale[preacts.indices.long()]
+        # +inf where nothing is kept. To ask how many are would break a compiled graph.
+        _set_(self.last_key, pad(key, (0, 1), value=torch.inf).amin())
 
     @torch.no_grad()
     def after_step_(self, finite: torch.Tensor) -> None:
@@ -163,7 +159,7 @@ class BatchTopKSAE(SparseAutoencoder):
         keep = 0.999 if self.config.threshold_rule == "dictionary_learning" else 0.99
         moved = keep * threshold + (1 - keep) * key
         moved = torch.where(threshold < 0, key, moved)
-        threshold.copy_(torch.where(key.isfinite() & finite, moved, threshold))
+        _set_(threshold, torch.where(key.isfinite() & finite, moved, threshold))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Rescales the threshold too: in pre-activations, or in targets if norms rank latents."""
@@ -176,3 +172,10 @@ class BatchTopKSAE(SparseAutoencoder):
     def prefixes(self, objective: PrefixObjective, step: int, seed: int) -> Prefixes | None:
         """The prefixes of the configured groups, or random ones drawn for this step."""
         return prefixes_of(self, objective, step, seed)
+
+
+def _set_(scalar: torch.Tensor, value: torch.Tensor) -> None:
+    """Writes a scalar in place."""
+    # Through a view: torch.compile (2.13) takes an fp64 scalar on the CPU for a Python number and
+    # drops what is written to it.
+    scalar.view(1).copy_(value.view(1))

@@ -85,7 +85,7 @@ class JumpReLUObjective(ObjectiveConfig):
     preact_coefficient: float = setting(
         0.0,
         "weight of the pre-activation loss that revives dead latents, relu(threshold - h) times "
-        "the decoder norm (SAELens: 3e-6); 0 is off",
+        "the decoder norm (3e-6: Anthropic, January 2025); 0 is off",
         NOT_NEGATIVE,
     )
 

@@ -92,18 +92,20 @@ class Context:
     prefixes: Prefixes | None = None
     skip_input: torch.Tensor | None = None
     leaves: dict[str, torch.Tensor] | None = None
+    # functools.cached_property has a lock before Python 3.12, at which a compiled graph breaks.
+    _known: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def n_tokens(self) -> int:
         """Tokens in the batch, B."""
         return self.x.shape[0]
 
-    @functools.cached_property
+    @property
     def norms(self) -> torch.Tensor:
         """The norm of each layer's part of the decoder rows, [F, n_layers], differentiable."""
         return self._derived("norms", self.sae.decoder_norms)
 
-    @functools.cached_property
+    @property
     def preact_sums(self) -> torch.Tensor:
         """The sum of each latent's pre-activations over the batch, [F], differentiable."""
         sae = self.sae
@@ -113,12 +115,14 @@ class Context:
         )
 
     def _derived(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor computed from the weights; a leaf by this name in FusedStep."""
-        if self.leaves is None:
-            return compute()
-        with torch.no_grad():
+        """A tensor computed once from the weights; a leaf by this name in FusedStep."""
+        if name in self._known:
+            return self._known[name]
+        with torch.set_grad_enabled(self.leaves is None and torch.is_grad_enabled()):
             value = compute()
-        self.leaves[name] = value.requires_grad_()
+        if self.leaves is not None:
+            self.leaves[name] = value.requires_grad_()
+        self._known[name] = value
         return value
 
 
@@ -252,7 +256,10 @@ def check_groups(groups: tuple[int, ...] | None, n_latents: int) -> None:
 
 
 def prefixes_of(sae: SparseAutoencoder, objective: Any, step: int, seed: int) -> Prefixes | None:
-    """The prefixes at a 0-based step: random ones if the objective says so, else the groups."""
+    """The prefixes at a 0-based step: random ones if the objective says so, else the groups.
+
+    Random ones are drawn on the host, so not inside of a graph of torch.compile.
+    """
     config, device = sae.config, sae.W_enc.device
     if objective.random_prefixes:
         ends = _random_ends(config.n_latents, objective.random_prefixes, seed, step)

@@ -57,26 +57,32 @@ def adam_budgets(
 
     ``moment_budgets`` says how far m and v were off before it.
 
-    First-order propagation through ``p - s m / (sqrt(v) c + eps)``, every formula with a few
-    roundings of its own (at most 8 on any path). The slope of the square root is taken at the
-    smallest v within its budget; v near zero therefore gives a large budget, as it should.
+    First-order propagation through ``p - s m / (sqrt(v) c + eps)``. Each term of a formula has its
+    own roundings, counted as written: a constant derived in fp64 and rounded once (beta, 1 - beta,
+    s, c, eps), a difference (of ``m + (1 - beta1) (g - m)``) or a square, a product, the sum. A
+    moment's budget is therefore small beside each of its terms, also beside ``(1 - beta2) g^2``.
+    The slope of the square root is taken at the smallest v within its budget; v near zero therefore
+    gives a large budget, as it should.
     """
     param, m, v = (t.double() for t in before)
     lr, _, correction1, correction2, *_ = hyper.double().tolist()
-    few = gamma(8, dtype)
-    new_m = betas[0] * m + (1 - betas[0]) * grad
-    new_v = betas[1] * v + (1 - betas[1]) * grad**2
+    beta1, beta2 = betas
+    size = grad.abs() + grad_budget
+    new_m = beta1 * m + (1 - beta1) * grad
+    new_v = beta2 * v + (1 - beta2) * grad**2
     off_m, off_v = moment_budgets
-    dm = betas[0] * off_m + (1 - betas[0]) * grad_budget + few * (m.abs() + grad.abs())
-    dv = (1 - betas[1]) * (2 * grad.abs() + grad_budget) * grad_budget + few * new_v
-    dv = dv + betas[1] * off_v
+    dm = beta1 * off_m + (1 - beta1) * grad_budget
+    dm = dm + rounding(4, beta1 * (m.abs() + off_m) + (1 - beta1) * size, dtype)
+    dv = beta2 * off_v + (1 - beta2) * (2 * grad.abs() + grad_budget) * grad_budget
+    dv = dv + rounding(4, beta2 * (v + off_v) + (1 - beta2) * size**2, dtype)
     scale, step = correction2**-0.5, lr / correction1
     root = (new_v - dv).clamp(min=0).sqrt()
     denominator = root * scale + eps
-    d_denominator = scale * dv / (2 * root).clamp(min=1e-300) + few * (new_v.sqrt() * scale + eps)
+    slope = scale / (2 * root).clamp(min=1e-300)
+    d_denominator = slope * dv + rounding(5, new_v.sqrt() * scale + eps, dtype)
     update = step * new_m.abs() / denominator
-    dp = step * dm / denominator + update * (d_denominator / denominator + few)
-    budget: torch.Tensor = dp + few * (param.abs() + update)
+    dp = step * dm / denominator + update * d_denominator / denominator + rounding(3, update, dtype)
+    budget: torch.Tensor = dp + rounding(1, param.abs() + update, dtype)
     return budget, dm, dv
 
 

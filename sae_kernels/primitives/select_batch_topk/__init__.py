@@ -31,7 +31,8 @@ def select_batch_topk(
         count: entries to keep.
         rank_scale: [F] in the accumulator dtype, or None for ones.
         start: a guess of the last kept ``h * rank_scale``, such as the batch before had, as a
-            tensor of shape []. It decides how much work is done and never what comes out.
+            tensor of shape []. It decides how much work is done and never what comes out; where it
+            is not positive and finite, a sample of the tokens decides.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:

@@ -63,8 +63,9 @@ class ScoreSource(NamedTuple):
 def select(scores: ScoreSource, count: int, start: torch.Tensor | None) -> Ragged:
     """Selects with one bound after the other until the count certifies it."""
     dtype = accumulator(scores.x.dtype)
-    guess = _guess(scores, count) if start is None else float(start.to(dtype))
-    guess = guess if math.isfinite(guess) else 0.0
+    guess = math.nan if start is None else float(start.to(dtype))
+    if not 0 < guess < math.inf:  # none was given, or no number to go by
+        guess = _guess(scores, count)
     # A product with the scale may round up an entry that its own bound left out.
     slack = 1.0 if scores.rank_scale is None else 1 + 4 * torch.finfo(dtype).eps
     for bound in (_MARGIN * guess, guess / 2, guess / 4, 0.0):
