@@ -143,10 +143,9 @@ def _placement(
 
 def input_device(model: nn.Module) -> torch.device:
     """The device that a model takes its token ids on, that of its embedding."""
-    embedding = None
-    with suppress(AttributeError, NotImplementedError):  # of a model of images, for one
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    own = () if embedding is None else embedding.parameters()
+    own: Iterator[nn.Parameter] = iter(())
+    with suppress(AttributeError, NotImplementedError):  # no embedding that transformers knows of
+        own = model.get_input_embeddings().parameters()  # type: ignore[operator]
     # Weights that a device_map left on the disk are nowhere; their module takes ids from anywhere.
     devices = (p.device for p in (*own, *model.parameters()) if not p.is_meta)
     return next(devices, torch.device("cpu"))
