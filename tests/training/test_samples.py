@@ -117,12 +117,13 @@ def test_what_was_left_out_of_stored_rows_is_in_the_metadata(tmp_path: Path) -> 
     a = _stored(tmp_path / "a", _rows(), **facts, max_norm=20.0, layer="h.1")
     b = _stored(tmp_path / "b", _rows(), **facts, max_norm=30.0, layer="h.2")
     sae = sk.train(TopKConfig(D, F, 4), a, folder=tmp_path / "run", **SETTINGS).sae
-    assert sae.metadata["activations"] == {**facts, "max_norm": [20.0]}
+    assert sae.metadata["activations"].items() >= {**facts, "max_norm": [20.0]}.items()
     saved = sk.SparseAutoencoder.from_pretrained(tmp_path / "run" / "sae")
     assert saved.metadata["activations"] == sae.metadata["activations"]
     joint = sk.train(TopKConfig(D, F, 4, n_layers=2), JointRows([a, b]), **SETTINGS).sae
-    assert joint.metadata["activations"] == {**facts, "max_norm": [20.0, 30.0]}
-    assert "activations" not in sk.train(TopKConfig(D, F, 4), _rows(), **SETTINGS).sae.metadata
+    assert joint.metadata["activations"].items() >= {**facts, "max_norm": [20.0, 30.0]}.items()
+    unknown = sk.train(TopKConfig(D, F, 4), _rows(), **SETTINGS).sae.metadata
+    assert "max_norm" not in unknown.get("activations", {})
 
 
 def test_an_index_with_a_filter_that_is_none_is_named(tmp_path: Path) -> None:
