@@ -89,15 +89,18 @@ _LISTS = "groups: expected positive integers that add up to n_latents = 8, got "
         ((), "() (no such list)"),
         ((9, -1), "(9, -1) (no such list)"),
         ((4, 0, 4), "(4, 0, 4) (no such list)"),
-        ((4.0, 4), "(4.0, 4) (no such list)"),
-        ((True, 7), "(True, 7) (no such list)"),
-        (("8",), "('8',) (no such list)"),
     ],
 )
 def test_groups_that_do_not_add_up_are_named(
     config: type[SAEConfig], groups: Any, came: str
 ) -> None:
     assert _refused(config, k=2, groups=groups) == _LISTS + came
+
+
+@pytest.mark.parametrize("groups", [(4.0, 4), (True, 7), ("8",)])
+def test_groups_that_are_no_integers_are_named(groups: Any) -> None:
+    wanted = f"groups: expected a list of integers such as 512,512,1024, got {groups}"
+    assert _refused(TopKConfig, k=2, groups=groups) == wanted
 
 
 @pytest.mark.parametrize(
