@@ -62,6 +62,7 @@ class LiveBatches:
         layers: as given.
         widths: the width of each layer.
         position: batches yielded so far.
+        metadata: the model, the layers and the context's length, as a harvested folder has them.
 
     Raises:
         ModelError: an unknown layer, one with another output, or whatever else the model or its
@@ -152,6 +153,11 @@ class LiveBatches:
             "dtype": str(dtype),
             "autocast": autocast and str(autocast),
             "weights": weights_digest(model),
+        }
+        self.metadata = {
+            "model": str(getattr(model.config, "_name_or_path", "")),
+            "layer": list(layers),
+            "context_length": context_length,
         }
         self._cursor, self._digest = Cursor(), ""
         self.close()

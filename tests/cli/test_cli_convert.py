@@ -89,9 +89,11 @@ def test_json(run, native, tmp_path):
 
 def test_metadata_goes_along(run, native, tmp_path):
     config, tensors = nn.TopKConfig(D, F, k=K), _sae(nn.TopKConfig(D, F, k=K)).state_dict()
-    formats.write_saelens(tmp_path / "a", config, tensors, {"hook_name": "blocks.1.hook_mlp_out"})
-    assert run("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens").code == 0
-    assert formats.read(tmp_path / "b").metadata["hook_name"] == "blocks.1.hook_mlp_out"
+    place = {"activations": {"hook_name": "blocks.1.hook_mlp_out"}}
+    formats.write_saelens(tmp_path / "a", config, tensors, place)
+    ran = run("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens")
+    assert (ran.code, ran.err) == (0, "")
+    assert formats.read(tmp_path / "b").metadata["activations"] == place["activations"]
 
 
 def test_from_settles_what_the_files_leave_open(run, native, tmp_path):

@@ -27,6 +27,7 @@ WEIGHTS = {
     "sparsify": "sae.safetensors",
     "dictionary_learning": "ae.pt",
     "gemma_scope": "params.npz",
+    "circuit_tracer": "layer_3.safetensors",
 }
 
 
@@ -88,8 +89,9 @@ def test_several_are_listed(tmp_path: Path) -> None:
         sparsify(tmp_path / f"layer_{layer:02}")
     refuses(
         lambda: sk.load(tmp_path),
-        f"{tmp_path}: expected one SAE, got a folder with 14 of them: layer_00, layer_01, ",
-        "layer_11, ...; name one",
+        f"{tmp_path}: expected one SAE, got a folder with 14 of them: "
+        "layer_00 (topk, 6 to 16), layer_01 (topk, 6 to 16), ",
+        "layer_11 (topk, 6 to 16), ...; name one",
     )
     shutil.rmtree(tmp_path / "layer_13")
     saelens(tmp_path / "layer_13" / "deep")
@@ -153,7 +155,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return fake
 
 
-SETTINGS = {"saelens": "cfg.json", "sparsify": "cfg.json"}
+SETTINGS = {"saelens": "cfg.json", "sparsify": "cfg.json", "circuit_tracer": "config.yaml"}
 
 
 @pytest.mark.parametrize("name", MAKE)
