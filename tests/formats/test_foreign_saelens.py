@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+# Most of what is written here names no hook.
+pytestmark = pytest.mark.filterwarnings("ignore:SAELens. hook_name:UserWarning")
 FREE: dict[str, Any] = {"unit_norm_decoder": False}
 RAW: dict[str, Any] = {"unit_norm_decoder": False, "subtract_b_dec": False}
 RAW_THRESHOLD: dict[str, Any] = {"log_threshold": False}
