@@ -165,6 +165,7 @@ def find(folder: str | Path) -> list[Found]:
 def _on_disk(path: Path, chosen: Format | None, layer: int | None) -> Found:
     """The SAE at a path; a folder without one may hold one further down."""
     if path.is_file():
+        _no_layer(layer, path)
         return Found(path, detect(path) if chosen is None else chosen.name)
     here = [name for name in present(path) if chosen is None or chosen.name == name]
     if here and not FORMATS[one_of(path, here)].layer_file:
@@ -186,6 +187,7 @@ def _on_hub(
     files = [PurePosixPath(file) for file in listing.files]
     inside = PurePosixPath(place.inside)
     if inside in files:
+        _no_layer(layer, shown)
         folder, beside = inside.parent, {f.name for f in files if f.parent == inside.parent}
         fitting = [f.name for f in FORMATS.values() if f.fits_file(inside.name, beside)]
         name = one_of(shown, fitting) if chosen is None else chosen.name
@@ -206,6 +208,7 @@ def _on_hub(
         for file in FORMATS[name].settings
         if parent / file in files
     ]
+    # Of a set that is refused by its settings no weights are downloaded.
     wanted = [str(file) for file in (*settings, *weights)]
     path = hub.download(place.repository, wanted, listing.commit)[-1]
     is_file = inside in files or bool(FORMATS[name].layer_file)
@@ -247,36 +250,35 @@ def _only(
     """
     if not below:
         one_of(shown, [])
-    several = below
-    if layer is not None:
-        several = {
-            at: names
-            for at, names in below.items()
-            if any(at.name == FORMATS[n].layer_file.format(layer) for n in names)
-        }
-        if not several and not any(
-            FORMATS[n].layer_file for names in below.values() for n in names
-        ):
-            _no_layer(layer, shown)
-    if len(several or below) > 1 or not several:
-        several = several or below
-        listed = ", ".join(
-            f"{at!s:.200}{describe(at, names[0])}" for at, names in [*several.items()][:_SHOWN]
-        )
-        more = ", ..." if len(several) > _SHOWN else ""
-        wanted = "one SAE" if layer is None else f"one of layer {layer}"
-        raise DataError(
-            f"{shown}: expected {wanted}, got a folder with {len(several)} of them: "
-            f"{listed}{more}; name one"
-        )
-    ((folder, names),) = several.items()
-    return folder, one_of(f"{shown}/{folder}", names)
+    fitting = below if layer is None else _of_layer(shown, below, layer)
+    if len(fitting) == 1:
+        ((folder, names),) = fitting.items()
+        return folder, one_of(f"{shown}/{folder}", names)
+    several = [*(fitting or below).items()]
+    listed = ", ".join(f"{at!s:.200}{describe(at, names[0])}" for at, names in several[:_SHOWN])
+    more = ", ..." if len(several) > _SHOWN else ""
+    wanted = "one SAE" if layer is None else f"one of layer {layer}"
+    raise DataError(
+        f"{shown}: expected {wanted}, got a folder with {len(several)} of them: {listed}{more}; "
+        "name one"
+    )
+
+
+def _of_layer(
+    shown: object, below: dict[PurePosixPath, list[str]], layer: int
+) -> dict[PurePosixPath, list[str]]:
+    """Those that are the given layer of a set."""
+    files = {at: [FORMATS[name].layer_file for name in names] for at, names in below.items()}
+    if not any(any(names) for names in files.values()):
+        _no_layer(layer, shown)
+    named = {at for at, names in files.items() if at.name in [n.format(layer) for n in names]}
+    return {at: names for at, names in below.items() if at in named}
 
 
 def _no_layer(layer: int | None, shown: object) -> None:
     if layer is not None:
         raise ValueError(
-            f"layer: expected none, {shown} is no set of layers, got {layer}; name the SAE's folder"
+            f"layer: expected none, as {shown} is no folder with a set of layers, got {layer}"
         )
 
 

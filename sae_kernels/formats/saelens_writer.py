@@ -79,7 +79,7 @@ def write_saelens(
         DataError: tensors that are not what the configuration says.
 
     Example:
-        >>> import json, pathlib, tempfile
+        >>> import json, pathlib, tempfile, torch
         >>> config = TopKConfig(2, 3, k=1)
         >>> tensors = {name: torch.zeros(size) for name, size in config.shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:

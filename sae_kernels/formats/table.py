@@ -72,9 +72,9 @@ class Format(NamedTuple):
         )
 
     def weights(self, names: Collection[str]) -> list[str]:
-        """The weights of the SAEs in a folder that fits: one file, or one a layer."""
+        """The weights of the one SAE in a folder that fits; none in one of several layers."""
         files = next(f for f in self.files if all(_like(file, names) for file in f))
-        return [name for file in files if file not in self.settings for name in _like(file, names)]
+        return [file for file in files if file not in self.settings and "*" not in file]
 
     def saes(self, names: Collection[str]) -> list[str]:
         """The places in a folder that fits, each with an SAE: the folder, or a file a layer."""

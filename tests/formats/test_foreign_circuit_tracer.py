@@ -160,7 +160,7 @@ def test_a_layer_where_there_are_none(tmp_path: Path) -> None:
         refuses(
             lambda p=path: sk.load(p, layer=3),
             "layer: expected none",
-            "is no set of layers, got 3",
+            "is no folder with a set of layers, got 3",
             error=ValueError,
         )
 

@@ -230,6 +230,14 @@ def test_one_layer_of_a_set_in_a_repository(hub: Hub) -> None:
     refuses(lambda: sk.load("owner/repo", layer=11, revision="v2"), "expected one of layer 11")
 
 
+def test_a_cross_layer_transcoder_is_refused_before_its_weights_come(hub: Hub) -> None:
+    (hub.root / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
+    for layer in range(3):
+        (hub.root / f"W_enc_{layer}.safetensors").write_bytes(b"gigabytes")
+    refuses(lambda: sk.load("owner/repo", revision="v2"), "model_kind 'cross_layer_transcoder'")
+    assert hub.asked == ["config.yaml"]
+
+
 def test_a_checkpoint_of_dictionary_learning_in_a_repository(hub: Hub) -> None:
     MAKE["dictionary_learning"](hub.root / "trainer_0")
     (hub.root / "trainer_0" / "checkpoints").mkdir()
