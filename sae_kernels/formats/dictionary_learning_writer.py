@@ -84,8 +84,9 @@ def write_dictionary_learning(
     form = config
     if isinstance(config, JumpReLUConfig):
         form, tensors = with_thresholds("dictionary_learning", config, tensors)
-        check_not_negative("dictionary_learning", tensors["threshold"])
     theirs = to_foreign("tensors", form, KINDS[name].names, tensors)
+    if isinstance(config, JumpReLUConfig):
+        check_not_negative("dictionary_learning", theirs["threshold"])
     if isinstance(config, SwitchConfig):
         _check_no_bias(tensors["b_enc"])
     if isinstance(config, BatchTopKConfig):
