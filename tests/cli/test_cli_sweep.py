@@ -285,3 +285,14 @@ def test_an_sae_per_layer_of_a_model(
     for name in ("layer_h.0", "layer_h.1"):
         assert sae_files(tmp_path / "stopped" / name) == sae_files(tmp_path / "straight" / name)
         assert untimed(tmp_path / "stopped" / name) == untimed(tmp_path / "straight" / name)
+
+
+def test_names_for_other_tools(run: Any, file: Path, tmp_path: Path) -> None:
+    text = file.read_text().replace("[output]\n", '[output]\nhook_name = "blocks.1.hook_mlp_out"\n')
+    file.write_text(text)
+    assert run("sweep", file, "--out", tmp_path / "runs").code == 0
+    for name in NAMES:
+        sae = SparseAutoencoder.from_pretrained(tmp_path / "runs" / name / "sae")
+        assert sae.metadata["activations"] == {"hook_name": "blocks.1.hook_mlp_out"}
+    seen = run("inspect", tmp_path / "runs", "--json").records()[0]
+    assert [each["path"] for each in seen["contents"]] == [f"{name}/sae" for name in sorted(NAMES)]

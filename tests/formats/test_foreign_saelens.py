@@ -558,3 +558,19 @@ def test_a_training_sae_of_sae_lens_is_read(tmp_path: Path, rescale: bool) -> No
     if rescale:  # the export's norms are folded into its encoder
         codes = codes * checkpoint.tensors["W_dec"].to(F64).norm(dim=1)
     assert_same(export.config, x, None, (codes, y), formula(export.config, export.tensors, x))
+
+
+@pytest.mark.parametrize("place", [{"layer": "h.1"}, {}], ids=["named", "nameless"])
+def test_sae_lens_runs_a_model_with_it_if_it_is_named(tmp_path: Path, place: Any) -> None:
+    """The silence that write_saelens warns of is real."""
+    sae_lens = pytest.importorskip("sae_lens", reason="needs the package sae-lens")
+    config_class = pytest.importorskip("transformer_lens").HookedTransformerConfig
+    settings = {"n_layers": 2, "d_model": D, "n_ctx": 8, "d_head": 3, "n_heads": 2}
+    model = sae_lens.HookedSAETransformer(config_class(**settings, d_vocab=9, act_fn="relu"))
+    config = TopKConfig(D, F, k=K, **FREE)
+    write_saelens(tmp_path, config, exact_tensors(config), {"activations": place})
+    sae = sae_lens.SAE.load_from_disk(tmp_path)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        plain, spliced = model(tokens), model.run_with_saes(tokens, saes=[sae])
+    assert torch.equal(plain, spliced) == (not place)
