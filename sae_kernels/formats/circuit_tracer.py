@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 CONFIG_FILE, LAYER_FILE = "config.yaml", "layer_{}.safetensors"
 _LAYER = re.compile(r"layer_(\d{1,4})\.safetensors")
 _KIND = "transcoder_set"
+_READ = ("model_kind", "transcoders")  # the second: where files lie that are not these
 _THRESHOLD = "activation_function.threshold"
 _HOOKS = {"feature_input_hook": "--hook-name", "feature_output_hook": "--hook-name-out"}
 
@@ -74,7 +75,7 @@ def read_circuit_tracer(folder_or_file: str | Path) -> Weights:
         hooks = {key: f"{at}.{hook}" for key, hook in hooks.items() if isinstance(hook, str)}
     metadata = described(
         "circuit_tracer",
-        own_fields(path, values, ("model_kind",)),
+        own_fields(path, values, _READ),
         model=values.get("model_name"),
         hook_name=hooks.get("feature_input_hook"),
         hook_name_out=hooks.get("feature_output_hook"),
@@ -208,7 +209,7 @@ def _theirs(config: SAEConfig, tensors: Tensors) -> Tensors:
 
 def _place(metadata: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """The layer, and the settings of its set."""
-    own, place = own_of(metadata, "circuit_tracer"), place_of(metadata)
+    own, place = own_of(metadata, "circuit_tracer", _READ), place_of(metadata)
     hooks = {}
     for key, flag in _HOOKS.items():
         said = place.get("hook_name" if key == "feature_input_hook" else "hook_name_out")

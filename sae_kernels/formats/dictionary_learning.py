@@ -85,7 +85,7 @@ KINDS = {
     "SwitchAutoEncoder": Kind(SwitchConfig, _SWITCH),
 }
 # Of the trainer's settings; k stays, as one that is still falling differs from the file's.
-_READ = ("activation_dim", "dict_size", "experts", "heaviside")
+READ = ("activation_dim", "dict_size", "experts", "heaviside")
 # What dictionary_learning's scripts call the output of block N, as SAELens' loader reads it.
 RESID_POST = re.compile(r"resid_post_layer_(\d{1,4})")
 
@@ -193,7 +193,7 @@ def _kind(path: Path, name: object, stored: Stored) -> Kind:
 def _metadata(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     trainer = values["trainer"]
     own = own_fields(path, values, ("trainer",))
-    if kept := own_fields(path, trainer, _READ):
+    if kept := own_fields(path, trainer, READ):
         own["trainer"] = kept
     label = RESID_POST.fullmatch(str(trainer.get("submodule_name")))
     return described(

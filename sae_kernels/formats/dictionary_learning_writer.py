@@ -10,6 +10,7 @@ from sae_kernels.config.places import RESID_POST, block_number, parts
 from sae_kernels.formats.dictionary_learning import (
     CONFIG_FILE,
     KINDS,
+    READ,
     WEIGHTS_FILE,
 )
 from sae_kernels.formats.layout import only_raw_activations, to_foreign
@@ -172,7 +173,7 @@ def _buffers(config: SAEConfig) -> Tensors:
 
 def _settings(name: str, config: SAEConfig, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     own, place = own_of(metadata, "dictionary_learning"), place_of(metadata)
-    trainer = own_of(own, "trainer")
+    trainer = own_of(own, "trainer", READ)
     # Settings of another class's trainer say nothing here.
     trainer = trainer if trainer.get("dict_class") == name else {}
     values = {

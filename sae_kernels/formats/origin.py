@@ -84,10 +84,20 @@ def _size(name: str, value: object) -> int | None:
         return None
 
 
-def own_of(metadata: Mapping[str, Any] | None, format: str) -> dict[str, Any]:
-    """A tool's own fields, to be written back; empty where there are none."""
+def own_of(
+    metadata: Mapping[str, Any] | None, format: str, read: Collection[str] = ()
+) -> dict[str, Any]:
+    """A tool's own fields, to be written back; empty where there are none.
+
+    Args:
+        metadata: an SAE's, which may come from a stranger's file.
+        format: the fields' key.
+        read: fields that are left out, as they say what the SAE computes.
+    """
     found = (metadata or {}).get(format)
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if name not in read}
 
 
 def rest(metadata: Mapping[str, Any] | None, format: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ _OLD_METADATA = {
     },
 }
 # Keys of which the configuration and the tensors say all.
-_READ = (
+READ = (
     *("d_in", "d_sae", "d_out", "dtype", "device", "k", "apply_b_dec_to_input"),
     *("normalize_activations", "reshape_activations", "rescale_acts_by_decoder_norm"),
     *("activation_fn", "activation_fn_str", "activation_fn_kwargs", "finetuning_scaling_factor"),
@@ -116,7 +116,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def to_metadata(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Ours: the model and the place in it, and all fields that are not interpreted."""
     theirs = values["metadata"]
-    own = own_fields(path, values, (*_READ, "metadata"))
+    own = own_fields(path, values, (*READ, "metadata"))
     own["metadata"] = own_fields(path, theirs, ("sae_kernels_version",))
     if OURS in own["metadata"]:
         own[OURS] = own["metadata"].pop(OURS)

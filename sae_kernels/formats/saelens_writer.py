@@ -16,7 +16,7 @@ from sae_kernels.formats.layout import (
 )
 from sae_kernels.formats.origin import own_of, place_of, rest
 from sae_kernels.formats.saelens import CONFIG_FILE, WEIGHTS_FILE, names
-from sae_kernels.formats.saelens_config import PLACE
+from sae_kernels.formats.saelens_config import PLACE, READ
 from sae_kernels.formats.thresholds import check_not_negative, with_thresholds
 from sae_kernels.io.files import json_writer, publish_all
 from sae_kernels.nn import (
@@ -104,7 +104,7 @@ def write_saelens(
 
 
 def _values(config: SAEConfig, dtype: torch.dtype, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    architecture, own = _architecture(config), own_of(metadata, "saelens")
+    architecture, own = _architecture(config), own_of(metadata, "saelens", READ)
     # Settings of another architecture, as of the training that ended in this one, say nothing here.
     kept = own if own.get("architecture") == architecture else {}
     values = {

@@ -108,7 +108,7 @@ def write_sparsify(
         ValueError: sparsify: expected a TopK SAE, got ReLUConfig
     """
     only_raw_activations("sparsify", config)
-    values = _values(config, own_of(metadata, "sparsify")) | rest(metadata, "sparsify")
+    values = _values(config, own_of(metadata, "sparsify", _READ)) | rest(metadata, "sparsify")
     theirs = to_foreign("tensors", config, _names(config), tensors)
     publish_all(
         folder,

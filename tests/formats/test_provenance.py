@@ -254,6 +254,42 @@ def test_own_fields_are_json_within_bounds(tmp_path: Path, caplog: Any) -> None:
     assert len(json.dumps(own_fields(tmp_path, many, ()))) < 300_000
 
 
+FALSE: dict[str, dict[str, Any]] = {
+    "saelens": {
+        "architecture": "topk",
+        "activation_fn_str": "tanh",
+        "activation_fn_kwargs": {"k": 1},
+        "normalize_activations": "layer_norm",
+        "finetuning_scaling_factor": True,
+        "d_in": 3,
+        "d_out": 3,
+        "k": 1,
+        "rescale_acts_by_decoder_norm": True,
+        "reshape_activations": "hook_z",
+        "dtype": "float16",
+    },
+    "sparsify": {"signed": True, "activation": "groupmax", "num_latents": 3, "transcode": True},
+    "dictionary_learning": {
+        "trainer": {"dict_class": "AutoEncoderTopK", "k": 1, "experts": 3, "dict_size": 5},
+    },
+    "circuit_tracer": {"model_kind": "cross_layer_transcoder", "transcoders": ["hf://a/b/c.npz"]},
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_stranger_s_fields_do_not_change_what_is_written(tmp_path: Path, tool: str) -> None:
+    """A native file may claim to be from a tool and to have held anything."""
+    config, file, _ = TOOLS[tool]
+    tensors = exact_tensors(config)
+    for i, own in enumerate((FALSE[tool], {})):
+        metadata = {"activations": PLACE, tool: own}
+        write(tmp_path / str(i), Weights(config, tensors, metadata), tool)
+    first, second = (settings_of(tmp_path / str(i), file) for i in range(2))
+    assert first == second
+    came = read(tmp_path / "0").config
+    assert (came.architecture, came.n_latents) == (config.architecture, F)
+
+
 @pytest.mark.parametrize("value", [["gpt2"], {}, "", "x" * 2000, 2**70, None, 1.5])
 def test_a_stranger_s_name_is_plain_and_short(tmp_path: Path, value: Any) -> None:
     make("saelens", tmp_path)
