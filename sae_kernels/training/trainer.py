@@ -226,7 +226,8 @@ def _train(
         started = {}
         for name, plan in runs.items():
             folder = location.open(stack, name, plan)
-            place = origin(given, target, plan.sae_config.transcodes, location.output)
+            own = given if plan.share is None else plan.share.own
+            place = origin(own, target, plan.sae_config.transcodes, location.output)
             started[name] = stack.enter_context(
                 start_run(make, name, fresh.pop(name, None), folder, on_step.get(name), place)
             )

@@ -277,6 +277,10 @@ def test_an_sae_per_layer_of_a_model(
     for layer in ("h.0", "h.1"):
         used = read_tables(tmp_path / "straight" / f"layer_{layer}" / "run.toml")
         assert used["data"]["layer"] == [layer]
+        sae = SparseAutoencoder.from_pretrained(tmp_path / "straight" / f"layer_{layer}" / "sae")
+        hook = f"blocks.{layer[-1]}.hook_resid_post"
+        assert sae.metadata["activations"]["layer"] == layer
+        assert sae.metadata["activations"]["hook_name"] == hook
     # One goes on by itself, the sweep with the other.
     assert run("resume", "stopped/layer_h.1").code == 0
     ran = run(*command, "stopped", "--resume", "--json")
