@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae_kernels.cli.contents import contents
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
 from sae_kernels.errors import DataError
+from sae_kernels.formats.table import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 _BAR = 40  # columns of the histogram's longest bar
 _SHOWN = (
-    "a run, a checkpoint, a folder of activations, a saved SAE of any format (docs/formats.md) or "
-    "a .safetensors file"
+    "a run, a checkpoint, a folder of activations, a saved SAE "
+    f"({', '.join(FORMATS)}), a folder of several of these, or a .safetensors file"
 )
 
 
@@ -33,9 +35,12 @@ def inspect(
     values = {"path": str(path), **look(path, verify)}
     output = Output(as_json)
     output.record(values)
-    tensors = values.pop("tensors", {})
+    tensors, listed = values.pop("tensors", {}), values.pop("contents", [])
     bins = values.get("norms", {}).pop("histogram", [])
     output.table([(_plain(key), _plain(str(value))) for key, value in _rows(values)])
+    if listed:
+        output.text("")
+        output.table([("path", "format", "contents"), *map(_line, listed)])
     if tensors:
         rows = [(n, str(t["shape"]), t["dtype"]) for n, t in tensors.items()]
         output.text("")
@@ -65,8 +70,10 @@ def look(path: Path, verify: bool) -> dict[str, Any]:
         return _checkpoint(path, verify)
     if (path / INDEX).is_file():
         return _activations(path, verify)
-    if formats.present(path):
+    if formats.present(path) and not _is_set(path):
         return _sae(path, formats.detect(path), verify)
+    if path.is_dir() and (found := contents(path)) is not None:
+        return {**found, **_no(verify)}
     if path.is_file() and path.suffix == ".safetensors":
         return {"kind": "safetensors", "bytes": path.stat().st_size, **_header(path), **_no(verify)}
     raise DataError(f"{path}: expected {_SHOWN}, got none of these")
@@ -76,6 +83,13 @@ def _bar(part: "Mapping[str, Any]", most: int) -> tuple[str, str, str]:
     """A line of the histogram, in which even a single row shows."""
     bar = "#" * -(-_BAR * part["rows"] // most)
     return f"{part['from']:.4g} to {part['to']:.4g}", f"{part['rows']:,}", bar
+
+
+def _is_set(path: Path) -> bool:
+    """Whether a folder holds SAEs of several layers."""
+    from sae_kernels import formats
+
+    return path.is_dir() and len([at for at, _ in formats.find(path) if at.parent == path]) > 1
 
 
 def _run(path: Path, verify: bool) -> dict[str, Any]:
@@ -220,6 +234,18 @@ def _named(path: Path, files: "Mapping[str, Any]", suffix: str) -> list[str]:
 
     known = [name for name in files if is_plain_name(name) and name.endswith(suffix)]
     return [name for name in known if not (path / name).is_symlink()]
+
+
+def _line(values: "Mapping[str, Any]") -> tuple[str, str, str]:
+    """A row about one of a folder's SAEs or folders of activations."""
+    if "error" in values:
+        said = f"damaged: {values['error']}"
+    elif "n_latents" in values:
+        said = f"{values['architecture']}, {values['d_in']:,} to {values['n_latents']:,} latents"
+    else:
+        of = f" of {values['layer']}" if values["layer"] else ""
+        said = f"{values['n_tokens']:,} rows [{values['d_in']:,}]{of}"
+    return _plain(values["path"]), values["format"], _plain(said)
 
 
 def _no(verify: bool) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Settings of a run's output: checkpoints and loggers."""
+"""Settings of a run's output: checkpoints, loggers and names in the SAE's metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ LOGGERS = ("tensorboard", "wandb")
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig(Settings):
-    """Settings of checkpoints and loggers; none of them changes the training."""
+    """Settings of what a run leaves: checkpoints, loggers, names in the SAE's metadata.
+
+    None of them changes the training.
+    """
 
     table = "output"
 
@@ -26,6 +29,19 @@ class OutputConfig(Settings):
     keep_checkpoints: int = setting(2, "number of checkpoints that are kept; 0 keeps all", NATURAL)
     loggers: tuple[str, ...] = setting(
         (), "further loggers of the metric lines, besides metrics.jsonl: tensorboard, wandb"
+    )
+    model_name: str | None = setting(
+        None,
+        "name of the model for the SAE's metadata, which other tools read; the default is what the "
+        "activations say",
+    )
+    hook_name: str | None = setting(
+        None,
+        "TransformerLens' name of the layer for the SAE's metadata, as blocks.6.hook_resid_post; "
+        "the default is known for the output of a decoder's block",
+    )
+    hook_name_out: str | None = setting(
+        None, "the same of a transcoder's target, as blocks.6.hook_mlp_out"
     )
 
     def __post_init__(self) -> None:

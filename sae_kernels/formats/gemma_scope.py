@@ -14,8 +14,9 @@ from sae_kernels.formats.layout import (
     listed,
     load,
 )
+from sae_kernels.formats.origin import described, own_fields
 from sae_kernels.io.arrays import stored_npz
-from sae_kernels.io.tensor_files import Sizes, Tensors, read_settings, stored_safetensors
+from sae_kernels.io.tensor_files import Sizes, Stored, Tensors, read_settings, stored_safetensors
 from sae_kernels.nn import JumpReLUConfig
 
 if TYPE_CHECKING:
@@ -23,11 +24,7 @@ if TYPE_CHECKING:
 
 FILES = ("params.npz", "params.safetensors")
 CONFIG_FILE = "config.json"
-_METADATA = {
-    "model_name": "model_name",
-    "hf_hook_point_in": "hf_hook_name",
-    "hf_hook_point_out": "hf_hook_name_out",
-}
+_READ = ("architecture",)
 
 
 def read_gemma_scope(folder_or_file: str | Path) -> Weights:
@@ -56,19 +53,39 @@ def read_gemma_scope(folder_or_file: str | Path) -> Weights:
         ...     read_gemma_scope(folder).tensors["W_enc"].shape
         torch.Size([3, 2])
     """
-    file = _file(Path(folder_or_file))
-    stored = stored_npz(file) if file.suffix == ".npz" else stored_safetensors(file)
-    values = _values(file.with_name(CONFIG_FILE)) if file.suffix == ".safetensors" else {}
-    w = "w" if "w_enc" in stored.sizes else "W"
+    stored, values, config = _open(Path(folder_or_file))
+    file, w = stored.path, _letter(stored.sizes)
     theirs = {"W_enc": f"{w}_enc.T", "W_dec": f"{w}_dec", "W_skip": "affine_skip_connection.T"}
-    config = _config(file, values, stored.sizes, w)
     names = {name: theirs.get(name, name) for name in config.shapes()}
     found = load(stored, config, names, {"scaling_factor": config.n_latents})
     _drop_ones(file, found)
     tensors = from_foreign(file, config, names, found)
     tensors["threshold"] = at_least_zero(tensors["threshold"])
-    metadata = {ours: values[key] for key, ours in _METADATA.items() if key in values}
+    source, target = values.get("hf_hook_point_in"), values.get("hf_hook_point_out")
+    metadata = described(
+        "gemma_scope",
+        own_fields(file.with_name(CONFIG_FILE), values, _READ),
+        model=values.get("model_name"),
+        layer=source,
+        target_layer=None if target == source else target,
+    )
     return Weights(config, tensors, metadata)
+
+
+def describe_gemma_scope(folder_or_file: str | Path) -> SAEConfig:
+    """What an SAE is, by its settings and the shapes of its arrays; no weights are read."""
+    return _open(Path(folder_or_file))[-1]
+
+
+def _open(path: Path) -> tuple[Stored, dict[str, Any], SAEConfig]:
+    file = _file(path)
+    stored = stored_npz(file) if file.suffix == ".npz" else stored_safetensors(file)
+    values = _values(file.with_name(CONFIG_FILE)) if file.suffix == ".safetensors" else {}
+    return stored, values, _config(file, values, stored.sizes, _letter(stored.sizes))
+
+
+def _letter(sizes: Sizes) -> str:
+    return "w" if "w_enc" in sizes else "W"
 
 
 def _file(path: Path) -> Path:

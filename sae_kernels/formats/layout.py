@@ -11,6 +11,7 @@ import torch
 
 from sae_kernels.errors import DataError
 from sae_kernels.io.tensor_files import check_integers
+from sae_kernels.nn.pretrained import is_sound
 from sae_kernels.primitives.checks import OPERAND_DTYPES
 from sae_kernels.primitives.tensors import rounded_down
 
@@ -130,6 +131,8 @@ def to_foreign(
 def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors) -> None:
     """Compares names, shapes, dtypes and values.
 
+    Numbers must be finite, but for the threshold of a latent, which +inf silences.
+
     Raises:
         DataError: names the tensor, what was expected and what came.
     """
@@ -138,7 +141,7 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
         if tensor.dtype not in OPERAND_DTYPES:
             known = ", ".join(str(dtype) for dtype in OPERAND_DTYPES)
             raise DataError(f"{where}: {name}: expected one of {known}, got {tensor.dtype}")
-        if not tensor.isfinite().all():
+        if not is_sound(name, tensor):
             raise DataError(
                 f"{where}: {name}: expected finite numbers, got NaN or infinity; use an earlier "
                 "checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_kernels.formats.layout import Weights
@@ -11,13 +12,19 @@ from sae_kernels.nn.registry import from_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
     from typing import Any
 
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.io.tensor_files import Tensors
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "read_native", "write_native"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "describe_native",
+    "folded",
+    "read_native",
+    "write_native",
+]
 
 
 def read_native(path: str | Path) -> Weights:
@@ -27,9 +34,21 @@ def read_native(path: str | Path) -> Weights:
         DataError: what :func:`sae_kernels.nn.pretrained.load` refuses.
     """
     sae = pretrained.load(path)
-    if sae.config.activation_scale != 1 or sae.target_scale != 1:  # of a checkpoint
-        sae = sae.folded()
-    return Weights(sae.config, dict(sae.state_dict()), sae.metadata)
+    return folded(Weights(sae.config, dict(sae.state_dict()), sae.metadata))
+
+
+def describe_native(folder: str | Path) -> SAEConfig:
+    """What an SAE is, by its settings; no weights are read."""
+    return pretrained.describe(Path(folder) / CONFIG_FILE).config
+
+
+def folded(weights: Weights) -> Weights:
+    """The same function without a scale of activations, as that of a training run's checkpoint."""
+    config = weights.config
+    if config.activation_scale == 1 and config.target_scale == 1:
+        return weights
+    sae = from_weights(config, weights.tensors).folded()
+    return Weights(sae.config, dict(sae.state_dict()), weights.metadata)
 
 
 def write_native(

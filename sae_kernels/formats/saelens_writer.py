@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 
 from sae_kernels._version import __version__
@@ -15,7 +14,10 @@ from sae_kernels.formats.layout import (
     to_foreign,
     weight_dtype,
 )
+from sae_kernels.formats.origin import own_of, place_of, rest
 from sae_kernels.formats.saelens import CONFIG_FILE, WEIGHTS_FILE, names
+from sae_kernels.formats.saelens_config import PLACE, READ
+from sae_kernels.formats.thresholds import check_not_negative, with_thresholds
 from sae_kernels.io.files import json_writer, publish_all
 from sae_kernels.nn import (
     BatchTopKConfig,
@@ -25,16 +27,18 @@ from sae_kernels.nn import (
     SAEConfig,
     TopKConfig,
 )
-from sae_kernels.primitives.tensors import rounded_down
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
+
     from sae_kernels.io.tensor_files import Tensors
 
 # Of the layout, not of a package: an older number makes SAELens read the file as an old one.
 _LAYOUT = "6.0.0"
+_FIRST = 6  # major version of this layout
 _ARCHITECTURES = {
     ReLUConfig: "standard",
     TopKConfig: "topk",
@@ -66,25 +70,29 @@ def write_saelens(
     Args:
         folder: made when missing; its two files are replaced.
         config, tensors: the SAE, by our names, as `Weights` has them.
-        metadata: what SAELens should know of the model, such as model_name and hook_name.
+        metadata: as `Weights` has them: the model and the hook (``"activations"``), what a SAELens
+            file held (``"saelens"``), and the rest. SAELens runs a model without an SAE that names
+            no hook, so that is a warning.
 
     Raises:
         ValueError, TypeError: an SAE that SAELens has no class for, or metadata that JSON lacks.
         DataError: tensors that are not what the configuration says.
 
     Example:
-        >>> import json, pathlib, tempfile
+        >>> import json, pathlib, tempfile, torch
         >>> config = TopKConfig(2, 3, k=1)
         >>> tensors = {name: torch.zeros(size) for name, size in config.shapes().items()}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_saelens(folder, config, tensors, {"hook_name": "blocks.5.hook_resid_post"})
-        ...     json.loads(pathlib.Path(folder, "cfg.json").read_text())["architecture"]
-        'topk'
+        ...     write_saelens(folder, config, tensors, {"activations": {"layer": "h.5"}})
+        ...     json.loads(pathlib.Path(folder, "cfg.json").read_text())["metadata"]["hook_name"]
+        'blocks.5.hook_resid_post'
     """
     only_raw_activations("SAELens", config)
     check("tensors", config.shapes(), tensors)
     config, tensors = _inference(config, tensors)
-    values = _values(config, weight_dtype(tensors), dict(metadata or {}))
+    values = _values(config, weight_dtype(tensors), metadata or {})
+    if (missing := _nameless(config, values["metadata"])) is not None:
+        warnings.warn(missing, stacklevel=2)
     theirs = to_foreign("tensors", config, names(config), tensors)
     publish_all(
         folder,
@@ -95,9 +103,13 @@ def write_saelens(
     )
 
 
-def _values(config: SAEConfig, dtype: torch.dtype, metadata: dict[str, Any]) -> dict[str, Any]:
+def _values(config: SAEConfig, dtype: torch.dtype, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    architecture, own = _architecture(config), own_of(metadata, "saelens", READ)
+    # Settings of another architecture, as of the training that ended in this one, say nothing here.
+    kept = own if own.get("architecture") == architecture else {}
     values = {
-        "architecture": _architecture(config),
+        **kept,
+        "architecture": architecture,
         "d_in": config.d_in,
         "d_sae": config.n_latents,
         "dtype": str(dtype).removeprefix("torch."),
@@ -105,16 +117,42 @@ def _values(config: SAEConfig, dtype: torch.dtype, metadata: dict[str, Any]) -> 
         "apply_b_dec_to_input": config.subtract_b_dec,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        # SAELens takes a missing training version for its own.
-        "metadata": {"sae_lens_training_version": None, "sae_kernels_version": __version__}
-        | metadata
-        | {"sae_lens_version": _LAYOUT},
+        "metadata": _metadata(own_of(own, "metadata"), metadata),
     }
     if isinstance(config, TopKConfig):
         values |= {"k": config.k, "rescale_acts_by_decoder_norm": config.rank_by_decoder_norm}
     if config.transcodes:
         values["d_out"] = config.output_width
     return values
+
+
+def _metadata(own: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    place = place_of(ours)
+    version = own.get("sae_lens_version")
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    return {
+        "sae_lens_training_version": None,  # SAELens takes a missing one for its own
+        **own,
+        **{theirs: place[name] for name, theirs in PLACE.items() if name in place},
+        **rest(ours, "saelens"),
+        "sae_kernels_version": __version__,
+        "sae_lens_version": version if major.isdigit() and int(major) >= _FIRST else _LAYOUT,
+    }
+
+
+def _nameless(config: SAEConfig, metadata: dict[str, Any]) -> str | None:
+    """What SAELens needs to know and the metadata lack, in words; None if nothing."""
+    needed = {"hook_name": "--hook-name"}
+    if config.transcodes:
+        needed["hook_name_out"] = "--hook-name-out"
+    missing = [name for name in needed if not metadata.get(name)]
+    if not missing:
+        return None
+    return (
+        f"SAELens: {' and '.join(missing)} not known: it would run the model without this SAE and "
+        f"say so in its log alone; name it with {' and '.join(needed[n] for n in missing)}, as "
+        "blocks.6.hook_resid_post"
+    )
 
 
 def _architecture(config: SAEConfig) -> str:
@@ -137,39 +175,7 @@ def _inference(config: SAEConfig, tensors: Tensors) -> tuple[SAEConfig, Tensors]
         raise ValueError(
             "SAELens: expected relu 'after' or 'before', got 'none': its TopK drops negative values"
         )
-    if isinstance(config, BatchTopKConfig):
-        thresholds = _of_batch_topk(config, tensors)
-    elif isinstance(config, JumpReLUConfig) and config.log_threshold:
-        thresholds = tensors["log_threshold"].exp()
-    elif isinstance(config, JumpReLUConfig):
-        thresholds = _not_negative(tensors["threshold"])
-    else:
-        return config, tensors
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SAEConfig)}
-    kept = {n: t for n, t in tensors.items() if n not in ("threshold", "log_threshold")}
-    return JumpReLUConfig(**shared, log_threshold=False), kept | {"threshold": thresholds}
-
-
-def _not_negative(thresholds: torch.Tensor) -> torch.Tensor:
-    if (lowest := float(thresholds.min())) < 0:
-        raise ValueError(
-            f"SAELens: expected thresholds of at least 0, got {lowest}: it would lose the latent's "
-            "negative codes"
-        )
-    return thresholds
-
-
-def _of_batch_topk(config: BatchTopKConfig, tensors: Tensors) -> torch.Tensor:
-    """The threshold of every latent, [F]; SAELens saves its own BatchTopK in this way too."""
-    threshold = tensors["threshold"].double()
-    if threshold < 0:
-        raise ValueError(
-            f"SAELens: expected a threshold of at least 0, got {float(threshold)}: it is not set "
-            "yet; train for some more steps first"
-        )
-    if config.rank_by_decoder_norm:
-        norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1, dtype=torch.float64)
-        exact = torch.where(norms > 0, threshold / norms, torch.inf)
-    else:
-        exact = threshold.expand(config.n_latents)
-    return rounded_down(exact.clamp(max=torch.finfo(torch.float32).max))
+    config, tensors = with_thresholds("SAELens", config, tensors)
+    if isinstance(config, JumpReLUConfig):
+        check_not_negative("SAELens", tensors["threshold"])
+    return config, tensors

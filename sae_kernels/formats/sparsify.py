@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sae_kernels.formats.layout import (
     only_raw_activations,
     to_foreign,
 )
+from sae_kernels.formats.origin import described, own_fields, own_of, rest
 from sae_kernels.io.files import json_writer, publish_all
 from sae_kernels.io.tensor_files import (
     Tensors,
@@ -32,15 +34,21 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SAEConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
+# Of which the configuration says all.
+_READ = (
+    *("activation", "signed", "normalize_decoder", "num_latents", "k", "skip_connection"),
+    *("transcode", "d_in"),
+)
+_HOOK_POINT = re.compile(r"([a-z_]+\.)+\d+(\.[a-z_]+)*", re.ASCII)  # sparsify names folders so
 _NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
 
 
 def read_sparsify(folder: str | Path) -> Weights:
     """Reads a sparse coder of sparsify: an SAE, a transcoder or a skip transcoder.
 
-    Matrices lie as here. ReLU comes before the selection; b_dec is subtracted from the input
-    unless the coder transcodes; ``num_latents`` 0 stands for ``d_in * expansion_factor``. A key
-    that is missing has sparsify's default.
+    The folder's name is the layer, as sparsify gives it. Matrices lie as here. ReLU comes before
+    the selection; b_dec is subtracted from the input unless the coder transcodes; ``num_latents`` 0
+    stands for ``d_in * expansion_factor``. A key that is missing has sparsify's default.
 
     Raises:
         DataError: files missing or damaged, another activation than top-k (groupmax, signed),
@@ -57,10 +65,19 @@ def read_sparsify(folder: str | Path) -> Weights:
     """
     folder = Path(folder)
     path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    config = _config(path, read_settings(path))
+    values = read_settings(path)
+    config = _config(path, values)
     names = _names(config)
     found = load(stored_safetensors(weights), config, names)
-    return Weights(config, from_foreign(weights, config, names, found), {})
+    layer = folder.name if _HOOK_POINT.fullmatch(folder.name) else None
+    metadata = described("sparsify", own_fields(path, values, _READ), layer=layer)
+    return Weights(config, from_foreign(weights, config, names, found), metadata)
+
+
+def describe_sparsify(folder: str | Path) -> SAEConfig:
+    """What a sparse coder is, by its settings; no weights are read."""
+    path = Path(folder) / CONFIG_FILE
+    return _config(path, read_settings(path))
 
 
 def write_sparsify(
@@ -76,7 +93,9 @@ def write_sparsify(
     Args:
         folder: made when missing; its two files are replaced.
         config, tensors: the SAE, by our names, as `Weights` has them.
-        metadata: has no place in the format, and is left out.
+        metadata: settings that a file of sparsify held (``"sparsify"``) are written back. The
+            format has no place for a model or a layer, and the rest is there for us alone: sparsify
+            names the folder after the layer.
 
     Raises:
         ValueError: an SAE that sparsify cannot hold; the message says why.
@@ -89,7 +108,7 @@ def write_sparsify(
         ValueError: sparsify: expected a TopK SAE, got ReLUConfig
     """
     only_raw_activations("sparsify", config)
-    values = _values(config)
+    values = _values(config, own_of(metadata, "sparsify", _READ)) | rest(metadata, "sparsify")
     theirs = to_foreign("tensors", config, _names(config), tensors)
     publish_all(
         folder,
@@ -138,7 +157,7 @@ def _config(path: Path, values: dict[str, Any]) -> SAEConfig:
     )
 
 
-def _values(config: SAEConfig) -> dict[str, Any]:
+def _values(config: SAEConfig, own: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, TopKConfig):
         raise ValueError(f"sparsify: expected a TopK SAE, got {type(config).__name__}")
     for fits, expected in (
@@ -161,12 +180,13 @@ def _values(config: SAEConfig) -> dict[str, Any]:
         if not fits:
             raise ValueError(f"sparsify: expected {expected}")
     return {
-        "activation": "topk",
         "expansion_factor": max(1, round(config.n_latents / config.d_in)),
+        "multi_topk": False,
+        **own,
+        "activation": "topk",
         "normalize_decoder": config.unit_norm_decoder,
         "num_latents": config.n_latents,
         "k": config.k,
-        "multi_topk": False,
         "skip_connection": config.skip,
         "transcode": config.transcodes,
         "d_in": config.d_in,

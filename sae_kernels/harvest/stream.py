@@ -72,6 +72,7 @@ class LiveBatches:
         widths: the width of each layer.
         position: batches yielded so far.
         left_out: rows left out so far because of their norm.
+        metadata: the model, the layers and the context's length, as a harvested folder has them.
 
     Raises:
         ModelError: an unknown layer, one with another output, or whatever else the model or its
@@ -164,6 +165,11 @@ class LiveBatches:
             "dtype": str(dtype),
             "autocast": autocast and str(autocast),
             "weights": weights_digest(model),
+        }
+        self.metadata = {
+            "model": str(getattr(model.config, "_name_or_path", "")),
+            "layer": list(layers),
+            "context_length": context_length,
         }
         self._cursor, self._digest = Cursor(), ""
         self._counted: tuple[int, int] | None = None  # window whose rows left_out has

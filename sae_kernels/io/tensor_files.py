@@ -58,16 +58,17 @@ def read_settings(path: Path) -> dict[str, Any]:
         DataError: a missing file, no JSON object, or one above the limits of length and depth.
     """
     values = read_json(path, limit=SETTINGS_LIMIT)
-    if _deeper(values, SETTINGS_DEPTH):
+    if deeper(values, SETTINGS_DEPTH):
         raise DataError(f"{path}: expected a JSON object of at most {SETTINGS_DEPTH} levels")
     return values
 
 
-def _deeper(value: object, levels: int) -> bool:
+def deeper(value: object, levels: int) -> bool:
+    """Whether dictionaries and lists lie in each other on more than so many levels."""
     if not isinstance(value, (dict, list)):
         return False
     inside = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper(part, levels - 1) for part in inside)
+    return levels == 0 or any(deeper(part, levels - 1) for part in inside)
 
 
 def check_integers(path: Path, values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels._version import __version__
+from sae_kernels.config.places import ACTIVATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,6 +19,12 @@ MARK = "<!-- Made by sae_kernels. Delete this line to keep what you write here. 
 _ROWS, _LONGEST = 40, 200  # of a table; characters of a value that a stranger's file holds
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+_PLACE = {
+    "target_layer": "layer that is reconstructed",
+    "hook_name": "layer in TransformerLens",
+    "hook_name_out": "reconstructed layer in TransformerLens",
+    "context_length": "tokens of a sequence",
+}
 _FIGURES = {
     "tokens": "tokens of training",
     "steps": "steps",
@@ -30,9 +37,9 @@ _FIGURES = {
 def card(sae: SparseAutoencoder, name: str = "path/to/this/folder") -> str:
     """The text of a card.
 
-    Figures are ``metadata["trained"]``, as a training run leaves them; everything else in the
-    metadata is provenance. Both may come from strangers' files: values are shown as plain text,
-    and long ones are cut.
+    Figures are ``metadata["trained"]`` and the model and layer ``metadata["activations"]``, as a
+    training run leaves them; everything else in the metadata is provenance. All may come from
+    strangers' files: values are shown as plain text, and long ones are cut.
 
     Args:
         sae: of any architecture.
@@ -49,8 +56,10 @@ def card(sae: SparseAutoencoder, name: str = "path/to/this/folder") -> str:
     """
     metadata = dict(sae.metadata)
     trained = metadata.pop("trained", {})
+    place: Any = metadata.pop(ACTIVATIONS, {})
     metadata.pop("sae_kernels_version", None)  # the card says whose it is
     figures = trained if isinstance(trained, dict) else {"trained": trained}
+    place = place if isinstance(place, dict) else {ACTIVATIONS: place}
     config, defaults = sae.config, _defaults(sae)
     kind = "transcoder" if config.transcodes else "sparse autoencoder"
     kind = "crosscoder" if config.n_layers > 1 else kind
@@ -60,6 +69,7 @@ def card(sae: SparseAutoencoder, name: str = "path/to/this/folder") -> str:
         f"{MARK}\n",
         f"# {config.architecture} {kind}, {config.d_in:,} to {config.n_latents:,} latents\n",
         *_table("Settings", {"architecture": config.architecture, **settings}),
+        *_table("Activations", {_PLACE.get(key, key): value for key, value in place.items()}),
         *_table("Figures", {_FIGURES.get(key, key): value for key, value in figures.items()}),
         *_table("Where it comes from", {"written by": f"sae_kernels {__version__}", **metadata}),
         "## Use it\n",

@@ -95,8 +95,9 @@ class JumpReLUSAE(SparseAutoencoder):
     """JumpReLU SAE, ``x_hat = b_dec + W_dec^T (h * 1[h > threshold])`` (arXiv 2407.14435).
 
     The parameter is ``log_threshold`` or ``threshold`` [F], as the configuration says, in fp32
-    whatever the module is cast to. In training mode entries within half the bandwidth below the
-    threshold are among the codes too, with the value 0: the threshold learns from them.
+    whatever the module is cast to; a latent whose threshold is +inf never fires. In training mode
+    entries within half the bandwidth below the threshold are among the codes too, with the value 0:
+    the threshold learns from them.
 
     Example:
         >>> from sae_kernels.nn import JumpReLUSAE
@@ -127,9 +128,12 @@ class JumpReLUSAE(SparseAutoencoder):
         self.keeps_dtype = (self.config.threshold_name,)  # type: ignore[misc]
 
     def thresholds(self) -> torch.Tensor:
-        """The threshold of each latent, fp32 [F], differentiable."""
+        """The threshold of each latent, fp32 [F], differentiable; one of +inf stays."""
         parameter = self.get_parameter(self.config.threshold_name)
-        return parameter.exp() if self.config.log_threshold else parameter
+        if not self.config.log_threshold:
+            return parameter
+        never = parameter.detach().exp() == torch.inf  # its gradient would be 0 * inf
+        return torch.where(never, torch.inf, torch.where(never, 0, parameter).exp())
 
     def select(
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
@@ -187,10 +191,12 @@ class JumpReLUSAE(SparseAutoencoder):
         """``sum_f n_f mean_b relu(threshold_f - h_bf)`` over dead latents, in closed form.
 
         ``sum_b relu(t - h) = B t - sum_b h + sum_b relu(h - t)``; the last sum is over kept
-        entries.
+        entries. A threshold of +inf is meant to silence its latent, which is not revived.
         """
         thresholds = self.thresholds()
-        weights = torch.where(context.dead_mask(), context.norms.detach().norm(dim=1), 0)
+        revived = context.dead_mask() & thresholds.isfinite()
+        thresholds = torch.where(revived, thresholds, 0)
+        weights = torch.where(revived, context.norms.detach().norm(dim=1), 0)
         below = (weights * (context.n_tokens * thresholds - context.preact_sums)).sum()
         entry = functional.gather_by_latent(thresholds, preacts, backend=self.backend)
         over = (preacts.values - entry).relu()

@@ -161,11 +161,24 @@ def _weights(config: SAEConfig, path: Path) -> dict[str, torch.Tensor]:
 
 def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
     for name, tensor in weights.items():
-        if not tensor.isfinite().all():
+        if not is_sound(name, tensor):
             raise DataError(
                 f"{path}: expected finite weights, {name} holds NaN or infinity; "
                 "use an earlier checkpoint"
             )
+
+
+def is_sound(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a file's tensor is finite; the threshold of a latent may be +inf: it never fires.
+
+    Example:
+        >>> never = torch.tensor([1.0, torch.inf])
+        >>> is_sound("threshold", never), is_sound("b_enc", never)
+        (True, False)
+    """
+    if name.rpartition(".")[2] in ("threshold", "log_threshold") and tensor.ndim == 1:
+        return bool((tensor > -torch.inf).all())
+    return bool(tensor.isfinite().all())
 
 
 def _check_dtypes(sae: SparseAutoencoder, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -11,10 +11,11 @@ from sae_kernels._version import __version__
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.runs.folder import SAE_FOLDER
 from sae_kernels.runs.interrupts import Interrupts
+from sae_kernels.training.origin import record
 from sae_kernels.training.trainable import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from typing_extensions import Self
@@ -65,6 +66,7 @@ class TrainingRun(Generic[Batch]):
         training: fresh, or to be restored by :meth:`load`.
         folder: where the run is saved; None keeps everything in memory.
         on_step: called after every step with the 0-based step and its metric line or None.
+        place: whose activations these are, from `origin`, for the SAE's metadata.
 
     Attributes:
         seconds: time of training, including time before a resume.
@@ -77,8 +79,10 @@ class TrainingRun(Generic[Batch]):
         training: Trainable[Batch],
         folder: RunFolder | None = None,
         on_step: OnStep | None = None,
+        place: Mapping[str, Any] | None = None,
     ) -> None:
         self.training, self.folder, self.seconds = training, folder, 0.0
+        record(training.sae.metadata, place or {})
         self.cursor: dict[str, Any] | None = None
         self.lines = [] if folder is None else folder.lines
         self.error: NonFiniteError | None = None

@@ -124,12 +124,13 @@ def start_run(
     fresh: ActivationTraining | None,
     folder: RunFolder | None,
     on_step: OnStep | None,
+    place: Mapping[str, Any] | None = None,
 ) -> TrainingRun[torch.Tensor]:
     """A fresh run, or one restored from its folder's checkpoint."""
     if folder is None or folder.checkpoint is None:
-        return TrainingRun(fresh or make(name), folder, on_step)
+        return TrainingRun(fresh or make(name), folder, on_step, place)
     sae = restored(folder.checkpoint, make.runs[name])
-    run = TrainingRun(make(name, sae), folder, on_step)
+    run = TrainingRun(make(name, sae), folder, on_step, place)
     run.load()
     return run
 

@@ -18,6 +18,7 @@ from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_s
 from sae_kernels.io.files import is_plain_name
 from sae_kernels.nn import SparseAutoencoder, architecture
 from sae_kernels.runs.folder import is_finished
+from sae_kernels.training.origin import origin
 from sae_kernels.training.run import TrainingResult, drive
 from sae_kernels.training.start import Planned, RunLocation, TrainerFactory, make_step, start_run
 
@@ -212,6 +213,7 @@ def _train(
     on_step: Mapping[str, OnStep],
     step: MakeStep,
 ) -> dict[str, TrainingResult]:
+    given = source
     if target is not None:
         if not is_rows(source):
             raise ValueError("target: expected none with a stream, which holds the targets itself")
@@ -224,8 +226,10 @@ def _train(
         started = {}
         for name, plan in runs.items():
             folder = location.open(stack, name, plan)
+            own = given if plan.share is None else plan.share.own
+            place = origin(own, target, plan.sae_config.transcodes, location.output)
             started[name] = stack.enter_context(
-                start_run(make, name, fresh.pop(name, None), folder, on_step.get(name))
+                start_run(make, name, fresh.pop(name, None), folder, on_step.get(name), place)
             )
         waiting = [run for run in started.values() if run.active]
         if waiting:

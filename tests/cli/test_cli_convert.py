@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -42,7 +43,8 @@ def _x_hat(folder: Path) -> torch.Tensor:
 
 def test_a_round_of_all_formats_keeps_the_function(run, native, tmp_path):
     folder = native
-    for to in ("saelens", "sparsify", "native", "sparsify", "saelens", "native"):
+    tools = ("saelens", "sparsify", "dictionary_learning")
+    for to in (*tools, "native", *reversed(tools), "native"):
         out = tmp_path / f"{folder.name}-{to}"
         ran = run("convert", folder, out, "--to", to)
         assert ran.code == 0, ran.err
@@ -89,9 +91,11 @@ def test_json(run, native, tmp_path):
 
 def test_metadata_goes_along(run, native, tmp_path):
     config, tensors = nn.TopKConfig(D, F, k=K), _sae(nn.TopKConfig(D, F, k=K)).state_dict()
-    formats.write_saelens(tmp_path / "a", config, tensors, {"hook_name": "blocks.1.hook_mlp_out"})
-    assert run("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens").code == 0
-    assert formats.read(tmp_path / "b").metadata["hook_name"] == "blocks.1.hook_mlp_out"
+    place = {"activations": {"hook_name": "blocks.1.hook_mlp_out"}}
+    formats.write_saelens(tmp_path / "a", config, tensors, place)
+    ran = run("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens")
+    assert (ran.code, ran.err) == (0, "")
+    assert formats.read(tmp_path / "b").metadata["activations"] == place["activations"]
 
 
 def test_from_settles_what_the_files_leave_open(run, native, tmp_path):
@@ -149,3 +153,82 @@ def test_an_sae_that_the_format_lacks(run, tmp_path):
     ran = run("convert", tmp_path / "a", tmp_path / "b", "--to", "sparsify")
     assert "expected a TopK SAE, got GatedConfig" in ran.refusal()
     assert not (tmp_path / "b").exists()
+
+
+# -- names, layers and scales ----------------------------------------------------------------------
+
+HOOKS = {"hook_name": "blocks.{}.mlp.hook_in", "hook_name_out": "blocks.{}.hook_mlp_out"}
+
+
+def test_saelens_s_silence_is_a_warning_that_names_the_flag(run, native, tmp_path):
+    ran = run("convert", native, tmp_path / "a", "--to", "saelens")
+    assert ran.code == 0
+    assert ran.err == (
+        "sae-kernels: warning: SAELens: hook_name not known: it would run the model without this "
+        "SAE and say so in its log alone; name it with --hook-name, as blocks.6.hook_resid_post\n"
+    )
+    named = ("--hook-name", "blocks.1.hook_resid_pre", "--model-name", "gpt2")
+    ran = run("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens", *named)
+    assert (ran.code, ran.err) == (0, "")
+    metadata = formats.read(tmp_path / "b").metadata
+    assert metadata["activations"] == {"model": "gpt2", "hook_name": "blocks.1.hook_resid_pre"}
+    # It also repairs one of ours, and stays through the next one.
+    assert run("convert", tmp_path / "b", tmp_path / "c", "--to", "native").code == 0
+    assert formats.read(tmp_path / "c").metadata["activations"] == metadata["activations"]
+
+
+def _transcoders(folder: Path, n: int) -> list[Path]:
+    config = nn.ReLUConfig(D, F, d_out=D, subtract_b_dec=False)
+    for i in range(n):
+        sae = nn.build(config, seed=i)
+        sae.metadata = {"activations": {"model": "gpt2", "layer": f"h.{i}.mlp"}}
+        sae.save_pretrained(folder / f"h.{i}.mlp")
+    return [folder / f"h.{i}.mlp" for i in range(n)]
+
+
+def test_several_transcoders_make_a_set(run, tmp_path):
+    saes = _transcoders(tmp_path / "saes", 3)
+    flags = ("--hook-name", HOOKS["hook_name"], "--hook-name-out", HOOKS["hook_name_out"])
+    flags = tuple(flag.replace("{}", "{layer}") for flag in flags)
+    ran = run("convert", *saes, tmp_path / "set", "--to", "circuit_tracer", *flags)
+    assert ran.code == 0, ran.err
+    assert ran.out.count(f"relu, 6 to 16 latents in float32: {tmp_path / 'set'}") == 3
+    for i, folder in enumerate(saes):
+        out = tmp_path / f"back-{i}"
+        assert run("convert", tmp_path / "set", out, "--to", "native", "--layer", i).code == 0
+        assert torch.equal(_x_hat(out), _x_hat(folder))
+        place = formats.read(out).metadata["activations"]
+        assert place["hook_name"] == HOOKS["hook_name"].format(i)
+    said = run("convert", tmp_path / "set", tmp_path / "x", "--to", "native").refusal()
+    assert "got a folder with 3 of them: layer_0.safetensors (relu, 6 to 16)" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_several_are_a_set_alone(run, native, tmp_path):
+    said = run("convert", native, native, tmp_path / "x", "--to", "saelens").refusal()
+    assert "SRC: expected one with --to saelens, got 2" in said
+    flags = ("--hook-name", "blocks.{layer}.hook_resid_mid")
+    said = run("convert", native, tmp_path / "x", "--to", "saelens", *flags).refusal()
+    assert "expected a file that says its layer" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_factor_that_the_folder_lacks(run, native, tmp_path):
+    formats.write_saelens(
+        tmp_path / "a", nn.TopKConfig(D, F, k=K), _sae(nn.TopKConfig(D, F, k=K)).state_dict()
+    )
+    cfg = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    cfg["normalize_activations"] = "expected_average_only_in"
+    (tmp_path / "a" / "cfg.json").write_text(json.dumps(cfg))
+    said = run("convert", tmp_path / "a", tmp_path / "x", "--to", "native").refusal()
+    assert "--activation-scale" in said
+    for to in ("native", "sparsify"):
+        out = tmp_path / f"as-{to}"
+        ran = run("convert", tmp_path / "a", out, "--to", to, "--activation-scale", 4)
+        assert ran.code == 0, ran.err
+    assert torch.equal(_x_hat(tmp_path / "as-native"), _x_hat(tmp_path / "as-sparsify"))
+    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
+    expected = nn.SparseAutoencoder.from_pretrained(native)(x * 4).x_hat / 4
+    torch.testing.assert_close(_x_hat(tmp_path / "as-native"), expected)
+    said = run("convert", native, tmp_path / "x", "--to", "sparsify", "--activation-scale", 4)
+    assert "activation_scale: expected none for the format native" in said.refusal()

@@ -14,7 +14,7 @@ from sae_kernels import formats
 from sae_kernels.config import TrainConfig
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.data import ShardDataset
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import ReLUConfig, TopKConfig, TopKSAE, build
 from sae_kernels.training import train
 
 D_IN, TOKENS = 8, 600  # of the data fixture
@@ -102,13 +102,69 @@ def test_a_saved_sae_of_ours(look, saved):
 def test_a_saved_sae_of_a_peer(look, tmp_path, format):
     sae = TopKSAE(TopKConfig(D_IN, 32, 4))
     if format == "saelens":
-        formats.write_saelens(tmp_path, sae.config, sae.state_dict(), {})
+        place = {"activations": {"layer": "h.3"}}
+        formats.write_saelens(tmp_path, sae.config, sae.state_dict(), place)
     else:
         formats.write_sparsify(tmp_path, sae.config, sae.state_dict())
     seen = look(tmp_path)
     assert (seen["kind"], seen["format"]) == ("sae", format)
     assert seen["config"]["k"] == 4
     assert seen["tensors"]["W_enc"] == {"shape": [32, D_IN], "dtype": "float32"}
+
+
+def test_a_folder_of_several_lists_them(look, run, tmp_path, trained, data):
+    folder = tmp_path / "release"
+    folder.mkdir()
+    trained.rename(folder / "run")
+    data.rename(folder / "acts")
+    for k in (2, 3):
+        TopKSAE(D_IN, 32, k=k).save_pretrained(folder / f"k{k}")
+    formats.write_sparsify(
+        folder / "x", TopKConfig(D_IN, 32, 4), TopKSAE(D_IN, 32, k=4).state_dict()
+    )
+    (folder / "k3" / "config.json").write_text("{")
+    seen = look(folder)
+    assert (seen["kind"], seen["n_saes"], seen["n_activations"]) == ("folder", 4, 1)
+    native = {"format": "native", "architecture": "topk", "d_in": D_IN, "n_latents": 32}
+    damaged, acts = seen["contents"][1], seen["contents"][4]
+    assert damaged.pop("error").startswith(f"{folder}/k3/config.json: expected a JSON object")
+    assert seen["contents"] == [
+        {"path": "k2", **native},
+        {"path": "k3", "format": "native"},
+        {"path": "run/sae", **native},  # and not its checkpoints
+        {"path": "x", **native, "format": "sparsify"},
+        acts,
+    ]
+    assert acts["path"] == "acts"
+    assert (acts["d_in"], acts["n_tokens"]) == (D_IN, TOKENS)
+    text = run("inspect", folder).out
+    assert "run/sae  native       topk, 8 to 32 latents" in text
+    assert f"acts     activations  {TOKENS} rows [{D_IN}]" in text
+    assert "damaged: " in text
+
+
+def test_a_set_of_layers_lists_them(look, tmp_path):
+    config = ReLUConfig(D_IN, 32, d_out=D_IN, subtract_b_dec=False)
+    hooks = {"hook_name": "blocks.{}.mlp.hook_in", "hook_name_out": "blocks.{}.hook_mlp_out"}
+
+    def of(layer):
+        place = {key: hook.format(layer) for key, hook in hooks.items()}
+        return formats.Weights(config, build(config).state_dict(), {"activations": place})
+
+    formats.write_transcoder_set(tmp_path, [of(i) for i in range(3)])
+    seen = look(tmp_path)
+    assert (seen["kind"], seen["n_saes"]) == ("folder", 3)
+    assert [each["path"] for each in seen["contents"]] == [
+        f"layer_{i}.safetensors" for i in range(3)
+    ]
+    seen = look(tmp_path / "layer_2.safetensors")
+    assert (seen["kind"], seen["format"]) == ("sae", "circuit_tracer")
+    assert seen["metadata"]["activations"]["hook_name"] == "blocks.2.mlp.hook_in"
+
+
+def test_the_help_names_every_format(run):
+    text = " ".join(run("inspect", "--help").out.split())
+    assert f"a saved SAE ({', '.join(formats.FORMATS)})" in text
 
 
 def test_a_bare_file_is_known_by_its_header_alone(look, run, tmp_path):

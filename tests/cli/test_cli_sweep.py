@@ -277,6 +277,10 @@ def test_an_sae_per_layer_of_a_model(
     for layer in ("h.0", "h.1"):
         used = read_tables(tmp_path / "straight" / f"layer_{layer}" / "run.toml")
         assert used["data"]["layer"] == [layer]
+        sae = SparseAutoencoder.from_pretrained(tmp_path / "straight" / f"layer_{layer}" / "sae")
+        hook = f"blocks.{layer[-1]}.hook_resid_post"
+        assert sae.metadata["activations"]["layer"] == layer
+        assert sae.metadata["activations"]["hook_name"] == hook
     # One goes on by itself, the sweep with the other.
     assert run("resume", "stopped/layer_h.1").code == 0
     ran = run(*command, "stopped", "--resume", "--json")
@@ -285,3 +289,14 @@ def test_an_sae_per_layer_of_a_model(
     for name in ("layer_h.0", "layer_h.1"):
         assert sae_files(tmp_path / "stopped" / name) == sae_files(tmp_path / "straight" / name)
         assert untimed(tmp_path / "stopped" / name) == untimed(tmp_path / "straight" / name)
+
+
+def test_names_for_other_tools(run: Any, file: Path, tmp_path: Path) -> None:
+    text = file.read_text().replace("[output]\n", '[output]\nhook_name = "blocks.1.hook_mlp_out"\n')
+    file.write_text(text)
+    assert run("sweep", file, "--out", tmp_path / "runs").code == 0
+    for name in NAMES:
+        sae = SparseAutoencoder.from_pretrained(tmp_path / "runs" / name / "sae")
+        assert sae.metadata["activations"] == {"hook_name": "blocks.1.hook_mlp_out"}
+    seen = run("inspect", tmp_path / "runs", "--json").records()[0]
+    assert [each["path"] for each in seen["contents"]] == [f"{name}/sae" for name in sorted(NAMES)]

@@ -202,3 +202,18 @@ def test_an_sae_that_is_not_there_or_not_finite_is_refused(run, data, saved, tmp
 def test_an_sae_of_another_width_is_refused(run, data, tmp_path):
     TopKSAE(TopKConfig(D_IN + 1, 32, 4)).save_pretrained(tmp_path / "other")
     assert "d_in 9, got 8" in run("eval", tmp_path / "other", data).refusal()
+
+
+def test_names_for_other_tools(run, data, tmp_path):
+    """As flags, in TOML, and in run.toml, from which resume reads them."""
+    names = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_pre"}
+    toml = tmp_path / "settings.toml"
+    toml.write_text('[output]\nmodel_name = "another"\nhook_name = "blocks.3.hook_resid_pre"\n')
+    out = tmp_path / "run"
+    flags = ["--config", toml, "--model-name", "gpt2"]
+    assert run("train", data, "--out", out, *QUICK, *flags).code == 0
+    assert TopKSAE.from_pretrained(out / "sae").metadata["activations"] == {
+        "model": names["model_name"],
+        "hook_name": names["hook_name"],
+    }
+    assert read_tables(out / "run.toml")["output"].items() >= names.items()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from foreign import D, F, exact_tensors
 from hostile_arrays import NPZ
 from hostile_pickles import OLD_PT, PT
@@ -60,6 +61,17 @@ def _gemma_scope_2(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "d": 1}))
 
 
+def _whitened(folder: Path) -> None:
+    """A training checkpoint of SAELens; its whitening is the file that is damaged."""
+    MAKE["saelens"](folder)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["normalize_activations"] = "covariance_whitening"
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    eye = torch.eye(D, dtype=torch.float64)
+    whitening = {"mean": eye[0].clone(), "matrix": 2 * eye, "inverse_matrix": eye / 2}
+    save_file(whitening, folder / "activation_whitening.safetensors")
+
+
 # How a folder is made, its settings and its weights, and the cases made for such weights.
 FORMATS: dict[str, tuple[Callable[[Path], None], str | None, str, Any]] = {
     "native": (MAKE["native"], "config.json", "sae.safetensors", SAFETENSORS),
@@ -72,7 +84,16 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str | None, str, Any]] = {
     "gemma_scope": (gemma_scope, None, "params.npz", NPZ),
     "gemma_scope, packed": (_packed_npz, None, "params.npz", NPZ),
     "gemma_scope, 2": (_gemma_scope_2, "config.json", "params.safetensors", SAFETENSORS),
+    "circuit_tracer": (MAKE["circuit_tracer"], "config.yaml", "layer_3.safetensors", SAFETENSORS),
+    "saelens, whitened": (
+        _whitened,
+        "cfg.json",
+        "activation_whitening.safetensors",
+        SAFETENSORS,
+    ),
 }
+# Settings without which the weights say all.
+OPTIONAL = ("gemma_scope, 2", "dictionary_learning", "dictionary_learning, old")
 
 
 def corpus(format: str, folder: Path, flips: int = FLIPS) -> Iterator[Case]:
@@ -81,11 +102,14 @@ def corpus(format: str, folder: Path, flips: int = FLIPS) -> Iterator[Case]:
     for name, make, must_fail in special(weights, (folder / weights).read_bytes()):
         yield Case(format, name, make, must_fail)
     for file in filter(None, (settings, weights)):
-        optional = format == "gemma_scope, 2" and file == settings
+        optional = format in OPTIONAL and file == settings
         yield from _damaged(format, file, (folder / file).read_bytes(), optional)
         yield from _flipped(format, file, (folder / file).read_bytes(), flips)
     if settings is not None:
-        yield from _absurd(format, settings, json.loads((folder / settings).read_text()))
+        values = yaml.safe_load((folder / settings).read_text())  # JSON is YAML
+        yield from _absurd(format, settings, values)
+    if format == "circuit_tracer":
+        yield from _yaml(format, settings)
 
 
 def _write(file: str, content: bytes) -> Callable[[Path], object]:
@@ -95,13 +119,15 @@ def _write(file: str, content: bytes) -> Callable[[Path], object]:
 def _damaged(format: str, file: str, whole: bytes, optional: bool) -> Iterator[Case]:
     for sixteenth in range(16):
         cut = whole[: len(whole) * sixteenth // 16]
-        yield Case(format, f"{file}: {sixteenth}/16", _write(file, cut))
-    yield Case(format, f"{file}: without its end", _write(file, whole[:-1]), file[-4:] != "json")
+        yield Case(format, f"{file}: {sixteenth}/16", _write(file, cut), file[-4:] != "yaml")
+    lines = file[-4:] in ("json", "yaml")  # whose last byte ends the last line
+    yield Case(format, f"{file}: without its end", _write(file, whole[:-1]), not lines)
     yield Case(format, f"{file}: one byte more", _write(file, whole + b"\0"))
     noise = random.Random(3).randbytes(4096)
     yield Case(format, f"{file}: noise", _write(file, noise))
     for name, place in PLACES.items():
-        ours = optional or name in MAY_BE_READ
+        of_gemma = optional and format == "gemma_scope, 2"  # which are read if they are a file
+        ours = of_gemma or (optional and name == "missing") or name in MAY_BE_READ
         yield Case(format, f"{file}: {name}", lambda folder, p=place: p(folder / file), not ours)
 
 
@@ -191,9 +217,49 @@ WHOLE: dict[str, bytes] = {
 }
 
 
+BOMBS: dict[str, str] = {
+    "aliases of aliases": "a0: &a0 [x, x]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+    "an alias of itself": "a: &a [*a]",
+    "merged keys": "a: &a {b: 1}\nc: {<<: *a}",
+    "python": "!!python/object/apply:os.system ['touch ran']",
+    "a python name": "a: !!python/name:os.system",
+    "a tower": "[" * 30_000,
+    "a tower of mappings": "{a: " * 8_000,
+    "a tower of blocks": "- " * 15_000,
+    "many keys": "".join(f"k{i}: 1\n" for i in range(3_500)),
+    "many documents": "---\na: 1\n" * 3_000,
+    "sixties": "a: " + ":".join(["59"] * 10_000),
+    "a long number": "a: " + "9" * 30_000,
+    "a long octal": "a: 0" + "7" * 30_000,
+    "a long binary": "a: 0b" + "1" * 30_000,
+    "underscores": "a: 1" + "_" * 30_000,
+    "a float": "a: " + "1" * 15_000 + "." + "1" * 15_000,
+    "an anchor as long": "a: &" + "b" * 30_000 + " 1",
+    "a tag as long": "a: !" + "b" * 30_000 + " 1",
+    "tabs": "a:\n" + "\t" * 30_000 + "b",
+    "quotes": "a: '" + "'" * 30_000,
+    "folded lines": "a: >\n" + " x\n" * 10_000,
+    "comments": "#" * 30_000,
+    "controls": "a: \x00\x1b",
+    "a directive": "%YAML 9.9\n---\na: 1",
+    "a set": "!!set {a, b}",
+    "pairs": "!!pairs [a: 1, a: 2]",
+    "dates": "a: 2001-12-14t21:59:43.10-05:00",
+}
+
+
+def _yaml(format: str, file: str) -> Iterator[Case]:
+    for name, text in BOMBS.items():
+        yield Case(format, f"{file}: {name}", _write(file, text.encode()), False)
+    again = b"model_kind: transcoder_set\n" * 1000
+    yield Case(format, f"{file}: a key a thousand times", _write(file, again), False)
+
+
 def _absurd(format: str, file: str, values: dict[str, Any]) -> Iterator[Case]:
     for name, content in WHOLE.items():
-        may = format == "gemma_scope, 2" and name == "a float that is none"
+        # Settings that nobody reads; to YAML it is text.
+        may = format in ("gemma_scope, 2", "circuit_tracer") and name == "a float that is none"
         yield Case(format, f"{file}: {name}", _write(file, content), not may)
     inner = values.get("trainer", values)
     known = [*inner, "groups", "matryoshka_widths", "expansion_factor", "k", "d_out", "metadata"]

@@ -10,7 +10,12 @@ import torch
 from foreign import D, F, exact_tensors
 
 from sae_kernels import nn
-from sae_kernels.formats import write_dictionary_learning, write_saelens, write_sparsify
+from sae_kernels.formats import (
+    write_circuit_tracer,
+    write_dictionary_learning,
+    write_saelens,
+    write_sparsify,
+)
 from sae_kernels.nn import JumpReLUConfig, ReLUConfig, SwitchConfig, TopKConfig
 
 if TYPE_CHECKING:
@@ -26,7 +31,8 @@ def native(folder: Path) -> None:
 
 
 def saelens(folder: Path) -> None:
-    write_saelens(folder, TOPK, exact_tensors(TOPK))
+    place = {"model": "gpt2", "layer": "transformer.h.3"}
+    write_saelens(folder, TOPK, exact_tensors(TOPK), {"activations": place})
 
 
 def sparsify(folder: Path) -> None:
@@ -60,10 +66,17 @@ def gemma_scope(folder: Path) -> None:
     )
 
 
+def circuit_tracer(folder: Path) -> None:
+    config = JumpReLUConfig(D, F, d_out=D, log_threshold=False, subtract_b_dec=False)
+    place = {"hook_name": "blocks.3.hook_resid_mid", "hook_name_out": "blocks.3.hook_mlp_out"}
+    write_circuit_tracer(folder, config, exact_tensors(config), {"activations": place})
+
+
 MAKE: dict[str, Callable[[Path], None]] = {
     "native": native,
     "saelens": saelens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
+    "circuit_tracer": circuit_tracer,
 }

@@ -51,6 +51,7 @@ def test_single_files_are_known_too(tmp_path: Path) -> None:
 def test_what_is_no_saved_sae(tmp_path: Path) -> None:
     refuses(lambda: detect(tmp_path / "no"), str(tmp_path / "no"), "there is nothing")
     known = ["config.json and sae.safetensors (native)", "cfg.json and sae_weights.safetensors"]
+    known += ["config.yaml and layer_*.safetensors (circuit_tracer)"]
     refuses(lambda: detect(tmp_path), str(tmp_path), "expected the files of a saved SAE", *known)
     (tmp_path / "cfg.json").write_text("{}")
     refuses(lambda: read(tmp_path), "expected the files of a saved SAE", *known)
@@ -178,12 +179,12 @@ def test_weights_of_several_dtypes_are_written_in_the_widest(tmp_path: Path, nam
 @pytest.mark.parametrize("to", [name for name, format in formats.FORMATS.items() if format.write])
 def test_write_makes_the_format_that_is_named(tmp_path: Path, to: str) -> None:
     config: SAEConfig = TOPK
-    if to == "dictionary_learning":
-        config = SwitchConfig(D, F, k=2, n_experts=4, encoder_bias=False)
+    if to == "circuit_tracer":
+        config = ReLUConfig(D, F, d_out=D, subtract_b_dec=False)
     tensors = exact_tensors(config)
-    if to == "dictionary_learning":
-        tensors["b_enc"].zero_()
-    formats.write(tmp_path / "sae", formats.Weights(config, tensors, {"layer": 3}), to)
+    place = {"hook_name": "blocks.3.hook_resid_mid", "hook_name_out": "blocks.3.hook_mlp_out"}
+    weights = formats.Weights(config, tensors, {"activations": place})
+    formats.write(tmp_path / "sae", weights, to)
     assert detect(tmp_path / "sae") == to
     came = read(tmp_path / "sae").tensors
     assert all(torch.equal(came[name], tensors[name]) for name in tensors)

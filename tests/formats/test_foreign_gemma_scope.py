@@ -107,10 +107,10 @@ def test_the_second_version(tmp_path: Path) -> None:
     folder = save_2(tmp_path, params(w="w"), hf_hook_point_in=point, hf_hook_point_out=point)
     came = read_gemma_scope(folder)
     check(came, CONFIG, params())
+    hooks = {"hf_hook_point_in": point, "hf_hook_point_out": point}
     assert came.metadata == {
-        "model_name": "gemma-v3-4b-pt",
-        "hf_hook_name": point,
-        "hf_hook_name_out": point,
+        "activations": {"model": "gemma-v3-4b-pt", "layer": point},
+        "gemma_scope": {"model_name": "gemma-v3-4b-pt", **hooks},
     }
     (tmp_path / "config.json").unlink()
     check(read_gemma_scope(folder / "params.safetensors"), CONFIG, params())

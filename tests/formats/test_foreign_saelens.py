@@ -24,7 +24,7 @@ from foreign import (
 )
 from safetensors.torch import load_file, save_file
 
-from sae_kernels import nn
+from sae_kernels import formats, nn
 from sae_kernels.formats import read_saelens, write_saelens
 from sae_kernels.nn import (
     BatchTopKConfig,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+# Most of what is written here names no hook.
+pytestmark = pytest.mark.filterwarnings("ignore:SAELens. hook_name:UserWarning")
 FREE: dict[str, Any] = {"unit_norm_decoder": False}
 RAW: dict[str, Any] = {"unit_norm_decoder": False, "subtract_b_dec": False}
 RAW_THRESHOLD: dict[str, Any] = {"log_threshold": False}
@@ -71,12 +73,19 @@ OTHERS: dict[str, SAEConfig] = {
     "topk with its relu before": TopKConfig(D, F, k=K, relu="before", groups=(8, 8)),
 }
 EVERY = CONFIGS | OTHERS
+PLACE = {
+    "activations": {
+        "model": "gpt2",
+        "hook_name": "blocks.3.hook_resid_mid",
+        "hook_name_out": "blocks.3.hook_mlp_out",
+    }
+}
 PARAMETERS = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 
 
 def written(folder: Path, config: SAEConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The files of an SAE as their plain contents."""
-    write_saelens(folder, config, exact_tensors(config))
+    write_saelens(folder, config, exact_tensors(config), PLACE)
     cfg = json.loads((folder / "cfg.json").read_text())
     return cfg, load_file(folder / "sae_weights.safetensors")
 
@@ -108,11 +117,10 @@ def their_formula(cfg: dict[str, Any], tensors: Any, x: Tensor) -> tuple[Tensor,
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_round_trip_is_bitwise(tmp_path: Path, config: SAEConfig, dtype: torch.dtype) -> None:
     tensors = exact_tensors(config, dtype=dtype)
-    metadata = {"model_name": "gpt2", "hook_name": "blocks.3.hook_resid_post", "prepend_bos": True}
-    write_saelens(tmp_path / "a" / "b", config, tensors, metadata)
+    write_saelens(tmp_path / "a" / "b", config, tensors, PLACE)
     came = read_saelens(tmp_path / "a" / "b")
     assert_weights(came, config, tensors)
-    assert came.metadata.items() >= metadata.items()
+    assert came.metadata["activations"] == PLACE["activations"]
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [
         "cfg.json",
         "sae_weights.safetensors",
@@ -261,8 +269,9 @@ def test_a_training_run_s_scale(tmp_path: Path) -> None:
     refuses(
         lambda: read_saelens(tmp_path),
         "normalize_activations: expected 'none', got 'expected_average_only_in'",
-        "fold_activation_norm_scaling_factor",
+        "activation_scale (convert: --activation-scale)",
     )
+    assert read_saelens(tmp_path, activation_scale=4.0).config.activation_scale == 4
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 4.0}')
     came = read_saelens(tmp_path)
     assert came.config.activation_scale == 4
@@ -273,6 +282,32 @@ def test_a_training_run_s_scale(tmp_path: Path) -> None:
     assert torch.equal(formula(came.config, came.tensors, x * s)[1] / s, y)
     folded = nn.from_weights(*came[:2]).folded()
     assert folded.config.activation_scale == 1
+    for call in (
+        lambda: read_saelens(tmp_path, activation_scale=4.0),
+        lambda: formats.read(tmp_path, activation_scale=4.0),
+    ):
+        refuses(call, "activation_scaler.json holds 4.0; got 4.0", error=ValueError)
+    _save(tmp_path, CFG, _plain())
+    refuses(
+        lambda: read_saelens(tmp_path, activation_scale=4.0),
+        "activation_scale: expected none, as",
+        "has normalize_activations None; got 4.0",
+        error=ValueError,
+    )
+
+
+def test_a_transcoder_s_scale_divides_its_output_too(tmp_path: Path) -> None:
+    """SAELens folds the factor as W_enc s, W_dec / s, b_dec / s, whatever the SAE."""
+    config = ReLUConfig(D, F, d_out=D, **RAW)
+    tensors = exact_tensors(config)
+    cfg = CFG | {"architecture": "transcoder", "d_out": D, "apply_b_dec_to_input": False}
+    cfg["normalize_activations"] = "expected_average_only_in"
+    _save(tmp_path, cfg, tensors | {"W_enc": tensors["W_enc"].T})
+    came = read_saelens(tmp_path, activation_scale=4.0)
+    x, w = tokens(config), wide(tensors)
+    y = (x @ (w["W_enc"] * 4).T + w["b_enc"]).relu() @ (w["W_dec"] / 4) + w["b_dec"] / 4
+    assert torch.equal(nn.from_weights(*came[:2]).double()(x).x_hat, y)
+    assert torch.equal(nn.from_weights(*came[:2]).double().folded()(x).x_hat, y)
 
 
 def test_a_negative_threshold_is_zero_under_their_relu(tmp_path: Path) -> None:
@@ -322,7 +357,17 @@ def test_configurations_before_version_6(
     _save(tmp_path, cfg, _plain())
     came = read_saelens(tmp_path)
     assert came.config == expected
-    assert came.metadata == {"model_name": "pythia-70m", "hook_name": "blocks.3.hook_resid_post"}
+    assert came.metadata["activations"] == {
+        "model": "pythia-70m",
+        "hook_name": "blocks.3.hook_resid_post",
+    }
+    own = came.metadata["saelens"]
+    assert own["metadata"] == {
+        "model_name": "pythia-70m",
+        "hook_name": "blocks.3.hook_resid_post",
+        "hook_layer": 3,
+    }
+    assert (own["expansion_factor"], own["l1_coefficient"]) == (4, 1e-3)
 
 
 def test_a_scaling_factor_multiplies_what_is_decoded(tmp_path: Path) -> None:
@@ -358,9 +403,16 @@ def test_a_file_of_several_dtypes_gets_the_widest(tmp_path: Path) -> None:
 
 CFGS: dict[str, tuple[Any, list[str]]] = {
     "architecture": (
-        {"architecture": "temporal"},
-        ["expected one of standard, topk", "got 'temporal'"],
+        {"architecture": "spiral"},
+        ["expected one of standard, topk", "got 'spiral'"],
     ),
+    **{
+        name: (
+            {"architecture": name},
+            [f"SAELens' architecture '{name}', which sae_kernels does not have (it has standard, "],
+        )
+        for name in ("abstopk", "matching_pursuit", "temporal")
+    },
     "architecture-a-list": ({"architecture": []}, ["architecture: expected one of", "got []"]),
     "tanh": ({"activation_fn_str": "tanh-relu"}, ["got 'standard with tanh-relu'"]),
     "topk-without-k": ({"activation_fn_str": "topk"}, ["k: expected a positive integer, got None"]),
@@ -451,7 +503,9 @@ def test_what_cannot_be_written_leaves_no_folder(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("metadata", [{"x": {1}}, {"x": float("nan")}])
+@pytest.mark.parametrize(
+    "metadata", [{"x": {1}}, {"x": float("nan")}, {"saelens": {"metadata": {"x": {1}}}}]
+)
 def test_metadata_that_json_lacks(tmp_path: Path, metadata: dict[str, Any]) -> None:
     config = ReLUConfig(D, F)
     with pytest.raises((TypeError, ValueError)):
@@ -467,14 +521,14 @@ def test_sae_lens_itself_agrees(tmp_path: Path, config: SAEConfig) -> None:
     """In fp64, where nothing is rounded."""
     sae_lens = pytest.importorskip("sae_lens", reason="needs the package sae-lens")
     tensors, x = exact_tensors(config), tokens(config)
-    write_saelens(tmp_path, config, tensors, {"model_name": "gpt2", "hook_name": "blocks.0.x"})
+    write_saelens(tmp_path, config, tensors, PLACE)
     sae = sae_lens.SAE.load_from_disk(tmp_path, dtype="float64")
     with torch.no_grad():
         codes, y = sae.encode(x), sae(x)
     if getattr(config, "rank_by_decoder_norm", False) and isinstance(config, TopKConfig):
         codes = codes / tensors["W_dec"].to(F64).norm(dim=1)
     assert_same(config, x, tensors, formula(config, tensors, x), (codes, y))
-    assert sae.cfg.metadata.hook_name == "blocks.0.x"
+    assert sae.cfg.metadata.hook_name == "blocks.3.hook_resid_mid"
     # And back: what it saves is what we wrote.
     again = tmp_path / "again"
     sae_lens.SAE.load_from_disk(tmp_path).save_model(again)
@@ -504,3 +558,19 @@ def test_a_training_sae_of_sae_lens_is_read(tmp_path: Path, rescale: bool) -> No
     if rescale:  # the export's norms are folded into its encoder
         codes = codes * checkpoint.tensors["W_dec"].to(F64).norm(dim=1)
     assert_same(export.config, x, None, (codes, y), formula(export.config, export.tensors, x))
+
+
+@pytest.mark.parametrize("place", [{"layer": "h.1"}, {}], ids=["named", "nameless"])
+def test_sae_lens_runs_a_model_with_it_if_it_is_named(tmp_path: Path, place: Any) -> None:
+    """The silence that write_saelens warns of is real."""
+    sae_lens = pytest.importorskip("sae_lens", reason="needs the package sae-lens")
+    config_class = pytest.importorskip("transformer_lens").HookedTransformerConfig
+    settings = {"n_layers": 2, "d_model": D, "n_ctx": 8, "d_head": 3, "n_heads": 2}
+    model = sae_lens.HookedSAETransformer(config_class(**settings, d_vocab=9, act_fn="relu"))
+    config = TopKConfig(D, F, k=K, **FREE)
+    write_saelens(tmp_path, config, exact_tensors(config), {"activations": place})
+    sae = sae_lens.SAE.load_from_disk(tmp_path)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        plain, spliced = model(tokens), model.run_with_saes(tokens, saes=[sae])
+    assert torch.equal(plain, spliced) == (not place)

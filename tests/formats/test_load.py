@@ -15,6 +15,7 @@ from foreign import D, refuses
 from makers import MAKE, SWITCH, dictionary_learning_switch, gemma_scope, saelens, sparsify
 
 import sae_kernels as sk
+from sae_kernels.config import OutputConfig
 from sae_kernels.errors import DataError
 from sae_kernels.testing import assert_bitwise
 
@@ -27,6 +28,7 @@ WEIGHTS = {
     "sparsify": "sae.safetensors",
     "dictionary_learning": "ae.pt",
     "gemma_scope": "params.npz",
+    "circuit_tracer": "layer_3.safetensors",
 }
 
 
@@ -88,13 +90,34 @@ def test_several_are_listed(tmp_path: Path) -> None:
         sparsify(tmp_path / f"layer_{layer:02}")
     refuses(
         lambda: sk.load(tmp_path),
-        f"{tmp_path}: expected one SAE, got a folder with 14 of them: layer_00, layer_01, ",
-        "layer_11, ...; name one",
+        f"{tmp_path}: expected one SAE, got a folder with 14 of them: "
+        "layer_00 (topk, 6 to 16), layer_01 (topk, 6 to 16), ",
+        "layer_11 (topk, 6 to 16), ...; name one",
     )
     shutil.rmtree(tmp_path / "layer_13")
     saelens(tmp_path / "layer_13" / "deep")
     refuses(lambda: sk.load(tmp_path), "with 14 of them")
     assert_loaded(sk.load(tmp_path, format="saelens"), tmp_path / "layer_13" / "deep")
+
+
+def test_a_run_s_folder_gives_its_sae(tmp_path: Path) -> None:
+    output = OutputConfig(checkpoint_every=1)
+    data = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"steps": 3, "batch_size": 16, "output": output}
+    run = sk.train(sk.TopKConfig(D, 16, k=2), data, folder=tmp_path / "run", **settings)
+    assert len([*(tmp_path / "run" / "checkpoints").iterdir()]) == 2
+    assert torch.equal(sk.load(tmp_path / "run").W_enc, run.sae.folded().W_enc)
+    found = sk.formats.find(tmp_path)
+    assert [(str(f.path.relative_to(tmp_path)), f.format) for f in found] == [("run/sae", "native")]
+    shutil.rmtree(tmp_path / "run" / "sae")  # of a run that was killed
+    refuses(lambda: sk.load(tmp_path / "run"), "with 2 of them: checkpoints/step_00000002 (topk, ")
+
+
+def test_a_name_in_a_listing_is_plain(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        sparsify(tmp_path / name)
+    (tmp_path / "a" / "cfg.json").write_text("{")  # what cannot be described is listed all the same
+    refuses(lambda: sk.load(tmp_path), "with 2 of them: a, b (topk, 6 to 16); name one")
 
 
 def test_nothing_and_two_in_one(tmp_path: Path) -> None:
@@ -153,7 +176,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return fake
 
 
-SETTINGS = {"saelens": "cfg.json", "sparsify": "cfg.json"}
+SETTINGS = {"saelens": "cfg.json", "sparsify": "cfg.json", "circuit_tracer": "config.yaml"}
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -180,6 +203,39 @@ def test_one_of_several_in_a_repository(hub: Hub) -> None:
         assert hub.asked == [f"{inside}/params.npz"]
     assert isinstance(sk.load("owner/repo", format="sparsify", revision="v2"), sk.TopKSAE)
     refuses(lambda: sk.load("owner/repo/none", revision="v2"), "expected the files of a saved SAE")
+
+
+def test_one_layer_of_a_set_in_a_repository(hub: Hub) -> None:
+    config = sk.nn.ReLUConfig(D, 16, d_out=D, subtract_b_dec=False, unit_norm_decoder=False)
+    hooks = {"hook_name": "blocks.{}.mlp.hook_in", "hook_name_out": "blocks.{}.hook_mlp_out"}
+    made = []
+    for layer in range(11):
+        place = {key: name.format(layer) for key, name in hooks.items()}
+        tensors = sk.nn.build(config, seed=layer).state_dict()
+        made.append(sk.formats.Weights(config, tensors, {"activations": place}))
+    sk.formats.write_transcoder_set(hub.root / "set", made)
+    for name in ("owner/repo", "owner/repo/set"):
+        hub.asked.clear()
+        sae = sk.load(name, layer=10, revision="v2")
+        assert torch.equal(sae.W_enc, made[10].tensors["W_enc"])
+        assert sae.metadata["activations"]["hook_name"] == "blocks.10.mlp.hook_in"
+        assert hub.asked == ["set/config.yaml", "set/layer_10.safetensors"]
+    hub.asked.clear()
+    assert sk.load("owner/repo/set/layer_3.safetensors", revision="v2").config == config
+    assert hub.asked == ["set/config.yaml", "set/layer_3.safetensors"]
+    refuses(
+        lambda: sk.load("owner/repo", revision="v2"),
+        "a folder with 11 of them: set/layer_0.safetensors, set/layer_1.safetensors, ",
+    )
+    refuses(lambda: sk.load("owner/repo", layer=11, revision="v2"), "expected one of layer 11")
+
+
+def test_a_cross_layer_transcoder_is_refused_before_its_weights_come(hub: Hub) -> None:
+    (hub.root / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
+    for layer in range(3):
+        (hub.root / f"W_enc_{layer}.safetensors").write_bytes(b"gigabytes")
+    refuses(lambda: sk.load("owner/repo", revision="v2"), "model_kind 'cross_layer_transcoder'")
+    assert hub.asked == ["config.yaml"]
 
 
 def test_a_checkpoint_of_dictionary_learning_in_a_repository(hub: Hub) -> None:

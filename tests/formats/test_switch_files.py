@@ -21,7 +21,7 @@ from sae_kernels.formats import (
     write_saelens,
     write_sparsify,
 )
-from sae_kernels.nn import SwitchConfig, TopKConfig
+from sae_kernels.nn import SwitchConfig
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def their_formula(state: Any, k: int, heaviside: bool, x: Tensor) -> tuple[Tenso
     return codes, codes @ w["decoder"] + w["b_dec"]
 
 
+PLACE = {"activations": {"model": "gpt2", "hook_name": "blocks.8.hook_resid_post"}}
+
 # -- their layout ----------------------------------------------------------------------------------
 
 
@@ -102,11 +104,8 @@ def test_our_module_on_their_file_computes_their_formula(
 ) -> None:
     came = read_dictionary_learning(their_folder(tmp_path, config))
     assert came.config == config
-    assert came.metadata == {
-        "model_name": "openai-community/gpt2",
-        "layer": 8,
-        "submodule_name": None,
-    }
+    assert came.metadata["activations"] == {"model": "openai-community/gpt2"}
+    assert came.metadata["dictionary_learning"]["trainer"]["layer"] == 8
     x = tokens_of(config)
     state = state_of(tensors_of(config))
     codes, x_hat = their_formula(state, K, config.gate == "heaviside", x)
@@ -128,29 +127,29 @@ def test_our_module_on_their_file_computes_their_formula(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64], ids=str)
 def test_a_round_trip_is_bitwise(tmp_path: Path, config: SwitchConfig, dtype: torch.dtype) -> None:
     tensors = tensors_of(config, dtype)
-    metadata = {"model_name": "gpt2", "layer": 8, "hook_name": "not theirs"}
-    write_dictionary_learning(tmp_path / "a", config, tensors, metadata)
+    write_dictionary_learning(tmp_path / "a", config, tensors, PLACE)
     came = read_dictionary_learning(tmp_path / "a")
     assert_weights(came, config, tensors)
-    assert came.metadata == {"model_name": "gpt2", "layer": 8}
+    assert came.metadata["activations"] == PLACE["activations"]
     write_dictionary_learning(tmp_path / "b", *came)
-    for name in ("ae.pt", "config.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / "ae.pt").read_bytes() == (tmp_path / "b" / "ae.pt").read_bytes()
+    first, second = (json.loads((tmp_path / n / "config.json").read_text()) for n in "ab")
+    assert first == second
 
 
 @EACH
 def test_what_we_write_is_their_layout(tmp_path: Path, config: SwitchConfig) -> None:
     tensors = tensors_of(config)
-    write_dictionary_learning(tmp_path, config, tensors, {"model_name": "gpt2", "layer": 8})
+    write_dictionary_learning(tmp_path, config, tensors, PLACE)
     assert detect(tmp_path) == "dictionary_learning"
     state = torch.load(tmp_path / "ae.pt", weights_only=True)
     assert_equal_tensors(state, {name: state_of(tensors)[name] for name in state})
     assert sorted(state) == sorted(state_of(tensors))
     trainer = json.loads((tmp_path / "config.json").read_text())["trainer"]
-    theirs = trainer_of(config) | {"lm_name": "gpt2"}
+    theirs = trainer_of(config) | {"lm_name": "gpt2", "submodule_name": "resid_post_layer_8"}
     assert trainer == {name: theirs[name] for name in trainer}
     needed = {"trainer_class", "dict_class", "activation_dim", "dict_size", "k", "experts"}
-    assert needed | {"heaviside", "layer", "lm_name"} == set(trainer)
+    assert needed | {"heaviside", "layer", "lm_name", "submodule_name"} == set(trainer)
 
 
 def test_biases_that_share_their_memory_in_the_file_live_apart_here(tmp_path: Path) -> None:
@@ -223,7 +222,6 @@ def test_tensors_that_are_refused(tmp_path: Path) -> None:
 
 PLAIN = CONFIGS["softmax"]
 WRITE: dict[str, tuple[Any, str]] = {
-    "topk": (TopKConfig(D, F, k=K), "expected a Switch SAE, got TopKConfig"),
     "shared": (
         dataclasses.replace(PLAIN, shared_expert=True),
         "expected shared_expert false, got true",

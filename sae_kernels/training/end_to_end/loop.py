@@ -15,6 +15,7 @@ from sae_kernels.nn import pretrained
 from sae_kernels.training.end_to_end.layer import layer_width
 from sae_kernels.training.end_to_end.loss import EndToEnd, check_end_to_end, measured_loss
 from sae_kernels.training.end_to_end.spliced import SplicedSAE
+from sae_kernels.training.origin import placed
 from sae_kernels.training.run import TrainingRun, drive
 from sae_kernels.training.start import Planned, RunLocation, make_step
 from sae_kernels.training.trainable import Trainable
@@ -82,6 +83,7 @@ def train_end_to_end(
     check_end_to_end(sae, objective, weights)
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
+    place = {key: about.get(key) for key in ("model", "context_length")}
     location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
     training = sae.training
     stream = TokenStream(batches)
@@ -91,7 +93,8 @@ def train_end_to_end(
             checkpoint = None if kept is None else kept.checkpoint
             if checkpoint is not None:
                 sae.load_state_dict(pretrained.load(checkpoint).state_dict())
-            run = TrainingRun(_ThroughModel(model, layer, sae, config, weights), kept, on_step)
+            through = _ThroughModel(model, layer, sae, config, weights)
+            run = TrainingRun(through, kept, on_step, placed(place, [layer], None, location.output))
             if checkpoint is not None:
                 run.load()
                 stream.load_state_dict(run.cursor or {})
