@@ -29,6 +29,12 @@ class TrainConfig(Settings):
 
     steps: int = setting(1000, "optimizer steps", POSITIVE_INTEGER)
     batch_size: int = setting(2048, "tokens per step", POSITIVE_INTEGER)
+    micro_batch_size: int | None = setting(
+        None,
+        "tokens that go through a step at once, for batches beyond memory; None is all of them "
+        "(docs/training.md)",
+        POSITIVE_INTEGER,
+    )
     lr: float | None = setting(
         None,
         "peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14) (sparsify, "

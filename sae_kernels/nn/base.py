@@ -7,7 +7,6 @@ Each architecture is a subclass in its own file. It selects the latents of a tok
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -21,10 +20,10 @@ from sae_kernels.nn.objective import Reconstruction, sparsity_penalty
 from sae_kernels.nn.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.objective import Context, Prefixes
+    from sae_kernels.nn.objective import Context, Prefixes, SurveyContext
     from sae_kernels.nn.registry import Preset
     from sae_kernels.primitives.terms import Gradient
 
@@ -125,15 +124,6 @@ class SparseAutoencoder(Upkeep):
             )
         return config
 
-    def extra_repr(self) -> str:
-        """The settings that differ from their defaults, as ``print(sae)`` shows them."""
-        values = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
-        return ", ".join(f"{f.name}={v}" for f, v in values.items() if v != f.default)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self.is_fresh = False
-
     # -- what an architecture defines ----------------------------------------------------------
 
     def select(
@@ -197,6 +187,11 @@ class SparseAutoencoder(Upkeep):
         """Latents per token that :meth:`select` keeps in training, given k."""
         return k
 
+    def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
+        """:meth:`select` for a training step, of a batch or one of its micro-batches."""
+        k = self.kept_per_token(context.k, context.objective)
+        return self.select(context.x, W_enc=W_enc, k=k)
+
     def reconstructions(self, preacts: SparseCodes, context: Context) -> list[Reconstruction]:
         """Reconstructions that the loss compares with the target, the main one first."""
         return [Reconstruction(self.activate(preacts).values, drops_zeros=self.drops_zeros)]
@@ -221,6 +216,19 @@ class SparseAutoencoder(Upkeep):
     ) -> SparseCodes:
         """Codes of the main reconstruction, from the entries of all reconstructions."""
         return preacts.with_values(values)
+
+    def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> Any:
+        """What the objective needs to know of a whole batch before its first micro-batch.
+
+        Called for a batch in several micro-batches only, without gradient; becomes
+        ``Context.survey``. An architecture whose tokens do not see each other needs None.
+
+        Args:
+            micro_batches: encoder inputs [b, input width], which may be iterated over again; each
+                is valid until the next.
+            context: the settings and the size of the batch.
+        """
+        return None
 
     def sums_over_entries(self, objective: Any) -> bool:
         """Whether a batch's objective is a sum over its (token, latent) entries.
@@ -388,12 +396,3 @@ class SparseAutoencoder(Upkeep):
         if not getattr(self.config, "rank_by_decoder_norm", False):
             return None
         return self.latent_norms(self.decoder_norms().detach())
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        kept = {name: getattr(self, name).data for name in self.keeps_dtype}
-        result = super()._apply(fn, recurse)
-        for name, before in kept.items():
-            now = getattr(self, name)
-            if now.dtype != before.dtype:
-                now.data = before.to(now.device)
-        return result

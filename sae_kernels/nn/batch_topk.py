@@ -18,8 +18,10 @@ from sae_kernels.nn.registry import FREE_NORMS, Preset, register
 from sae_kernels.primitives.tensors import rounded_down
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.objective import Prefixes
+    from sae_kernels.nn.objective import Context, Prefixes, SurveyContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,53 @@ class BatchTopKConfig(SAEConfig):
     def shapes(self) -> dict[str, Size]:
         """Shapes of the weights and of the inference threshold."""
         return {**super().shapes(), "threshold": ()}
+
+
+_SLACK = 1e-6  # a product of key and norm is off by less
+
+
+@dataclasses.dataclass
+class KeyCut:
+    """The smallest kept key of a batch that is taken in micro-batches.
+
+    Attributes:
+        key: scalar; 0: all positive entries are kept.
+        ties: entries equal to it that are still to be kept, the first ones of those to come.
+        found: entries of each micro-batch, among them all that are kept.
+    """
+
+    key: torch.Tensor
+    ties: torch.Tensor | int
+    found: list[SparseCodes]
+
+    def keep(self, keys: torch.Tensor) -> torch.Tensor:
+        """Whether entries are kept, bool [N], from the keys of the next micro-batch; once each."""
+        tied = keys == self.key
+        kept = ~(keys < self.key) & (~tied | (tied.cumsum(0) <= self.ties))
+        self.ties = self.ties - tied.sum()
+        return kept
+
+
+def _keys(preacts: SparseCodes, scale: torch.Tensor | None) -> torch.Tensor:
+    """What ranks the entries [N], without gradient."""
+    values = preacts.values.detach()
+    return values if scale is None else values * scale[preacts.indices.long()]
+
+
+def _where(codes: SparseCodes, kept: torch.Tensor) -> SparseCodes:
+    """Some of the entries of ragged codes."""
+    assert codes.offsets is not None
+    before = pad(kept.cumsum(0), (1, 0)).to(torch.int32)
+    codes = dataclasses.replace(codes, offsets=before[codes.offsets.long()])
+    return codes.with_values(codes.values[kept], codes.indices[kept])
+
+
+def _bounds(key: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Lower bounds of pre-activations, scalar or [F], from one of ranking keys in fp64."""
+    bound = key.clamp(min=0)
+    if scale is None:
+        return rounded_down(bound)
+    return torch.where(scale > 0, rounded_down(bound / scale.double()), torch.inf)
 
 
 @register
@@ -122,7 +171,7 @@ class BatchTopKSAE(SparseAutoencoder):
         W_enc = self.W_enc if W_enc is None else W_enc
         scale = self.rank_scale()
         if not self.training:
-            return self._above(x_centred, W_enc, self._bounds(scale))
+            return self._above(x_centred, W_enc, _bounds(self.threshold, scale))
         preacts = functional.encode_batch_topk(
             x_centred,
             W_enc,
@@ -136,18 +185,48 @@ class BatchTopKSAE(SparseAutoencoder):
         self._note(preacts, scale)
         return preacts
 
-    def _bounds(self, scale: torch.Tensor | None) -> torch.Tensor:
-        """Lower bounds of pre-activations, scalar or [F], from the threshold of ranking keys."""
-        bound = self.threshold.clamp(min=0)
-        if scale is None:
-            return rounded_down(bound)
-        return torch.where(scale > 0, rounded_down(bound / scale.double()), torch.inf)
+    def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> KeyCut:
+        """The batch's smallest kept key; encodes every token."""
+        count, scale = int(context.k * context.n_tokens), self.rank_scale()
+        guess = float(self.last_key)
+        if not 0 < guess < torch.inf:  # no batch before: the first micro-batch alone
+            first = self.select(next(iter(micro_batches)), W_enc=context.W_enc, k=context.k)
+            guess = float(_keys(first, scale).min()) if first.values.numel() else 0.0
+        for bound in (0.9 * guess, guess / 2, guess / 4, 0.0) if count else (torch.inf,):
+            found, largest = [], self.b_enc.new_empty(0)
+            for x in micro_batches:
+                bounds = _bounds(self.last_key.new_tensor(bound), scale)
+                codes = self._above(x, context.W_enc, bounds)
+                keys = _keys(codes, scale)
+                largest = torch.cat([largest, keys[~(keys <= bound * (1 + _SLACK))]])
+                if largest.numel() > count:
+                    largest = largest.topk(count, sorted=False).values
+                # Only what can still be among the count largest: few more than are kept in the end.
+                full = largest.numel() == count > 0
+                found.append(_where(codes, ~(keys < largest.min())) if full else codes)
+            if largest.numel() == count:
+                break
+        cut = pad(largest, (0, 1), value=torch.inf).amin()
+        _set_(self.last_key, cut)
+        key = self.last_key.clone() if largest.numel() == count else torch.zeros_like(self.last_key)
+        return KeyCut(key, (largest == cut).sum(), found)
+
+    def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
+        """The batch's int(k B) largest pre-activations, those that lie in these rows."""
+        if context.survey is None:
+            return super().select_in(context, W_enc)
+        cut: KeyCut = context.survey
+        scale = self.rank_scale()
+        preacts = cut.found.pop(0)
+        if context.leaves is None:  # autograd is to see how they come from the weights
+            preacts = self._above(context.x, W_enc, _bounds(cut.key * (1 - _SLACK), scale))
+        kept = cut.keep(_keys(preacts, scale))
+        return preacts.with_values(torch.where(kept, preacts.values, 0))
 
     @torch.no_grad()
     def _note(self, preacts: SparseCodes, scale: torch.Tensor | None) -> None:
-        key = preacts.values if scale is None else preacts.values * scale[preacts.indices.long()]
         # +inf where nothing is kept. To ask how many are would break a compiled graph.
-        _set_(self.last_key, pad(key, (0, 1), value=torch.inf).amin())
+        _set_(self.last_key, pad(_keys(preacts, scale), (0, 1), value=torch.inf).amin())
 
     @torch.no_grad()
     def after_step_(self, finite: torch.Tensor) -> None:

@@ -18,8 +18,10 @@ from sae_kernels.nn.objective import total
 from sae_kernels.nn.registry import Preset, register
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.objective import Context, Reconstruction
+    from sae_kernels.nn.objective import Context, Reconstruction, SurveyContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,11 +183,31 @@ class JumpReLUSAE(SparseAutoencoder):
         objective = context.objective
         if objective.sparsity not in ("l0", "target_l0"):
             return super().sparsity(preacts, parts, context)
-        fires = functional.heaviside_ste(
-            preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
+        l0 = self._count(preacts) / context.batch_tokens
+        if objective.sparsity == "l0":
+            return l0
+        target: float = objective.target_l0
+        if context.survey is None:
+            return (l0 / target - 1).square()
+        # A micro-batch has its share of the batch's penalty, and the slope at the batch's L0.
+        off: torch.Tensor = context.survey / target - 1
+        share = off.square() * (context.n_tokens / context.batch_tokens)
+        return share + 2 * off / target * (l0 - l0.detach())
+
+    def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> Any:
+        """The batch's L0, which the penalty target_l0 is a function of; encodes every token."""
+        if context.objective.sparsity != "target_l0":
+            return None
+        counts = [self._count(self.select(x, W_enc=context.W_enc)) for x in micro_batches]
+        return torch.stack(counts).sum() / context.n_tokens
+
+    def _count(self, preacts: SparseCodes) -> torch.Tensor:
+        """Number of entries above their threshold, differentiable in the thresholds."""
+        return total(
+            functional.heaviside_ste(
+                preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
+            )
         )
-        l0 = total(fires) / context.n_tokens
-        return l0 if objective.sparsity == "l0" else (l0 / objective.target_l0 - 1).square()
 
     def _preact(self, preacts: SparseCodes, context: Context) -> torch.Tensor:
         """``sum_f n_f mean_b relu(threshold_f - h_bf)`` over dead latents, in closed form.
@@ -201,4 +223,4 @@ class JumpReLUSAE(SparseAutoencoder):
         entry = functional.gather_by_latent(thresholds, preacts, backend=self.backend)
         over = (preacts.values - entry).relu()
         above = (over * functional.gather_by_latent(weights, preacts, backend=self.backend)).sum()
-        return (below + above) / context.n_tokens
+        return (below + above) / context.batch_tokens

@@ -60,7 +60,7 @@ class Prefixes(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Context:
-    """A batch, in the scale of training, with everything that an objective depends on.
+    """A batch or a micro-batch of it, in the scale of training, and all its objective depends on.
 
     Attributes:
         sae: the module in training.
@@ -77,6 +77,9 @@ class Context:
         skip_input: fp32 [B, input width], what a skip connection reads, else None.
         leaves: None where autograd reaches the weights. In FusedStep it reaches entries and
             per-latent vectors only; what is derived from the weights here becomes a leaf, by name.
+        total_tokens: of a micro-batch, the tokens of its whole batch; None: these are the batch.
+        survey: of a micro-batch, what :meth:`~sae_kernels.nn.SparseAutoencoder.survey` found in
+            all of them; else None.
     """
 
     sae: SparseAutoencoder
@@ -92,13 +95,20 @@ class Context:
     prefixes: Prefixes | None = None
     skip_input: torch.Tensor | None = None
     leaves: dict[str, torch.Tensor] | None = None
+    total_tokens: int | None = None
+    survey: Any = None
     # functools.cached_property has a lock before Python 3.12, at which a compiled graph breaks.
     _known: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the batch, B."""
+        """Tokens in these rows, B."""
         return self.x.shape[0]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the whole batch, over which losses are averaged."""
+        return self.n_tokens if self.total_tokens is None else self.total_tokens
 
     @property
     def norms(self) -> torch.Tensor:
@@ -126,6 +136,22 @@ class Context:
         return value
 
 
+class SurveyContext(NamedTuple):
+    """What a survey of a batch in micro-batches depends on.
+
+    Attributes:
+        objective: the settings.
+        n_tokens: tokens of the whole batch.
+        k: latents that :meth:`~sae_kernels.nn.SparseAutoencoder.select` keeps per token.
+        W_enc: read instead of the parameter; or None.
+    """
+
+    objective: Any
+    n_tokens: int
+    k: float
+    W_enc: torch.Tensor | None = None
+
+
 def objective_of(
     preacts: SparseCodes, context: Context
 ) -> tuple[list[Reconstruction], torch.Tensor | None]:
@@ -136,13 +162,13 @@ def objective_of(
 
 
 def sparsity_penalty(codes: SparseCodes, context: Context) -> torch.Tensor:
-    """The configured penalty averaged over tokens, before its coefficient."""
+    """The configured penalty averaged over the batch's tokens, before its coefficient."""
     sae, objective = context.sae, context.objective
     values = codes.values
     if objective.sparsity_norm_weighted:
         weights = sae.latent_norms(context.norms)
         values = values * functional.gather_by_latent(weights, codes, backend=sae.backend)
-    return total(PENALTIES[objective.sparsity](values, context)) / context.n_tokens
+    return total(PENALTIES[objective.sparsity](values, context)) / context.batch_tokens
 
 
 def total(entries: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,11 @@ from sae_kernels.nn.registry import Preset, register
 from sae_kernels.primitives.terms import Gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.functional import Routing
-    from sae_kernels.nn.objective import Context, Reconstruction
+    from sae_kernels.nn.objective import Context, Reconstruction, SurveyContext
 
 _WIDENED = 256  # tokens widened to fp32 at once
 
@@ -172,13 +172,7 @@ class SwitchSAE(SparseAutoencoder):
         """The k largest pre-activations of each token within its expert, before the gate."""
         W_enc = self.W_enc if W_enc is None else W_enc
         k = int(self.config.k if k is None else k)
-        routing = functional.route_top1(
-            x_centred,
-            self.W_router,
-            self.router_shift(),
-            compute_dtype=self.compute_dtype or autocast_dtype(x_centred) or W_enc.dtype,
-            backend=self.backend,
-        )
+        routing = self._route(x_centred, W_enc)
         options: dict[str, Any] = {
             "k": k,
             "relu": False,
@@ -215,8 +209,30 @@ class SwitchSAE(SparseAutoencoder):
             return terms
         # In units of the squared error: over as many outputs as "mse" adds up.
         unit = self.config.output_width if objective.loss == "mse" else 1
-        balance = functional.load_balance(self._routed(preacts).routing)
+        routing = self._routed(preacts).routing
+        if context.survey is None:
+            balance = functional.load_balance(routing)
+        else:  # the micro-batch's part of the whole batch's sum
+            P = routing.probabilities
+            balance = P.shape[1] * (context.survey * P.sum(0)).sum() / context.batch_tokens
         return [*terms, objective.balance_coefficient * unit * balance]
+
+    def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> Any:
+        """The fraction of the batch's tokens that each expert has, for the load-balance loss."""
+        if not context.objective.balance_coefficient:
+            return None
+        W_enc = self.W_enc if context.W_enc is None else context.W_enc
+        counts = [self._route(x, W_enc).starts.diff() for x in micro_batches]
+        return torch.stack(counts).sum(0).to(self.W_router.dtype) / context.n_tokens
+
+    def _route(self, x_centred: torch.Tensor, W_enc: torch.Tensor) -> Routing:
+        return functional.route_top1(
+            x_centred,
+            self.W_router,
+            self.router_shift(),
+            compute_dtype=self.compute_dtype or autocast_dtype(x_centred) or W_enc.dtype,
+            backend=self.backend,
+        )
 
     def entry_leaves(self, preacts: SparseCodes) -> dict[str, torch.Tensor]:
         """The router's probabilities, fp32 [B, E]."""

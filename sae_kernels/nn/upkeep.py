@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,25 @@ class Upkeep(nn.Module):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     target_scale: Any
+    keeps_dtype: ClassVar[tuple[str, ...]]
+
+    def extra_repr(self) -> str:
+        """The settings that differ from their defaults, as ``print(sae)`` shows them."""
+        values = {f: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        return ", ".join(f"{f.name}={v}" for f, v in values.items() if v != f.default)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.is_fresh = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        kept = {name: getattr(self, name).data for name in self.keeps_dtype}
+        result = super()._apply(fn, recurse)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.dtype != before.dtype:
+                now.data = before.to(now.device)
+        return result
 
     @torch.no_grad()
     def initialise_b_dec_(

@@ -15,7 +15,7 @@ class Term(NamedTuple):
     ``[offsets[f], offsets[f + 1])``, added in that order.
 
     Attributes:
-        offsets: int32 [F + 1].
+        offsets: int32 [F + 1]; a slice of them is the term of some latents.
         entries: int32 [N], positions in the flattened codes.
         rows: int32 [N], rows of the source.
         coef: fp32 or fp64 [N], by entry.

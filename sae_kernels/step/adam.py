@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.row_sqnorm import row_sqnorm
 from sae_kernels.primitives.row_update import AdamMatrix, halves, row_update
+from sae_kernels.primitives.terms import Gradient
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_kernels.config.optimizer import OptimizerConfig
     from sae_kernels.nn import SparseAutoencoder
-    from sae_kernels.primitives.terms import Gradient
+    from sae_kernels.primitives.terms import Term
+
+
+# Of a gradient's rows that are added at a time. A GPU sums all chunks of entries again for each.
+_TILE_BYTES, _GPU_TILE_BYTES = 8 << 20, 1 << 30
 
 
 class FusedAdam:
@@ -118,6 +126,46 @@ class FusedAdam:
         correction1, correction2 = 1 - self.config.beta1**t, 1 - self.config.beta2**t
         rate = lr.to(t) if isinstance(lr, torch.Tensor) else torch.full_like(t, lr)
         return torch.stack([rate, clip.double(), correction1, correction2, (~finite).double(), t])
+
+
+def added(total: Gradient | None, part: Gradient, backend: str | None) -> Gradient:
+    """The sum of two gradients of a matrix as a dense one; the first is overwritten.
+
+    With lazy Adam a latent without a term in either has no row: ``dense_latents`` is -1 there.
+    """
+    row_coef, dense, latents = part.row_coef, part.dense, part.dense_latents
+    if part.terms:
+        fired = torch.stack([term.offsets.diff() for term in part.terms]).sum(0) > 0
+        every = torch.arange(len(fired), dtype=torch.int32, device=fired.device)
+        live = torch.where(fired, every, -1)
+        latents = live if latents is None else torch.maximum(latents, live)
+    if total is None:
+        if part.terms:
+            rows = _rows(part.terms, slice(0, len(fired)), backend)
+            dense = rows if dense is None else rows.add_(dense)
+        return Gradient((), row_coef, dense, latents)
+    if total.row_coef is not None:
+        row_coef = total.row_coef if row_coef is None else total.row_coef + row_coef
+    assert total.dense is not None
+    assert total.dense_latents is not None
+    assert latents is not None
+    if dense is not None:
+        total.dense.add_(dense)
+    if part.terms:
+        tile = _GPU_TILE_BYTES if total.dense.is_cuda else _TILE_BYTES
+        step = max(1, tile // (4 * total.dense.shape[1]))
+        for first in range(0, len(fired), step):
+            some = slice(first, min(first + step, len(fired)))
+            total.dense[some] += _rows(part.terms, some, backend)
+    return Gradient((), row_coef, total.dense, torch.maximum(total.dense_latents, latents))
+
+
+def _rows(terms: Sequence[Term], latents: slice, backend: str | None) -> torch.Tensor:
+    """Some rows of a gradient's terms."""
+    source = terms[0].source
+    width = 1 if source is None else source.shape[1]
+    some = [term._replace(offsets=term.offsets[latents.start : latents.stop + 1]) for term in terms]
+    return row_grad(some, latents.stop - latents.start, width, backend=backend)
 
 
 def _is_split(row: AdamMatrix) -> bool:

@@ -9,6 +9,7 @@ import torch
 from sae_kernels.functional import encode_topk
 from sae_kernels.nn.objective import objective_of
 from sae_kernels.primitives.checks import gradient_operand
+from sae_kernels.step.base import Variance
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
@@ -38,7 +39,12 @@ class AutogradLoss(NamedTuple):
 
 
 def autograd_loss(
-    step: StepBase, context: Context, x: torch.Tensor, *, weight: float = 1.0
+    step: StepBase,
+    context: Context,
+    x: torch.Tensor,
+    *,
+    weight: float = 1.0,
+    auxk: AuxKOfMicroBatches | None = None,
 ) -> AutogradLoss:
     """Encodes and reconstructs a batch and returns the terms of its loss.
 
@@ -47,9 +53,10 @@ def autograd_loss(
         context: the batch, without leaves; its ``x`` is the encoder's input.
         x: fp32 [B, input width], in the scale of training, for a skip connection.
         weight: factor of all reconstructions but those marked ``always``.
+        auxk: takes in the AuxK loss of a micro-batch, undivided by the batch's variance.
     """
     sae, objective = context.sae, context.objective
-    preacts = sae.select(context.x, k=sae.kept_per_token(context.k, objective))
+    preacts = sae.select_in(context)
     parts, penalty = objective_of(preacts, context)
     x_hats = [_reconstruct(preacts, part, x, context) for part in parts]
     counts = [1.0 if part.always else weight for part in parts]
@@ -63,11 +70,13 @@ def autograd_loss(
     codes = sae.main_codes(preacts, parts[0].values.detach(), context.k, objective)
     order = codes.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend)
     nothing = x_hat.new_zeros(())
+    rows = dead_rows(step) if auxk is None else auxk.rows
+    variance = None if auxk is None else auxk.add(residual)
     return AutogradLoss(
         x_hat=x_hat,
         error=context.scale * torch.stack(errors).sum() if errors else None,
         penalty=nothing if penalty is None else penalty,
-        aux_loss=_aux_loss(step, context, residual),
+        aux_loss=nothing if rows is None else _aux_loss(step, context, residual, rows, variance),
         squared_error=residual.square().sum(),
         fired=order.counts(),
     )
@@ -91,15 +100,17 @@ def _squared_error(e: torch.Tensor, prefixes: Prefixes | None) -> torch.Tensor:
     return squares if prefixes is None else (prefixes.weights * squares).sum()
 
 
-def _aux_loss(step: StepBase, context: Context, residual: torch.Tensor) -> torch.Tensor:
-    """AuxK loss of the dead latents on the residual; 0 where no latent is dead."""
-    sae, objective = step.sae, step.objective
-    latents = step.dead.longest(objective.auxk_latents if objective.auxk_alpha else 0)
-    if not latents.numel():
-        return residual.new_zeros(())
-    rows = DeadRows(sae.W_enc[latents], sae.b_enc[latents], sae.W_dec[latents])
-    dtype, alpha = sae.compute_dtype or sae.W_enc.dtype, objective.auxk_alpha
-    return auxk_loss(context.x, residual, rows, step.k_aux, alpha, dtype, sae.backend)
+def _aux_loss(
+    step: StepBase,
+    context: Context,
+    residual: torch.Tensor,
+    rows: DeadRows,
+    variance: torch.Tensor | None,
+) -> torch.Tensor:
+    """AuxK loss of the dead latents on the residual."""
+    sae, alpha = step.sae, step.objective.auxk_alpha
+    dtype = sae.compute_dtype or sae.W_enc.dtype
+    return auxk_loss(context.x, residual, rows, step.k_aux, alpha, dtype, sae.backend, variance)
 
 
 class DeadRows(NamedTuple):
@@ -115,6 +126,51 @@ class DeadRows(NamedTuple):
     W_dec: torch.Tensor
 
 
+def dead_rows(step: StepBase) -> DeadRows | None:
+    """The latents of a step's AuxK loss, differentiable; None if it is off or none is dead."""
+    sae, objective = step.sae, step.objective
+    latents = step.dead.longest(objective.auxk_latents if objective.auxk_alpha else 0)
+    if not latents.numel():
+        return None
+    return DeadRows(sae.W_enc[latents], sae.b_enc[latents], sae.W_dec[latents])
+
+
+class AuxKOfMicroBatches:
+    """AuxK of a batch in micro-batches, whose residuals' variance is known after the last only.
+
+    Losses of the micro-batches are not divided by it, and their gradients stay with copies of the
+    dead latents' rows until :meth:`finish` divides them.
+
+    Args:
+        step: the step whose dead latents take part.
+
+    Attributes:
+        rows: the copies; None where no latent is dead.
+    """
+
+    def __init__(self, step: StepBase) -> None:
+        self._sources, self._variance = dead_rows(step), Variance()
+        self.rows = None
+        if self._sources is not None:
+            self.rows = DeadRows(*(t.detach().requires_grad_() for t in self._sources))
+
+    def add(self, residual: torch.Tensor) -> torch.Tensor:
+        """Takes in the residual of a micro-batch; what its loss is to be divided by."""
+        if self.rows is not None:
+            self._variance.add(residual)
+        return residual.new_ones(())
+
+    def finish(self, undivided: torch.Tensor) -> torch.Tensor:
+        """Adds the gradients to the parameters' and divides the sum of the losses."""
+        if self.rows is None or self._sources is None:
+            return undivided
+        weight = 1 / self._variance.total
+        for source, copy in zip(self._sources, self.rows, strict=True):
+            if source.requires_grad and copy.grad is not None:
+                source.backward(weight * copy.grad)
+        return weight * undivided
+
+
 def auxk_loss(
     x_centred: torch.Tensor,
     residual: torch.Tensor,
@@ -123,6 +179,7 @@ def auxk_loss(
     alpha: float,
     compute_dtype: torch.dtype,
     backend: str | None = None,
+    variance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """AuxK loss, differentiable in ``dead`` only; :func:`~sae_kernels.primitives.auxk.auxk` has it.
 
@@ -134,6 +191,7 @@ def auxk_loss(
         alpha: coefficient of the loss.
         compute_dtype: dtype of the products' operands.
         backend: see :mod:`sae_kernels.backends`.
+        variance: what it is divided by; None is the residual's own.
     """
     n_dead = dead.W_enc.shape[0]
     codes = encode_topk(
@@ -146,7 +204,8 @@ def auxk_loss(
     )
     e = _operand(codes.to_dense(), compute_dtype) @ _operand(dead.W_dec, compute_dtype)
     residual = residual.detach()
-    variance = (residual - residual.mean(0)).square().sum()
+    if variance is None:
+        variance = (residual - residual.mean(0)).square().sum()
     weight = alpha * min(n_dead / k_aux, 1.0) / variance
     return weight * (e.float() - residual).square().sum()
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_kernels.step.autograd_loss import autograd_loss
-from sae_kernels.step.base import StepBase, StepResult, loss_scale
+from sae_kernels.step.autograd_loss import AuxKOfMicroBatches, autograd_loss
+from sae_kernels.step.base import MicroBatches, StepBase, StepResult
 from sae_kernels.step.state import State, matched
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_kernels.nn import SparseAutoencoder
 
 
@@ -52,35 +54,57 @@ class AutogradStep(StepBase):
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Sequence[torch.Tensor],
         *,
         lr: float,
         k: float | None = None,
-        target: torch.Tensor | None = None,
+        target: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> StepResult:
-        """One training step on raw activations; see :meth:`FusedStep.__call__`."""
+        """One update from raw activations; see :meth:`FusedStep.__call__`."""
         sae = self.sae.train()
-        x, target = self.checked(x, target)
-        scale, variance = loss_scale(target, self.objective.loss)
-        result = autograd_loss(self, self.context(sae.centred(x), target, scale, k), x)
-        assert result.error is not None
-        loss = result.error + result.penalty + result.aux_loss
-        finite = self.update(loss, lr, self.optimizer.clip_norm)
-        l0 = self.advance(result.fired, x.shape[0], finite)
-        fvu = result.squared_error / variance
-        return StepResult(loss.detach(), fvu, l0, result.aux_loss.detach(), ~finite, result.fired)
+        batch = MicroBatches(x, target, self.checked)
+        scale, variance = batch.loss_scale(self.objective.loss)
+        survey = self.survey(batch.inputs(sae.centred), k)
+        auxk = None if len(batch) == 1 else AuxKOfMicroBatches(self)
+        self.torch_adam.zero_grad(set_to_none=True)
+
+        def differentiated(rows: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            context = self.context(
+                sae.centred(rows), y, scale, k, total_tokens=batch.n_tokens, survey=survey
+            )
+            result = autograd_loss(self, context, rows, auxk=auxk)
+            assert result.error is not None
+            own = result.error + result.penalty
+            (own + result.aux_loss).backward()
+            return own.detach(), result.aux_loss.detach(), result.squared_error, result.fired
+
+        sums: list[torch.Tensor] = []
+        for rows, y in batch:
+            parts = differentiated(rows, y)
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else list(parts)
+        own, aux_loss, squared_error, fired = sums
+        if auxk is not None:
+            aux_loss = auxk.finish(aux_loss)
+        loss = own + aux_loss
+        finite = self.apply(loss, lr, self.optimizer.clip_norm)
+        l0 = self.advance(fired, batch.n_tokens, finite)
+        return StepResult(loss, squared_error / variance, l0, aux_loss, ~finite, fired)
 
     def update(self, loss: torch.Tensor, lr: float, clip_norm: float | None) -> torch.Tensor:
         """Backward pass and Adam step, skipped unless all is finite; returns whether it is.
 
         The gradient norm is checked only with a ``clip_norm``; infinity checks without clipping.
         """
-        sae, adam = self.sae, self.torch_adam
-        adam.zero_grad(set_to_none=True)
+        self.torch_adam.zero_grad(set_to_none=True)
         loss.backward()
+        return self.apply(loss.detach(), lr, clip_norm)
+
+    def apply(self, loss: torch.Tensor, lr: float, clip_norm: float | None) -> torch.Tensor:
+        """The Adam step of :meth:`update`, with the gradients that the parameters have."""
+        sae, adam = self.sae, self.torch_adam
         if sae.config.unit_norm_decoder:
             sae.remove_parallel_gradient_()
-        finite = loss.detach().isfinite()
+        finite = loss.isfinite()
         if clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), clip_norm)
             finite = finite & norm.isfinite()

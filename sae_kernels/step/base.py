@@ -2,18 +2,131 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from sae_kernels.backends import cpu
 from sae_kernels.config.optimizer import OptimizerConfig
-from sae_kernels.nn.objective import Context
+from sae_kernels.nn.objective import Context, SurveyContext
 from sae_kernels.step.state import DeadLatents, SparsitySchedule, State, restore_
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
+
+    Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class MicroBatches:
+    """The micro-batches of a batch, each checked and scaled when its turn comes.
+
+    Args:
+        x: [B, input width], or micro-batches [b, input width].
+        target: of a transcoder, like ``x``; else None.
+        check: checks and scales the tokens and targets of one of them.
+
+    Attributes:
+        n_tokens: tokens of all together.
+
+    Raises:
+        ValueError: no micro-batch, or another number of them for the target than for x.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor | Sequence[torch.Tensor],
+        target: torch.Tensor | Sequence[torch.Tensor] | None,
+        check: Callable[[torch.Tensor, torch.Tensor | None], Pair],
+    ) -> None:
+        xs = [x] if isinstance(x, torch.Tensor) else list(x)
+        if isinstance(target, torch.Tensor):
+            targets: list[torch.Tensor | None] = [target]
+        else:
+            targets = [None] * len(xs) if target is None else list(target)
+        if not xs or len(targets) != len(xs):
+            came = f"{len(xs)} of x" + ("" if target is None else f" and {len(targets)} of target")
+            raise ValueError(f"x, target: expected as many micro-batches, at least one, got {came}")
+        self._check, self._given = check, list(zip(xs, targets, strict=True))
+        self._whole = check(xs[0], targets[0]) if len(xs) == 1 else None
+        self.n_tokens = sum(len(each) for each in xs)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __iter__(self) -> Iterator[Pair]:
+        if self._whole is not None:
+            yield self._whole
+            return
+        for x, target in self._given:
+            yield self._check(x, target)
+
+    def loss_scale(
+        self,
+        loss: str,
+        scratch_like: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of the squared error, and the summed squared distance from the mean.
+
+        Args:
+            loss: the setting.
+            scratch_like: memory to work in, as large as some targets; None: fresh.
+        """
+        variance = Variance()
+        for _, target in self:
+            variance.add(target, scratch_like(target))
+        return variance.loss_scale(loss)
+
+    def inputs(self, centre: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """The encoder's inputs, to be iterated over any number of times."""
+        return Inputs(self, centre)
+
+
+class Inputs:
+    """The encoder's inputs of micro-batches; ``centre`` makes them of tokens."""
+
+    def __init__(
+        self, micro_batches: MicroBatches, centre: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        self.micro_batches, self.centre = micro_batches, centre
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self.centre(x) for x, _ in self.micro_batches)
+
+
+class Variance:
+    """The summed squared distance of rows from their mean, over micro-batches in turn.
+
+    Sums run over each token first, so that they do not depend on the number of threads. Parts are
+    joined by Chan, Golub and LeVeque's formula.
+
+    Attributes:
+        total: scalar, the sum so far.
+        n_rows: rows so far.
+    """
+
+    total: torch.Tensor
+    _mean: torch.Tensor
+
+    def __init__(self) -> None:
+        self.n_rows = 0
+
+    def add(self, rows: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
+        """Takes in fp32 rows [b, width]; ``scratch`` is overwritten."""
+        mean = rows.mean(0)
+        total = torch.sub(rows, mean, out=scratch).square_().sum(1).sum()
+        if self.n_rows:
+            share, away = len(rows) / (self.n_rows + len(rows)), mean - self._mean
+            total = self.total + total + self.n_rows * share * away.square().sum()
+            mean = self._mean + share * away
+        self.n_rows, self._mean, self.total = self.n_rows + len(rows), mean, total
+
+    def loss_scale(self, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factor of the rows' squared errors in a loss by this name, and the variance."""
+        total = self.total
+        return (1 / total if loss == "fvu" else torch.ones_like(total) / self.n_rows), total
 
 
 class StepResult(NamedTuple):
@@ -50,13 +163,17 @@ class TrainingStep(Protocol):
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Sequence[torch.Tensor],
         *,
         lr: float,
         k: float | None = None,
-        target: torch.Tensor | None = None,
+        target: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> StepResult:
-        """One training step on raw activations [B, input width]."""
+        """One update from raw activations [B, input width].
+
+        With ``micro_batch_size`` x, and a transcoder's target, come as sequences of micro-batches
+        [b, width]; together they are the batch.
+        """
 
     def state(self) -> State:
         """All that the next step depends on, without the weights."""
@@ -145,6 +262,18 @@ class StepBase:
             )
         return x, _scaled(target.float(), config.target_scale)
 
+    def survey(self, inputs: Inputs, k: float | None, W_enc: torch.Tensor | None = None) -> Any:
+        """What the objective needs to know of all micro-batches before the first; else None."""
+        sae, n_tokens = self.sae, inputs.micro_batches.n_tokens
+        if len(inputs.micro_batches) == 1:
+            return None
+        kept = sae.kept_per_token(self._k(k), self.objective)
+        with torch.no_grad():
+            return sae.survey(inputs, SurveyContext(self.objective, n_tokens, kept, W_enc))
+
+    def _k(self, k: float | None) -> float:
+        return getattr(self.sae.config, "k", 0) if k is None else k
+
     def context(
         self,
         x_centred: torch.Tensor,
@@ -152,6 +281,8 @@ class StepBase:
         scale: torch.Tensor,
         k: float | None = None,
         *,
+        total_tokens: int | None = None,
+        survey: Any = None,
         skip_input: torch.Tensor | None = None,
         leaves: dict[str, torch.Tensor] | None = None,
     ) -> Context:
@@ -163,11 +294,13 @@ class StepBase:
             x=x_centred,
             target=target,
             scale=scale,
-            k=getattr(sae.config, "k", 0) if k is None else k,
+            k=self._k(k),
             coefficient=schedule.coefficient(),
             p=schedule.p,
             observe=schedule.observe,
             dead_mask=self.dead.mask,
+            total_tokens=total_tokens,
+            survey=survey,
             prefixes=sae.prefixes(self.objective, schedule.step, self.seed),
             skip_input=skip_input,
             leaves=leaves,
@@ -229,16 +362,11 @@ def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x if scale == 1 else x * scale
 
 
-def loss_scale(
-    x: torch.Tensor, loss: str, scratch: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor of the squared error, and the batch's summed squared distance from its mean.
-
-    Sums run over each token first, so that they do not depend on the number of threads.
-    """
-    deviation = torch.sub(x, x.mean(0), out=scratch)
-    variance = deviation.square_().sum(1).sum()
-    return (1 / variance if loss == "fvu" else torch.ones_like(variance) / x.shape[0]), variance
+def loss_scale(x: torch.Tensor, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor of the squared error, and the batch's summed squared distance from its mean."""
+    variance = Variance()
+    variance.add(x)
+    return variance.loss_scale(loss)
 
 
 def compute_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:

@@ -133,7 +133,7 @@ def dense_pass(
         loss = loss + out.factor / 2 * square
     dW_enc, dW_dec, grads = dense.differentiate(outputs)
     dh_sum = grads.pop("h")
-    grads["b_enc"] = grads["b_enc"] + dh_sum if "b_enc" in grads else dh_sum
+    grads["b_enc"] = grads["b_enc"] + dh_sum if "b_enc" in grads else dh_sum.clone()
     gradients = vector_gradients(sae, grads, Gradient())
     gradients["W_enc"] = Gradient.whole(dW_enc)
     gradients["W_dec"] = Gradient.whole(dW_dec, grads.get("norms"))

@@ -9,12 +9,13 @@ from torch.nn.functional import pad
 
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.primitives.decode import decode
-from sae_kernels.step.adam import FusedAdam
-from sae_kernels.step.base import StepBase, StepResult, loss_scale
+from sae_kernels.step.adam import FusedAdam, added
+from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance
 from sae_kernels.step.dense_pass import dense_pass
-from sae_kernels.step.sparse_pass import sparse_pass
+from sae_kernels.step.sparse_pass import PassResult, sparse_pass
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from sae_kernels.nn import SparseAutoencoder
@@ -31,7 +32,8 @@ class FusedStep(StepBase):
     """Training step of a :class:`~sae_kernels.nn.SparseAutoencoder` by fused kernels, in place.
 
     Only the encoder product touches B F entries; everything after it touches the kept entries
-    alone. Gradients reach the optimizer as sparse terms, never as matrices.
+    alone. Gradients reach the optimizer as sparse terms, not as matrices; micro-batches are the
+    exception.
 
     Args:
         sae: the module; its fp32 parameters are the master weights. The kernels read compute copies
@@ -88,91 +90,83 @@ class FusedStep(StepBase):
     @torch.no_grad()
     def __call__(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Sequence[torch.Tensor],
         *,
         lr: float | torch.Tensor,
         k: float | None = None,
-        target: torch.Tensor | None = None,
+        target: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> StepResult:
-        """One training step on raw activations.
+        """One update from raw activations.
 
         Args:
-            x: [B, input width], any floating dtype.
+            x: [B, input width], any floating dtype; or micro-batches [b, input width] that are the
+                batch together. Their gradients are added up in two matrices of the weights' size.
             lr: learning rate of this step; a tensor inside a CUDA graph.
             k: replaces the configuration's k at this step.
-            target: [B, output width], the activations that a transcoder reconstructs.
+            target: [B, output width], the activations that a transcoder reconstructs; like x.
 
         Raises:
             ValueError: shapes that do not fit; a missing or needless target.
         """
         sae = self.sae.train()
-        x, target = self.checked(x, target)
-        scratch = self._scratch_like(target)
-        scale, variance = loss_scale(target, self.objective.loss, scratch)
-        x_centred = torch.sub(x, sae.b_dec, out=scratch) if sae.config.subtract_b_dec else x
-        skips = sae.config.skip
-        context = self.context(
-            x_centred.to(self.dtype),
-            target - x @ sae.W_skip.T if skips else target,
-            scale,
-            k,
-            skip_input=x if skips else None,
-            leaves={},
-        )
-
+        batch = MicroBatches(x, target, self.checked)
+        scale, variance = batch.loss_scale(self.objective.loss, self._scratch_like)
         W_enc, W_dec = self.adam.operand("W_enc"), self.adam.operand("W_dec")
+        survey = self.survey(batch.inputs(self._encoder_input), k, W_enc)
         run = dense_pass if self.dense_next else sparse_pass
-        result = run(sae, W_enc, W_dec, context)
-        gradients = result.gradients
+        aux = AuxK(self, whole=len(batch) == 1)
+
+        def differentiated(rows: torch.Tensor, y: torch.Tensor) -> PassResult:
+            context = self.context(
+                self._encoder_input(rows),
+                y - rows @ sae.W_skip.T if sae.config.skip else y,
+                scale,
+                k,
+                total_tokens=batch.n_tokens,
+                survey=survey,
+                skip_input=rows if sae.config.skip else None,
+                leaves={},
+            )
+            result = run(sae, W_enc, W_dec, context)
+            aux.add(result.residual, context)
+            return result
+
+        total = None
+        for rows, y in batch:
+            if len(batch) == 1:
+                total = differentiated(rows, y)
+            else:
+                total = _sum(total, differentiated(rows, y), sae.backend)
+        assert total is not None
+        gradients = total.gradients
         # The input's gradient and AuxK read the weights from before the update.
         if sae.config.subtract_b_dec:
-            through_input = rows_weighted(W_enc, result.dh_sum, sae.backend)
+            through_input = rows_weighted(W_enc, total.dh_sum, sae.backend)
             gradients["b_dec"] = _minus(gradients["b_dec"], through_input)
-        aux_loss = self._add_auxk(gradients, result.residual, context)
-        loss = result.loss + aux_loss
+        aux_loss = aux.finish(gradients)
+        loss = total.loss + aux_loss
         finite = self.adam.update(gradients, loss, lr)
 
-        l0 = self.advance(result.fired, context.n_tokens, finite)
+        l0 = self.advance(total.fired, batch.n_tokens, finite)
         if self.can_be_dense:
-            entries = context.n_tokens * sae.config.n_latents
-            self.dense_next = result.n_kept > DENSE_FROM * entries
-        return StepResult(loss, result.error / variance, l0, aux_loss, ~finite, result.fired)
+            entries = batch.n_tokens * sae.config.n_latents
+            self.dense_next = total.n_kept > DENSE_FROM * entries
+        return StepResult(loss, total.error / variance, l0, aux_loss, ~finite, total.fired)
 
-    def _add_auxk(
-        self, gradients: dict[str, Gradient], residual: torch.Tensor, context: Context
-    ) -> torch.Tensor:
-        """Adds AuxK's gradients to ``gradients`` and returns its loss."""
-        sae, objective = self.sae, self.objective
-        no_loss = residual.new_zeros(())
-        if not objective.auxk_alpha:
-            return no_loss
-        latents, count = self.dead.pick(objective.auxk_latents, sae.backend)
-        if not latents.numel():  # only on the CPU, where the number is known
-            return no_loss
-        aux_loss, dW_enc, db_enc, dW_dec = auxk(
-            context.x,
-            residual,
-            self.adam.operand("W_enc"),
-            sae.b_enc,
-            self.adam.operand("W_dec"),
-            latents,
-            count,
-            self.k_aux,
-            objective.auxk_alpha,
-            backend=sae.backend,
-        )
-        for name, block in (("W_enc", dW_enc), ("b_enc", db_enc[:, None]), ("W_dec", dW_dec)):
-            gradients[name] = _with_rows(gradients[name], block, latents)
-        return aux_loss
+    def _encoder_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens in the compute dtype, centred where that is the variant; valid until the next."""
+        if self.sae.config.subtract_b_dec:
+            x = torch.sub(x, self.sae.b_dec, out=self._scratch_like(x))
+        return x.to(self.dtype)
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         # Reused on the CPU, where fresh pages cost more than the sums written there. A GPU's
         # allocator reuses memory itself, and a captured graph needs memory of its own.
         if x.device.type != "cpu":
             return torch.empty_like(x)
-        if self._scratch is None or self._scratch.shape != x.shape:
+        if self._scratch is None or self._scratch.numel() < x.numel():
             self._scratch = torch.empty_like(x)
-        return self._scratch
+        return self._scratch.flatten()[: x.numel()].view(x.shape)
 
     def _live_tensors(self) -> dict[str, torch.Tensor]:
         return super()._live_tensors() | self.adam.live_tensors()
@@ -220,12 +214,93 @@ def _minus(gradient: Gradient, row: torch.Tensor) -> Gradient:
     return gradient._replace(dense=gradient.dense - row)
 
 
+def _sum(total: PassResult | None, part: PassResult, backend: str | None) -> PassResult:
+    """Adds a micro-batch's loss and gradients to those before it."""
+    before = {} if total is None else total.gradients
+    gradients = before | {
+        name: added(before.get(name), gradient, backend)
+        for name, gradient in part.gradients.items()
+    }
+    nothing = part.residual.new_empty((0, part.residual.shape[1]))  # nobody asks for it again
+    if total is None:
+        return part._replace(gradients=gradients, residual=nothing)
+    return PassResult(
+        loss=total.loss + part.loss,
+        error=total.error + part.error,
+        residual=nothing,
+        gradients=gradients,
+        dh_sum=total.dh_sum + part.dh_sum,
+        fired=total.fired + part.fired,
+        n_kept=total.n_kept + part.n_kept,
+    )
+
+
+class AuxK:
+    """The AuxK loss of a step and its gradients, of the latents that were dead before it.
+
+    Args:
+        step: the step, whose dead latents are picked now.
+        whole: whether the batch comes in one piece. If not, the residual's variance, which the loss
+            is divided by, is known after the last one only.
+    """
+
+    def __init__(self, step: FusedStep, whole: bool) -> None:
+        self.step, self.variance = step, None if whole else Variance()
+        self._sums: tuple[torch.Tensor, ...] | None = None
+        if step.objective.auxk_alpha:
+            sae, most = step.sae, step.objective.auxk_latents
+            self.latents, self.count = step.dead.pick(most, sae.backend)
+
+    @property
+    def _is_on(self) -> bool:
+        # On the CPU alone the number of dead latents is known.
+        return bool(self.step.objective.auxk_alpha) and self.latents.numel() > 0
+
+    def add(self, residual: torch.Tensor, context: Context) -> None:
+        """Takes in the rows of a batch or micro-batch, given the main residual."""
+        if not self._is_on:
+            return
+        step, sae = self.step, self.step.sae
+        if self.variance is not None:
+            self.variance.add(residual)
+        parts = auxk(
+            context.x,
+            residual,
+            step.adam.operand("W_enc"),
+            sae.b_enc,
+            step.adam.operand("W_dec"),
+            self.latents,
+            self.count,
+            step.k_aux,
+            step.objective.auxk_alpha,
+            None if self.variance is None else residual.new_ones(()),
+            backend=sae.backend,
+        )
+        before = self._sums
+        pairs = [] if before is None else zip(before, parts, strict=True)
+        self._sums = parts if before is None else tuple(a + b for a, b in pairs)
+
+    def finish(self, gradients: dict[str, Gradient]) -> torch.Tensor:
+        """Adds AuxK's gradients to ``gradients`` and returns its loss."""
+        if self._sums is None:
+            return self.step.dead.since_fired.new_zeros((), dtype=torch.float32)
+        sums = self._sums
+        if self.variance is not None:  # with no dead latent all is 0, whatever the variance
+            weight = torch.where(self.count > 0, 1 / self.variance.total, 0)
+            sums = tuple(weight * each for each in sums)
+        loss, dW_enc, db_enc, dW_dec = sums
+        for name, block in (("W_enc", dW_enc), ("b_enc", db_enc[:, None]), ("W_dec", dW_dec)):
+            gradients[name] = _with_rows(gradients[name], block, self.latents)
+        return loss
+
+
 def _with_rows(gradient: Gradient, block: torch.Tensor, latents: torch.Tensor) -> Gradient:
     """Adds a block of rows to a gradient: row i is of ``latents[i]``, -1 is padding."""
     if gradient.dense is None:
         return gradient._replace(dense=block, dense_latents=latents)
     # The gradient's dense block has a row for every latent, in order.
-    used = latents >= 0
-    rows = torch.where(used[:, None], block, 0)
-    dense = gradient.dense.index_add(0, latents.clamp(min=0).long(), rows)
-    return gradient._replace(dense=dense)
+    assert gradient.dense_latents is not None
+    used, at = latents >= 0, latents.clamp(min=0).long()
+    gradient.dense.index_add_(0, at, torch.where(used[:, None], block, 0))
+    live = gradient.dense_latents.scatter_reduce(0, at, latents, "amax")
+    return gradient._replace(dense_latents=live)

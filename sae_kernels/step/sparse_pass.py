@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PassResult(NamedTuple):
-    """Loss and gradients of a batch.
+    """Loss and gradients of a batch, or a micro-batch's part of them.
 
     Attributes:
         loss: scalar, without AuxK.
@@ -54,7 +54,7 @@ def sparse_pass(
         context: the batch, with leaves.
     """
     assert context.leaves is not None
-    preacts = sae.select(context.x, W_enc=W_enc, k=sae.kept_per_token(context.k, context.objective))
+    preacts = sae.select_in(context, W_enc)
     with torch.enable_grad():
         entries, leaves = with_leaves(sae, preacts)
         parts, penalty = objective_of(entries, context)

@@ -193,7 +193,12 @@ class ActivationTraining(Trainable[torch.Tensor]):
         own = batch if self._share is None else self._share.rows(batch)
         x, target = split(own.to(device), self.sae.config)
         lr, k = self.learning_rate(self.made), self.k(self.made)
-        self._last = self.training_step(x, lr=lr, k=k, target=target)
+        size = self.config.micro_batch_size
+        if size is None:
+            self._last = self.training_step(x, lr=lr, k=k, target=target)
+        else:
+            targets = None if target is None else target.split(size)
+            self._last = self.training_step(x.split(size), lr=lr, k=k, target=targets)
         self._skipped += self._last.skipped
         self.made += 1
         self.tokens += len(batch)

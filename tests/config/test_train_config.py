@@ -19,6 +19,7 @@ def test_defaults() -> None:
     assert TrainConfig().to_dict() == {
         "steps": 1000,
         "batch_size": 2048,
+        "micro_batch_size": None,
         "lr": None,
         "warmup_steps": None,
         "decay_fraction": 0.2,

@@ -70,6 +70,19 @@ def test_row_grad(
     assert_within("gradient", out, dense, rounding(n, magnitude, high))
 
 
+@shapes
+def test_some_latents_are_rows_of_all(shape: tuple[int, int, int, int], backend: str) -> None:
+    """A slice of the offsets is the same term for some latents: micro-batches add up by such."""
+    term, _, _ = make_term(shape, torch.float32, torch.float32)
+    _, _, F, width = shape
+    whole = row_grad([term], F, width, backend=backend)
+    for first in range(0, F, 4):
+        last = min(first + 4, F)
+        some = term._replace(offsets=term.offsets[first : last + 1])
+        out = row_grad([some], last - first, width, backend=backend)
+        assert_bitwise("rows", out, whole[first:last])
+
+
 def test_terms_of_several_sources_add_up(backend: str) -> None:
     shape = (15, 4, 11, 33)
     made = [make_term(shape, torch.float32, source) for source in SOURCES]

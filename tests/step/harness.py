@@ -130,6 +130,21 @@ def state(route: FusedStep | AutogradStep) -> State:
     return State(weights, moments, route.dead.since_fired.clone(), route.n_updates.clone())
 
 
+def everything(step: FusedStep | AutogradStep) -> dict[str, Tensor]:
+    """All that training changes, in copies."""
+    now = state(step)
+    held = {f"weights of {n}": t for n, t in now.weights.items()}
+    held |= {
+        f"{kind} of {n}": t for n, p in now.moments.items() for kind, t in zip("mv", p, strict=True)
+    }
+    held |= {"since fired": now.since_fired, "updates": now.n_updates}
+    held |= {f"buffer {n}": t.clone() for n, t in step.sae.state_dict().items()}
+    if isinstance(step, FusedStep):
+        copies = {f"copy of {n}": row.copy for n, row in step.matrices.items()}
+        held |= {n: t.clone() for n, t in copies.items() if t is not None}
+    return {name: t.reshape(-1) for name, t in held.items()}
+
+
 def load(route: AutogradStep, source: State) -> None:
     """Puts the composable route into this state."""
     for name, p in route.sae.named_parameters():

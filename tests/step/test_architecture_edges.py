@@ -15,12 +15,10 @@ from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.testing import assert_bitwise
 from tests.settings import settings
 from tests.step.architectures import ARCHITECTURES, REPRESENTATIVE, B, F, batch, build
-from tests.step.harness import ROUTES, state, stepping
+from tests.step.harness import ROUTES, everything, state, stepping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import Tensor
 
     from sae_kernels.step import StepResult
     from tests.step.architectures import Architecture
@@ -143,21 +141,6 @@ def test_as_many_latents_as_there_are(route: type[Step]) -> None:
             assert result.loss.isfinite(), i
 
 
-def _everything(step: Step) -> dict[str, Tensor]:
-    """All that training changes, in copies."""
-    now = state(step)
-    held = {f"weights of {n}": t for n, t in now.weights.items()}
-    held |= {
-        f"{kind} of {n}": t for n, p in now.moments.items() for kind, t in zip("mv", p, strict=True)
-    }
-    held |= {"since fired": now.since_fired, "updates": now.n_updates}
-    held |= {f"buffer {n}": t.clone() for n, t in step.sae.state_dict().items()}
-    if isinstance(step, FusedStep):
-        copies = {f"copy of {n}": row.copy for n, row in step.matrices.items()}
-        held |= {n: t.clone() for n, t in copies.items() if t is not None}
-    return {name: t.reshape(-1) for name, t in held.items()}
-
-
 @representative
 @pytest.mark.parametrize(
     ("poison", "compute"), [(float("nan"), "float32"), (float("inf"), "bfloat16")]
@@ -169,14 +152,14 @@ def test_a_batch_that_is_not_finite_changes_nothing(
     case = dataclasses.replace(case, train={**case.train, "compute": compute})
     step = _after_a_step(build(case, route), case)
     for i, place in enumerate([(3, 1), (0, 0)]):
-        before = _everything(step)
+        before = everything(step)
         x, target = batch(case, seed=i)
         bad = x if target is None or i == 0 else target
         bad[place] = poison
         result = step(x, lr=LR, target=target)
         assert result.skipped
         assert not result.loss.isfinite()
-        after = _everything(step)
+        after = everything(step)
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             assert_bitwise(name, after[name], tensor)
@@ -195,8 +178,8 @@ def test_a_skipped_batch_leaves_no_trace_in_what_follows(name: str, dense: bool)
     for step in (ran, spared):
         step.dense_next = dense
         step(x, lr=LR, target=target)
-    for name, tensor in _everything(spared).items():
-        assert_bitwise(name, _everything(ran)[name], tensor)
+    for name, tensor in everything(spared).items():
+        assert_bitwise(name, everything(ran)[name], tensor)
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)

@@ -56,8 +56,11 @@ def _assert_step(case: Architecture, before: State, after: State, want: Expected
         assert_within(name, after.weights[name], param, budget)
 
 
-def _follow(case: Architecture, steps: int) -> list[bool]:
-    """Both routes from the same state at each step; which pass FusedStep took."""
+def _follow(case: Architecture, steps: int, size: int = B) -> list[bool]:
+    """Both routes from the same state at each step; which pass FusedStep took.
+
+    With a ``size`` the batch comes in micro-batches, and the oracle's is the step of all of it.
+    """
     fused, composable = build(case, FusedStep), build(case, AutogradStep)
     dense = []
     for i in range(steps):
@@ -69,7 +72,9 @@ def _follow(case: Architecture, steps: int) -> list[bool]:
         want = expected(fused, x, target)
         dense.append(fused.dense_next)
         for route in (fused, composable):
-            result, fired = counted(route, x=x, lr=LR, target=target)
+            given = x if size == B else x.split(size)
+            targets = target if target is None or size == B else target.split(size)
+            result, fired = counted(route, x=given, lr=LR, target=targets)
             assert_result(result, want)
             assert_bitwise("fired", fired.long(), want.fired)
             _assert_step(case, before, state(route), want)
@@ -96,6 +101,15 @@ def _assert_same_rest(fused: FusedStep, composable: AutogradStep) -> None:
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_each_step_is_the_oracles(name: str) -> None:
     _follow(ARCHITECTURES[name], 15)
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("size", [5, 8])
+def test_each_step_in_micro_batches_is_the_oracles_of_the_whole_batch(name: str, size: int) -> None:
+    """Rounding has the same bound in any order of the sums; what is kept does not differ at all."""
+    assert B % size, "the last one is smaller"
+    _follow(ARCHITECTURES[name], 20, size)
 
 
 @pytest.mark.slow

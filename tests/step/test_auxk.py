@@ -46,7 +46,12 @@ def _dense_fp64(
 
 
 def _closed(
-    x: Tensor, residual: Tensor, dead: DeadRows, k_aux: int, backend: str
+    x: Tensor,
+    residual: Tensor,
+    dead: DeadRows,
+    k_aux: int,
+    backend: str,
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The primitive on matrices in which the dead latents are scattered; loss and gradients."""
     n_dead = dead.W_enc.shape[0]
@@ -60,7 +65,7 @@ def _closed(
     padded = torch.cat([latents, torch.full((5,), -1)]).int()
     count = torch.tensor(n_dead, dtype=torch.int32)
     loss, *gradients = closed_form(
-        x, -residual, *matrices, padded, count, k_aux, ALPHA, backend=backend
+        x, -residual, *matrices, padded, count, k_aux, ALPHA, variance, backend=backend
     )
     return loss, *(gradient[:n_dead] for gradient in gradients)
 
@@ -157,6 +162,24 @@ def test_tiles_of_tokens_do_not_show(monkeypatch: pytest.MonkeyPatch, backend: s
     for a, b in zip(tiled, whole, strict=True):
         # Five partial sums: four more roundings, of the largest partial result at most.
         assert_within("tiled", a, b, 2 * 2.0**-24 * (5 * B + 4) * b.abs().amax())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_parts_of_a_batch_with_its_variance_add_up(dtype: torch.dtype, backend: str) -> None:
+    """One token has no variance of its own, and yet its part."""
+    x, residual, dead = _inputs(40, dtype)
+    variance = (residual - residual.mean(0)).square().sum()
+    whole = _closed(x, residual, dead, 16, backend)
+    sizes = (1, 20, B - 21)
+    pairs = zip(x.split(sizes), residual.split(sizes), strict=True)
+    parts = [_closed(*pair, dead, 16, backend, variance) for pair in pairs]
+    u = torch.finfo(dtype).eps / 2
+    for name, want, *each in zip(("loss", "W_enc", "b_enc", "W_dec"), whole, *parts, strict=True):
+        size = torch.stack([t.abs() for t in each]).sum(0).amax()
+        # Up to four operands on the way of a term are rounded to the dtype (codes, weights,
+        # gradients, products), and sums over D and B; here and there.
+        budget = 2 * (4 * u + (B + 2 * D) * 2.0**-24) * size
+        assert_within(name, sum(each[1:], each[0]), want.double(), budget.expand_as(want).double())
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -59,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "split": {"compute": "bfloat16", "master_weights": "split", "moment_dtype": "bfloat16"},
     "lazy": {"adam": "lazy", "clip_norm": 1.0},
     "annealed": {"k_start": 20, "k_anneal_steps": 20},
+    "micro-batches": {"micro_batch_size": 20, "clip_norm": 1.0},
+    "micro-batches-autograd": {"micro_batch_size": 20, "route": "autograd"},
 }
 
 
@@ -66,7 +68,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "option"),
     [(name, route) for name in PRESETS for route in ("fused", "autograd")]
-    + [("topk", option) for option in OPTIONS if option not in ("fused", "autograd")],
+    + [("topk", option) for option in OPTIONS if option not in ("fused", "autograd")]
+    + [("batchtopk", "micro-batches"), ("jumprelu", "micro-batches-autograd")],
 )
 def test_stopped_and_resumed_is_the_same_run(name: str, option: str, tmp_path: Path) -> None:
     sae, config = settings(name, **OPTIONS[option])

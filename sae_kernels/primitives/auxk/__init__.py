@@ -17,6 +17,7 @@ def auxk(
     count: torch.Tensor,
     k: int,
     alpha: float,
+    variance: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,7 +26,8 @@ def auxk(
     With ``r = x - x_hat`` (constant) the dead latents alone encode the tokens,
     ``z = top_k(relu(x W_enc^T + b_enc))``, and decode without a bias, ``e = z W_dec``. The loss is
     ``alpha * min(n_dead / k, 1) * sum |e - r|^2 / sum |r - mean(r)|^2``. With no dead latent or no
-    token it is 0. Operands of products are rounded to the operand dtype, gradients among them never
+    token it is 0. ``variance`` takes the place of the last sum, for rows that are not the whole
+    batch. Operands of products are rounded to the operand dtype, gradients among them never
     to fp16. A code that rounds to 0 is none.
 
     Args:
@@ -38,6 +40,7 @@ def auxk(
         count: int32 [], how many of them are in use.
         k: latents per token.
         alpha: the loss's coefficient.
+        variance: scalar in the accumulator dtype; None is the residual's own.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -56,7 +59,8 @@ def auxk(
     checks.dtype("W_enc", W_enc, (x.dtype,))
     checks.dtype("W_dec", W_dec, checks.OPERAND_DTYPES)
     high = checks.accumulator(x.dtype)
-    for name, tensor in (("residual", residual), ("b_enc", b_enc)):
+    checks.shape("variance", variance, [], "what the loss is divided by")
+    for name, tensor in (("residual", residual), ("b_enc", b_enc), ("variance", variance)):
         checks.dtype(name, tensor, (high,))
     checks.indices("latents", latents)
     checks.indices("count", count)

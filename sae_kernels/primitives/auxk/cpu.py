@@ -27,6 +27,7 @@ def run(
     count: torch.Tensor,
     k: int,
     alpha: float,
+    variance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gathers the latents in use into compact matrices and works on those."""
     used = int(count)
@@ -39,7 +40,8 @@ def run(
     db_enc = residual.new_zeros(latents.shape[0])
     if not used or not x.shape[0]:
         return sse, dW_enc, db_enc, dW_dec
-    variance = (residual - residual.mean(0)).square().sum()
+    if variance is None:
+        variance = (residual - residual.mean(0)).square().sum()
     weight = alpha * min(used / k, 1.0) / variance
     tile = max(64, _TILE_BYTES // (4 * used))
     for tokens, r in zip(x.split(tile), residual.split(tile), strict=True):

@@ -17,6 +17,7 @@ def run(
     count: torch.Tensor,
     k: int,
     alpha: float,
+    variance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rounds operands to the operand dtype and multiplies in the accumulator dtype."""
     dtype, high = x.dtype, accumulator(x.dtype)
@@ -30,7 +31,8 @@ def run(
     codes = kept.to(dtype).to(high)
     W = torch.where(used[:, None], W_dec[rows].to(dtype).to(high), 0)
     error = codes @ W + residual
-    variance = (residual - residual.mean(0)).square().sum()
+    if variance is None:
+        variance = (residual - residual.mean(0)).square().sum()
     some = (count > 0) & (x.shape[0] > 0)
     weight = torch.where(some, alpha * (count.to(high) / k).clamp(max=1) / variance, 0)
     grad = (2 * weight * error).to(to_product).to(high)

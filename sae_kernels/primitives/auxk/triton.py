@@ -230,6 +230,7 @@ def run(
     count: torch.Tensor,
     k: int,
     alpha: float,
+    variance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the kernels for the tokens, some at a time."""
     x, residual = x.contiguous(), residual.contiguous()
@@ -240,9 +241,10 @@ def run(
         for gradient in gradients:
             gradient.zero_()
         return residual.new_zeros(()), *gradients
-    n_parts = triton.cdiv(D, 32)
-    variance = residual.new_empty(n_parts)
-    _variance[(n_parts,)](residual, count, variance, B, D, BM=64, BN=32, num_warps=4)
+    if variance is None:
+        n_parts = triton.cdiv(D, 32)
+        variance = residual.new_empty(n_parts)
+        _variance[(n_parts,)](residual, count, variance, B, D, BM=64, BN=32, num_warps=4)
     places = latents
     if W_dec.dtype != gradient_operand(x.dtype):  # a cast inside a product would cost its pipeline
         W_dec = W_dec[latents.clamp(min=0)].to(x.dtype).to(gradient_operand(x.dtype))
@@ -256,7 +258,7 @@ def run(
         count,
         k,
         alpha,
-        variance,
+        variance.reshape(-1),
     )
     share = max(64, _TILE_BYTES // (4 * A))
     losses = [

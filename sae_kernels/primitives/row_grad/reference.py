@@ -22,10 +22,10 @@ def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
 
 def add_term(out: torch.Tensor, term: Term) -> None:
     """Adds one term to an [F, width] gradient, in place."""
-    n = int(term.offsets[-1])
+    first, last = int(term.offsets[0]), int(term.offsets[-1])
     latents = torch.arange(out.shape[0], device=out.device)
     latents = latents.repeat_interleave(term.offsets.diff().long())
-    rows = term.coef.flatten()[term.entries[:n].long()].to(out.dtype)[:, None]
+    rows = term.coef.flatten()[term.entries[first:last].long()].to(out.dtype)[:, None]
     if term.source is not None:
-        rows = rows * term.source[term.rows[:n].long()].to(out.dtype)
-    out.index_add_(0, latents, rows.expand(n, out.shape[1]))
+        rows = rows * term.source[term.rows[first:last].long()].to(out.dtype)
+    out.index_add_(0, latents, rows.expand(last - first, out.shape[1]))

@@ -81,6 +81,11 @@ def train_end_to_end(
     weights = weights or EndToEnd()
     check_fits(sae, layer_width(model, layer, weights), layer)
     check_end_to_end(sae, objective, weights)
+    if config.micro_batch_size is not None:
+        raise ValueError(
+            "micro_batch_size: expected none end to end, where a step's sequences go through the "
+            f"model together, got {config.micro_batch_size}; take fewer sequences per step"
+        )
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
     place = {key: about.get(key) for key in ("model", "context_length")}
