@@ -98,6 +98,7 @@ def opener(
             seed=train.order_seed,
             model_batch_size=config.model_batch_size,
             context_length=config.context_length,
+            row_filter=config.row_filter,
         )
         widths = list(source.widths)
         target = widths.pop() if own.target_layer else None

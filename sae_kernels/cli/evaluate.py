@@ -10,9 +10,11 @@ from sae_kernels.cli.data import loading
 from sae_kernels.cli.files import Data
 from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Verify, placed
 from sae_kernels.cli.output import Output
+from sae_kernels.cli.settings import with_flags, with_given
+from sae_kernels.config.row_filter import KEEP_ALL, RowFilter, activation_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sae_kernels.cli.output import Progress
     from sae_kernels.harvest.language_model import LanguageModelLoss
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from sae_kernels.training import Evaluation
 
 
+@with_flags(RowFilter)
 def evaluate(
     sae: Annotated[
         str, typer.Argument(help="A folder of a saved SAE of any format, or a hub name.")
@@ -52,13 +55,16 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens of text.")
     ] = None,
-    keep_first: Annotated[
-        bool, typer.Option("--keep-first", help="Do not replace the first token of each sequence.")
-    ] = False,
     as_json: Json = False,
     debug: Debug = False,
+    **flags: Any,
 ) -> None:
-    """Measure an SAE on activations, in its language model, or both."""
+    """Measure an SAE on activations, in its language model, or both.
+
+    In the model, activations that the SAE was not trained on are not replaced: --drop-first,
+    --drop-tokens, --drop-special-tokens and --max-norm-multiple are the SAE's own, if it has them
+    recorded, else all are replaced.
+    """
     _check(data, verify, {"--model": model, "--layer": layer, "--text": text})
     from sae_kernels import formats, training
 
@@ -83,9 +89,11 @@ def evaluate(
         }
         with output.progress() as show:
             place = {"device": device, "dtype": model_dtype, "device_map": device_map}
-            loss, facts = _in_model(loaded, model, layer, text, keep_first, place, options, show)
+            loss, facts = _in_model(loaded, model, layer, text, flags, place, options, show)
         values |= {**loss.scalars(), "model": model, "layer": layer, **facts}
-        rows += _loss_rows(loss)
+        kept = facts["not_replaced"]
+        not_replaced = RowFilter.recorded(kept) or KEEP_ALL
+        rows += [*_loss_rows(loss), ("not replaced", not_replaced.describe(kept["max_norm"]))]
     output.record(values)
     output.table(rows)
 
@@ -113,19 +121,27 @@ def _in_model(
     name: str,
     layer: str,
     text: "Sequence[Path]",
-    keep_first: bool,
+    flags: "Mapping[str, Any]",
     place: dict[str, Any],
     options: dict[str, Any],
     show: "Progress",
-) -> "tuple[LanguageModelLoss, dict[str, str]]":
-    """The losses, and the model's dtype and device."""
+) -> "tuple[LanguageModelLoss, dict[str, Any]]":
+    """The losses; the model's dtype and device, and which activations kept the model's own."""
     from sae_kernels import harvest as harvesting
+    from sae_kernels.harvest.language_model import norm_bound
+    from sae_kernels.harvest.norms import recorded_max_norm
 
+    recorded = RowFilter.recorded(activation_facts(sae.metadata)) or KEEP_ALL
+    row_filter = with_given(recorded, flags)
     documents = harvesting.read_documents(text)
     with loading(show):
         model, tokenizer = harvesting.load_causal_model(name, **placed(**place))
     sae.to(harvesting.layer_device(model, layer))
+    options = {**options, "row_filter": row_filter}
     batches = list(harvesting.token_batches(model, tokenizer, documents, **options))
+    max_norm = recorded_max_norm(sae.metadata)
+    if flags["max_norm_multiple"] is not None:
+        max_norm = norm_bound(model, batches, layer, row_filter.max_norm_multiple)
     done = 0
 
     def progress(more: int) -> None:
@@ -134,10 +150,15 @@ def _in_model(
         show("language model", done, 2 * len(batches))
 
     loss = harvesting.language_model_loss(
-        model, batches, layer, sae, keep_first=keep_first, progress=progress
+        model, batches, layer, sae, max_norm=max_norm, progress=progress
     )
+    not_replaced = {**row_filter.to_dict(), "max_norm": max_norm}
     dtype = str(model.dtype).removeprefix("torch.")
-    return loss, {"model_dtype": dtype, "device": model.device.type}
+    return loss, {
+        "model_dtype": dtype,
+        "device": model.device.type,
+        "not_replaced": not_replaced,
+    }
 
 
 def _values(measured: "Evaluation") -> dict[str, Any]:
@@ -158,6 +179,7 @@ def _rows(measured: "Evaluation") -> list[tuple[str, str]]:
     return [
         ("tokens", f"{measured.n_tokens:,}"),
         ("FVU", f"{measured.fvu:.5f}"),
+        ("FVU, mean over rows", f"{measured.row_fvu:.5f}"),
         *([("FVU by layer", by_layer)] if by_layer else []),
         ("explained variance", f"{measured.explained_variance:.5f}"),
         ("L0", f"{measured.l0:.2f}"),

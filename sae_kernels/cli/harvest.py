@@ -11,9 +11,12 @@ from sae_kernels.cli.data import loading
 from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Overwrite, placed
 from sae_kernels.cli.output import Output
+from sae_kernels.cli.settings import with_flags, with_given
 from sae_kernels.cli.start import stopped, terminable
+from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 
 
+@with_flags(RowFilter)
 def harvest(
     model: Annotated[
         str, typer.Argument(help="Model: a folder, or a name on the Hugging Face hub.")
@@ -49,9 +52,6 @@ def harvest(
         str,
         typer.Option(metavar="float32|bfloat16|float16", help="Dtype of the stored activations."),
     ] = "float32",
-    keep_special_tokens: Annotated[
-        bool, typer.Option("--keep-special-tokens", help="Store special tokens such as [CLS] too.")
-    ] = False,
     on_nonfinite: Annotated[
         str,
         typer.Option(metavar="stop|skip", help="At a row that is NaN or infinite: stop, or skip."),
@@ -66,15 +66,16 @@ def harvest(
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
+    **flags: Any,
 ) -> None:
     """Store the output of one or several layers for every token of some text."""
     from sae_kernels import harvest as harvesting
-    from sae_kernels.config.row_filter import RowFilter
     from sae_kernels.data.shard_index import DTYPES, Index
     from sae_kernels.harvest.progress import HarvestProgress, refuse_unfinished
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    row_filter = with_given(DEFAULT_FILTER, flags)
     if not resume:
         if not overwrite:
             refuse_unfinished(out)
@@ -110,7 +111,7 @@ def harvest(
             context_length=context_length,
             max_tokens=max_tokens,
             dtype=DTYPES[dtype],
-            row_filter=RowFilter(drop_special_tokens=not keep_special_tokens),
+            row_filter=row_filter,
             on_nonfinite=on_nonfinite,  # type: ignore[arg-type]
             rows_per_shard=rows_per_shard,
             metadata={"dataset": {"name": dataset, **chosen}} if dataset else None,
@@ -120,14 +121,23 @@ def harvest(
         )
     seconds = time.perf_counter() - start
     folders = [out / name for name in layer] if len(layer) > 1 else [out]
-    left_out = Index.read(folders[0]).metadata["nonfinite_rows"]
+    facts = [Index.read(folder).metadata for folder in folders]
+    left_out, above = facts[0]["nonfinite_rows"], facts[0]["rows_above_max_norm"]
     made = {"folder": out, "n_tokens": n_tokens, "nonfinite_rows": left_out, "model": model}
-    layers = layer if len(layer) > 1 else layer[0]
-    output.record({**made, "layer": layers, "dtype": dtype, "seconds": seconds})
+    several, bounds = len(layer) > 1, [each["max_norm"] for each in facts]
+    made |= {"layer": layer if several else layer[0], "rows_above_max_norm": above}
+    made["max_norm"] = bounds if several else bounds[0]
+    output.record({**made, "dtype": dtype, "seconds": seconds})
     what = f"{n_tokens:,} tokens of {', '.join(layer)} in {out}"
     if left_out:
         what += f", {left_out:,} left out that are not finite"
     output.text(f"{what}, {seconds:.1f} seconds" if done else f"{what}, finished before")
+    if above:
+        output.text(
+            f"{above:,} more ({100 * above / (n_tokens + above):.2f} %) left out, as their norm is "
+            f"above {', '.join(f'{bound:.4g}' for bound in bounds)}, "
+            f"{row_filter.max_norm_multiple} times the median; --max-norm-multiple none keeps them"
+        )
 
 
 def _documents(

@@ -14,6 +14,9 @@ from sae_kernels.formats.table import FORMATS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sae_kernels.data import ShardDataset
+
+_BAR = 40  # columns of the histogram's longest bar
 _SHOWN = (
     "a run, a checkpoint, a folder of activations, a saved SAE "
     f"({', '.join(FORMATS)}), a folder of several of these, or a .safetensors file"
@@ -33,6 +36,7 @@ def inspect(
     output = Output(as_json)
     output.record(values)
     tensors, listed = values.pop("tensors", {}), values.pop("contents", [])
+    bins = values.get("norms", {}).pop("histogram", [])
     output.table([(_plain(key), _plain(str(value))) for key, value in _rows(values)])
     if listed:
         output.text("")
@@ -41,6 +45,10 @@ def inspect(
         rows = [(n, str(t["shape"]), t["dtype"]) for n, t in tensors.items()]
         output.text("")
         output.table([("tensor", "shape", "dtype"), *(tuple(map(_plain, row)) for row in rows)])
+    if bins:
+        most = max(each["rows"] for each in bins)
+        output.text("")
+        output.table([("norm", "rows of the sample", ""), *(_bar(each, most) for each in bins)])
 
 
 def look(path: Path, verify: bool) -> dict[str, Any]:
@@ -69,6 +77,12 @@ def look(path: Path, verify: bool) -> dict[str, Any]:
     if path.is_file() and path.suffix == ".safetensors":
         return {"kind": "safetensors", "bytes": path.stat().st_size, **_header(path), **_no(verify)}
     raise DataError(f"{path}: expected {_SHOWN}, got none of these")
+
+
+def _bar(part: "Mapping[str, Any]", most: int) -> tuple[str, str, str]:
+    """A line of the histogram, in which even a single row shows."""
+    bar = "#" * -(-_BAR * part["rows"] // most)
+    return f"{part['from']:.4g} to {part['to']:.4g}", f"{part['rows']:,}", bar
 
 
 def _is_set(path: Path) -> bool:
@@ -142,7 +156,28 @@ def _activations(path: Path, verify: bool) -> dict[str, Any]:
         "dtype": str(data.dtype).removeprefix("torch."),
         "columns": list(data.columns),
         "metadata": data.metadata,
+        **({"norms": _norms(data)} if data.n_tokens else {}),
         **({"verified": f"{data.n_tokens} rows"} if verify else {}),
+    }
+
+
+def _norms(data: "ShardDataset") -> dict[str, Any]:
+    """The norms of a sample of rows from all shards, and how much of the variance few carry."""
+    from sae_kernels.data.sample import NormSummary, sample_rows
+
+    rows = sample_rows(data)
+    finite = rows[rows.isfinite().all(1)]
+    found = {"rows": len(rows), "nonfinite": len(rows) - len(finite)}
+    if not len(finite):
+        return found
+    summary = NormSummary.of(finite)
+    return {
+        **found,
+        "zero": summary.zeros,
+        **summary.quantiles,
+        "variance_of_largest_thousandth": summary.concentration.thousandth,
+        "rows_of_half_the_variance": summary.concentration.rows_of_half,
+        "histogram": [{"from": a, "to": b, "rows": n} for a, b, n in summary.bins],
     }
 
 

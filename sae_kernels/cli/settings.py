@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import inspect
 import typing
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from sae_kernels.config.base import declared
+from sae_kernels.config.base import NONE, declared
 from sae_kernels.config.toml import read_tables
 from sae_kernels.nn import presets
 from sae_kernels.training.run_config import (
@@ -23,12 +23,13 @@ from sae_kernels.training.run_config import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from sae_kernels.config.base import Declared
+    from sae_kernels.config.base import Declared, Settings
     from sae_kernels.config.toml import Tables
 
+_Settings = TypeVar("_Settings", bound="Settings")
 _OWN = ("folders",)  # arguments, not flags
 _DEFAULTS = {
     "d_in": "width of the activations",
@@ -45,8 +46,13 @@ def arch_help(*data: str) -> str:
     return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"
 
 
-def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator that replaces a command's ``**flags`` by one flag per setting of these tables.
+def with_flags(
+    *tables: str | type[Settings],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that replaces a command's ``**flags`` by one flag per setting.
+
+    Args:
+        tables: tables of a run's TOML file, or single classes of settings.
 
     A flag that is not given is None. The command's own parameters come first.
     """
@@ -59,9 +65,9 @@ def with_flags(*tables: str) -> Callable[[Callable[..., None]], Callable[..., No
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         flags = [
-            _flag(table, name)
+            _flag(setting_classes()[table] if isinstance(table, str) else [table], name)
             for table in tables
-            for name in setting_names(table)
+            for name in (setting_names(table) if isinstance(table, str) else declared(table))
             if name not in _OWN
         ]
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -96,8 +102,18 @@ def given(
     return merged(below, above)
 
 
-def _flag(table: str, setting: str) -> inspect.Parameter:
-    found = [cls for cls in setting_classes()[table] if setting in declared(cls)]
+def with_given(settings: _Settings, flags: Mapping[str, Any]) -> _Settings:
+    """The settings with those that flags of :func:`with_flags` gave.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    names = [name for name in declared(type(settings)) if flags.get(name) is not None]
+    return dataclasses.replace(settings, **{name: flags[name] for name in names})
+
+
+def _flag(classes: list[type[Settings]], setting: str) -> inspect.Parameter:
+    found = [cls for cls in classes if setting in declared(cls)]
     # An architecture with further choices describes those of all.
     said = max((declared(cls)[setting] for cls in found), key=lambda each: len(each.choices))
     kind, metavar = _kind([declared(cls)[setting] for cls in found])
@@ -105,11 +121,24 @@ def _flag(table: str, setting: str) -> inspect.Parameter:
     words = said.words or setting
     words += "" if default in (None, ()) else f" [default: {default}]"
     # The default stands in the text, as the flag's own is None: not given.
-    option = typer.Option(help=words[0].upper() + words[1:], metavar=metavar)
-    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    about: dict[str, Any] = {"help": words[0].upper() + words[1:], "metavar": metavar}
+    if said.optional and kind in (int, float) and default is not None:
+        parser = functools.partial(_or_none, kind)
+        about |= {"metavar": f"{kind.__name__.upper()}|{NONE}", "parser": parser}
+    annotation = Annotated[kind | None, typer.Option(**about)]  # type: ignore[valid-type]
     return inspect.Parameter(
         setting, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _or_none(kind: type[float], text: str) -> float | str:
+    """A number, or the word for none."""
+    if text == NONE:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a number or {NONE}, got {text!r}") from None
 
 
 def _kind(said: list[Declared]) -> tuple[Any, str | None]:

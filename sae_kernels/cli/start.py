@@ -68,12 +68,14 @@ def start(
             config.train,
             folder=out,
             output=config.output,
-            data=config.data.to_dict(),
+            data=config.data.to_table(),
             resume=resume,
             overwrite=overwrite,
             on_step=follow(output, show, config.train.steps),
         )
     summarise(output, result, out, METRICS)
+    if left_out := getattr(data.source, "left_out", 0):
+        output.text(f"{left_out:,} rows left out, their norm above the bound of max_norm_multiple")
 
 
 @contextmanager

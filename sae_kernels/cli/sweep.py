@@ -54,7 +54,7 @@ def sweep(
             {name: data.source for name, (_, data) in each.items()},
             folder=out,
             output=next(iter(configs.values())).output,
-            data={name: config.data.to_dict() for name, config in configs.items()},
+            data={name: config.data.to_table() for name, config in configs.items()},
             resume=resume,
             overwrite=overwrite,
             on_step=_follow(output, show, configs),

@@ -10,8 +10,9 @@ from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, DeviceMap, Json, ModelDtype, Overwrite, Resume
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.progress import follow, summarise
-from sae_kernels.cli.settings import arch_help, given, with_flags
+from sae_kernels.cli.settings import arch_help, given, with_flags, with_given
 from sae_kernels.cli.start import interruptible
+from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.training import run_config
 from sae_kernels.training.end_to_end import EndToEnd
 from sae_kernels.training.run_config import RunConfig, Widths, kind_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _TABLES = ("sae", "objective", "optimizer", "train", "output")
 
 
-@with_flags(*_TABLES)
+@with_flags(RowFilter, *_TABLES)
 def train_e2e(
     model: Annotated[
         str, typer.Argument(help="Language model: a folder, or a name on the Hugging Face hub.")
@@ -60,9 +61,6 @@ def train_e2e(
     reconstruction_coefficient: Annotated[
         float, typer.Option(help="Weight of the FVU at the layer itself, the reconstruction loss.")
     ] = EndToEnd.reconstruction_coefficient,
-    keep_first: Annotated[
-        bool, typer.Option("--keep-first", help="Do not replace the first token of each sequence.")
-    ] = False,
     context_length: Annotated[
         int, typer.Option(min=1, help="Tokens per sequence of the model.")
     ] = 128,
@@ -87,8 +85,8 @@ def train_e2e(
         downstream_coefficient,
         reconstruction_coefficient,
         tuple(downstream_layer or ()),
-        keep_first,
     )
+    row_filter = with_given(DEFAULT_FILTER, flags)
     flags["batch_size"] = _tokens(flags["batch_size"], sequences_per_batch, context_length)
     tables = given(config, flags, arch, _TABLES)
     _check_data(tables)
@@ -110,10 +108,11 @@ def train_e2e(
         options = {
             "batch_size": max(1, train_config.batch_size // context_length),
             "context_length": context_length,
+            "row_filter": row_filter,
         }
         batches = _Text(loaded, tokenizer, text, options)
         sae = end_to_end.prepare_end_to_end(
-            loaded, batches, layer, sae_config, train_config, keep_first=keep_first
+            loaded, batches, layer, sae_config, train_config, row_filter=row_filter
         )
         result = end_to_end.train_end_to_end(
             loaded,
@@ -125,7 +124,11 @@ def train_e2e(
             folder=out,
             output=settings.output,
             metadata=absolute({"model": model, "text": list(map(str, text))})
-            | {"model_dtype": model_dtype, "context_length": context_length},
+            | {
+                "model_dtype": model_dtype,
+                "context_length": context_length,
+                **row_filter.to_table(),
+            },
             resume=resume,
             overwrite=overwrite,
             on_step=follow(output, show, train_config.steps),
@@ -141,7 +144,7 @@ class _Text:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, paths: list[Path], options: dict[str, int]
+        self, model: Any, tokenizer: Any, paths: list[Path], options: dict[str, Any]
     ) -> None:
         self.model, self.tokenizer, self.paths, self.options = model, tokenizer, paths, options
 

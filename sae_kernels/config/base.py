@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from sae_kernels.errors import name_hint
 
 _Settings = TypeVar("_Settings", bound="Settings")
+NONE = "none"  # in TOML and on the command line, None for a setting whose default is not None
 
 
 class Limit(NamedTuple):
@@ -90,8 +91,11 @@ class Declared(NamedTuple):
     def typed(self, value: Any) -> Any:
         """A tuple from what JSON, TOML or a flag have in its place; other values as they are.
 
-        These are a list, one element, or integers as "N,N,...".
+        These are a list, one element, or integers as "N,N,..."; "none" is None where that is
+        allowed and no name.
         """
+        if value == NONE and self.optional and self.kind is not str and not self.choices:
+            return None
         if typing.get_origin(self.kind) is not tuple:
             return value
         each = typing.get_args(self.kind)[0]
@@ -162,6 +166,13 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The values by name, for JSON and TOML."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def to_table(self) -> dict[str, Any]:
+        """The values by name for TOML, which has no None: "none" where that is not the default."""
+        return {
+            name: NONE if value is None and getattr(type(self), name, None) is not None else value
+            for name, value in self.to_dict().items()
+        }
 
     @classmethod
     def from_dict(cls: type[_Settings], values: dict[str, Any]) -> _Settings:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from sae_kernels.config.base import Limit, Settings, setting
+from sae_kernels.config.base import Limit, setting
+from sae_kernels.config.row_filter import RowFilter
 
 _ONE = Limit("an integer of at least 1", least=1)
 _STORED = ("folders", "target", "check_on_read")  # the settings of stored activations
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(Settings):
-    """Settings of the activations: folders on disk, or a language model and its text."""
+class DataConfig(RowFilter):
+    """Settings of the activations: folders on disk, or a language model and its text.
+
+    The filter of :class:`~sae_kernels.config.row_filter.RowFilter` is for a model's activations:
+    those in folders were filtered when they were stored.
+    """
 
     table = "data"
 
@@ -69,6 +74,12 @@ class DataConfig(Settings):
         for name in ("model_dtype", "device_map", "layer", "target_layer", "text", "dataset"):
             if getattr(self, name):
                 raise ValueError(f"{name}: expected a model with it, got none; give model too")
+        for field in dataclasses.fields(RowFilter):
+            if getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}: expected a model with it, got none: stored activations were "
+                    "filtered when they were harvested; harvest them with it"
+                )
 
     def _expect_text_for_the_model(self) -> None:
         if self.folders:
@@ -84,6 +95,12 @@ class DataConfig(Settings):
             got = "both" if self.text else "neither"
             raise ValueError(f"text: expected text or a dataset for the model, got {got}")
 
+    @property
+    def row_filter(self) -> RowFilter:
+        """The filter of a model's activations alone."""
+        names = (field.name for field in dataclasses.fields(RowFilter))
+        return RowFilter(**{name: getattr(self, name) for name in names})
+
     def to_dict(self) -> dict[str, Any]:
         """The values by name: only those of stored activations, or only those of a model.
 
@@ -95,4 +112,7 @@ class DataConfig(Settings):
             return {}
         values = super().to_dict()
         kept = [name for name in values if (name in _STORED) != bool(self.model)]
-        return {name: values[name] for name in kept if values[name] is not None}
+        unset = [
+            name for name in kept if values[name] is None and getattr(type(self), name) is None
+        ]
+        return {name: values[name] for name in kept if name not in unset}

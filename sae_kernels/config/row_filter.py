@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.base import NATURAL, POSITIVE, Settings, setting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +17,10 @@ class RowFilter(Settings):
 
     Attention sinks, BOS and the first token of a sequence often have a norm a hundred times that
     of other rows: in a sum of squared errors a thousandth of such rows outweighs all others.
+
+    By default special tokens are left out, and rows whose norm is more than 10 times the median.
+    Others keep all unless told: dictionary_learning (whose own example sets 10, and drops BOS) and
+    SAELens (exclude_special_tokens).
     """
 
     table = "data"
@@ -32,6 +40,48 @@ class RowFilter(Settings):
         POSITIVE,
     )
 
+    @classmethod
+    def recorded(cls, facts: Mapping[str, Any]) -> RowFilter | None:
+        """The filter among recorded facts of activations; None if they do not tell.
+
+        Facts are the metadata of stored activations, or ``metadata["activations"]`` of an SAE. A
+        filter that they leave out part of is completed by what was not left out.
+
+        Raises:
+            ValueError: a value out of range.
+
+        Example:
+            >>> RowFilter.recorded({"drop_first": 1, "layer": "h.6"}).describe()
+            'the first token of each sequence'
+        """
+        names = [field.name for field in dataclasses.fields(RowFilter)]
+        known = {name: facts[name] for name in names if name in facts}
+        return RowFilter(**{**KEEP_ALL.to_dict(), **known}) if known else None
+
+    def describe(self, max_norm: float | None = None) -> str:
+        """What is left out, in words; ``max_norm`` is the bound that the multiple came to.
+
+        Example:
+            >>> RowFilter(drop_first=1).describe(max_norm=86.5)
+            'special tokens, the first token of each sequence, norms above 86.5'
+        """
+        first = "token" if self.drop_first == 1 else f"{self.drop_first} tokens"
+        norms = f"norms above {self.max_norm_multiple} times the median"
+        parts = (
+            (self.drop_special_tokens, "special tokens"),
+            (self.drop_first, f"the first {first} of each sequence"),
+            (self.drop_tokens, f"tokens {', '.join(map(str, self.drop_tokens))}"),
+            (self.max_norm_multiple and max_norm is None, norms),
+            (max_norm is not None, f"norms above {max_norm or 0:.4g}"),
+        )
+        return ", ".join(words for holds, words in parts if holds) or "nothing"
+
 
 DEFAULT_FILTER = RowFilter()
 KEEP_ALL = RowFilter(drop_special_tokens=False, max_norm_multiple=None)
+
+
+def activation_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What an SAE's metadata tell of the activations that it was trained on."""
+    facts = metadata.get("activations")
+    return facts if isinstance(facts, dict) else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,6 +57,16 @@ class JointRows:
         self.dtype = self.sources[0].dtype
         for source in self.sources:
             self.dtype = torch.promote_types(self.dtype, source.dtype)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which rows were left out, if all sources tell the same; ``max_norm`` is of each."""
+        parts = [dict(getattr(source, "facts", {})) for source in self.sources]
+        bounds = [part.pop("max_norm", None) for part in parts]
+        if not parts[0] or any(part != parts[0] for part in parts):
+            return {}
+        every = None if None in bounds else [bound for part in bounds for bound in part]
+        return {**parts[0], "max_norm": every}
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of all sources."""

@@ -6,13 +6,14 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels.config.row_filter import RowFilter
 from sae_kernels.data.rows import Rows, combined_fingerprint
 from sae_kernels.data.shard_file import ShardReader, changed_message, is_unchanged
-from sae_kernels.data.shard_index import Index
+from sae_kernels.data.shard_index import INDEX, Index
 from sae_kernels.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,6 +58,27 @@ class ShardDataset:
         self._mapped = lru_cache(_MAPPED)(self._reader.map)
         for shard in index.shards:
             self._reader.check_header(shard)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which rows were left out, for the metadata of an SAE trained on these; {} if unknown.
+
+        The settings of a :class:`~sae_kernels.config.row_filter.RowFilter`, and ``max_norm``, the
+        largest norm in a list of one.
+
+        Raises:
+            DataError: settings out of range.
+        """
+        try:
+            row_filter = RowFilter.recorded(self.metadata)
+        except ValueError as error:
+            raise DataError(f"{self.folder / INDEX}: {error}; harvest again") from error
+        if row_filter is None:
+            return {}
+        max_norm = self.metadata.get("max_norm")
+        tokens = list(row_filter.drop_tokens)
+        bounds = None if row_filter.max_norm_multiple is None else [max_norm]
+        return {**row_filter.to_dict(), "drop_tokens": tokens, "max_norm": bounds}
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`: views of the mapped file inside one shard, else copies.

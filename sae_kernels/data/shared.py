@@ -43,9 +43,20 @@ class Share:
         rows = torch.cat([shared[:, start:stop] for start, stop in self._columns], dim=1)
         return rows.to(self.own.dtype) if is_rows(self.own) else rows
 
+    def facts(self, joint: RowSource | Stream) -> dict[str, Any]:
+        """Which of the run's rows were left out, as of the source of all runs; {} if unknown."""
+        if is_rows(self.own):
+            return dict(getattr(self.own, "facts", {}))
+        found = dict(getattr(joint, "facts", {}))
+        if found.get("max_norm"):
+            bounds = dict(zip(joint.layers, found["max_norm"], strict=True))  # type: ignore[union-attr]
+            found["max_norm"] = [bounds[layer] for layer in self.own.layers]  # type: ignore[attr-defined]
+        return found
+
     def own_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of the run's own batches at the place of the shared ones."""
-        return {**state, **{name: self._first[0][name] for name in self._differ}}
+        own = {name: self._first[0][name] for name in self._differ}
+        return {**state, **own, **_without_bounds(state)}
 
     def shared_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of the shared batches at the place of the run's own ones.
@@ -59,7 +70,13 @@ class Share:
                     f"{name}: expected the data that the run began with, {state.get(name)!r:.300}, "
                     f"got {self._first[0][name]!r:.300}; use the same data and settings"
                 )
-        return {**state, **{name: self._first[1][name] for name in self._differ}}
+        joint = {name: self._first[1][name] for name in self._differ}
+        return {**state, **joint, **_without_bounds(state)}
+
+
+def _without_bounds(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state is of other layers, too: bounds, which a stream finds in its first window."""
+    return {"max_norm": None} if "max_norm" in state else {}
 
 
 def shared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,7 @@ class Stream(Batches, Protocol):
     batch_size: int
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first n rows [n, D], without advancing the stream."""
+        """About n rows [n, D] that stand for the stream, without advancing it."""
 
 
 Source = RowSource | torch.Tensor | Stream
@@ -83,8 +84,9 @@ class IterableStream:
     """A stream of the batches [B, D] of an iterable, which is restarted at its end if it can be.
 
     Args:
-        batches: a list, a ``torch.utils.data.DataLoader``, a generator. A generator is read once:
-            the batches of :meth:`sample` are kept until they are handed out.
+        batches: a list, a ``torch.utils.data.DataLoader``, a generator. A generator is read once,
+            and a DataLoader may come in another order each time: the batches of :meth:`sample` are
+            kept until they are handed out.
 
     Attributes:
         d_in: the width of the first batch.
@@ -111,7 +113,18 @@ class IterableStream:
         self._ahead.append(first)
 
     def sample(self, n: int) -> torch.Tensor:
-        """The first n rows [n, D], or all if there are fewer, without advancing the stream."""
+        """About n rows [n, D], or all if there are fewer, without advancing the stream.
+
+        Of a list or another sequence, rows of all batches, or of n batches evenly spread over them.
+        Of other iterables the first n rows: what comes later is not at hand before training, so
+        their batches should not be sorted by source.
+        """
+        if isinstance(self._batches, Sequence):
+            some = _evenly(range(len(self._batches)), n)
+            shares = [n * (i + 1) // len(some) - n * i // len(some) for i in range(len(some))]
+            batches = (self._checked(self._batches[i]) for i in some)
+            rows = (x[_evenly(range(len(x)), m)] for x, m in zip(batches, shares, strict=True))
+            return torch.cat(list(rows))
         while sum(map(len, self._ahead)) < n:
             following = next(self._source, None)
             if following is None:
@@ -165,3 +178,9 @@ class IterableStream:
                 f"{batch.shape[1]}"
             )
         return batch
+
+
+def _evenly(items: range, n: int) -> list[int]:
+    """n of these numbers, evenly spread, or all if there are fewer."""
+    n = min(n, len(items))
+    return [items[len(items) * i // n] for i in range(n)]

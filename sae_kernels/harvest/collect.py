@@ -17,6 +17,7 @@ from sae_kernels.data.shard_writer import ShardWriter, overflow_remedy
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.harvest.cursor import weights_digest
 from sae_kernels.harvest.limits import check_options
+from sae_kernels.harvest.norms import NormBound, read_bounds
 from sae_kernels.harvest.progress import HarvestProgress, begun, finished_rows
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.text_windows import TextWindows
@@ -77,10 +78,14 @@ def harvest(
         folder: written as `ShardWriter` does.
         batch_size: chunks of full length in a forward pass; more if they are shorter.
         context_length: tokens in a chunk, special tokens included.
-        max_tokens: stop after this many rows.
+        max_tokens: stop after this many rows; those of enormous norm count, although they are left
+            out.
         dtype: stored dtype: float32, bfloat16 or float16.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
-        row_filter: which rows are left out; by default those of special tokens.
+        row_filter: which rows are left out; by default those of special tokens, and those whose
+            norm is more than 10 times the median norm of the first window, of 32768 rows or
+            ``rows_per_shard`` if those are fewer. Each layer has its bound; a row above one is left
+            out in all. Bound and count are in the index.
         on_nonfinite: at a row that holds NaN or infinity in ``dtype``, in any of the layers: stop
             with an error, or skip the row in all of them and count it in the index.
         rows_per_shard: see `ShardWriter`.
@@ -159,7 +164,8 @@ def harvest(
                         folders.items(), layer_rows.widths, start.shards, strict=True
                     )
                 ]
-                run = _Harvest(layer_rows, writers, folder, on_nonfinite == "skip")
+                norms = NormBound(row_filter.max_norm_multiple, layer_rows.widths)
+                run = _Harvest(layer_rows, writers, folder, norms, on_nonfinite == "skip")
                 done = run(text, start, progress or (lambda _: None))
         (folder / PROGRESS).unlink(missing_ok=True)
     return done
@@ -172,14 +178,20 @@ class _Harvest:
         layer_rows: gives a window's rows, the layers side by side.
         writers: one a layer.
         folder: of the record.
+        norms: says which finite rows are kept.
         skip: leave rows out that are not finite.
     """
 
     def __init__(
-        self, layer_rows: LayerRows, writers: Sequence[ShardWriter], folder: Path, skip: bool
+        self,
+        layer_rows: LayerRows,
+        writers: Sequence[ShardWriter],
+        folder: Path,
+        norms: NormBound,
+        skip: bool,
     ) -> None:
         self._layer_rows, self._writers = layer_rows, writers
-        self._folder, self._skip = folder, skip
+        self._folder, self._norms, self._skip = folder, norms, skip
 
     def __call__(
         self, text: TextWindows, at: HarvestProgress, progress: Callable[[int], object]
@@ -195,11 +207,14 @@ class _Harvest:
         if at.seen:
             progress(at.seen)
         begin = at
+        self._norms.bounds = read_bounds(at.max_norm, len(self._writers))
         held = torch.empty(at.settings["window_rows"], self._layer_rows.d_in, dtype=first.dtype)
         while window is not None:
             rows = self._layer_rows.fill(window, held, progress)
             finished, seen = len(first.shards), len(rows)
-            rows, tokens, documents = self._finite(window, rows)
+            columns = self._finite(window, rows)
+            finite, kept = len(columns[0]), self._norms.kept(columns[0])
+            rows, tokens, documents = (column[kept] for column in columns)
             new = slice(at.offset, None)
             parts = rows.split(self._layer_rows.widths, dim=1)
             for writer, part in zip(self._writers, parts, strict=True):
@@ -207,13 +222,16 @@ class _Harvest:
             if len(first.shards) > finished:
                 shards = tuple(tuple(writer.shards) for writer in self._writers)
                 offset = len(rows) - first.pending
-                replace(at, offset=offset, text=text.digest, shards=shards).write(self._folder)
+                bounds = self._norms.recorded()
+                here = replace(at, offset=offset, text=text.digest, shards=shards, max_norm=bounds)
+                here.write(self._folder)
             at = replace(
                 at,
                 window=at.window + 1,
                 offset=0,
                 seen=at.seen + seen,
-                nonfinite=at.nonfinite + seen - len(rows),
+                nonfinite=at.nonfinite + seen - finite,
+                above=at.above + finite - len(rows),
             )
             window = text.window(at.window)
         if not at.seen:
@@ -225,9 +243,10 @@ class _Harvest:
             )
         if not (self._folder / PROGRESS).exists():
             begin.write(self._folder)  # of several indexes some may be there and others not yet
-        for writer in self._writers:
+        for layer, writer in enumerate(self._writers):
             writer.metadata["nonfinite_rows"] = at.nonfinite
-        return at.seen - at.nonfinite
+            writer.metadata |= self._norms.index_facts(layer, at.above)
+        return at.seen - at.nonfinite - at.above
 
     def _finite(self, window: list[Chunk], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A window's finite rows with their tokens and documents.

@@ -29,20 +29,20 @@ def checked_cursor(state: Mapping[str, Any], settings: Mapping[str, Any]) -> tup
     Raises:
         ValueError: settings that differ (the message names them), or not a state of LiveBatches.
     """
-    counts = [state.get(name) for name in ("position", *Cursor._fields)]
+    counts = [state.get(name) for name in ("left_out", "position", *Cursor._fields)]
     saved = state.get("settings")
     whole = all(type(count) is int and count >= 0 for count in counts)
     if not whole or not isinstance(saved, dict) or not isinstance(state.get("text"), str):
         raise ValueError(
-            "expected the state of a LiveBatches, with position, epoch, window, offset, text and "
-            f"settings, got {', '.join(map(str, state))[:200] or 'nothing'}"
+            "expected the state of a LiveBatches, with position, epoch, window, offset, left_out, "
+            f"text and settings, got {', '.join(map(str, state))[:200] or 'nothing'}"
         )
     if differ := differences(saved, settings):
         raise ValueError(
             f"expected a stream made as the saved one was: {differ}; make it with the saved "
             "settings, or start afresh"
         )
-    position, *cursor = (int(count) for count in counts if count is not None)
+    _, position, *cursor = (int(count) for count in counts if count is not None)
     return Cursor(*cursor), position
 
 

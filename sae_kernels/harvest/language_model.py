@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from sae_kernels.harvest.model import input_device
+from sae_kernels.harvest.norms import NormBound, recorded_max_norm
 from sae_kernels.harvest.splice import (
     apply_sae,
     clean_logits,
     frozen,
+    replaced_rows,
     spliced_logits,
 )
+from sae_kernels.harvest.spread import spread
 from sae_kernels.harvest.tokens import TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +86,13 @@ def language_model_loss(
     layer: str,
     sae: Callable[[Tensor], Any],
     *,
-    keep_first: bool = False,
+    max_norm: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> LanguageModelLoss:
     """Measures next-token loss: clean, with the SAE spliced in, and with the layer ablated.
 
     Every token with an attended token before it is predicted. The layer's output is replaced at
-    all attended positions, in its own dtype.
+    the batches' positions, in its own dtype: by reconstructions, by zeros, by its mean there.
 
     Args:
         model: a causal model, see :func:`load_causal_model`; its mode and gradients are restored.
@@ -98,7 +101,8 @@ def language_model_loss(
         layer: the dotted path of the module whose output the SAE reconstructs.
         sae: maps activations [n, D] on the layer's device to an ``SAEOutput``; put in evaluation
             mode during the call.
-        keep_first: keep the activation of each sequence's first token, which still predicts.
+        max_norm: keep activations of a larger norm as they are, which an SAE was not trained on:
+            ``sae.metadata["activations"]["max_norm"]`` tells, for one trained here.
         progress: called with 1 after each batch of either pass, as `tqdm.update` expects.
 
     Raises:
@@ -106,7 +110,7 @@ def language_model_loss(
         ValueError: a layer of another width than the SAE, or no token to predict.
     """
     kept: list[TokenBatch] = []
-    meter = _Meter(model, layer, keep_first)
+    meter = _Meter(model, layer, max_norm)
     still = frozen(sae) if isinstance(sae, nn.Module) else nullcontext()
     with frozen(model), still, torch.inference_mode():
         for inputs in batches:
@@ -123,11 +127,29 @@ def language_model_loss(
     return meter.result()
 
 
+def norm_bound(
+    model: nn.Module, batches: Sequence[TokenBatch], layer: str, multiple: float | None
+) -> float | None:
+    """So many times the median norm of a layer's output at the positions to replace.
+
+    The median is that of about 16384 tokens, in batches spread evenly over the given ones. None for
+    no multiple, and where the output is zero.
+
+    Raises:
+        ModelError: an unknown layer, or one with another output.
+    """
+    chosen = spread(batches, lambda batch: int(batch.replaced.sum()), 16384, seed=0)
+    rows = torch.cat(list(replaced_rows(model, chosen, layer)))
+    norms = NormBound(multiple, [rows.shape[1]])
+    norms.kept(rows)
+    return recorded_max_norm({"activations": {"max_norm": norms.recorded()}})
+
+
 class _Meter:
     """Accumulates losses and KL over the predicted tokens, in fp64."""
 
-    def __init__(self, model: nn.Module, layer: str, keep_first: bool) -> None:
-        self.model, self.layer, self.keep_first = model, layer, keep_first
+    def __init__(self, model: nn.Module, layer: str, max_norm: float | None) -> None:
+        self.model, self.layer, self.max_norm = model, layer, max_norm
         self.device = input_device(model)
         self.n_predictions = self.n_rows = 0
         self.losses = dict.fromkeys(("clean_loss", "spliced_loss", "zero_loss", "mean_loss"), 0.0)
@@ -163,8 +185,7 @@ class _Meter:
         return LanguageModelLoss(n, kl=self.kl / n, **losses)
 
     def _spliced(self, batch: TokenBatch, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        keep_first = self.keep_first
-        logits = spliced_logits(self.model, batch, self.layer, replace, keep_first=keep_first)
+        logits = spliced_logits(self.model, batch, self.layer, replace, max_norm=self.max_norm)
         return _log_predictions(logits, batch)
 
     def _add(self, name: str, log_predictions: Tensor, batch: TokenBatch) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sae_kernels.data.shard_index import INDEX, PROGRESS, Index, Shard, read_shard
 from sae_kernels.errors import DataError
 from sae_kernels.harvest.cursor import differences
+from sae_kernels.harvest.norms import read_bounds
 from sae_kernels.io.files import json_writer, publish, read_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class HarvestProgress:
         offset: stored rows of this window before it.
         seen: rows of the windows before this one, those left out included.
         nonfinite: rows among them that were left out as they are not finite.
+        above: rows among them that were left out because of their norm.
+        max_norm: the bound of each layer's norms; None before the first window.
         text: digest of the tokens up to the end of this window.
         shards: the finished shards of each layer's folder, in the order of the layers.
     """
@@ -34,6 +37,8 @@ class HarvestProgress:
     offset: int = 0
     seen: int = 0
     nonfinite: int = 0
+    above: int = 0
+    max_norm: list[float | None] | None = None
     text: str = ""
     shards: tuple[tuple[Shard, ...], ...] = ()
 
@@ -58,18 +63,31 @@ class HarvestProgress:
             return None
         values = read_json(path, "the record of an unfinished harvest")
         kinds = {"settings": dict, "text": str, "shards": list}
-        counts = ("window", "offset", "seen", "nonfinite")
+        counts = ("window", "offset", "seen", "nonfinite", "above")
         whole = all(type(values.get(name)) is int and values[name] >= 0 for name in counts)
-        if not whole or not all(isinstance(values.get(n), kind) for n, kind in kinds.items()):
+        whole = whole and all(isinstance(values.get(n), kind) for n, kind in kinds.items())
+        if not whole or not _has_bounds(values):
             raise DataError(
-                f"{path}: expected {', '.join((*counts, *kinds))}; harvest again with "
+                f"{path}: expected {', '.join((*counts, *kinds))} and max_norm; harvest again with "
                 "overwrite=True (--overwrite)"
             )
         shards = tuple(
             tuple(read_shard(path, entry) for entry in each) for each in values["shards"]
         )
-        numbers = {name: values[name] for name in counts}
+        numbers = {name: values[name] for name in counts} | {"max_norm": values.get("max_norm")}
         return cls(values["settings"], text=values["text"], shards=shards, **numbers)
+
+
+def _has_bounds(values: Mapping[str, Any]) -> bool:
+    """Whether a record has the bounds of the norms that its rows were judged by."""
+    started = values["window"] or values["offset"]
+    recorded = values.get("max_norm")
+    if recorded is None:
+        return not started or values["settings"].get("max_norm_multiple") is None
+    try:
+        return read_bounds(recorded, len(values["shards"])) is not None
+    except ValueError:
+        return False
 
 
 def begun(

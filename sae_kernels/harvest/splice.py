@@ -5,15 +5,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from sae_kernels.errors import ModelError
-from sae_kernels.harvest.model import resolve_layer
+from sae_kernels.harvest.model import input_device, layer_output, resolve_layer
+from sae_kernels.harvest.tokens import TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from sae_kernels.harvest.tokens import TokenBatch
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def splice(
     layer: str,
     replace: Callable[[Tensor], Tensor],
     positions: Tensor | None = None,
+    max_norm: float | None = None,
 ) -> Iterator[None]:
     """Within the block, the layer's output is replaced by ``replace`` of it.
 
@@ -35,6 +36,7 @@ def splice(
             result is converted to the dtype of the original.
         positions: bool [B, S], where to replace; None replaces everywhere. Activations elsewhere
             keep their bits.
+        max_norm: activations of a larger norm keep their bits, too.
 
     Raises:
         ModelError: an unknown layer, or one with another output.
@@ -50,7 +52,11 @@ def splice(
 
     def hook(_module: nn.Module, _inputs: object, output: Any) -> Any:
         x = _activations(output, layer, positions)
-        spliced = _replaced(x, replace, positions)
+        where = positions
+        if max_norm is not None:
+            small = ~(torch.linalg.vector_norm(x.float(), dim=-1) > max_norm)  # NaN is replaced
+            where = small if where is None else small & where.to(x.device)
+        spliced = _replaced(x, replace, where)
         return (spliced, *output[1:]) if isinstance(output, tuple) else spliced
 
     handle = resolve_layer(model, layer).register_forward_hook(hook)
@@ -111,12 +117,12 @@ def spliced_logits(
     layer: str,
     replace: Callable[[Tensor], Tensor],
     *,
-    keep_first: bool = False,
+    max_norm: float | None = None,
 ) -> Tensor:
-    """The logits [B, S, V] with a layer's output replaced at every attended position.
+    """The logits [B, S, V] with a layer's output replaced at the positions of the batch.
 
-    See :func:`splice`. ``keep_first`` keeps the first attended token of each sequence: in many
-    models its activation is far larger than any other, and SAEs are not trained on it.
+    See :func:`splice`. Positions that an SAE was not trained on had better keep the model's own
+    activation: in many models that of a sequence's first token is far larger than any other.
 
     Raises:
         ModelError: as :func:`splice` and :func:`clean_logits`; a layer that does not run.
@@ -128,12 +134,28 @@ def spliced_logits(
         ran = True
         return replace(rows) if len(rows) else rows
 
-    positions = batch.replaced(keep_first)
-    with splice(model, layer, replace_and_note, positions):
+    with splice(model, layer, replace_and_note, batch.replaced, max_norm):
         logits = clean_logits(model, batch)
     if not ran:
         raise ModelError(f"{layer}: expected a layer that runs, it did not; choose a whole block")
     return logits
+
+
+def replaced_rows(
+    model: nn.Module, batches: Iterable[TokenBatch | Tensor | Mapping[str, Tensor]], layer: str
+) -> Iterator[Tensor]:
+    """Yields a layer's output [n, D] at the positions to replace of each batch.
+
+    Raises:
+        ModelError: no such layer, or one without an output [B, S, D].
+    """
+    module, device = resolve_layer(model, layer), input_device(model)
+    for inputs in batches:
+        batch = TokenBatch.of(inputs).to(device)
+        mask = batch.attention_mask.long()
+        with frozen(model), torch.no_grad():
+            x = layer_output(model, module, input_ids=batch.input_ids, attention_mask=mask)
+        yield _activations(x, layer, batch.replaced)[batch.replaced.to(x.device)]
 
 
 def apply_sae(sae: Callable[[Tensor], Any], x: Tensor, layer: str) -> Any:

@@ -12,7 +12,9 @@ from sae_kernels.data.windows import permutation
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.cursor import Cursor, checked_cursor, weights_digest
 from sae_kernels.harvest.limits import check_options
+from sae_kernels.harvest.norms import NormBound, read_bounds
 from sae_kernels.harvest.rows import LayerRows
+from sae_kernels.harvest.spread import some_rows, spread
 from sae_kernels.harvest.text_windows import TextWindows, reopenable
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sae_kernels.harvest.chunks import Chunk
+
+_AHEAD = 1 << 22  # rows that a sample is spread over: text is tokenized for it that far
 
 
 class LiveBatches:
@@ -31,6 +35,9 @@ class LiveBatches:
     resumed from a saved state yields what the first one would have, bit for bit on a CPU. Resuming
     tokenizes the earlier text again, but runs the model on the current window alone. Memory holds
     the model, one window, a batch of the model and a batch of the stream.
+
+    Rows of enormous norm are left out by ``row_filter.max_norm_multiple`` times the median norm of
+    the first window of text, a bound for each layer that the saved state has, too.
 
     An epoch is one pass over the text, without the last rows that do not fill a batch. Documents
     are read in the same order every time, so similar ones should not be adjacent:
@@ -52,9 +59,11 @@ class LiveBatches:
         context_length: tokens in a chunk, special tokens included.
         dtype: of the batches.
         autocast: run the model in this dtype, such as bfloat16 on hardware that has it.
-        row_filter: which rows are left out; by default those of special tokens.
+        row_filter: which rows are left out; by default those of special tokens, and those whose
+            norm is more than 10 times the median.
         epochs: passes over the text; None never ends.
-        max_tokens: rows in a pass, for endless text.
+        max_tokens: rows in a pass, for endless text; those of enormous norm count, although they
+            are left out.
         device: device of the window and the batches; default: the model's.
 
     Attributes:
@@ -62,6 +71,7 @@ class LiveBatches:
         layers: as given.
         widths: the width of each layer.
         position: batches yielded so far.
+        left_out: rows left out so far because of their norm.
         metadata: the model, the layers and the context's length, as a harvested folder has them.
 
     Raises:
@@ -138,8 +148,10 @@ class LiveBatches:
         self.widths, self.d_in = self._layer_rows.widths, self._layer_rows.d_in
         self.dtype, self.batch_size = dtype, batch_size
         self.device = torch.device(device) if device is not None else self._layer_rows.device
-        self.seed, self.epochs, self.position = seed, epochs, 0
+        self.seed, self.epochs, self.position, self.left_out = seed, epochs, 0, 0
         self._window_rows = window_rows
+        self._row_filter = row_filter
+        self._norms = NormBound(row_filter.max_norm_multiple, self.widths)
         self._settings = {
             "seed": seed,
             "batch_size": batch_size,
@@ -160,7 +172,13 @@ class LiveBatches:
             "context_length": context_length,
         }
         self._cursor, self._digest = Cursor(), ""
+        self._counted: tuple[int, int] | None = None  # window whose rows left_out has
         self.close()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which rows are left out, as JSON values, for the metadata of an SAE trained on this."""
+        return self._norms.facts(self._row_filter)
 
     def joined(self, others: Sequence[LiveBatches]) -> LiveBatches:
         """A stream of the layers of this one and of others, each once, in one pass of the model.
@@ -185,7 +203,8 @@ class LiveBatches:
         """Frees the window and the text; the next batch would make them again."""
         self._text.close()
         self._buffer: Tensor | None = None
-        self._held: int | None = None  # number of the window in the buffer
+        # Number of the window in the buffer, and its rows that are kept.
+        self._held: tuple[int, Tensor] | None = None
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -216,10 +235,13 @@ class LiveBatches:
         return batch
 
     def sample(self, n: int) -> Tensor:
-        """The first n rows [n, D] of the stream, or all rows of an epoch if there are fewer.
+        """About n rows drawn at random from the whole text, or all there are; moves nothing.
 
-        The stream does not advance, but reads the start of the text again: call it before the first
-        batch.
+        The text is tokenized for it, but not more than 4,194,304 rows of it: a longer text is
+        sampled up to there. The model runs on chunks evenly spread over it, of at most 2 n rows,
+        besides the first window, which fixes the bound of the norms. No more than n of their rows
+        come, less those left out because of their norm. The stream does not advance; call it before
+        the first batch, which finds the first window ready.
 
         Raises:
             NonFiniteError: the layer's output holds NaN or infinity.
@@ -227,14 +249,16 @@ class LiveBatches:
         """
         if n < 1:
             raise ValueError(f"expected n of at least 1, got {n}")
-        pieces: list[Tensor] = []
-        missing = n
-        while missing and (rows := self._take(Cursor(0, len(pieces)), missing)) is not None:
-            pieces.append(rows)
-            missing -= len(rows)
-        if not pieces:
+        self._fix_bounds()
+        ahead = self._text.chunks(_AHEAD)
+        chunks = some_rows(spread(ahead, lambda chunk: chunk.rows, 2 * n, self.seed), n, self.seed)
+        if not chunks:
             raise ValueError(self._too_few(0))
-        return torch.cat(pieces)
+        rows = torch.empty(
+            sum(chunk.rows for chunk in chunks), self.d_in, dtype=self.dtype, device=self.device
+        )
+        self._fill(chunks, rows, "sample")
+        return rows[self._norms.kept(rows)]
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and all settings that the order depends on, as JSON values."""
@@ -242,6 +266,8 @@ class LiveBatches:
             "position": self.position,
             **self._cursor._asdict(),
             "text": self._digest,
+            "max_norm": self._norms.recorded(),
+            "left_out": self.left_out,
             "settings": dict(self._settings),
         }
 
@@ -255,6 +281,7 @@ class LiveBatches:
                 which), or the state is not one of LiveBatches.
         """
         cursor, position = checked_cursor(state, self._settings)
+        bounds = read_bounds(state.get("max_norm"), len(self.widths))
         if cursor.offset:
             window = self._text.window(cursor.window)
             rows = sum(chunk.rows for chunk in window or ())
@@ -264,35 +291,49 @@ class LiveBatches:
                     f"within its first {cursor.window + 1} windows; give the same documents in the "
                     "same order, and the same tokenizer"
                 )
+        self._norms.bounds = bounds or self._norms.bounds
         self._cursor, self._digest, self.position = cursor, state["text"], position
+        self.left_out = int(state["left_out"])
+        self._counted = cursor[:2] if cursor.offset else None
 
     def _take(self, cursor: Cursor, most: int) -> Tensor | None:
         """Up to `most` rows from a cursor on, within its window; None after the last window."""
+        self._fix_bounds()
         chunks = self._text.window(cursor.window)
         if chunks is None:
             return None
-        order = self._permutation(sum(chunk.rows for chunk in chunks), cursor)
-        taken = order[cursor.offset : cursor.offset + most]
-        if not len(taken):
-            return torch.empty(0, self.d_in, dtype=self.dtype, device=self.device)
-        return self._rows(cursor.window, chunks)[taken]
+        rows, kept = self._rows(cursor.window, chunks)
+        if self._counted is None or self._counted < cursor[:2]:
+            self._counted = cursor[:2]
+            self.left_out += sum(chunk.rows for chunk in chunks) - len(kept)
+        order = self._permutation(len(kept), cursor)
+        return rows[kept[order[cursor.offset : cursor.offset + most]]]
 
-    def _rows(self, number: int, chunks: list[Chunk]) -> Tensor:
-        """The buffer [window_rows, D] with the rows of a window, in the order of the text."""
+    def _fix_bounds(self) -> None:
+        """Runs the model on the first window if no window has fixed the bounds of the norms yet."""
+        if self._norms.waits and (chunks := self._text.window(0)) is not None:
+            self._rows(0, chunks)
+
+    def _rows(self, number: int, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
+        """The rows of a window, in the order of the text, and the numbers of those to be kept."""
         if self._buffer is None:
             shape = (self._window_rows, self.d_in)
             self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self._held != number:
+        if self._held is None or self._held[0] != number:
             self._held = None
-            rows = self._layer_rows.fill(chunks, self._buffer)
-            extremes = torch.stack(rows.aminmax())
-            if not extremes.isfinite().all():
-                raise NonFiniteError(
-                    f"window {number}: expected activations that are finite in {self.dtype}, got "
-                    f"extremes {extremes.tolist()}; look for NaN in the model or take a wider dtype"
-                )
-            self._held = number
-        return self._buffer
+            rows = self._fill(chunks, self._buffer, f"window {number}")
+            self._held = (number, self._norms.kept(rows).nonzero().flatten())
+        return self._buffer, self._held[1]
+
+    def _fill(self, chunks: list[Chunk], out: Tensor, what: str) -> Tensor:
+        rows = self._layer_rows.fill(chunks, out)
+        extremes = torch.stack(rows.aminmax())
+        if not extremes.isfinite().all():
+            raise NonFiniteError(
+                f"{what}: expected activations that are finite in {self.dtype}, got "
+                f"extremes {extremes.tolist()}; look for NaN in the model or take a wider dtype"
+            )
+        return rows
 
     def _permutation(self, n: int, cursor: Cursor) -> Tensor:
         key = cursor[:2]

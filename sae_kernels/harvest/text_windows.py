@@ -88,10 +88,14 @@ class TextWindows:
             raise
         return self._window
 
+    def chunks(self, most: int | None = None) -> Iterator[Chunk]:
+        """All chunks from the first on, of at most ``most`` rows, apart from the windows."""
+        chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._row_filter)
+        return limit_rows(limit_rows(chunks, self._max_tokens), most)
+
     def _open(self) -> None:
         self.close()
-        chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._row_filter)
-        self._source = windows(limit_rows(chunks, self._max_tokens), self._rows)
+        self._source = windows(self.chunks(), self._rows)
 
     def _advance(self) -> None:
         assert self._source is not None

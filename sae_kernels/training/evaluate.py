@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from sae_kernels.training.description_length import DescriptionLengthSums
 from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sae_kernels.nn import SparseAutoencoder
 
 DENSE = 0.1  # a latent that fires on more than this part of the tokens counts as dense
@@ -25,6 +28,9 @@ class Evaluation:
     Attributes:
         n_tokens: number of tokens.
         fvu: ``sum |x - x_hat|^2 / sum |x - mean(x)|^2``, the mean being that of this set.
+        row_fvu: the mean over rows of ``|x - x_hat|^2 / |x - mean(x)|^2``, with the same mean. In
+            ``fvu`` a few rows of enormous norm count for more than all others; here each row counts
+            alike. Rows that lie at the mean, which have nothing to explain, are left out of it.
         explained_variance: ``1 - fvu``.
         mse: squared error per token, summed over coordinates.
         l0: latents per token that fired.
@@ -39,6 +45,7 @@ class Evaluation:
 
     n_tokens: int
     fvu: float
+    row_fvu: float
     explained_variance: float
     mse: float
     l0: float
@@ -67,6 +74,8 @@ def evaluate(
     batch_size: int = 4096,
 ) -> Evaluation:
     """Measures an SAE on every row of a source, in evaluation mode, with sums in fp64.
+
+    The source is read twice: first for its mean, then through the SAE.
 
     Args:
         sae: an SAE of any architecture; its mode is restored.
@@ -116,29 +125,33 @@ def evaluate(
 @torch.inference_mode()
 def _evaluate(sae: SparseAutoencoder, source: RowSource, batch_size: int) -> Evaluation:
     n, device = source.n_tokens, sae.W_enc.device
-    cosine = torch.zeros((), dtype=torch.float64, device=device)
+    mean = _target_mean(sae, source, batch_size)
+    cosine, ratios, varying = torch.zeros(3, dtype=torch.float64, device=device)
     fired = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=device)
     sums = DescriptionLengthSums(sae.config.output_width, sae.config.n_latents, device)
-    for start in range(0, n, batch_size):
-        rows = source.rows(start, min(start + batch_size, n)).activations.to(device).float()
-        x, target = split(rows, sae.config)
-        target = x if target is None else target
+    for x, target in _batches(sae, source, batch_size):
         x_hat, codes = sae(x)
         cosine = cosine + torch.cosine_similarity(target, x_hat, dim=1).sum(dtype=torch.float64)
         fired += codes.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend).counts()
         sums.update(target, x_hat, codes)
+        squared = (target.double() - mean).square().sum(1)
+        away = squared != 0  # of NaN, too, which must show
+        error = (target - x_hat).double().square().sum(1)
+        ratios = ratios + (error[away] / squared[away]).sum()
+        varying = varying + away.sum()
     layers = sae.config.n_layers
     errors = sums.residual.square.view(layers, -1).sum(1)
     variances = n * sums.activations.variance().view(layers, -1).sum(1)
-    error = errors.sum()
-    fvu = float(error / variances.sum())
+    total = errors.sum()
+    fvu = float(total / variances.sum())
     bits = sums.result(sae.decoder_norms().norm(dim=1) / sae.target_scale)
     density = fired.double() / n
     return Evaluation(
         n_tokens=n,
         fvu=fvu,
+        row_fvu=float(ratios / varying),
         explained_variance=1 - fvu,
-        mse=float(error / n),
+        mse=float(total / n),
         l0=int(fired.sum()) / n,
         cosine=float(cosine / n),
         dead_fraction=float((fired == 0).double().mean()),
@@ -150,3 +163,19 @@ def _evaluate(sae: SparseAutoencoder, source: RowSource, batch_size: int) -> Eva
         layer_fvu=tuple((errors / variances).tolist()) if layers > 1 else (),
         latent_density=density.float().cpu(),
     )
+
+
+def _batches(
+    sae: SparseAutoencoder, source: RowSource, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of what the SAE reads and what it is to reconstruct, fp32 on its device."""
+    for start in range(0, source.n_tokens, batch_size):
+        rows = source.rows(start, min(start + batch_size, source.n_tokens)).activations
+        x, target = split(rows.to(sae.W_enc.device).float(), sae.config)
+        yield x, x if target is None else target
+
+
+def _target_mean(sae: SparseAutoencoder, source: RowSource, batch_size: int) -> torch.Tensor:
+    """The mean, fp64, of what the SAE is to reconstruct."""
+    totals = (target.sum(0, dtype=torch.float64) for _, target in _batches(sae, source, batch_size))
+    return functools.reduce(torch.add, totals) / source.n_tokens

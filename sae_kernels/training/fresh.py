@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.data.batches import ShuffledBatches
 from sae_kernels.data.rows import estimate_scale
+from sae_kernels.data.sample import SAMPLE, concentration, sample_rows
 from sae_kernels.data.sources import is_rows, open_source
 from sae_kernels.errors import NonFiniteError
 from sae_kernels.gpu import training_device
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from sae_kernels.data.shared import Share
     from sae_kernels.data.sources import Stream
 
-_SAMPLE = 16384  # rows from which scale and b_dec are estimated
+_FEW = 0.01  # part of the rows that should carry less than half of the variance
 
 
 def prepare(
     source: Any, sae: SAEConfig | SparseAutoencoder, config: TrainConfig
 ) -> SparseAutoencoder:
-    """Estimates the scales and b_dec of an SAE on a random sample of the source.
+    """Estimates the scales and b_dec of an SAE on a sample from everywhere in the source.
 
     Args:
         source: anything that :func:`~sae_kernels.training.train` takes; for a transcoder rows of
@@ -72,6 +73,7 @@ class Samples:
         self._check_batch(config)
         if self._sample is None:
             self._sample = self._read(config)
+            warn_of_few_rows(self._sample)
         own = self._sample if share is None else share.rows(self._sample)
         return fitted(own, sae, config, device)
 
@@ -91,9 +93,8 @@ class Samples:
 
     def _read(self, config: TrainConfig) -> torch.Tensor:
         if not is_rows(self.source):
-            return self.source.sample(_SAMPLE)
-        rows = min(_SAMPLE, self.source.n_tokens)
-        return next(ShuffledBatches(self.source, rows, seed=config.order_seed))
+            return self.source.sample(SAMPLE)
+        return sample_rows(self.source, SAMPLE, config.order_seed)
 
 
 def fitted(
@@ -154,11 +155,41 @@ def fitted(
     return sae
 
 
+def warn_of_few_rows(sample: torch.Tensor) -> None:
+    """Warns if a hundredth of the rows of a sample, or fewer, carry half of its variance.
+
+    A hundredth and not less: one sink in a context of 128 tokens is 0.8 % of the rows.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.ones(1000, 4)
+        >>> rows[::200] = 100.0
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn_of_few_rows(rows)
+        >>> print(str(caught[0].message)[:70])
+        activations: 3 of 1,000 sampled rows (0.30 %) carry half of the varian
+    """
+    rows = sample[sample.isfinite().all(1)]
+    few = concentration(rows).rows_of_half if len(rows) else 0
+    if not 0 < few <= _FEW * len(rows):
+        return
+    norms = rows.float().norm(dim=1)
+    warnings.warn(
+        f"activations: {few:,} of {len(rows):,} sampled rows ({100 * few / len(rows):.2f} %) carry "
+        f"half of the variance, with norms up to {float(norms.max()):.3g}, the median being "
+        f"{float(norms.median()):.3g}: the loss and FVU are mostly about these few. Such rows are "
+        "often first tokens or BOS; leave them out by --max-norm-multiple 10, --drop-first or "
+        "--drop-tokens of harvest, or of training on a model (row_filter in Python)",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
 def _finite(sample: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     finite = sample.isfinite().all(1)
     if not (finite.any() if config.on_nonfinite == "skip" else finite.all()):
         raise NonFiniteError(
-            "activations: expected finite numbers, got NaN or infinity among the first rows; "
+            "activations: expected finite numbers, got NaN or infinity in the sample; "
             "find what wrote them"
         )
     return sample[finite]

@@ -22,14 +22,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.config.base import Settings
-    from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.toml import Tables
 
 DEFAULT_ARCHITECTURE = "topk"
 LATENTS_PER_INPUT = 8
 NESTED_TABLES = ("objective", "optimizer")  # of a TrainConfig
-NONE = "none"  # in [objective], None for a number whose default is not None
 
 
 def setting_classes() -> dict[str, list[type[Settings]]]:
@@ -104,7 +102,7 @@ class RunConfig:
 
     def to_tables(self) -> Tables:
         """All settings as TOML tables."""
-        return run_tables(self.sae, self.train, self.data.to_dict(), self.output)
+        return run_tables(self.sae, self.train, self.data.to_table(), self.output)
 
     @classmethod
     def from_tables(cls, tables: Tables, widths: Widths | None = None) -> RunConfig:
@@ -139,9 +137,6 @@ def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> Trai
     kind = kind_of(tables)
     objective = {**kind.preset.objective, **tables.get("objective", {})}
     _check_known("objective", kind.sae.objective_class, objective, _name(tables))
-    for name, declaration in declared(kind.sae.objective_class).items():
-        if declaration.optional and objective.get(name) == NONE:
-            objective[name] = None
     optimizer = {**kind.preset.optimizer, **tables.get("optimizer", {})}
     return TrainConfig(
         **(tables.get("train", {}) if train is None else train),
@@ -158,21 +153,12 @@ def run_tables(
     return {
         "architecture": sae.architecture,
         "data": dict(data),
-        "sae": sae.to_dict(),
-        "objective": _with_none(objective),
-        "optimizer": train.optimizer.to_dict(),
-        "train": train.to_dict(),
-        "output": output.to_dict(),
+        "sae": sae.to_table(),
+        "objective": objective.to_table(),
+        "optimizer": train.optimizer.to_table(),
+        "train": train.to_table(),
+        "output": output.to_table(),
     }
-
-
-def _with_none(objective: ObjectiveConfig) -> dict[str, Any]:
-    """Plain values, with "none" for a None that is not the default, as TOML has no None."""
-    values = objective.to_dict()
-    for name, value in values.items():
-        if value is None and getattr(type(objective), name) is not None:
-            values[name] = NONE
-    return values
 
 
 def run_defaults(sae: SAEConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sae_kernels.config.row_filter import activation_facts
 from sae_kernels.data.sources import is_rows
 from sae_kernels.errors import DataError
 from sae_kernels.gpu import training_device
@@ -108,6 +109,10 @@ class TrainerFactory:
         plan = self.runs[name]
         if sae is None:
             sae = self._samples.prepared(plan.sae, plan.config, plan.share)
+            joint = self._samples.source
+            facts = getattr(joint, "facts", {}) if plan.share is None else plan.share.facts(joint)
+            if facts:
+                sae.metadata["activations"] = {**activation_facts(sae.metadata), **facts}
         source = self._samples.source if plan.share is None else plan.share.own
         rows = source if is_rows(source) else None
         return ActivationTraining(self._make_step(sae, plan.config), plan.config, rows, plan.share)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from sae_kernels import machine
-from sae_kernels.data.batches import ShuffledBatches
+from sae_kernels.data.sample import sample_rows
 from sae_kernels.errors import DataError, NonFiniteError
 from sae_kernels.nn import pretrained
 from sae_kernels.runs.checkpoint import Contents
@@ -233,8 +233,7 @@ class ActivationTraining(Trainable[torch.Tensor]):
             return
         assert self.source is not None
         self.close()
-        rows = min(self._to_finish, self.source.n_tokens)
-        x = next(ShuffledBatches(self.source, rows, seed=self.config.order_seed))
+        x = sample_rows(self.source, self._to_finish, self.config.order_seed)
         x = x.to(self.sae.W_enc.device).float() * self.sae.config.activation_scale
         with torch.no_grad():
             self.sae.finish_training_(x, self.config.objective)

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
+from sae_kernels.config.row_filter import KEEP_ALL
 from sae_kernels.data import ShardDataset
 from sae_kernels.harvest import language_model_loss, load_causal_model, token_batches
+from sae_kernels.harvest.splice import replaced_rows
 from sae_kernels.nn import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
 from sae_kernels.training import evaluate
 
@@ -64,10 +66,13 @@ def flags(model, text):
     return ["--model", model, "--layer", LAYER, "--text", text, *OPTIONS]
 
 
-def _expected(model, text, sae, **options):
+def _expected(model, text, sae, drop_first=0, **options):
     loaded, tokenizer = load_causal_model(model)
     documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
-    batches = token_batches(loaded, tokenizer, documents, batch_size=2, context_length=8)
+    batches = [
+        batch.keeping_first(drop_first)
+        for batch in token_batches(loaded, tokenizer, documents, batch_size=2, context_length=8)
+    ]
     return language_model_loss(loaded, batches, LAYER, sae, **options).scalars()
 
 
@@ -78,18 +83,59 @@ def test_in_a_model_alone(run, model, text, saved, flags):
     want = _expected(model, text, TopKSAE.from_pretrained(saved))
     # 30 words in chunks of 8, 8 words in one; each chunk's first word is not predicted.
     assert want["n_predictions"] == 30 - 4 + 8 - 1
-    place = {"model_dtype": "float32", "device": "cpu"}
-    assert record == {**want, "model": str(model), "layer": LAYER, **place}
+    # An SAE of unknown data replaces every activation.
+    kept = {**KEEP_ALL.to_dict(), "drop_tokens": [], "max_norm": None}
+    told = {"model": str(model), "layer": LAYER, "not_replaced": kept}
+    told |= {"model_dtype": "float32", "device": "cpu"}
+    assert record == {**want, **told}
     assert record["loss_recovered"] != 1
-    kept = _expected(model, text, TopKSAE.from_pretrained(saved), keep_first=True)
-    assert run("eval", saved, *flags, "--keep-first", "--json").records()[0] == {
-        **kept,
-        "model": str(model),
-        "layer": LAYER,
-        **place,
-    }
+    want = _expected(model, text, TopKSAE.from_pretrained(saved), drop_first=1)
+    told["not_replaced"] = {**kept, "drop_first": 1}
+    assert run("eval", saved, *flags, "--drop-first", 1, "--json").records()[0] == {**want, **told}
     (record,) = run("eval", saved, *flags, "--max-tokens", 12, "--json").records()
     assert record["n_predictions"] == 12 - 2
+
+
+def test_what_the_sae_was_not_trained_on_stays(run, model, text, saved, flags, tmp_path):
+    """The recorded filter rules, flags say otherwise."""
+    loaded, tokenizer = load_causal_model(model)
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    batches = list(token_batches(loaded, tokenizer, documents, batch_size=2, context_length=8))
+    norms = torch.cat(list(replaced_rows(loaded, batches, LAYER))).norm(dim=1)
+    bound = float(norms.quantile(0.8))
+    sae = TopKSAE.from_pretrained(saved)
+    sae.metadata["activations"] = {"drop_first": 1, "max_norm_multiple": 5.0, "max_norm": [bound]}
+    sae.save_pretrained(tmp_path / "sae")
+
+    def record(*arguments):
+        (found,) = run("eval", tmp_path / "sae", *flags, *arguments, "--json").records()
+        return found
+
+    def same(found, **options):
+        want = _expected(model, text, sae, **options)
+        assert {name: found[name] for name in want} == want
+
+    found = record()
+    same(found, drop_first=1, max_norm=bound)
+    assert found["not_replaced"] == {
+        "drop_special_tokens": False,
+        "drop_first": 1,
+        "drop_tokens": [],
+        "max_norm_multiple": 5.0,
+        "max_norm": bound,
+    }
+    assert found["spliced_loss"] != _expected(model, text, sae, drop_first=1)["spliced_loss"]
+    same(record("--drop-first", 0), max_norm=bound)
+    same(record("--max-norm-multiple", "none"), drop_first=1)
+    multiple = 1.1
+    counted = torch.cat(
+        list(replaced_rows(loaded, [batch.keeping_first() for batch in batches], LAYER))
+    ).norm(dim=1)
+    own = multiple * float(counted.median())
+    same(record("--max-norm-multiple", multiple), drop_first=1, max_norm=own)
+    text_shown = run("eval", tmp_path / "sae", *flags).out
+    assert "the first token of each sequence" in text_shown
+    assert f"norms above {bound:.4g}" in text_shown
 
 
 def test_on_data_and_in_a_model(run, data, model, text, saved, flags):

@@ -59,7 +59,7 @@ def test_harvest(run, model, text, tmp_path):
     stored = ShardDataset(record["folder"])
     assert (stored.n_tokens, stored.d_in, stored.dtype) == (30, 16, torch.float32)
 
-    options = ["--dtype", "float16", "--max-tokens", 12, "--keep-special-tokens"]
+    options = ["--dtype", "float16", "--max-tokens", 12, "--no-drop-special-tokens"]
     ran = run("harvest", model, text, text, *LAYER, "--out", tmp_path / "more", *options)
     assert ran.code == 0
     assert "12 tokens of encoder.layer.0" in ran.out

@@ -326,6 +326,10 @@ def test_a_stream_from_a_model(
     assert run(*command, straight).code == 0
     used = read_tables(straight / "run.toml")
     assert used["data"] == {
+        "drop_special_tokens": True,
+        "drop_first": 0,
+        "drop_tokens": [],
+        "max_norm_multiple": 10.0,
         "model": str(model),
         "layer": layers[1:2],
         **({"target_layer": "h.1"} if arch == "transcoder" else {}),

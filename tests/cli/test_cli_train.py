@@ -172,7 +172,7 @@ def test_nan_in_the_data_is_refused(run, data, tmp_path):
 
 
 def test_nan_on_the_way_stops_training_and_loses_nothing(run, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_kernels.training.fresh._SAMPLE", 16)
+    monkeypatch.setattr("sae_kernels.training.fresh.SAMPLE", 16)
     _write_nan(data)
     out = tmp_path / "run"
     flags = ["--steps", 9, "--batch-size", 64, "--k", 4, "--log-every", 1]

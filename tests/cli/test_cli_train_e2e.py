@@ -100,7 +100,7 @@ def test_jumprelu_from_a_file_of_settings(run, model, text, tmp_path):
         "[train]\nsteps = 60\nlr = 2e-2\nlog_every = 1\nbatch_size = 85\n"
     )
     out = tmp_path / "run"
-    flags = ["--config", config, "--context-length", 10, "--keep-first", "--json"]
+    flags = ["--config", config, "--context-length", 10, "--drop-first", 1, "--json"]
     ran = run("train-e2e", model, text, "--layer", LAYER, "--out", out, *flags)
     *lines, result = ran.records()
     assert lines[0]["sparsity"] > result["sparsity"] > 0

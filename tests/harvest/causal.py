@@ -35,14 +35,21 @@ def gpt2(**changes: Any) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**options | changes)).eval()
 
 
-def tokenizer() -> Any:
+def tokenizer(vocabulary: dict[str, int] = VOCABULARY) -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def sinking(word: str = "mat", factor: float = 300.0) -> Any:
+    """The model with an enormous activation wherever a word stands, as at attention sinks."""
+    model = gpt2()
+    model.transformer.wte.weight.data[VOCABULARY[word]] *= factor
+    return model
 
 
 def documents(n: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -22,7 +23,7 @@ from sae_kernels.harvest import collect, harvest
 from sae_kernels.harvest.progress import HarvestProgress
 from sae_kernels.io.files import publish
 from sae_kernels.io.lock import locked
-from tests.harvest.causal import CONTEXT, LAYER, documents, gpt2, tokenizer
+from tests.harvest.causal import CONTEXT, LAYER, documents, gpt2, sinking, tokenizer
 from tests.training.same_runs import Stop
 
 if TYPE_CHECKING:
@@ -312,7 +313,8 @@ def test_an_overflow_is_named_as_one(tmp_path: Path) -> None:
         with pytest.raises(NonFiniteError, match=r"got 70000.0; torch\.float16 ends at 65504"):
             begin(tmp_path / "16", RARE, **options)
         assert begin(tmp_path / "skip", RARE, on_nonfinite="skip", **options) > 400
-        n = begin(tmp_path / "b16", RARE, model=model, dtype=torch.bfloat16)
+        options = {"model": model, "dtype": torch.bfloat16, "row_filter": KEEP_ALL}
+        n = begin(tmp_path / "b16", RARE, **options)
     assert ShardDataset(tmp_path / "b16").rows(0, n).activations.amax() == 70144  # 7e4 in bfloat16
 
 
@@ -438,3 +440,39 @@ def test_killed_at_ten_random_moments(tmp_path: Path, layer: Any) -> None:
     assert process.exitcode == 0
     assert contents(folder) == contents(tmp_path / "straight")
     assert max(stored) > 100, stored
+
+
+# Rows of enormous norm.
+
+
+def test_sinks_are_left_out_alike_however_often_it_stops(tmp_path: Path) -> None:
+    """Of two layers with a bound each: the same bytes, and a row goes from both or none."""
+    model = sinking()
+    n = begin(tmp_path / "straight", layer=LAYERS, model=model)
+    for stop in (1, 130, 330):
+        until(tmp_path / "stopped", stop, layer=LAYERS, model=model, resume=True)
+    assert begin(tmp_path / "stopped", layer=LAYERS, model=model, resume=True) == n
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    every = begin(tmp_path / "every", layer=LAYERS, model=model, row_filter=KEEP_ALL)
+    sets = [ShardDataset(tmp_path / "straight" / layer) for layer in LAYERS]
+    whole = [ShardDataset(tmp_path / "every" / layer).rows(0, every) for layer in LAYERS]
+    over = torch.zeros(every, dtype=torch.bool)
+    for data, rows in zip(sets, whole, strict=True):
+        over |= rows.activations.norm(dim=1) > data.metadata["max_norm"]
+        assert data.metadata["rows_above_max_norm"] == every - n > 20
+    for data, rows in zip(sets, whole, strict=True):
+        assert torch.equal(data.rows(0, n).activations, rows.activations[~over])
+        assert rows.tokens is not None
+        assert torch.equal(data.rows(0, n).tokens, rows.tokens[~over])
+    assert JointRows(sets).facts["max_norm"] == [data.metadata["max_norm"] for data in sets]
+
+
+@pytest.mark.parametrize("damage", [None, [], [1.0, 2.0], [-1.0], "x"])
+def test_a_record_without_its_bounds_is_refused(tmp_path: Path, damage: object) -> None:
+    until(tmp_path, 330)
+    record = tmp_path / "progress.json"
+    values = json.loads(record.read_text())
+    assert values["window"] > 0
+    record.write_text(json.dumps(values | {"max_norm": damage}))
+    with pytest.raises(DataError, match=r"progress\.json: expected .* and max_norm; harvest again"):
+        begin(tmp_path, resume=True)

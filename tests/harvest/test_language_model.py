@@ -82,7 +82,7 @@ def test_batches_hold_every_token_once(model: Any, batches: list[TokenBatch]) ->
 
 def test_the_clean_loss_is_the_models_own(model: Any, batches: list[TokenBatch]) -> None:
     total, n = 0.0, 0
-    for ids, mask in batches:
+    for ids, mask, _ in batches:
         labels = ids.masked_fill(~mask, -100)
         if not (labels[:, 1:] != -100).any():
             continue  # transformers divides by 0 there
@@ -114,7 +114,8 @@ def test_losses_are_those_of_single_sequences(batches: list[TokenBatch], keep_fi
         return 0.5 * x.sin()
 
     model = gpt2().double()
-    got = language_model_loss(model, batches, LAYER, sae_of(bent), keep_first=keep_first)
+    given = [batch.keeping_first() for batch in batches] if keep_first else batches
+    got = language_model_loss(model, given, LAYER, sae_of(bent))
     sequences = [ids for ids in _sequences(batches) if len(ids) > 1]
     rows: list[Tensor] = []
 

@@ -65,8 +65,8 @@ def test_what_is_left_out_keeps_its_bits(model: Any, batch: TokenBatch) -> None:
         with record(model, (LAYER,)) as outputs:
             clean_logits(model, batch)
         before = outputs[LAYER]
-        for keep_first, mask in ((False, batch.attention_mask), (True, batch.without_first())):
-            positions = mask.clone()
+        for given in (batch, batch.keeping_first()):
+            mask = positions = given.replaced
             with splice(model, LAYER, shifted, positions), record(model, (LAYER,)) as outputs:
                 clean_logits(model, batch)
             assert_bitwise("kept", outputs[LAYER][~mask], before[~mask])
@@ -74,13 +74,13 @@ def test_what_is_left_out_keeps_its_bits(model: Any, batch: TokenBatch) -> None:
             assert_bitwise("rows", seen.pop(), before[mask])
             with splice(model, LAYER, shifted, positions):
                 want = clean_logits(model, batch)
-            got = spliced_logits(model, batch, LAYER, shifted, keep_first=keep_first)
+            got = spliced_logits(model, given, LAYER, shifted)
             assert_bitwise("function", got, want)
             seen.clear()
 
 
 def test_the_first_token_is_the_first_attended_one(batch: TokenBatch) -> None:
-    assert batch.attention_mask.logical_xor(batch.without_first()).nonzero().tolist() == [
+    assert batch.attention_mask.logical_xor(batch.keeping_first().replaced).nonzero().tolist() == [
         [0, 0],
         [1, 1],
         [2, 0],

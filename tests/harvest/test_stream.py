@@ -105,18 +105,6 @@ def test_batches_can_be_trained_on(model: Any) -> None:
     assert 0 < (y - x).norm() < 0.03 * x.norm()
 
 
-@pytest.mark.parametrize("n", [1, WINDOW - CONTEXT, 3 * WINDOW, 10**6])
-def test_a_sample_is_the_streams_beginning_and_moves_nothing(model: Any, n: int) -> None:
-    expected = torch.cat(list(live(model, batch_size=1, epochs=1)))[:n]
-    batches, twin = live(model), live(model)
-    same(batches.sample(n), expected)
-    for _ in range(4):
-        same(next(batches), next(twin))
-    same(batches.sample(n), expected)
-    assert batches.state_dict() == twin.state_dict()
-    same(next(batches), next(twin))
-
-
 def test_layers_lie_side_by_side(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,8 +39,10 @@ def _direct(sae: TopKSAE, x: Tensor) -> dict[str, float | Tensor]:
         fired = dense > 0
     density = fired.double().mean(0)
     fvu = float(error / (x - x.mean(0)).square().sum())
+    ratios = (x - x_hat).square().sum(1) / (x - x.mean(0)).square().sum(1)
     return {
         "fvu": fvu,
+        "row_fvu": float(ratios.mean()),
         "explained_variance": 1 - fvu,
         "mse": float(error / len(x)),
         "l0": float(fired.double().sum(1).mean()),
@@ -56,7 +58,7 @@ def _assert_close(got: Evaluation, want: dict[str, float | Tensor]) -> None:
     for name in ("l0", "dead_fraction", "dense_fraction"):
         assert getattr(got, name) == pytest.approx(want[name], rel=1e-14), name
     assert_bitwise("density", got.latent_density, want["latent_density"])
-    for name in ("fvu", "explained_variance", "mse"):
+    for name in ("fvu", "row_fvu", "explained_variance", "mse"):
         assert getattr(got, name) == pytest.approx(want[name], rel=2**-21), name
     # A dot product and two norms over D, in fp32.
     assert got.cosine == pytest.approx(want["cosine"], abs=2 * D * 2.0**-24)
@@ -91,6 +93,54 @@ def test_the_mean_is_that_of_the_evaluated_set() -> None:
     # b_dec is the mean to fp32, an offset that adds only its square.
     assert evaluate(sae, x, batch_size=10).fvu == pytest.approx(1.0, abs=2**-20)
     assert evaluate(sae, x[:500]).fvu > 1.0
+
+
+def _axes(k: int) -> TopKSAE:
+    """An SAE that keeps the k coordinates of the largest size."""
+    sae = TopKSAE(TopKConfig(D, 2 * D, k))
+    with torch.no_grad():
+        for weights in (sae.W_enc, sae.W_dec):
+            weights.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
+        sae.b_dec.zero_()
+        sae.b_enc.zero_()
+    return sae
+
+
+def test_a_few_enormous_rows_do_not_hide_the_others() -> None:
+    """1 of 128 rows has 100 times the norm and is reconstructed perfectly."""
+    x = torch.randn(1280, D, generator=torch.Generator().manual_seed(0))
+    sinks = torch.arange(1280) % 128 == 5
+    x[sinks] = 100 * D**0.5 * torch.eye(D)[0] * torch.tensor([1.0, -1.0]).repeat(5)[:, None]
+    sae = _axes(D // 2)
+    got, normal = evaluate(sae, x), evaluate(sae, x[~sinks])
+    assert got.fvu < 0.003 < 0.05 < normal.fvu
+    # The sinks count as rows without error; the mean of all is near that of the others, 0.
+    assert got.row_fvu == pytest.approx(normal.row_fvu * 127 / 128, rel=0.02)
+    assert normal.row_fvu == pytest.approx(normal.fvu, rel=0.05)
+
+
+def test_rows_at_the_mean_have_nothing_to_explain() -> None:
+    """The mean is (0, 0): two rows lie there, of which the SAE makes something nonetheless."""
+    x = torch.zeros(4, D)
+    x[0, 0], x[1, 0] = 2.0, -2.0
+    sae = _axes(1)
+    with torch.no_grad():
+        sae.b_dec[1] = 1.0
+    sae.b_enc.data.copy_(sae.W_enc.data @ torch.tensor([0.0, 1.0] + [0.0] * (D - 2)))
+    want = (x[:2] - sae(x[:2]).x_hat.detach()).square().sum(1) / 4
+    got = evaluate(sae, x, batch_size=3)
+    assert float(want.sum()) > 0
+    assert got.row_fvu == pytest.approx(float(want.mean()))
+    still = evaluate(sae, torch.ones(5, D))
+    assert still.row_fvu != still.row_fvu  # NaN: nothing varies
+
+
+def test_nan_is_not_hidden() -> None:
+    x = tokens(N, seed=77)
+    x[17, 3] = torch.nan
+    got = evaluate(_trained(), x)
+    assert got.fvu != got.fvu
+    assert got.row_fvu != got.row_fvu
 
 
 def test_a_mean_far_away_costs_no_digits() -> None:

@@ -12,7 +12,7 @@ from sae_kernels.data import JointRows, ShardDataset, ShardWriter, TensorRows
 from sae_kernels.harvest import LiveBatches
 from sae_kernels.nn import BatchTopKConfig, TopKConfig
 from sae_kernels.training import train, train_many
-from tests.harvest.causal import CONTEXT, D, documents, gpt2, tokenizer
+from tests.harvest.causal import CONTEXT, D, documents, gpt2, sinking, tokenizer
 from tests.settings import settings
 from tests.training.same_runs import Stop, assert_same, stop_at
 
@@ -123,6 +123,24 @@ def test_the_model_runs_once_for_all() -> None:
     together(opened)
     # Besides, one sequence tells the widths of each stream.
     assert sum(computed) <= once + len(RUNS) * CONTEXT
+
+
+def test_rows_of_enormous_norm_go_from_all_layers(tmp_path: Path) -> None:
+    """Each SAE has the bounds of its own layers recorded; a sweep that stops goes on the same."""
+    opened = Live()
+    opened.model = sinking()
+    straight = together(opened, folder=tmp_path / "straight")
+    bounds = {name: run.sae.metadata["activations"]["max_norm"] for name, run in straight.items()}
+    assert bounds["transcoder"] == bounds["second"] + bounds["first"]
+    assert bounds["again"] == bounds["second"] != bounds["first"]
+    assert bounds["crosscoder"][0] == bounds["first"][0]
+    options: dict[str, Any] = {"folder": tmp_path / "stopped", "output": SAVING, "resume": True}
+    for step in (3, 8):
+        with pytest.raises(Stop):
+            together(opened, on_step={"first": stop_at(step)}, **options)
+    together(opened, **options)
+    for name in RUNS:
+        assert files(tmp_path / "stopped" / name) == files(tmp_path / "straight" / name)
 
 
 def test_stopped_they_go_on_together_and_alone(opened: Any, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_live_stream_and_a_run_through_the_model(tmp_path: Path) -> None:
     hook = {"hook_name": "blocks.1.hook_resid_post"}
     live = LiveBatches(model, tokenizer(), text, "h.1", 25, **options)
     run = sk.train(sk.TopKConfig(WIDTH, F, k=4), live, **settings)
-    assert place(run) == {**expected, **hook}
+    assert place(run).items() >= {**expected, **hook}.items()  # and which rows were left out
     live = LiveBatches(model, tokenizer(), text, ["h.0", "h.1"], 25, **options)
     config = sk.TopKConfig(WIDTH, F, k=4, d_out=WIDTH, subtract_b_dec=False)
     run = sk.train(config, live, **settings)

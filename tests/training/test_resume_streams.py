@@ -207,10 +207,13 @@ class Through:
 
     def batches(self) -> list[TokenBatch]:
         options = {"batch_size": 8, "context_length": CONTEXT}
-        return list(token_batches(self.model, tokenizer(), TEXT, **options))
+        return [
+            batch.keeping_first()
+            for batch in token_batches(self.model, tokenizer(), TEXT, **options)
+        ]
 
     def __call__(self, **options: Any) -> TrainingResult:
-        weights = EndToEnd(0.7, 1.3, 0.4, downstream_layers=("h.2",), keep_first=True)
+        weights = EndToEnd(0.7, 1.3, 0.4, downstream_layers=("h.2",))
         start = self.batches()
         batches = options.pop("batches", start)
         sae = prepare_end_to_end(self.model, start, "h.1", self.sae_config, self.config)

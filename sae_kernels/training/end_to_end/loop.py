@@ -91,7 +91,7 @@ def train_end_to_end(
     place = {key: about.get(key) for key in ("model", "context_length")}
     location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
     training = sae.training
-    stream = TokenStream(batches, weights.keep_first)
+    stream = TokenStream(batches)
     try:
         with ExitStack() as stack:
             kept = location.open(stack, "", Planned(sae, config, fitted=True), end_to_end=about)
@@ -118,14 +118,13 @@ class TokenStream:
 
     Args:
         batches: iterated over again at their end, which an iterator does not allow.
-        keep_first: leave out the first token of each sequence, as the splice will.
 
     Attributes:
         position: number of batches returned so far.
     """
 
-    def __init__(self, batches: Batches, keep_first: bool) -> None:
-        self._batches = self._repeated(batches, keep_first)
+    def __init__(self, batches: Batches) -> None:
+        self._batches = self._repeated(batches)
         self.position = 0
 
     def __iter__(self) -> TokenStream:
@@ -150,13 +149,13 @@ class TokenStream:
                 )
 
     @staticmethod
-    def _repeated(batches: Batches, keep_first: bool) -> Iterator[TokenBatch]:
+    def _repeated(batches: Batches) -> Iterator[TokenBatch]:
         found = True
         while found:
             found = False
             for inputs in batches:
                 batch = TokenBatch.of(inputs)
-                if batch.replaced(keep_first).sum() > 1:
+                if batch.replaced.sum() > 1:
                     found = True
                     yield batch
 

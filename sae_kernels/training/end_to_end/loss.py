@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_kernels.harvest.language_model import divergence, log_probabilities
 from sae_kernels.harvest.model import input_device
+from sae_kernels.harvest.norms import recorded_max_norm
 from sae_kernels.harvest.splice import clean_logits, frozen, record, spliced_logits
 from sae_kernels.harvest.tokens import TokenBatch
 from sae_kernels.step import StepBase
@@ -36,7 +37,6 @@ class EndToEnd:
         downstream_coefficient: weight of the mean of the downstream layers' errors.
         reconstruction_coefficient: weight of the FVU at the spliced layer.
         downstream_layers: dotted paths of later layers whose output the SAE should preserve.
-        keep_first: do not replace the first token of each sequence.
 
     Raises:
         ValueError: a coefficient that is negative or not finite, none above 0, a layer named twice.
@@ -50,7 +50,6 @@ class EndToEnd:
     downstream_coefficient: float = 1.0
     reconstruction_coefficient: float = 0.0
     downstream_layers: tuple[str, ...] = ()
-    keep_first: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "downstream_layers", tuple(self.downstream_layers))
@@ -118,7 +117,9 @@ def end_to_end_loss(
 
     Args:
         model: a causal model, see :func:`~sae_kernels.harvest.load_causal_model`.
-        inputs: token ids [B, S], or ids and attention mask.
+        inputs: token ids [B, S], or ids and attention mask; a
+            :class:`~sae_kernels.harvest.TokenBatch` says which of them are replaced. Activations
+            above the bound in ``sae.metadata["activations"]["max_norm"]`` are not.
         layer: the dotted path of the layer that the SAE reconstructs.
         sae: on the layer's device.
         weights: coefficients and downstream layers; default: KL alone.
@@ -151,7 +152,8 @@ def measured_loss(model: nn.Module, batch: TokenBatch, spliced: SplicedSAE) -> E
             clean = log_probabilities(clean_logits(model, batch)[mask])
         before = downstream_outputs(outputs, layer, weights)
         outputs.clear()
-        logits = spliced_logits(model, batch, layer, spliced, keep_first=weights.keep_first)
+        max_norm = recorded_max_norm(spliced.sae.metadata)
+        logits = spliced_logits(model, batch, layer, spliced, max_norm=max_norm)
         after = downstream_outputs(outputs, layer, weights)
     here = spliced.measured
     if here is None:

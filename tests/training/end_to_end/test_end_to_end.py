@@ -112,7 +112,8 @@ def test_padding_does_not_count() -> None:
     lengths = [4, 7]
     ids, mask = _ids(2, 7), torch.arange(7) < torch.tensor(lengths)[:, None]
     other = ids.masked_fill(~mask, 3)
-    a, b = (end_to_end_loss(model, TokenBatch(t, mask), LAYER, sae, ALL) for t in (ids, other))
+    batches = (TokenBatch(t, mask, mask) for t in (ids, other))
+    a, b = (end_to_end_loss(model, batch, LAYER, sae, ALL) for batch in batches)
     assert [float(v.detach()) for v in a] == [float(v.detach()) for v in b]
     # KL is a mean over tokens: that of the sequences by themselves, weighed by their lengths.
     alone = [end_to_end_loss(model, ids[i : i + 1, :n], LAYER, sae) for i, n in enumerate(lengths)]
@@ -122,13 +123,13 @@ def test_padding_does_not_count() -> None:
 
 def test_the_first_token_can_be_kept() -> None:
     model, sae = gpt2().double(), _sae().double()
-    weights = EndToEnd(reconstruction_coefficient=1.0, keep_first=True)
-    whole, one = _ids(3, 5), _ids(3, 1)
+    weights = EndToEnd(reconstruction_coefficient=1.0)
+    whole, one = (TokenBatch.of(_ids(3, n)).keeping_first() for n in (5, 1))
     assert end_to_end_loss(model, whole, LAYER, sae, weights).kl > 0
     with pytest.raises(ValueError, match="at least one token to replace, got none"):
         end_to_end_loss(model, one, LAYER, sae, weights)
     # One token replaced has no variance; its FVU stays out of a loss that gives it no weight.
-    single = end_to_end_loss(model, _ids(1, 2), LAYER, sae, EndToEnd(keep_first=True))
+    single = end_to_end_loss(model, TokenBatch.of(_ids(1, 2)).keeping_first(), LAYER, sae)
     assert not single.fvu.isfinite()
     assert single.loss.isfinite()
 

@@ -28,7 +28,12 @@ from sae_kernels.nn import (
     geometric_median,
 )
 from sae_kernels.testing import assert_bitwise
-from sae_kernels.training.end_to_end import EndToEnd, prepare_end_to_end, train_end_to_end
+from sae_kernels.training.end_to_end import (
+    EndToEnd,
+    end_to_end_loss,
+    prepare_end_to_end,
+    train_end_to_end,
+)
 from sae_kernels.training.end_to_end.layer import layer_width
 from tests.harvest.causal import D, gpt2
 from tests.settings import settings
@@ -166,9 +171,9 @@ def test_a_list_is_gone_through_again_and_an_iterator_is_not() -> None:
     assert line["tokens"] == 8 + 12 + 8 + 12 + 8
     with pytest.raises(ValueError, match="each of the 5 steps, got 0"):
         train_end_to_end(gpt2(), [], LAYER, sae, config)
-    keep_first = EndToEnd(keep_first=True)
+    kept = TokenBatch.of(_ids(5, 1)).keeping_first()
     with pytest.raises(ValueError, match="each of the 5 steps, got 0"):
-        train_end_to_end(gpt2(), [_ids(5, 1)], LAYER, sae, config, keep_first)
+        train_end_to_end(gpt2(), [kept], LAYER, sae, config)
 
 
 def test_a_loss_that_is_not_finite_stops_or_is_skipped() -> None:
@@ -213,12 +218,12 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
 def test_a_fresh_sae_fits_the_layer(keep_first: bool) -> None:
     ids = _ids(4, 6)
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]
-    batches = [TokenBatch(ids[:2], mask[:2]), TokenBatch(ids[2:], mask[2:])]
+    batches = [TokenBatch(ids[i : i + 2], mask[i : i + 2], mask[i : i + 2]) for i in (0, 2)]
+    if keep_first:
+        batches = [batch.keeping_first() for batch in batches]
     model = gpt2()
     config = settings(TopKConfig, compute="float32")
-    sae = prepare_end_to_end(
-        model, batches, LAYER, TopKConfig(D, F, K), config, keep_first=keep_first
-    )
+    sae = prepare_end_to_end(model, batches, LAYER, TopKConfig(D, F, K), config)
     # Attention goes one way, so what pads a sequence does not reach its tokens.
     states = model.transformer(ids, output_hidden_states=True).hidden_states[1].detach()
     kept = mask & (torch.arange(6) > 0) if keep_first else mask
@@ -232,6 +237,47 @@ def test_a_fresh_sae_fits_the_layer(keep_first: bool) -> None:
         prepare_end_to_end(model, [], LAYER, TopKConfig(D, F, K), config)
     with pytest.raises(ValueError, match=f"d_in: expected {D}, the width of the activations"):
         prepare_end_to_end(model, batches, LAYER, TopKConfig(D + 1, F, K), config)
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
+def test_a_fresh_sae_fits_text_from_everywhere(once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text sorted by word; of a generator, which is read once, the start alone is at hand."""
+    from sae_kernels.training.end_to_end import layer as module
+
+    monkeypatch.setattr(module, "SAMPLE", 16)
+    model = gpt2()
+    words = list(range(2, 14))
+    batches = [torch.full((2, 4), word) for word in words for _ in range(3)]
+    config = settings(TopKConfig, init_b_dec="mean", normalize_activations="none")
+    given = iter(batches) if once else batches
+    sae = prepare_end_to_end(model, given, "wte", TopKConfig(D, F, K), config)
+    table = model.transformer.wte.weight.detach()
+    weights = torch.linalg.lstsq(table[words].T, sae.b_dec.detach()[:, None]).solution.flatten()
+    if once:  # two batches of eight tokens
+        assert weights.tolist() == pytest.approx([1.0] + [0.0] * 11, abs=1e-3)
+    else:  # 64 tokens at most are run: every fourth or eighth batch, more evenly than at random
+        assert int((weights > 0.01).sum()) >= 5
+
+
+def test_a_norm_above_the_bound_stays_the_models_own() -> None:
+    model = gpt2()
+    model.transformer.wte.weight.data[7] *= 300
+    ids = _ids(4, 6)
+    ids[:, 3] = 7
+    config = settings(TopKConfig, compute="float32")
+    sae = prepare_end_to_end(model, [ids], "wte", TopKConfig(D, F, K), config)
+    (bound,) = sae.metadata["activations"]["max_norm"]
+    norms = model.transformer.wte.weight.detach().norm(dim=1)
+    assert float(norms[7]) > bound > float(norms[torch.arange(V) != 7].max())
+    # The loss is that of a batch which says the same by its positions.
+    batch = TokenBatch.of(ids)
+    by_hand = batch._replace(replaced=batch.replaced & (ids != 7))
+    got = end_to_end_loss(model, ids, "wte", sae)
+    sae.metadata.clear()
+    want = end_to_end_loss(model, by_hand, "wte", sae)
+    assert float(got.loss.detach()) == pytest.approx(float(want.loss.detach()))
+    assert float(got.fvu) == pytest.approx(float(want.fvu))
+    assert float(end_to_end_loss(model, ids, "wte", sae).fvu) != pytest.approx(float(want.fvu))
 
 
 def test_the_width_of_a_layer() -> None:
