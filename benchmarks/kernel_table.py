@@ -24,6 +24,7 @@ from benchmarks import calls
 from benchmarks.aot import ARCHITECTURES, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compiled_for
 from benchmarks.study import DOCS
 from sae_kernels.bench.cases import Shape
+from sae_kernels.bench.processes import die_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -211,7 +212,9 @@ def compile_all(cases: Iterable[KernelCase], workers: int | None = None) -> list
     with (
         tempfile.TemporaryDirectory() as cache,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),  # the processes inherit it
-        ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool,
+        ProcessPoolExecutor(
+            workers or os.cpu_count(), context, initializer=die_with, initargs=(os.getpid(),)
+        ) as pool,
     ):
         return list(pool.map(compile_case, *zip(*jobs, strict=True)))
 

@@ -90,8 +90,8 @@ def main() -> int:
     settings = BenchSettings(threads=options.threads, rounds=options.rounds, budget_s=_BUDGET_S)
     cases = [step(shape, "uniform") for shape in (*SEEN, *UNSEEN)]
     command = "python -m benchmarks.plan_check"
-    results, interrupted = measure(cases, ours, settings, options.out, command=command)
-    if interrupted:
+    results, ended = measure(cases, ours, settings, options.out, command=command)
+    if ended is not None:
         return 130
     half, records = len(SEEN) * len(ours), results.records
     found = checked(*(Results(results.provenance, r) for r in (records[:half], records[half:])))

@@ -15,6 +15,7 @@ import torch
 from benchmarks.gpu_check import bars, compared, correctness, measure, sanitizer
 from sae_kernels import machine
 from sae_kernels.bench import provenance
+from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def build(dry: bool, seconds: float) -> Iterator[Record]:
     ]
     try:
         done = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, text=True, timeout=seconds, check=False
+            tied(command), cwd=_ROOT, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
         yield {"kind": "failed", "what": "build", "why": f"not done after {seconds:.0f} s"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.gpu_check.outcomes import VARIABLE
+from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +83,7 @@ def _run(run: Run, folder: Path, deadline: float) -> tuple[Record, list[dict[str
     command += [str(_TESTS / run.module)] + (["-k", run.selection] if run.selection else [])
     start = time.monotonic()
     process = subprocess.Popen(
-        command,
+        tied(command),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -23,6 +23,7 @@ from benchmarks.calls import GPU_BACKENDS
 from benchmarks.gpu_check import epilogue, kernels, steps
 from benchmarks.gpu_check.bench import Bench, Record
 from sae_kernels import primitives
+from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +99,11 @@ def _process(todo: list[str], dry: bool, deadline: float) -> Iterator[Record]:
     command = [sys.executable, "-m", "benchmarks.gpu_check.measure", *todo]
     command += ["--seconds", f"{deadline - time.monotonic():.1f}"] + ["--dry"] * dry
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        tied(command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     out, err = process.stdout, process.stderr
     assert out is not None

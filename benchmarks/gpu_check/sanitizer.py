@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_kernels.bench.processes import tied
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -41,7 +43,7 @@ def sanitized(dry: bool, seconds: float) -> Iterator[Record]:
 def _run(what: str, command: list[str], deadline: float) -> Record:
     try:
         done = subprocess.run(
-            command,
+            tied(command),
             capture_output=True,
             text=True,
             timeout=max(0.0, deadline - time.monotonic()),

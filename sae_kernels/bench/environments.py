@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_kernels.bench.processes import tied
 from sae_kernels.errors import SaeKernelsError, name_hint
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _make(where: Path, name: str) -> str:
 
 
 def _run(name: str, *command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(tied(command), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         why = _reason(done.stderr) or _reason(done.stdout) or "no reason given"
         raise EnvironmentSetupError(f"{name}: {why}")

@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from sae_kernels.bench.providers import Provider
     from sae_kernels.bench.results import Record
 
+
+class OutOfTime(Exception):
+    """Raised when the budget is used up; says so."""
+
+
 _STATUS: dict[type[Exception], str] = {
-    Unable: "unable", WrongResult: "refused", Failed: "failed",
+    Unable: "unable", WrongResult: "refused", Failed: "failed", OutOfTime: "skipped",
 }  # fmt: skip
 
 
@@ -61,13 +66,13 @@ def measured(outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.status == "measured"]
 
 
-def records(case: Case, outcomes: list[Outcome]) -> list[Record]:
-    """The records of a case, one per provider and dtype."""
+def records(case: Case, outcomes: list[Outcome], told: list[Outcome]) -> list[Record]:
+    """The records of a case's outcomes in ``told``; all outcomes give the times to compare with."""
     times = {o.provider.key: o.timing for o in outcomes}
     ours_shipped = (o for o in outcomes if o.provider.name == "ours" and o.provider.as_shipped)
     shipped = next((o.timing for o in ours_shipped), None)
     found = []
-    for outcome in outcomes:
+    for outcome in told:
         provider, timing = outcome.provider, outcome.timing
         record: Record = {
             **case.facts(),

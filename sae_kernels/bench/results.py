@@ -1,8 +1,8 @@
 """Benchmark results as JSON lines: the provenance, then a record for each provider.
 
 A record is one provider's measurement of one case in one dtype. ``status`` says whether it was
-measured; if not, ``reason`` says why. Missing numbers are null. Later lines may add to the
-provenance.
+measured; if not, ``reason`` says why. Missing numbers are null. Later lines of provenance add to
+the first.
 """
 
 from __future__ import annotations
@@ -134,7 +134,14 @@ def read(path: str | Path) -> Results:
             _check(found[-1], first=i == 1)
         except ValueError as error:
             raise DataError(f"{path}, line {i}: {error}") from None
-    return Results(found[0]["provenance"], found[1:], notes)
+    facts: Record = {}
+    for line in filter(_is_provenance, found):
+        facts |= line["provenance"]
+    return Results(facts, [line for line in found if not _is_provenance(line)], notes)
+
+
+def _is_provenance(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("provenance"), dict)
 
 
 def _parsed(text: str) -> Any:
@@ -147,15 +154,15 @@ def _parsed(text: str) -> Any:
 def _check(found: Any, *, first: bool) -> None:
     """Raises DataError for a line that is neither the provenance (first) nor a record."""
     got = _short(json.dumps(found))
-    if first and not (isinstance(found, dict) and isinstance(found.get("provenance"), dict)):
+    if _is_provenance(found):
+        return
+    if first:
         wanted = '{"provenance": {...}}, as sae-kernels bench writes first,'
         raise ValueError(f"expected {wanted} got {got}")
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {got}")
     kinds: list[tuple[str, Any, str]] = [(name, str, "a text") for name in _TEXTS]
     kinds += [(name, str | None, "a text or null") for name in _KINDS]
-    if first:
-        return
     for name, kind, words in [*kinds, ("phases_ms", dict | None, "an object or null")]:
         if not isinstance(found.get(name), kind):
             raise ValueError(f"{name}: expected {words}, got {_short(repr(found.get(name)))}")

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.bench.contestants.contestant import Unable
+from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
     from sae_kernels.bench.providers import Provider
 
-LIMIT_S = 300.0  # an answer that takes longer is not waited for
+LIMIT_S = 300.0  # an answer that takes longer is not waited for, whatever the budget
 _FOLDER = Path(__file__).parent
 # The folder of contestants as a package of its own: appended, so that it hides nobody's module.
 _START = (
@@ -42,8 +43,10 @@ class WorkerProcess:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         # OMP_WAIT_POLICY is left alone: with passive waiting a library of many small operations
         # took 2.5 times as long. Threads go to sleep by themselves after some milliseconds.
+        self._limit: float | None = None  # in seconds, of the answer that it was killed for
+        command = [str(provider.python), "-c", _START, str(_FOLDER), provider.module, str(threads)]
         self._process = subprocess.Popen(
-            [str(provider.python), "-c", _START, str(_FOLDER), provider.module, str(threads)],
+            tied(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -69,14 +72,14 @@ class WorkerProcess:
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
-        """Waits for the reply to the last command.
+    def answer(self, limit_s: float) -> dict[str, Any]:
+        """Waits for the reply to the last command; kills the process if that takes too long.
 
         Raises:
             Unable, Failed: with the contestant's message.
         """
         assert self._process.stdout is not None
-        alarm = threading.Timer(LIMIT_S, self.kill)
+        alarm = threading.Timer(limit_s, self._end_late, [limit_s])
         alarm.daemon = True
         alarm.start()
         line = self._process.stdout.readline()
@@ -90,10 +93,14 @@ class WorkerProcess:
             raise Failed(answer["failed"])
         return answer
 
-    def ask(self, **command: Any) -> dict[str, Any]:
+    def ask(self, limit_s: float, **command: Any) -> dict[str, Any]:
         """Sends a command and waits for the reply."""
         self.tell(**command)
-        return self.answer()
+        return self.answer(limit_s)
+
+    def _end_late(self, limit_s: float) -> None:
+        self._limit = limit_s
+        self.kill()
 
     def kill(self) -> None:
         """Kills the process and its children."""
@@ -118,6 +125,8 @@ class WorkerProcess:
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
         why = f"; its last line: {lines[-1][:300]}" if lines else ""
+        if self._limit is not None:
+            return f"killed, as it gave no answer in {self._limit:.3g} s{why}"
         if code == -signal.SIGKILL:
-            return f"killed: it gave no answer in {LIMIT_S:.0f} s, or took too much memory{why}"
+            return f"killed by the system, which may have run out of memory{why}"
         return f"its process ended with {code}{why}"

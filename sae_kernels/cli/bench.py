@@ -148,11 +148,12 @@ def _measure(
 
     from sae_kernels.bench import run
     from sae_kernels.bench.output import cells, compare, page
+    from sae_kernels.bench.processes import ended_by_signals
     from sae_kernels.gpu import training_device
 
     training_device(settings.device)  # says what is missing
-    with output.progress() as show:
-        results, interrupted = run.measure(chosen, who, settings, out, output.record, show)
+    with ended_by_signals(), output.progress() as show:
+        results, ended = run.measure(chosen, who, settings, out, output.record, show)
     if not output.as_json:
         console = Console()
         cells.show(results, console)
@@ -160,5 +161,5 @@ def _measure(
             compare.show(results, stored, console)
     if plot is not None and results.records:
         output.text(f"report: {page.write(results, plot)}")
-    if interrupted:
-        raise KeyboardInterrupt
+    if ended is not None:
+        raise ended

@@ -69,17 +69,24 @@ class _Lines:
     def __init__(self) -> None:
         self._began: dict[str, tuple[float, int]] = {}
         self._shown: dict[str, float] = {}
+        self._note = ""
 
     def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         now = time.monotonic()
         if stage not in self._shown:
             self._began[stage], self._shown[stage] = (now, done), now
-            print(stage, file=sys.stderr, flush=True)
+            self._say(stage, note if total is None else "")
+        elif total is None and note != self._note:  # it has no count to tell
+            self._say(stage, note)
         elif 0 < done != total and now - self._shown[stage] >= _QUIET_SECONDS:
             self._shown[stage] = now
             rest = "" if total is None else f" of {total:,}"
             parts = [f"{stage}: {done:,}{rest}", note, self._left(stage, done, total, now)]
             print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    def _say(self, stage: str, note: str) -> None:
+        self._note = note
+        print(": ".join(filter(None, (stage, note))), file=sys.stderr, flush=True)
 
     def _left(self, stage: str, done: int, total: int | None, now: float) -> str:
         start, before = self._began[stage]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sae_kernels import primitives
-from sae_kernels.bench import results, workers
+from sae_kernels.bench import results
 from sae_kernels.bench.cases import Case, Shape, step
 from sae_kernels.bench.contestants.clock import PHASES, phase_of
 from sae_kernels.bench.providers import Provider, chosen
@@ -62,10 +62,9 @@ def provider(module: str, name: str = "planted", **options: Any) -> Provider:
     return Provider(name, "float32", f"planted.{module}", options)
 
 
-def run(*providers: Provider, case: Case = CASE) -> dict[str, results.Record]:
-    with BenchRun(providers, SETTINGS) as bench:
-        (records,) = bench.records([case])
-    return {record["provider"]: record for record in records}
+def run(*providers: Provider, settings: BenchSettings = SETTINGS) -> dict[str, results.Record]:
+    with BenchRun(providers, settings) as bench:
+        return {record["provider"]: record for record in bench.records([CASE])}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,10 @@ def everything(planted: None) -> dict[str, list[results.Record]]:
     cases = [*OPERATORS, *STEPS]
     who = chosen(["dense"], "cpu")
     with BenchRun(who, SETTINGS) as bench:
-        return dict(zip((c.name for c in cases), bench.records(cases), strict=True))
+        found = list(bench.records(cases))
+    return {
+        case.name: [record for record in found if record["case"] == case.name] for case in cases
+    }
 
 
 def test_a_planted_delay_is_measured() -> None:
@@ -107,14 +109,10 @@ def test_the_contestant_without_a_fault_is_accepted(wrong: dict[str, results.Rec
     [
         ("raises", "failed", "ArithmeticError: planted failure"),
         ("dies", "failed", "ended with 3"),
-        ("hangs", "failed", "no answer in 20 s"),
         ("unable", "unable", "planted inability"),
     ],
 )
-def test_one_that_breaks_leaves_the_others_alone(
-    how: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "LIMIT_S", 20.0)
+def test_one_that_breaks_leaves_the_others_alone(how: str, status: str, words: str) -> None:
     found = run(provider("failing", how=how), Provider("dense", "float32", "dense", {}))
     assert found["planted"]["status"] == status
     assert words in found["planted"]["reason"]
@@ -136,6 +134,9 @@ def test_everything_passes_the_gate_and_is_timed(
         if record["provider"] == "product" and case.operation == "decode":
             assert record["status"] == "unable"
             continue
+        if record["dtype"] == "bfloat16" and "times as long" in (record["reason"] or ""):
+            assert record["provider"] != "ours"  # the CPU has no bf16 units
+            continue
         assert record["status"] == "measured", record["reason"]
         assert record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
         assert record["provider"] == "copy" or record["max_error"] <= record["error_budget"]
@@ -150,7 +151,7 @@ def test_ratios_are_of_the_same_dtype_and_of_what_is_shipped(
     (shipped,) = (r for r in records if r["provider"] == "ours" and r["as_shipped"])
     dense = [record for record in records if record["provider"] == "dense"]
     assert len(dense) == 2
-    for record in dense:
+    for record in results.measured(dense):
         ours = record["median_ms"] / time_of["ours", record["dtype"]]
         assert record["speedup_of_ours"] == pytest.approx(ours, rel=1e-3)
         default = record["median_ms"] / shipped["median_ms"]
@@ -168,8 +169,7 @@ def test_an_idle_worker_takes_no_time_of_the_processor() -> None:
     """Its threads sleep after a parallel kernel: under 2 % of a core."""
     two = BenchSettings(threads=2, rounds=3)
     with BenchRun([p for p in chosen([], "cpu") if p.name == "ours"], two) as bench:
-        generator = bench.records([step(Shape(512, 128, 2048, 16), "uniform")])
-        next(generator)
+        list(bench.records([step(Shape(512, 128, 2048, 16), "uniform")]))
         (worker, *_) = bench._workers.values()
         before = _cpu_seconds(worker.pid)
         time.sleep(1.0)
@@ -184,18 +184,19 @@ def _cpu_seconds(pid: int) -> float:
 def test_what_does_not_fit_the_budget_is_skipped_and_said_so() -> None:
     with BenchRun([provider("slow")], BenchSettings(threads=1, budget_s=1e-3)) as bench:
         time.sleep(0.01)
-        (records,) = bench.records([CASE])
+        records = list(bench.records([CASE]))
     assert [record["status"] for record in records] == ["skipped"]
     assert "over" in records[0]["reason"]
 
 
 @pytest.mark.full
-def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
-    """Interrupted in the second case: the first is in the file, the exit code is that of Ctrl-C."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ended_half_way_it_keeps_what_was_measured(number: int, code: int, tmp_path: Path) -> None:
+    """In the second case: the first is in the file, and the exit code is that of the signal."""
     out = tmp_path / "results.jsonl"
     shapes = "step-topk-(256x64|512x256|1024)"
     command = [sys.executable, "-m", "sae_kernels", "bench", "--preset", "crossover"]
-    command += ["--only", shapes, "--against", "", "--rounds", "2000", "--budget", "24"]
+    command += ["--only", shapes, "--against", "", "--rounds", "2000", "--budget", "48"]
     command += ["--threads", "1", "--out", str(out)]
     process = subprocess.Popen(
         command,
@@ -203,15 +204,16 @@ def test_ctrl_c_half_way_keeps_what_was_measured(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    lines = 1 + len(chosen([], "cpu"))
+    lines = 2 + len(chosen([], "cpu"))  # of provenance there are two
     _wait_for(lambda: out.exists() and out.read_text().count("\n") == lines, process)
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     read = results.read(out)
     first, *others = read.cases().values()
-    assert {r["status"] for r in first} == {"measured"}
+    assert {r["status"] for r in first} <= {"measured", "unable"}
+    assert {r["provider"] for r in results.measured(first)} == {"ours", "product", "copy"}
     assert {r["status"] for records in others for r in records} <= {"measured", "skipped"}
     assert all(json.dumps(record) for record in read.records)
 

@@ -151,6 +151,13 @@ def test_progress_without_a_terminal_is_an_occasional_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "train\ntrain: 1 of 3, 0:00 left\ntrain: 2 of 3, 0:00 left\n"
 
 
+def test_progress_without_a_count_says_what_it_is_at(capsys):
+    with output.Output(as_json=False).progress() as show:
+        for note in ("dense", "dense", "ours"):
+            show("warm up", 0, None, note)
+    assert capsys.readouterr().err == "warm up: dense\nwarm up: ours\n"
+
+
 def test_main_reads_the_arguments_of_the_process(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sae-kernels", "--version"])
     assert main() == 0

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from sae_kernels.backends import cpu
 from sae_kernels.bench import cases, environments, results
 from sae_kernels.data import ShardWriter
 
@@ -16,23 +20,42 @@ TINY = ["--preset", "tiny", "--only", "step", "--rounds", "3", "--threads", "1"]
 @pytest.mark.full
 def test_a_run_is_written_shown_drawn_and_compared(run, tmp_path):
     out, plot = tmp_path / "one.jsonl", tmp_path / "report"
-    (first, *records) = run("bench", *TINY, "--against", "dense", "--out", out, "--json").records()
-    assert first["provenance"]["threads"] == 1
-    assert first["provenance"]["libraries"]["dense float32"]["torch"] == torch.__version__
-    assert str(tmp_path) not in first["provenance"]["command"]
+    lines = run("bench", *TINY, "--against", "dense", "--out", out, "--json").records()
+    assert lines[0]["provenance"]["threads"] == 1
+    assert str(tmp_path) not in lines[0]["provenance"]["command"]
+    records = [line for line in lines if "provenance" not in line]
     read = results.read(out)
     assert read.records == records
-    assert {(r["provider"], r["dtype"]) for r in records if r["status"] == "measured"} >= {
-        ("ours", "float32"),
-        ("ours", "bfloat16"),
-        ("dense", "float32"),
-        ("dense", "bfloat16"),
-    }
+    assert read.provenance["threads"] == 1
+    assert read.provenance["libraries"]["dense float32"]["torch"] == torch.__version__
+    measured = {(r["provider"], r["dtype"]) for r in results.measured(records)}
+    assert measured >= {("ours", "float32"), ("ours", "bfloat16"), ("dense", "float32")}
     shown = run("bench", *TINY, "--against", "", "--compare", out, "--plot", plot)
     assert shown.code == 0
     assert records[0]["case"] in shown.out
     assert "dense" in shown.out  # only in the stored run, and said so
     assert (plot / "index.html").read_text().count(records[0]["case"]) > 0
+
+
+NO_UNITS = {  # torch's products and ours as on a CPU with AVX2 alone
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "SAE_KERNELS_CPU_ISA": "avx2",
+}
+
+
+@pytest.mark.skipif("avx2" not in cpu.supported_isas(), reason="needs a CPU with AVX2")
+def test_without_bf16_units_torch_is_left_out_in_bf16_and_says_why():
+    command = [sys.executable, "-m", "sae_kernels", "bench", *TINY, "--against", "dense"]
+    command += ["--dry-run", "--json"]
+    environment = {**os.environ, **NO_UNITS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    reasons = {(r["provider"], r["dtype"]): r["unable"] for r in found}
+    for name in ("dense", "product"):
+        assert "times as long as its float32 one" in reasons[name, "bfloat16"]
+        assert reasons[name, "float32"] is None
+    assert reasons["ours", "bfloat16"] is None  # our kernels read bf16 and compute in fp32
 
 
 def test_list_names_every_case_of_a_preset(run):
@@ -59,9 +82,10 @@ def test_stored_activations_take_the_place_of_random_ones(run, tmp_path):
     with ShardWriter(tmp_path / "acts", 24, rows_per_shard=256) as writer:
         writer.write(torch.randn(300, 24, generator=torch.Generator().manual_seed(0)))
     few = ["--preset", "tiny", "--only", "encode", "--against", "", "--rounds", "3"]
-    (_, *records) = run("bench", *few, "--data", tmp_path / "acts", "--json").records()
-    assert records[0]["case"] == "encode-topk-256x24x512x8-real"
-    assert records[0]["status"] == "measured"
+    lines = run("bench", *few, "--data", tmp_path / "acts", "--json").records()
+    record = next(line for line in lines if line.get("provider") == "ours")
+    assert record["case"] == "encode-topk-256x24x512x8-real"
+    assert record["status"] == "measured"
 
 
 @pytest.mark.parametrize(
