@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+if sys.platform == "win32":
+    # Locks of folders, signals, and the kernels' vector extensions are those of POSIX systems.
+    sys.exit("sae-kernels: expected Linux or another POSIX system, got Windows; use WSL 2")
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 

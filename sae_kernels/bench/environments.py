@@ -90,7 +90,7 @@ def setup(names: Iterable[str], show: Callable[[str], None]) -> None:
 
 
 def _python(where: Path) -> Path:
-    return where / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return where / "bin/python"
 
 
 def _passes(name: str) -> dict[Path, list[str]]:

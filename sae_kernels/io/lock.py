@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,11 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where the folder is not locked
-    fcntl = None  # type: ignore[assignment]
-
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -25,9 +21,6 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process, or another writer in this one, holds the lock.
     """
-    if fcntl is None:
-        yield
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -57,7 +57,6 @@ def on_a_terminal(columns: int, **environment: str) -> str:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, 140])
 def test_a_terminal_shows_one_line_with_the_numbers_and_the_time_left(columns: int) -> None:
     shown = on_a_terminal(columns, NO_COLOR="1")
@@ -72,7 +71,6 @@ def test_a_terminal_shows_one_line_with_the_numbers_and_the_time_left(columns: i
 
 
 @pytest.mark.full
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("no_color", [True, False])
 def test_no_color_is_honoured(no_color: bool) -> None:
     shown = on_a_terminal(140, **({"NO_COLOR": "1"} if no_color else {}))

@@ -28,7 +28,6 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_keeps_what_was_learnt(data, tmp_path):
     out = tmp_path / "run"
     command = [*COMMAND, "train", str(data), "--out", str(out), *FOREVER]
@@ -52,7 +51,6 @@ def test_ctrl_c_keeps_what_was_learnt(data, tmp_path):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("no_color", [True, False])
 def test_a_terminal_gets_bars_and_no_color_is_honoured(data, tmp_path, no_color):
     import pty

@@ -26,7 +26,6 @@ from tests.harvest.causal import documents, gpt2, tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-needs_signals = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 QUICK: list[Any] = ["--steps", 12, "--batch-size", 64, "--n-latents", 32, "--k", 4]
 QUICK += ["--log-every", 1, "--checkpoint-every", 5]
 SAE_FILES = ("sae/config.json", "sae/sae.safetensors")
@@ -62,7 +61,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert lines[0] == lines[1]
 
 
-@needs_signals
 @pytest.mark.parametrize(
     ("number", "code", "command"),
     [(signal.SIGINT, 130, "resume"), (signal.SIGTERM, 143, "train")],
@@ -92,7 +90,6 @@ def test_interrupted_and_resumed_is_the_same_run(
 
 
 @pytest.mark.full
-@needs_signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_process_that_is_signalled_can_be_resumed(
     run: Any, data: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -142,7 +139,6 @@ def test_a_process_that_is_signalled_can_be_resumed(
     assert_same_sae(tmp_path / "here", out)
 
 
-@needs_signals
 def test_killed_with_9_loses_the_steps_since_the_last_checkpoint(
     run: Any, data: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +178,6 @@ def stopped(run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return out
 
 
-@needs_signals
 def test_a_damaged_checkpoint_is_passed_over(run: Any, data: Path, stopped: Path) -> None:
     newest = stopped / "checkpoints" / "step_00000007" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -194,7 +189,6 @@ def test_a_damaged_checkpoint_is_passed_over(run: Any, data: Path, stopped: Path
     assert_same_run(straight, stopped)
 
 
-@needs_signals
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -213,7 +207,6 @@ def test_a_setting_that_changes_what_is_learnt_is_refused(
     assert contents(stopped) == before
 
 
-@needs_signals
 def test_what_does_not_change_it_may_be_new(run: Any, data: Path, stopped: Path) -> None:
     flags = [*QUICK, "--log-every", 2, "--checkpoint-every", 3, "--keep-checkpoints", 1]
     moved = data.rename(data.parent / "elsewhere")
@@ -226,7 +219,6 @@ def test_what_does_not_change_it_may_be_new(run: Any, data: Path, stopped: Path)
     assert_same_sae(stopped.parent / "straight", stopped)
 
 
-@needs_signals
 def test_other_data_are_refused(run: Any, data: Path, stopped: Path) -> None:
     with ShardWriter(data, 8, overwrite=True) as writer:
         writer.write(torch.randn(601, 8))
@@ -280,7 +272,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@needs_signals
 def test_end_to_end_interrupted_and_resumed(
     run: Any, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +300,6 @@ STREAM += ["--log-every", 1, "--checkpoint-every", 4]
 
 
 @pytest.mark.sampled(1)
-@needs_signals
 @pytest.mark.parametrize(
     ("arch", "layers"),
     [
@@ -352,7 +342,6 @@ def test_a_stream_from_a_model(
     assert_same_run(straight, tmp_path / "again")
 
 
-@needs_signals
 def test_the_dtype_of_the_model_is_one_of_the_run(
     run: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -372,7 +361,6 @@ def test_the_dtype_of_the_model_is_one_of_the_run(
 
 
 @pytest.mark.full
-@needs_signals
 def test_a_stream_from_a_dataset(
     run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

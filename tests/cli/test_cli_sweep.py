@@ -105,7 +105,6 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.full
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_stopped_in_the_middle_and_resumed(
     run: Any, file: Path, tmp_path: Path, number: signal.Signals, code: int
