@@ -15,6 +15,8 @@ from sae_kernels.backends import cpu
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# What lets a machine behave as one with less.
+_ISA_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "SAE_KERNELS_CPU_ISA")
 # Where results go and stored data lie is this machine's own business.
 _PLACES = ("--out", "--plot", "--data", "--compare")
 
@@ -35,6 +37,7 @@ def provenance(command: str, threads: int | None = None, device: str = "cpu") ->
         **machine.versions(),
         "commit": commit,
         "dirty": dirty,
+        "isa_limits": {name: os.environ[name] for name in _ISA_LIMITS if name in os.environ},
         "malloc": os.environ.get("GLIBC_TUNABLES") or os.environ.get("LD_PRELOAD") or "default",
         "command": " ".join([command, *without_places(sys.argv[1:])]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

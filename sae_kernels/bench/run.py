@@ -162,7 +162,7 @@ class BenchRun:
             path, out = Path(folder, "inputs.safetensors"), Path(folder, "came")
             tasks: dict[str, Task] = {}
             yield from self._start(case, outcomes, path, tasks)
-            given = load_file(path) if measured(outcomes) else {}
+            given = load_file(path) if tasks else {}
             for outcome in self._each(case, outcomes, "check"):
                 task = tasks[outcome.provider.key]
                 with outcome.guarded():

@@ -54,7 +54,7 @@ def probe(
     found["gradient"] = contestant.gradient()
     for parameter in contestant.parameters():
         parameter.grad = None
-    found["asked"] = train(x, contestant, steps, found)
+    found["asked"] = train(contestant, x, steps, found)
     contestant.train(iter([x]))  # a loop that ends by itself
     return found
 

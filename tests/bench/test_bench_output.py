@@ -17,6 +17,7 @@ from benchmarks import page as benchmarks_page
 from sae_kernels.bench.output import cells, page, pictures, ratios, series
 from sae_kernels.bench.output.compare import compare
 from sae_kernels.bench.output.compare import show as show_comparison
+from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.results import Results, Writer, read, roofs
 from sae_kernels.errors import DataError
 
@@ -35,6 +36,17 @@ def shown(results: Results, width: int) -> str:
     out = io.StringIO()
     cells.show(results, Console(file=out, width=width))
     return out.getvalue()
+
+
+def test_a_machine_that_was_made_to_do_with_less_is_shown_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("ATEN_CPU_CAPABILITY", "SAE_KERNELS_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    facts: Any = provenance("here")
+    assert facts["isa_limits"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in cells.machine(facts)
 
 
 def test_each_line_is_on_disk_before_the_next_and_reads_back(tmp_path: Path) -> None:

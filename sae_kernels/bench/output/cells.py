@@ -131,6 +131,10 @@ def machine(provenance: Record) -> str:
     named = ("isa", "threads", "python", "torch", "triton", "commit")
     place = [str(provenance[name]) for name in ("device", "cpu") if provenance.get(name)]
     facts = [f"{name} {provenance[name]}" for name in named if provenance.get(name)]
+    limits = provenance.get("isa_limits")
+    facts += [
+        f"{name}={value}" for name, value in (limits if isinstance(limits, dict) else {}).items()
+    ]
     return ", ".join([*place, *facts]) + (" with changes" if provenance.get("dirty") else "")
 
 
