@@ -244,8 +244,8 @@ class BenchRun:
 
     def _leave_out_the_slowest(self, outcomes: list[Outcome]) -> None:
         """Leaves out the slowest until the least rounds of the others fit in the budget."""
-        left = max(0.0, self._left())
-        while taking := measured(outcomes):
+        left = self._left()
+        while (taking := measured(outcomes)) and left > 0:
             # One more, as no answer may take more than half of what is left.
             least = (_LEAST_ROUNDS + 1) * sum(map(_turn_s, taking))
             if least <= left:
