@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sae_kernels import machine
 from sae_kernels.bench import environments
 from sae_kernels.bench.contestants.contestant import Task
 from sae_kernels.errors import name_hint
@@ -53,7 +52,12 @@ class Provider(NamedTuple):
         if case.operation not in self.operations:
             return f"it has no {case.operation}"
         if device == "cpu" and self.dtype == "bfloat16" and not self._own_products:
-            return _bf16_unfit()
+            slowdown = machine.bf16_slowdown()
+            if slowdown > _MOST_SLOWDOWN:
+                return (
+                    f"left out: torch's bfloat16 product takes {slowdown:.1f} times as long as its "
+                    "float32 one on this CPU"
+                )
         return None
 
     @property
@@ -71,29 +75,6 @@ class Provider(NamedTuple):
 # Of torch's bf16 product on a CPU, in times of the fp32 one (4 to 5 where there is AVX2 alone).
 # Nobody trains in bf16 where it is so slow, and who did would take the time of all others.
 _MOST_SLOWDOWN = 2.0
-
-
-@functools.cache
-def _bf16_unfit() -> str | None:
-    """The reason not to run contestants in bf16 on this CPU, or None; it is measured once."""
-    slowdown = _product_s(torch.bfloat16) / _product_s(torch.float32)
-    if slowdown <= _MOST_SLOWDOWN:
-        return None
-    return (
-        f"left out: torch's bfloat16 product takes {slowdown:.1f} times as long as its float32 one "
-        "on this CPU"
-    )
-
-
-def _product_s(dtype: torch.dtype) -> float:
-    """The least seconds of an encoder's product of 256 tokens."""
-    x, W = torch.ones(256, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
-    seconds = []
-    for _ in range(4):  # the first one sets up
-        start = time.perf_counter()
-        torch.mm(x, W.T)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _both(

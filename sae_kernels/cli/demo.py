@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="A new folder, or one of an earlier demo.")] = Path(
         "sae-demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 1024 tokens.")] = 800,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 1024 tokens.")] = 600,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the weights and of the data's order.")
     ] = 0,

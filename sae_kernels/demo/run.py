@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels import machine
 from sae_kernels.config import DataConfig, OutputConfig, TrainConfig
 from sae_kernels.data import ShardDataset
 from sae_kernels.demo.page import describe
@@ -17,7 +18,6 @@ from sae_kernels.harvest import harvest, load_model, minilm_folder, python_corpu
 from sae_kernels.nn import TopKConfig, TopKObjective
 from sae_kernels.report import write_report
 from sae_kernels.runs.folder import SAE_FOLDER
-from sae_kernels.step.base import compute_dtype
 from sae_kernels.training import evaluate, train
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class DemoResult:
 def train_config(steps: int, seed: int) -> TrainConfig:
     """The demo's training settings, for a short run: high learning rate, small batches."""
     objective = TopKObjective(dead_after_tokens=DEAD_AFTER_TOKENS)
-    return TrainConfig(steps=steps, batch_size=1024, lr=2e-3, seed=seed, objective=objective)
+    return TrainConfig(steps=steps, batch_size=1024, lr=4e-3, seed=seed, objective=objective)
 
 
 def sae_config(d_in: int) -> TopKConfig:
@@ -70,7 +70,7 @@ def sae_config(d_in: int) -> TopKConfig:
 def run_demo(
     out: Path,
     *,
-    steps: int = 800,
+    steps: int = 600,
     seed: int = 0,
     train_tokens: int = 200_000,
     held_out_tokens: int = 24_000,
@@ -147,7 +147,8 @@ def _harvest(
 ) -> PreTrainedTokenizerBase:
     timer.stage("load model", 1)
     model, tokenizer = load_model(model_folder)
-    native = compute_dtype("auto")
+    # Products are four fifths of the model's time.
+    autocast = torch.bfloat16 if machine.bf16_slowdown() < 0.5 else None
     for side, text, limit in zip(SIDES, texts, limits, strict=True):
         timer.stage(f"harvest {side.replace('_', '-')}", limit)
         harvest(
@@ -159,7 +160,7 @@ def _harvest(
             max_tokens=limit,
             # float16 holds the layer norm's small values and halves the bytes on disk.
             dtype=torch.float16,
-            autocast=None if native == torch.float32 else native,
+            autocast=autocast,
             overwrite=True,
             progress=timer.advance,
         )

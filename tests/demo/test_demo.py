@@ -6,11 +6,12 @@ import contextlib
 import functools
 import io
 import json
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 
-from sae_kernels import demo
+from sae_kernels import demo, machine
 from sae_kernels.cli import main
 from sae_kernels.data import ShardDataset
 from sae_kernels.errors import ModelError
@@ -28,13 +29,13 @@ except ModelError as missing:
 STEPS = 12
 
 
+DOCUMENTS = [topics[name] for name in sorted(topics)[:40]]
+
+
 @pytest.fixture(scope="module")
 def tiny():
-    from pydoc_data.topics import topics
-
-    documents = [topics[name] for name in sorted(topics)[:40]]
     return functools.partial(
-        demo.run_demo, documents=documents, train_tokens=3000, held_out_tokens=500
+        demo.run_demo, documents=DOCUMENTS, train_tokens=3000, held_out_tokens=500
     )
 
 
@@ -69,6 +70,13 @@ def test_the_result_is_that_of_the_saved_sae_on_the_stored_activations(ran):
     assert evaluate(sae, held_out).fvu == pytest.approx(lines[-1]["fvu"], rel=1e-3)
     tokens = ShardDataset(out / "activations" / "train").rows(0, 3000).tokens
     assert not torch.isin(tokens, torch.tensor([101, 102])).any()  # [CLS] and [SEP]
+
+
+def test_the_model_computes_in_bf16_where_that_is_much_faster(ran):
+    out, _ = ran
+    computed = "bfloat16" if machine.bf16_slowdown() < 0.5 else None
+    for side in ("train", "held_out"):
+        assert ShardDataset(out / "activations" / side).metadata["autocast"] == computed
 
 
 def test_the_page_shows_the_result(ran):
