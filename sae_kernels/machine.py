@@ -41,7 +41,7 @@ def cpu_model() -> str:
 def bf16_slowdown() -> float:
     """Time of torch's bf16 product on this CPU over that of its fp32 one, measured once.
 
-    About 1/4 with AVX-512's bf16 units, less with AMX, and 4 to 5 with AVX2 alone.
+    About 1/5 with AVX-512's bf16 units, less with AMX, and 2.5 to 5 with AVX2 alone.
 
     Example:
         >>> bf16_slowdown() > 0
@@ -52,7 +52,7 @@ def bf16_slowdown() -> float:
 
 def _product_s(dtype: torch.dtype) -> float:
     """The least seconds of an encoder's product of 256 tokens."""
-    x, W = torch.ones(256, 768, dtype=dtype), torch.ones(2048, 768, dtype=dtype)
+    x, W = torch.ones(256, 768, dtype=dtype), torch.ones(8192, 768, dtype=dtype)
     seconds = []
     for _ in range(4):  # the first one sets up
         start = time.perf_counter()
