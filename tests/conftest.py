@@ -5,13 +5,15 @@ started, for one process can hold one of these only:
 
 - plainly: the reference and every ISA variant of the host kernels;
 - ``TRITON_INTERPRET=1``: the Triton kernels, in Triton's interpreter on CPU tensors;
+- ``--emulate sm_80`` or ``sm_90``: all GPU kernels as compiled for that GPU, emulated on CPU tensors;
 - ``SAE_TEST_DEVICE=cuda``: the reference and all GPU kernels, every tensor on the GPU.
 
-The last two leave out tests without that fixture: nothing would differ from the plain run.
+All but the first leave out tests without that fixture: nothing would differ from the plain run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -27,6 +29,7 @@ import pytest
 import tiers
 import torch
 
+from emulator import cuda_kernels, library, triton_driver
 from sae_kernels import backends, gpu
 from sae_kernels.backends import cpu
 
@@ -41,7 +44,6 @@ if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
 if gpu.interpreted():
     interpreter.round_alike()
-PLAIN = DEVICE.type == "cpu" and not gpu.interpreted()
 
 # CI must not fail by chance: the same examples every time. A nightly run may ask for "random".
 # The fixtures a property uses here only set the environment, which examples may well share.
@@ -55,10 +57,39 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+_emulation = contextlib.ExitStack()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that runs GPU kernels in the emulator."""
+    parser.addoption(
+        "--emulate",
+        choices=sorted(triton_driver.ARCHITECTURES),
+        help="run the tests of kernels with the GPU kernels, compiled for this architecture and "
+        "emulated (see docs/gpu.md)",
+    )
+
+
+def is_plain(config: pytest.Config) -> bool:
+    """Whether the host's kernels are tested."""
+    return DEVICE.type == "cpu" and not gpu.interpreted() and not config.option.emulate
+
+
+def pytest_unconfigure() -> None:
+    """Ends the emulation."""
+    _emulation.close()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Runs tests that are named whatever their tier, and lets Ctrl-C end what a test starts."""
     if config.option.markexpr == tiers.FAST and all("::" in name for name in config.args):
         config.option.markexpr = ""
+    emulate = config.option.emulate
+    if emulate and library.unavailable() is None:
+        architecture = triton_driver.ARCHITECTURES[emulate]
+        _emulation.enter_context(triton_driver.emulated(architecture))
+        if cuda_kernels.unavailable() is None:
+            _emulation.enter_context(cuda_kernels.emulated(architecture))
     # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,9 +101,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if named else min(4, os.cpu_count() or 1)
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
     """Names the variants that the parametrized tests cover on this machine."""
     where = "Triton's interpreter" if gpu.interpreted() else str(DEVICE)
+    if config.option.emulate:
+        missing = library.unavailable() or cuda_kernels.unavailable()
+        where = f"an emulated {config.option.emulate}" + (f" ({missing})" if missing else "")
     return f"sae_kernels on {where}; ISA variants {', '.join(ISAS)}; torch {torch.__version__}"
 
 
@@ -103,11 +137,13 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def backends_for(primitives: tuple[str, ...]) -> list[str]:
+def backends_for(primitives: tuple[str, ...], config: pytest.Config) -> list[str]:
     """The backends that this process can test and that implement all of these primitives."""
-    if PLAIN:
+    if is_plain(config):
         return ["reference", *(f"cpu-{isa}" for isa in ISAS)]
     names = backends.NAMES if DEVICE.type == "cuda" else ("triton",)
+    if config.option.emulate:
+        names = ("cuda", "triton", "gluon")
     dtype = torch.bfloat16  # the one that all GPU backends take
     return [
         name
@@ -120,16 +156,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test that takes ``backend`` once on each that implements its module's PRIMITIVES."""
     if "backend" in metafunc.fixturenames:
         primitives = getattr(metafunc.module, "PRIMITIVES", ("select_topk",))
-        metafunc.parametrize("backend", backends_for(primitives), indirect=True)
+        metafunc.parametrize("backend", backends_for(primitives, metafunc.config), indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sorts the cases into tiers, and leaves out, on other kernels than the host's, other tests."""
-    if not PLAIN:
+    if not is_plain(config):
         kept = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+    reason = library.unavailable() if config.option.emulate else None
+    if reason is not None:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=reason))
     tiers.mark(items)
 
 
