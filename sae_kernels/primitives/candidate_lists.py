@@ -79,7 +79,8 @@ def bias(b, columns, F):
     live = columns < F
     if b is None:
         return tl.where(live, 0.0, float("-inf"))
-    return tl.load(b + columns, mask=live, other=float("-inf"))
+    else:  # Triton looks at what follows a return, even under a condition that it knows
+        return tl.load(b + columns, mask=live, other=float("-inf"))
 
 
 @triton.jit

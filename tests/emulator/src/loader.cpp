@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <sstream>
 #include <unordered_map>
 #include <utility>
 
@@ -75,6 +76,16 @@ bool parse_type(const std::string& word, Type* type) {
   return false;
 }
 
+// The type that a declaration names, as in `.param .u64 .ptr .global name`.
+Type type_of(const std::string& declaration) {
+  std::istringstream words(declaration);
+  Type type;
+  for (std::string word; words >> word;) {
+    if (word[0] == '.' && parse_type(word.substr(1), &type)) return type;
+  }
+  throw Fault("no type in the declaration " + declaration);
+}
+
 class Loader {
  public:
   Kernel kernel;
@@ -110,9 +121,7 @@ class Loader {
         align = std::atoi(declaration.c_str() + declaration.find(".align") + 6);
         name.resize(array);
       } else {
-        Type type;
-        for (const auto& word : split(declaration, '.')) parse_type(trim(word), &type);
-        size = align = type.bits / 8;
+        size = align = type_of(declaration).bits / 8;
       }
       int& bytes = kernel.parameter_bytes;
       bytes = (bytes + align - 1) / align * align;
@@ -138,11 +147,7 @@ class Loader {
       std::string name = declaration.substr(declaration.find_last_of(" \t") + 1);
       const size_t align_at = declaration.find(".align");
       const int align = align_at == std::string::npos ? 4 : std::atoi(declaration.c_str() + align_at + 6);
-      Type type;
-      for (const auto& word : split(declaration.substr(0, declaration.find_last_of(" \t")), '.')) {
-        parse_type(trim(word), &type);
-      }
-      int size = type.bits / 8;
+      int size = type_of(declaration).bits / 8;
       if (const size_t array = name.find('['); array != std::string::npos) {
         size *= std::atoi(name.c_str() + array + 1);
         name.resize(array);
