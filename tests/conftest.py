@@ -28,8 +28,8 @@ import interpreter
 import pytest
 import tiers
 import torch
-
 from emulator import cuda_kernels, library, triton_driver
+
 from sae_kernels import backends, gpu
 from sae_kernels.backends import cpu
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -98,16 +99,14 @@ def emulated(architecture: int, edit: Edit | None = None, seed: int = 0) -> Iter
 
 
 def replacing(kernel: str, *replacements: tuple[str, str]) -> Edit:
-    """An edit that plants a fault: texts and what replaces their first occurrence in a kernel."""
+    """An edit that plants a fault: patterns, and what replaces their first match in a kernel."""
 
     def edit(name: str, ptx: str) -> str:
         if name != kernel:
             return ptx
-        for old, new in replacements:
-            assert ptx.count(old), f"{kernel} has no {old!r} to replace"
-            ptx = ptx.replace(old, new, 1)
+        for pattern, replacement in replacements:
+            ptx, n = re.subn(pattern, replacement, ptx, count=1, flags=re.DOTALL)
+            assert n, f"{kernel} has nothing like {pattern!r} to replace"
         return ptx
 
     return edit
-
-

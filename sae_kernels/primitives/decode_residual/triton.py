@@ -19,6 +19,7 @@ from sae_kernels.primitives.tensors import packed
 # Above it a block of all rows would be narrower than the 64 bytes that memory hands out at once.
 MOST_FUSED = 256
 _WIDEST = 1024  # columns that are compared at a time
+_COLUMNS_A_WARP = 128  # loads of 16 bytes
 
 
 @triton.jit
@@ -152,6 +153,7 @@ def _compare(
     """Replaces reconstructions [B, D] or [G, B, D] by residuals and returns the squared errors."""
     sse = x_hat.new_empty(x_hat.shape[:-1])
     B, D = target.shape
+    block = min(_WIDEST, gpu.next_power_of_two(D))
     _residual_kernel[(B,)](
         x_hat,
         target.contiguous(),
@@ -160,7 +162,9 @@ def _compare(
         B,
         D=D,
         GROUPS=x_hat.shape[0] if x_hat.dim() == 3 else 1,
-        BLOCK=min(_WIDEST, gpu.next_power_of_two(D)),
-        num_warps=4,
+        BLOCK=block,
+        # A warp without columns of its own would repeat another's, and might load what that one has
+        # already replaced.
+        num_warps=max(1, min(4, block // _COLUMNS_A_WARP)),
     )
     return sse

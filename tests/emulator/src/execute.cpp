@@ -186,6 +186,9 @@ void Step::atomic() {
     u64 old = 0;
     u8* const memory = is_shared ? block_.shared.write(who_, cut(at, 32), bytes, nullptr, true)
                                  : m_.global_.write(who_, at, bytes, nullptr, true);
+    if (is_shared && !block_.shared.defined(cut(at, 32), bytes)) {
+      throw Fault("uninitialised: adds to shared memory that nobody wrote; " + place(who_));
+    }
     std::memcpy(&old, memory, bytes);
     u64 sum = old + operand;
     if (in_.type.is_float()) {

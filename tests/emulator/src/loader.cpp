@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <set>
 #include <sstream>
 #include <unordered_map>
 #include <utility>
@@ -336,6 +337,11 @@ class Loader {
     in->vector = in->has("v2") ? 2 : in->has("v4") ? 4 : in->has("v8") ? 8 : 1;
     if (in->has("sat") || in->has("x2a")) throw Fault("unknown instruction");
     choose(in);
+    static const std::set<Op> kTogether = {
+        Op::kBarrier, Op::kBarrierReduce, Op::kWarpBarrier, Op::kShuffle, Op::kReduce, Op::kVote,
+        Op::kElect, Op::kMultiply, Op::kLoadMatrix, Op::kStoreMatrix, Op::kMbarrierWait,
+        Op::kGroupFence, Op::kGroupMultiply, Op::kGroupCommit, Op::kGroupWait};
+    in->together = kTogether.count(in->op) != 0;
     if (in->op == Op::kBranch || in->op == Op::kBranchIndexed) {
       const auto parts = split(rest, ',');
       if (in->op == Op::kBranchIndexed) in->from_.push_back(operand(parts[0]));

@@ -55,6 +55,17 @@ std::unique_ptr<Block> Machine::make_block(u64 number) {
 }
 
 void Machine::run() {
+  try {
+    run_blocks();
+  } catch (const Fault& fault) {  // which may be what an earlier finding came to
+    auto lines = findings_.all();
+    lines.push_back(fault.what());
+    throw Fault(join_lines(lines));
+  }
+  if (!findings_.all().empty()) throw Fault(join_lines(findings_.all()));
+}
+
+void Machine::run_blocks() {
   const u64 total = u64{launch_.grid[0]} * launch_.grid[1] * launch_.grid[2];
   std::vector<u64> order(total);
   std::iota(order.begin(), order.end(), 0);
@@ -73,7 +84,6 @@ void Machine::run() {
     }
     live.erase(std::find(live.begin(), live.end(), block));
   }
-  if (!findings_.all().empty()) throw Fault(join_lines(findings_.all()));
 }
 
 void Machine::turn(Block* block) {
@@ -97,21 +107,33 @@ void Machine::turn(Block* block) {
   if (warp->state != Warp::kRuns) release(block);
 }
 
-// Executes the next instruction of the lanes that are furthest behind: they meet the others soonest.
-bool Machine::step(Block* block, Warp* warp) {
+// Which lanes go on: of those that need not wait for others the ones furthest behind, for they meet
+// the others soonest. Takes lanes that are at one instruction together.
+size_t Machine::next_group(Warp* warp) const {
   auto& groups = warp->groups;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    for (size_t j = groups.size(); j-- > i + 1;) {
+      if (groups[i].at != groups[j].at) continue;
+      groups[i].lanes |= groups[j].lanes;
+      groups.erase(groups.begin() + static_cast<std::ptrdiff_t>(j));
+    }
+  }
+  const auto waits = [&](const Group& group) {
+    return group.at < static_cast<int>(kernel_.code.size()) && kernel_.code[group.at].together;
+  };
   size_t first = 0;
   for (size_t i = 1; i < groups.size(); ++i) {
-    if (groups[i].at < groups[first].at) first = i;
+    const bool waiting = waits(groups[i]), other = waits(groups[first]);
+    if (waiting != other ? other : groups[i].at < groups[first].at) first = i;
   }
-  u32 here = groups[first].lanes;
-  for (size_t i = groups.size(); groups.size() > 1 && i-- > 0;) {
-    if (i == first || groups[i].at != groups[first].at) continue;
-    here |= groups[i].lanes;
-    groups.erase(groups.begin() + static_cast<std::ptrdiff_t>(i));
-    first -= i < first;
-  }
-  groups[first].lanes = here;
+  return first;
+}
+
+// Executes an instruction; whether the warp may go on to another.
+bool Machine::step(Block* block, Warp* warp) {
+  auto& groups = warp->groups;
+  const size_t first = groups.size() > 1 ? next_group(warp) : 0;
+  const u32 here = groups[first].lanes;
   const int at = groups[first].at;
   if (at >= static_cast<int>(kernel_.code.size())) throw Fault(kernel_.name + " runs off its end");
   const Instruction& in = kernel_.code[at];

@@ -109,7 +109,9 @@ class Machine {
 
  private:
   friend class Step;
+  void run_blocks();
   std::unique_ptr<Block> make_block(u64 number);
+  size_t next_group(Warp* warp) const;
   void turn(Block* block);
   bool step(Block* block, Warp* warp);
   bool release(Block* block);

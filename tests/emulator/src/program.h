@@ -65,6 +65,7 @@ struct Instruction {
   std::vector<int> targets;
   std::string compare;  // comparison, shuffle or reduction
   bool flush = false;   // .ftz
+  bool together = false;  // whether all lanes of a warp do it at once
   std::string text;
   int line = 0;
 
