@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomli_w
-
 from sae_kernels.errors import DataError
 from sae_kernels.io.files import JSON_LIMIT, publish
 
@@ -43,6 +41,8 @@ def read_tables(path: Path) -> Tables:
 
 def write_tables(path: Path, tables: Mapping[str, Any]) -> None:
     """Writes settings as TOML, atomically; None is left out, as TOML has none."""
+    import tomli_w  # writing alone needs it: kernels are measured where it is missing
+
     text = tomli_w.dumps(plain(tables))
     publish(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 

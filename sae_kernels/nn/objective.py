@@ -300,7 +300,9 @@ def _fixed(groups: tuple[int, ...], matryoshka: str, device: torch.device) -> Pr
 
 def _weighted(ends: Iterable[int], matryoshka: str, device: torch.device) -> Prefixes:
     """Prefixes with the weights that average ("mean") or sum ("sum") their errors."""
-    placed = torch.tensor(ends, dtype=torch.int32).to(device)
+    # From pageable memory the host would wait until the GPU has done all that was asked before.
+    on_gpu = device.type == "cuda"
+    placed = torch.tensor(ends, dtype=torch.int32, pin_memory=on_gpu).to(device, non_blocking=True)
     weight = 1 / len(placed) if matryoshka == "mean" else 1.0
     return Prefixes(placed, torch.full((len(placed),), weight, device=device))
 

@@ -313,3 +313,13 @@ def test_floors_are_what_the_formulas_give() -> None:
     uses, rows = 2 * 8192 * 32 * 4096, 65536 * 4096 * 2 / 4e12
     both = floors.decode_and_backward(wide, rates)
     assert both == pytest.approx(2 * uses / 5e12 + uses / 4e12 + rows)
+
+
+def test_every_part_starts_where_nothing_writes_toml() -> None:
+    # Images for GPUs have torch and Triton, and not every package that files of settings take.
+    folder = Path(measure.__file__).parent
+    parts = [f"benchmarks.gpu_check.{path.stem}" for path in sorted(folder.glob("*.py"))]
+    imports = ", ".join([*parts, "sae_kernels.cli", "sae_kernels.training"])
+    program = f"import sys; sys.modules['tomli_w'] = None; import {imports}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

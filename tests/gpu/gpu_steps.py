@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32-clipped": {"compute": "float32", "auxk_alpha": 0.0, "clip_norm": 0.1},
     "auxk": {"compute": "bfloat16", "auxk_alpha": 0.5, "auxk_latents": 256},
     "auxk-none-dead": {"compute": "bfloat16"},
+    "random-prefixes": {"compute": "bfloat16", "auxk_alpha": 0.0, "random_prefixes": 3},
     "switch": {"compute": "bfloat16", "auxk_alpha": 0.0, "balance_coefficient": 0.3},
     "split-bf16-moments": {
         "compute": "bfloat16",

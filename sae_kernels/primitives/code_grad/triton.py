@@ -68,7 +68,7 @@ def _code_grad_kernel(
     out,
     B,
     F,
-    K: tl.constexpr,
+    K,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,7 +76,7 @@ def _code_grad_kernel(
 ):
     codes = (grad, indices, W, group_ends)
     if offsets is None:
-        parts: tl.constexpr = (K + ROWS - 1) // ROWS
+        parts = tl.cdiv(K, ROWS)
         token = (tl.program_id(0) // parts).to(tl.int64)
         nth = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
         at = token * K + nth
@@ -114,7 +114,7 @@ def run(
         out,
         B,
         F,
-        K=K,
+        K,
         D=D,
         GROUPS=1 if group_ends is None else group_ends.shape[0],
         ROWS=rows,

@@ -59,7 +59,7 @@ def kept(indices: torch.Tensor, offsets: torch.Tensor | None) -> int:
 
 
 @triton.jit
-def entries_of(offsets, token, K: tl.constexpr):
+def entries_of(offsets, token, K):
     """The first entry of a token and its number of entries."""
     if offsets is None:
         return token * K, K
@@ -109,7 +109,7 @@ def _decode_kernel(
     out,
     B,
     F,
-    K: tl.constexpr,
+    K,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -166,7 +166,7 @@ def run(
         out,
         B,
         F,
-        K=K,
+        K,
         D=D,
         GROUPS=groups,
         ROWS=rows,
