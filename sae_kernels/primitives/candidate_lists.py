@@ -18,6 +18,9 @@ from sae_kernels.primitives.products import product
 if TYPE_CHECKING:
     import torch
 
+# What a cut of the lists is for, see `keep_best`.
+OF_THE_SAMPLE, OF_A_PASS, OF_THE_LAST_PASS, OF_THE_REPEAT = map(tl.constexpr, range(4))
+ROWS_A_FLAG = tl.constexpr(128)  # a multiple of every tile's rows
 _MOST = tl.constexpr(0x7FFFFFFF)
 _FIRST_PLACE, _NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
 
@@ -26,7 +29,7 @@ class CandidateLists(NamedTuple):
     """The lists of some rows, padded to whole tiles of rows so that no row needs a mask.
 
     Attributes:
-        counts: int32 [rows], entries let through; more than the capacity: some are missing.
+        counts: int32 [rows], entries let through; more than the capacity: some found no place.
         thresholds: fp32 [rows], the key of the k-th best; NaN: only NaN may win.
         candidates: int64 [rows, capacity], the fp32 bits of h below the latent's number.
     """
@@ -34,6 +37,23 @@ class CandidateLists(NamedTuple):
     counts: torch.Tensor
     thresholds: torch.Tensor
     candidates: torch.Tensor
+
+
+class Overflow(NamedTuple):
+    """What is known of lists that overflowed, on the device alone.
+
+    Attributes:
+        incomplete: int32 [rows], 1 where an entry found no place.
+        pending: int32 [2, rows / ROWS_A_FLAG], whether rows are scored by a pass; the second is for
+            the pass that scores rows of incomplete lists again.
+        n: int32 [1], rows that are incomplete even then.
+        rows: int32 [rows], their numbers.
+    """
+
+    incomplete: torch.Tensor
+    pending: torch.Tensor
+    n: torch.Tensor
+    rows: torch.Tensor
 
 
 @triton.jit
@@ -88,7 +108,12 @@ def sample(
     x,
     W,
     b,
+    counts,
+    thresholds,
     candidates,
+    incomplete,
+    pending,
+    n_overflowed,
     B,
     F,
     D,
@@ -99,8 +124,19 @@ def sample(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Stores the scores of n_sampled columns, spread evenly, as the first entries of the lists."""
+    """Stores the scores of n_sampled columns, spread evenly, as the first entries of the lists.
+
+    All that is kept beside them begins here too: launches to fill memory would cost more.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(1) == 0:
+        tl.store(counts + rows, n_sampled)
+        tl.store(thresholds + rows, float("nan"))
+        tl.store(incomplete + rows, 0)
+        flag = pending + tl.program_id(0)
+        tl.store(flag, 1)
+        tl.store(flag + tl.num_programs(0), 0)
+        tl.store(n_overflowed, 0, mask=tl.program_id(0) == 0)
     slots = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     columns = tl.where(slots < n_sampled, slots.to(tl.int64) * F // n_sampled, F).to(tl.int32)
     h = product(x, W, tl.minimum(rows, B - 1), tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
@@ -132,7 +168,6 @@ def keep(
     rows,
     live,
     counts,
-    thresholds,
     candidates,
     rank_scale,
     F,
@@ -142,46 +177,64 @@ def keep(
 ):
     """Cuts lists of at most LENGTH entries back to their k best, in place.
 
-    A list that overflowed keeps its count, by which the row is recognised at the end, and lets
-    nothing more through.
+    Returns how many are kept, the key of the last of them and whether entries found no place. Those
+    that did are as good as any: the k-th best of them is not above the k-th best of all.
     """
     count = tl.load(counts + rows, mask=live, other=0)
-    complete = live & (count <= CAPACITY)
     slots = tl.arange(0, LENGTH)[None, :]
     lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
-    entries = tl.load(lists + slots)  # what lies beyond the count is memory, and not looked at
+    # What lies beyond the count is memory, and not looked at.
+    entries = tl.load(lists + slots, mask=live[:, None], other=0)
     _, columns = unpacked(entries)
     # A NaN or an infinity in x can let columns beyond the last latent through.
     valid = (slots < count[:, None]) & (columns < F)
     place = places(entries, valid, rank_scale)
-    wins = (place >= _last_place(place, complete, k)[:, None]) & valid
+    wins = (place >= _last_place(place, live, k)[:, None]) & valid
     n_wins = tl.sum(wins.to(tl.int32), 1)
     last = tl.min(tl.where(wins, place, _FIRST_PLACE), 1)
-    threshold = key_of((last >> 32).to(tl.int32))
     target = tl.cumsum(wins.to(tl.int32), 1) - 1
     tl.debug_barrier()  # other threads' entries are overwritten
-    tl.store(lists + target, entries, mask=wins & complete[:, None])
-    tl.store(counts + rows, n_wins, mask=complete)
-    threshold = tl.where(complete, threshold, float("nan"))
-    tl.store(thresholds + rows, threshold, mask=live & (n_wins >= k))
+    tl.store(lists + target, entries, mask=wins & live[:, None])
+    return n_wins, key_of((last >> 32).to(tl.int32)), count > CAPACITY
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose"])
 def keep_best(
     counts,
     thresholds,
     candidates,
+    incomplete,
+    pending,
     rank_scale,
     B,
     F,
     k,
+    purpose,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Cuts the lists of ROWS rows a block back to their k best."""
+    """Cuts the lists of ROWS rows a block back to their k best, which raises their thresholds.
+
+    Of the sample only the thresholds are needed: counts begin anew. After the last pass rows with
+    incomplete lists begin anew as well, with the threshold that they have now, for all columns to
+    be scored again; to others nothing more is let through. Only the former are cut after that.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    lists = (counts, thresholds, candidates)
-    keep(rows, rows < B, *lists, rank_scale, F, k, CAPACITY, CAPACITY)
+    was_incomplete = tl.load(incomplete + rows, mask=rows < B, other=0) != 0
+    is_last = purpose == OF_THE_LAST_PASS
+    live = (rows < B) & (was_incomplete | (purpose != OF_THE_REPEAT))
+    n, threshold, overflowed = keep(
+        rows, live, counts, candidates, rank_scale, F, k, CAPACITY, CAPACITY
+    )
+    misses = overflowed | (was_incomplete & (purpose != OF_THE_REPEAT))
+    again = misses & is_last
+    closed = (misses == 0) & is_last
+    tl.store(incomplete + rows, misses.to(tl.int32), mask=live)
+    tl.store(counts + rows, tl.where(again | (purpose == OF_THE_SAMPLE), 0, n), mask=live)
+    threshold = tl.where(closed, float("inf"), threshold)
+    tl.store(thresholds + rows, threshold, mask=live & ((n >= k) | closed))
+    flags = pending + tl.cdiv(B, ROWS_A_FLAG) + rows // ROWS_A_FLAG
+    tl.store(flags, 1, mask=live & again)
 
 
 @triton.jit
@@ -205,12 +258,13 @@ def write_selected(
     lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
     slots = tl.arange(0, BEST)[None, :]
     valid = (slots < k) & live[:, None]
-    entries = tl.load(lists + slots)
+    entries = tl.load(lists + slots, mask=live[:, None], other=0)
     place = places(entries, valid, rank_scale)
     rank = tl.zeros(entries.shape, tl.int32)
     for start in range(0, BEST, STEP):
         some = start + tl.arange(0, STEP)[None, :]
-        other = places(tl.load(lists + some), (some < k) & live[:, None], rank_scale)
+        others = tl.load(lists + some, mask=live[:, None], other=0)
+        other = places(others, (some < k) & live[:, None], rank_scale)
         rank += tl.sum((other[:, None, :] > place[:, :, None]).to(tl.int32), 2)
     h, columns = unpacked(entries)
     target = rows.to(tl.int64)[:, None] * k + rank
@@ -222,6 +276,7 @@ def write_selected(
 def write_complete(
     counts,
     candidates,
+    incomplete,
     rank_scale,
     values,
     indices,
@@ -239,7 +294,7 @@ def write_complete(
     live = rows < B
     count = tl.load(counts + rows, mask=live, other=0)
     # Fewer than k: the sample was rounded otherwise than the rest, in a row of all but equal keys.
-    complete = (count <= CAPACITY) & (count >= k)
+    complete = (tl.load(incomplete + rows, mask=live, other=0) == 0) & (count >= k)
     place = tl.atomic_add(n_overflowed + rows * 0, 1, mask=live & ~complete, sem="relaxed")
     tl.store(overflowed + place, rows, mask=live & ~complete)
     outputs = (values, indices)
@@ -279,7 +334,6 @@ def rescore_overflowed(
     a tile in which no row has a winner is passed over. Equal keys that come later do not win.
     """
     n = tl.load(n_overflowed)
-    lists = (counts, thresholds, candidates)
     for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
         taken = first + tl.arange(0, ROWS)
         live = taken < n
@@ -304,8 +358,20 @@ def rescore_overflowed(
                 tl.debug_barrier()
                 for part in tl.range(first, tl.minimum(first + ROWS, n), KEPT):
                     some = part + tl.arange(0, KEPT)
-                    rows_kept = tl.load(overflowed + some, mask=some < n, other=0)
-                    keep(rows_kept, some < n, *lists, rank_scale, F, k, CAPACITY, LENGTH)
+                    kept_rows = tl.load(overflowed + some, mask=some < n, other=0)
+                    n_kept, last, _ = keep(
+                        kept_rows,
+                        some < n,
+                        counts,
+                        candidates,
+                        rank_scale,
+                        F,
+                        k,
+                        CAPACITY,
+                        LENGTH,
+                    )
+                    tl.store(counts + kept_rows, n_kept, mask=some < n)
+                    tl.store(thresholds + kept_rows, last, mask=(some < n) & (n_kept >= k))
                 tl.debug_barrier()
         for part in tl.range(first, tl.minimum(first + ROWS, n), KEPT):
             some = part + tl.arange(0, KEPT)

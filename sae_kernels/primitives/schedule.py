@@ -36,13 +36,16 @@ def rows_at_once(capacity: int) -> int:
 def column_passes(n_tiles: int, columns: int, k: int, capacity: int) -> list[tuple[int, int]]:
     """The passes over all tiles of ``columns`` latents, as ranges of positions in the visit.
 
-    Each is expected to bring a list from the k best to the middle of what is left above them.
+    The first is one tile, which any list has room for. The visit begins with the first latents, and
+    where latents are sorted these are the best: what they leave is a threshold for the rest. Each
+    of the others is expected to bring a list from the k best to the middle of what is left above.
     """
     growth = min(_LARGEST_GROWTH, (capacity + k) / (2 * k))
-    ends, seen = [0], capacity / columns
+    ends = [0, 1]
     while ends[-1] < n_tiles:
-        seen = max(ends[-1] + 1, int(seen * growth))
-        ends.append(min(n_tiles, seen))
+        seen = max(ends[-1], capacity / columns)  # by passes or in the sample
+        end = int(ends[-1] + (growth - 1) * seen)
+        ends.append(min(n_tiles, max(ends[-1] + 1, end)))
     return list(itertools.pairwise(ends))
 
 

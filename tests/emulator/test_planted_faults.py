@@ -33,7 +33,7 @@ def encode(kernels: Any, architecture: int, *replacements: tuple[str, str]) -> C
     edit = replacing("_encode_pass", *replacements) if replacements else None
     with triton_driver.emulated(architecture, edit):
         tile = kernels.tile_for(x, W)
-        columns = ColumnPass(0, -(-F // tile.columns), 1)
+        columns = ColumnPass(torch.ones(1, dtype=torch.int32), 0, -(-F // tile.columns), 1)
         kernels.encode_pass(EncoderOperands(x, W, b, None), lists, columns, tile)
     scores = x.float() @ W.float().T + b
     assert lists.counts[:B].equal((scores >= THRESHOLD).sum(1).int()), "wrong counts"

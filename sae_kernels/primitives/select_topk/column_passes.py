@@ -5,9 +5,11 @@ above that of all. Then columns are scored in passes (``schedule.py``). The kern
 multiplies lets through only entries that are not below their row's threshold and appends them to
 the row's list; after each pass the list is cut back to its k best, which raises the threshold.
 
-A list that overflowed is noticed by its count, which goes on past the capacity: such rows are
-scored again in natural order with a list that cannot overflow. So the result is exact for any
-input, and only the speed depends on it.
+A list that overflowed is noticed by its count, which goes on past the capacity. Of what it does hold
+the k-th best is a threshold all the same, so at the end such rows are scored once more with the one
+they have then, which few scores pass. What overflows even now (of many equal scores) is scored in
+natural order with a list that cannot overflow. So the result is exact for any input, and only the
+speed depends on it.
 
 What multiplies differs between backends; the lists and everything done to them are shared.
 """
@@ -21,7 +23,14 @@ import triton
 
 from sae_kernels import gpu
 from sae_kernels.primitives import candidate_lists, schedule
-from sae_kernels.primitives.candidate_lists import CandidateLists
+from sae_kernels.primitives.candidate_lists import (
+    OF_A_PASS,
+    OF_THE_LAST_PASS,
+    OF_THE_REPEAT,
+    OF_THE_SAMPLE,
+    CandidateLists,
+    Overflow,
+)
 from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
@@ -32,7 +41,8 @@ if TYPE_CHECKING:
 # What a block holds without spilling registers: entries of lists; latents and bytes of d_in of the
 # products by pointers. Triton's interpreter is slow by operation, whatever its size.
 _ENTRIES, _LATENTS, _DEPTH = (1 << 16, 512, 1024) if gpu.interpreted() else (1024, 64, 128)
-_SAMPLE_ROWS, _RESCORED_ROWS = 128, 32  # lists are padded to whole tiles of rows, of any kernel's
+# Lists are padded to whole tiles of rows, of any kernel's.
+_SAMPLE_ROWS, _RESCORED_ROWS = candidate_lists.ROWS_A_FLAG.value, 32
 
 
 class EncoderOperands(NamedTuple):
@@ -45,8 +55,15 @@ class EncoderOperands(NamedTuple):
 
 
 class ColumnPass(NamedTuple):
-    """Positions [start, stop) of the visit of all columns, and its stride."""
+    """What a pass scores.
 
+    Attributes:
+        pending: int32, for every 128 rows whether they are scored.
+        start, stop: positions in the visit of all columns.
+        stride: of the visit.
+    """
+
+    pending: torch.Tensor
     start: int
     stop: int
     stride: int
@@ -91,29 +108,42 @@ def _select_rows(
     (B, k), F = values.shape, W.shape[0]
     capacity = schedule.capacity(k)
     n_sampled, at_once = min(F, capacity), _rows_a_block(capacity)
-    padded = triton.cdiv(B, _SAMPLE_ROWS) * _SAMPLE_ROWS
+    flags = triton.cdiv(B, _SAMPLE_ROWS)
+    padded = flags * _SAMPLE_ROWS
+    counts, incomplete = x.new_empty((2, padded), dtype=torch.int32)
     lists = CandidateLists(
-        x.new_full((padded,), n_sampled, dtype=torch.int32),
-        x.new_full((padded,), torch.nan, dtype=torch.float32),
+        counts,
+        x.new_empty(padded, dtype=torch.float32),
         x.new_empty((padded, capacity), dtype=torch.int64),
     )
+    pending = x.new_empty((2, flags), dtype=torch.int32)
+    n, rows = x.new_empty(1, dtype=torch.int32), x.new_empty(B, dtype=torch.int32)
+    overflow = Overflow(incomplete, pending, n, rows)
 
-    def keep_best() -> None:
-        grid = (triton.cdiv(B, at_once),)
-        candidate_lists.keep_best[grid](*lists, rank_scale, B, F, k, capacity, at_once, num_warps=4)
+    def keep_best(purpose: int) -> None:
+        candidate_lists.keep_best[(triton.cdiv(B, at_once),)](
+            *lists, incomplete, pending, rank_scale, B, F, k, purpose, capacity, at_once,
+            num_warps=4,
+        )  # fmt: skip
 
-    _sample(operands, lists, n_sampled)
-    keep_best()
-    if n_sampled < F:
-        lists.counts.zero_()  # of the sample only the thresholds are needed
+    _sample(operands, lists, overflow, n_sampled)
+    if n_sampled == F:
+        keep_best(OF_A_PASS)
+    else:
+        keep_best(OF_THE_SAMPLE)
         n_tiles = triton.cdiv(F, tile.columns)
+        stride = schedule.stride(n_tiles)
         for start, stop in schedule.column_passes(n_tiles, tile.columns, k, capacity):
-            encode_pass(operands, lists, ColumnPass(start, stop, schedule.stride(n_tiles)), tile)
-            keep_best()
-    _write(operands, lists, values, indices)
+            encode_pass(operands, lists, ColumnPass(pending[0], start, stop, stride), tile)
+            keep_best(OF_A_PASS if stop < n_tiles else OF_THE_LAST_PASS)
+        encode_pass(operands, lists, ColumnPass(pending[1], 0, n_tiles, stride), tile)
+        keep_best(OF_THE_REPEAT)
+    _write(operands, lists, overflow, values, indices)
 
 
-def _sample(operands: EncoderOperands, lists: CandidateLists, n_sampled: int) -> None:
+def _sample(
+    operands: EncoderOperands, lists: CandidateLists, overflow: Overflow, n_sampled: int
+) -> None:
     x, W, b, _ = operands
     padded, capacity = lists.candidates.shape
     columns = min(_LATENTS, capacity)
@@ -121,7 +151,10 @@ def _sample(operands: EncoderOperands, lists: CandidateLists, n_sampled: int) ->
         x,
         W,
         b,
-        lists.candidates,
+        *lists,
+        overflow.incomplete,
+        overflow.pending,
+        overflow.n,
         x.shape[0],
         *W.shape,
         n_sampled,
@@ -136,19 +169,22 @@ def _sample(operands: EncoderOperands, lists: CandidateLists, n_sampled: int) ->
 
 
 def _write(
-    operands: EncoderOperands, lists: CandidateLists, values: torch.Tensor, indices: torch.Tensor
+    operands: EncoderOperands,
+    lists: CandidateLists,
+    overflow: Overflow,
+    values: torch.Tensor,
+    indices: torch.Tensor,
 ) -> None:
     x, W, _, rank_scale = operands
     (B, k), capacity = values.shape, lists.candidates.shape[1]
     best, at_once = gpu.next_power_of_two(k), _rows_a_block(capacity)
-    n_overflowed = x.new_zeros((1,), dtype=torch.int32)
-    overflowed = x.new_empty((B,), dtype=torch.int32)
-    results = (values, indices, n_overflowed, overflowed)
+    results = (values, indices, overflow.n, overflow.rows)
     step = min(best, max(1, 4 * _ENTRIES // (at_once * best)))
     sizes = {"CAPACITY": capacity, "BEST": best, "STEP": step}
     candidate_lists.write_complete[(triton.cdiv(B, at_once),)](
         lists.counts,
         lists.candidates,
+        overflow.incomplete,
         rank_scale,
         *results,
         B,

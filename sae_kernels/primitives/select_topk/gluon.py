@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sae_kernels import gpu
+from sae_kernels.primitives.candidate_lists import ROWS_A_FLAG
 from sae_kernels.primitives.products import ProductTile, describable
 from sae_kernels.primitives.select_topk import column_passes
 from sae_kernels.primitives.select_topk.append_ptx import (
@@ -120,8 +121,8 @@ def _tile_at(tile, B, F, visit, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP
 
 
 @gluon.jit
-def _load(x, W, ring, sizes, visit, GROUP: gl.constexpr):
-    """Fills stages as they become empty, for all tiles of the block."""
+def _load(x, W, ring, pending, sizes, visit, GROUP: gl.constexpr):
+    """Fills stages as they become empty, for all tiles of the block that are scored."""
     tokens, latents, empty, full = ring
     B, F, D = sizes
     ROWS: gl.constexpr = tokens.shape[1]
@@ -132,16 +133,19 @@ def _load(x, W, ring, sizes, visit, GROUP: gl.constexpr):
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
-        for part in range(0, D, DEPTH):
-            stage = step % STAGES
-            # Barriers start with the phase before the first complete: all stages are empty.
-            mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
-            mbarrier.expect(full.index(stage), x.block_type.nbytes + W.block_type.nbytes)
-            tma.async_copy_global_to_shared(x, [row, part], full.index(stage), tokens.index(stage))
-            tma.async_copy_global_to_shared(
-                W, [column, part], full.index(stage), latents.index(stage)
-            )
-            step += 1
+        if gl.load(pending + row // ROWS_A_FLAG) != 0:
+            for part in range(0, D, DEPTH):
+                stage = step % STAGES
+                # Barriers start with the phase before the first complete: all stages are empty.
+                mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+                mbarrier.expect(full.index(stage), x.block_type.nbytes + W.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    x, [row, part], full.index(stage), tokens.index(stage)
+                )
+                tma.async_copy_global_to_shared(
+                    W, [column, part], full.index(stage), latents.index(stage)
+                )
+                step += 1
 
 
 @gluon.jit
@@ -149,6 +153,7 @@ def _multiply(
     ring,
     by_latent,
     rows_held,
+    pending,
     sizes,
     visit,
     CAPACITY: gl.constexpr,
@@ -169,20 +174,21 @@ def _multiply(
     step = 0
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
-        h = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
-        for part in range(0, D, DEPTH):
-            stage = step % STAGES
-            mbarrier.wait(full.index(stage), step // STAGES & 1)
-            h = warpgroup_mma(
-                tokens.index(stage), latents.index(stage).permute((1, 0)), h, is_async=True
-            )
-            # One product stays under way; what the one before read may be overwritten.
-            h = warpgroup_mma_wait(num_outstanding=1, deps=(h,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=part > 0)
-            step += 1
-        h = warpgroup_mma_wait(num_outstanding=0, deps=(h,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-        _append_passing(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
+        if gl.load(pending + row // ROWS_A_FLAG) != 0:
+            h = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
+            for part in range(0, D, DEPTH):
+                stage = step % STAGES
+                mbarrier.wait(full.index(stage), step // STAGES & 1)
+                h = warpgroup_mma(
+                    tokens.index(stage), latents.index(stage).permute((1, 0)), h, is_async=True
+                )
+                # One product stays under way; what the one before read may be overwritten.
+                h = warpgroup_mma_wait(num_outstanding=1, deps=(h,))
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=part > 0)
+                step += 1
+            h = warpgroup_mma_wait(num_outstanding=0, deps=(h,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+            _append_passing(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
 
 
 @gluon.jit
@@ -256,6 +262,7 @@ def _encode_pass(
     B,
     F,
     D,
+    pending,
     start,
     stop,
     stride,
@@ -282,8 +289,11 @@ def _encode_pass(
     ring = (tokens, latents, empty, full)
     gl.warp_specialize(
         [
-            (_multiply, (ring, by_latent, rows_held, sizes, visit, CAPACITY, GROUP, CHUNKS)),
-            (_load, (x, W, ring, sizes, visit, GROUP)),
+            (
+                _multiply,
+                (ring, by_latent, rows_held, pending, sizes, visit, CAPACITY, GROUP, CHUNKS),
+            ),
+            (_load, (x, W, ring, pending, sizes, visit, GROUP)),
         ],
         [1],
         [LOADER_REGISTERS],

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.candidate_lists import CandidateLists, bias, packed
+from sae_kernels.primitives.candidate_lists import ROWS_A_FLAG, CandidateLists, bias, packed
 from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
 from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
@@ -83,6 +83,7 @@ def _encode_pass(
     B,
     F,
     D,
+    pending,
     start,
     stop,
     stride,
@@ -101,24 +102,31 @@ def _encode_pass(
     Rows beyond the last token are multiplied like the others and write into the lists' padding;
     their threshold lets nothing through.
     """
-    row_tiles = tl.cdiv(B, ROWS)
-    column_tiles = tl.cdiv(F, COLUMNS).to(tl.int64)
+    n_tiles = tl.cdiv(B, ROWS) * (stop - start)
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        row, column = tile_at(tile, B, F, (start, stop, stride), ROWS, COLUMNS, GROUP)
+        if tl.load(pending + row // ROWS_A_FLAG) != 0:
+            rows = row + tl.arange(0, ROWS)
+            h = scores(x, W, row, column, B, F, D, ROWS, COLUMNS, DEPTH, DESCRIBED, WIDEN)
+            threshold = tl.load(thresholds + rows)
+            threshold = tl.where(threshold == threshold, threshold, float("inf"))
+            lists = candidates + rows.to(tl.int64) * CAPACITY
+            by_latent = (b, rank_scale, F)
+            _append_passing(
+                h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY
+            )
+
+
+@triton.jit
+def tile_at(tile, B, F, visit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and column of a tile of the pass."""
+    start, stop, stride = visit
     in_group = GROUP * (stop - start)
-    for tile in tl.range(tl.program_id(0), row_tiles * (stop - start), tl.num_programs(0)):
-        first = tile // in_group * GROUP
-        size = tl.minimum(row_tiles - first, GROUP)
-        row = (first + tile % in_group % size) * ROWS
-        place = tile % in_group // size
-        column = ((start + place) * stride % column_tiles).to(tl.int32) * COLUMNS
-        rows = row + tl.arange(0, ROWS)
-        h = scores(x, W, row, column, B, F, D, ROWS, COLUMNS, DEPTH, DESCRIBED, WIDEN)
-        threshold = tl.load(thresholds + rows)
-        threshold = tl.where(threshold == threshold, threshold, float("inf"))
-        lists = candidates + rows.to(tl.int64) * CAPACITY
-        by_latent = (b, rank_scale, F)
-        _append_passing(
-            h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY
-        )
+    first = tile // in_group * GROUP
+    size = tl.minimum(tl.cdiv(B, ROWS) - first, GROUP)
+    place = tile % in_group // size
+    column_tile = (start + place).to(tl.int64) * stride % tl.cdiv(F, COLUMNS)
+    return (first + tile % in_group % size) * ROWS, column_tile.to(tl.int32) * COLUMNS
 
 
 @triton.jit

@@ -21,7 +21,6 @@ import triton.language as tl
 from sae_kernels import gpu
 from sae_kernels.primitives import candidate_lists as lists
 from sae_kernels.primitives import schedule
-from sae_kernels.primitives.candidate_lists import CandidateLists
 from sae_kernels.primitives.products import ProductTile, product
 from sae_kernels.primitives.select_topk import triton as whole
 from sae_kernels.primitives.tensors import packed
@@ -50,6 +49,18 @@ class RoutedOperands(NamedTuple):
     @property
     def n_experts(self) -> int:
         return self.starts.shape[0] - 1
+
+
+class TokenLists(NamedTuple):
+    """Lists of the k best of tokens and what is being added to them.
+
+    Attributes:
+        counts: int32 [rows].
+        candidates: int64 [rows, capacity], entries as :mod:`candidate_lists` packs them.
+    """
+
+    counts: torch.Tensor
+    candidates: torch.Tensor
 
 
 class LatentPart(NamedTuple):
@@ -126,7 +137,6 @@ def _score(
 @triton.jit
 def _keep(
     counts,
-    thresholds,
     candidates,
     n_rows,
     F,
@@ -137,8 +147,9 @@ def _keep(
 ):
     """Cuts lists back to their k best."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own = (counts, thresholds, candidates)
-    lists.keep(rows, rows < n_rows, *own, None, F, k, CAPACITY, LENGTH)
+    live = rows < n_rows
+    n, _, _ = lists.keep(rows, live, counts, candidates, None, F, k, CAPACITY, LENGTH)
+    tl.store(counts + rows, n, mask=live)
 
 
 @triton.jit(do_not_specialize=["begin"])
@@ -201,9 +212,8 @@ def run(
     capacity = room(W.shape[0] // routed.n_experts)
     at_once = schedule.rows_at_once(capacity)
     padded = triton.cdiv(min(B, at_once), _MOST_LISTS) * _MOST_LISTS
-    own = CandidateLists(
+    own = TokenLists(
         x.new_empty(padded, dtype=torch.int32),
-        x.new_empty(padded, dtype=torch.float32),
         x.new_empty((padded, capacity), dtype=torch.int64),
     )
     for begin in range(0, B, at_once):
@@ -227,7 +237,7 @@ def parts(width: int, k: int, capacity: int) -> list[LatentPart]:
 def _select(
     routed: RoutedOperands,
     k: int,
-    own: CandidateLists,
+    own: TokenLists,
     positions: tuple[int, int],
     results: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
@@ -259,7 +269,7 @@ def _select(
 
 
 def _product(
-    routed: RoutedOperands, own: CandidateLists, positions: tuple[int, int], part: LatentPart
+    routed: RoutedOperands, own: TokenLists, positions: tuple[int, int], part: LatentPart
 ) -> None:
     x, W, b, tokens, starts = routed
     tile = _tile(x)
