@@ -45,7 +45,11 @@ def arguments(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[Any, ...]:
-    """Arguments of a primitive's ``run``, made by their names; `_makers` has the options."""
+    """Arguments of a primitive's ``run``, made by their names; `_makers` has the options.
+
+    ``without`` names optional columns of the operator's schema that are left out, with commas.
+    """
+    without = options.pop("without", "").split(",")
     _, D, F, _ = shape
     experts = options.get("experts", 8)
     if primitive == "route_top1":
@@ -60,7 +64,55 @@ def arguments(
             makers["count"] = lambda: torch.full((), dead, dtype=torch.int32)
             makers["latents"] = lambda: torch.arange(dead, dtype=torch.int32) * (F // dead)
         names = inspect.signature(_operator(primitive)).parameters
-        return tuple(makers[name]() for name in names if name != "backend")
+        made = tuple(makers[name]() for name in names if name != "backend")
+    return _left_out(primitive, made, without) if any(without) else made
+
+
+# How to make what is left out unless asked for, and what is left out only with something else.
+PRESENT: dict[str, dict[str, Any]] = {
+    "group_ends": {"groups": 4},
+    "group_weights": {"groups": 4},
+    "offsets": {"ragged": True},
+    "rank_scale": {"ranked": True},
+    "row_ids": {"ragged": True},
+    "row_coef": {"penalties": 4, "norm": "none"},
+    "dense": {"dense": True},
+    "dense_latents": {"dense": True},
+    "high": {"split": True},
+}
+ABSENT = dict.fromkeys(("dense", "dense_latents"), "dense,dense_latents")
+
+
+def optional(primitive: str) -> list[str]:
+    """The columns of a primitive's schema that may be None."""
+    listed = _operator(primitive).op._schema.arguments
+    return [a.name for a in listed if "Optional[Tensor]" in str(a.type)]
+
+
+def forms(primitive: str) -> list[dict[str, Any]]:
+    """Options of `arguments` that give each optional column once and leave it out once."""
+    found: list[dict[str, Any]] = []
+    for name in optional(primitive):
+        for options in (PRESENT.get(name, {}), {"without": ABSENT.get(name, name)}):
+            if options not in found:
+                found.append(options)
+    return found
+
+
+def flat(primitive: str, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The columns of a primitive's arguments by name."""
+    operator = _operator(primitive)
+    names = [argument.name for argument in operator.op._schema.arguments]
+    return dict(zip(names, operator._flat(inputs), strict=False))
+
+
+def _left_out(primitive: str, inputs: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
+    taken = flat(primitive, inputs)
+    for name in names:
+        taken[name] = [None] * len(taken[name]) if isinstance(taken[name], list) else None
+    left = iter(taken.values())
+    kinds = _operator(primitive)._kinds[: len(inputs)]
+    return tuple(kind.unflatten(left) for kind in kinds)
 
 
 def _operator(primitive: str) -> Any:
@@ -116,6 +168,7 @@ def _makers(
     copied: bool = True,  # whether there is a compute copy
     width: int | None = None,  # of gradients and masters; default: D
     penalties: int = 0,  # on the norms of so many parts of a row
+    dense: bool = False,  # whether a gradient has dense rows too
 ) -> dict[str, Callable[[], Any]]:
     """A function for each argument of the primitives that makes it."""
     B, D, F, K = shape
@@ -123,7 +176,7 @@ def _makers(
     codes = cache(partial(_ragged if ragged else _codes, shape, popularity))
     master = cache(partial(_master, F, width, split))
     routing = cache(partial(_routing, B, experts))
-    gradient = partial(_gradient, shape, dtype, width, popularity, penalties)
+    gradient = partial(_gradient, shape, dtype, width, popularity, penalties, dense)
     ends = [F * (g + 1) // groups for g in range(groups)]
     after = 10_000_000
 
@@ -133,7 +186,7 @@ def _makers(
         return AdamMatrix(master()[0], m, v, master()[1] if copied else None)
 
     constants = {
-        "k": K, "count": B * K, "drop_zeros": drop_zeros, "row_ids": None, "n_latents": F,
+        "k": K, "count": B * K, "drop_zeros": drop_zeros, "n_latents": F,
         "width": width, "betas": (0.9, 0.999), "eps": 1e-8, "norm": norm, "slices": 1,
         "lazy": False, "alpha": 1 / 32, "after": after, "at_most": min(4096, F),
     }  # fmt: skip
@@ -150,6 +203,7 @@ def _makers(
         "values": lambda: codes()[0],
         "indices": lambda: codes()[1],
         "offsets": lambda: codes()[2],
+        "row_ids": lambda: _rows_of(codes()[2]),
         "b_dec": lambda: torch.randn(D),
         **dict.fromkeys(("target", "residual"), lambda: torch.randn(B, D)),
         "group_ends": lambda: torch.tensor(ends, dtype=torch.int32) if groups else None,
@@ -181,6 +235,14 @@ def _ragged(shape: Shape, popularity: str) -> Codes:
     return values[kept], chosen[kept], _starts(kept.sum(1))
 
 
+def _rows_of(offsets: torch.Tensor | None) -> torch.Tensor | None:
+    """The row of each entry of ragged codes."""
+    if offsets is None:
+        return None
+    rows = torch.arange(offsets.numel() - 1, dtype=torch.int32)
+    return rows.repeat_interleave(offsets.diff())
+
+
 def _starts(counts: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
@@ -199,14 +261,19 @@ def _routing(B: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gradient(
-    shape: Shape, dtype: torch.dtype, width: int, popularity: str, penalties: int
+    shape: Shape, dtype: torch.dtype, width: int, popularity: str, penalties: int, dense: bool
 ) -> Gradient:
     """A weight gradient as a step has it: one term, its sources in ``dtype``; width 1 has none."""
     values, chosen, _ = _codes(shape, popularity)
     order = LatentOrder(*transpose_codes(chosen, None, None, shape.F))
     source = None if width == 1 else torch.randn(shape.B, width).to(dtype)
     found = Gradient([order.term(values, source)])
-    return found._replace(row_coef=torch.rand(shape.F, penalties)) if penalties else found
+    if penalties:
+        found = found._replace(row_coef=torch.rand(shape.F, penalties))
+    if dense:
+        chosen = torch.randperm(shape.F)[: shape.F // 8].to(torch.int32)
+        found = found._replace(dense=torch.randn(len(chosen), width), dense_latents=chosen)
+    return found
 
 
 def _master(F: int, width: int, split: bool) -> tuple[torch.Tensor, torch.Tensor]:

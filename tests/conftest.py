@@ -5,7 +5,7 @@ started, for one process can hold one of these only:
 
 - plainly: the reference and every ISA variant of the host kernels;
 - ``TRITON_INTERPRET=1``: the Triton kernels, in Triton's interpreter on CPU tensors;
-- ``--emulate sm_80`` or ``sm_90``: all GPU kernels as compiled for that GPU, emulated on CPU tensors;
+- ``--emulate sm_80`` or ``sm_90``: all GPU kernels, compiled for that GPU, emulated on CPU tensors;
 - ``SAE_TEST_DEVICE=cuda``: the reference and all GPU kernels, every tensor on the GPU.
 
 All but the first leave out tests without that fixture: nothing would differ from the plain run.

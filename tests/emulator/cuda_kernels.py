@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -17,6 +17,9 @@ import torch
 from emulator import library
 from emulator.triton_driver import Edit, storages
 from sae_kernels.backends import cuda
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def unavailable() -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-
-import torch
+from typing import TYPE_CHECKING
 
 from emulator import library
 from emulator.triton_driver import storages
+
+if TYPE_CHECKING:
+    import torch
 
 HEAD = """
 .version 8.0

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from emulator import triton_driver
 
 from benchmarks import calls
+from emulator import triton_driver
 from sae_kernels.bench.cases import Shape
 
 if TYPE_CHECKING:

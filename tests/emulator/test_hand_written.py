@@ -57,7 +57,11 @@ def test_blocks_that_store_the_same_do_not() -> None:
 
 
 def test_blocks_that_read_what_another_wrote_race() -> None:
-    body = "ld.global.u32 %r2, [%rd1]; mov.u32 %r3, %ctaid.x; add.u32 %r2, %r2, %r3; st.global.u32 [%rd1], %r2;"
+    body = """
+        ld.global.u32 %r2, [%rd1];
+        mov.u32 %r3, %ctaid.x;
+        add.u32 %r2, %r2, %r3;
+        st.global.u32 [%rd1], %r2;"""
     with pytest.raises(RuntimeError, match="race in global memory"):
         run(body, ints(64), blocks=2)
 
@@ -68,7 +72,10 @@ def test_atomics_do_not_race() -> None:
 
 
 def test_a_plain_read_of_what_is_counted_by_others_races() -> None:
-    body = "atom.global.add.u32 %r2, [%rd0], 1; ld.global.u32 %r3, [%rd0]; st.global.u32 [%rd1+256], %r3;"
+    body = """
+        atom.global.add.u32 %r2, [%rd0], 1;
+        ld.global.u32 %r3, [%rd0];
+        st.global.u32 [%rd1+256], %r3;"""
     with pytest.raises(RuntimeError, match="race in global memory"):
         run(body, ints(128))
 
@@ -132,7 +139,7 @@ def test_a_barrier_that_a_part_of_a_warp_reaches() -> None:
 def test_an_endless_loop() -> None:
     library.library().emulator_limit(10_000)
     try:
-        with pytest.raises(RuntimeError, match="endless: .* more than 10000 instructions"):
+        with pytest.raises(RuntimeError, match=r"endless: .* more than 10000 instructions"):
             run("loop: bra loop;", ints(64))
     finally:
         library.library().emulator_limit(100_000_000)

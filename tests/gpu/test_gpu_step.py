@@ -34,7 +34,9 @@ def test_waiting_would_be_noticed(device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("variant", [name for name in gpu_steps.VARIANTS if name != "random-prefixes"])
+@pytest.mark.parametrize(
+    "variant", [name for name in gpu_steps.VARIANTS if name != "random-prefixes"]
+)
 def test_replaying_a_graph_is_stepping(variant: str, device: torch.device) -> None:
     # Prefixes that the host draws anew for each step are not in a graph.
     eager, captured = build(variant, device), build(variant, device)

@@ -5,11 +5,11 @@ above that of all. Then columns are scored in passes (``schedule.py``). The kern
 multiplies lets through only entries that are not below their row's threshold and appends them to
 the row's list; after each pass the list is cut back to its k best, which raises the threshold.
 
-A list that overflowed is noticed by its count, which goes on past the capacity. Of what it does hold
-the k-th best is a threshold all the same, so at the end such rows are scored once more with the one
-they have then, which few scores pass. What overflows even now (of many equal scores) is scored in
-natural order with a list that cannot overflow. So the result is exact for any input, and only the
-speed depends on it.
+A list that overflowed is noticed by its count, which goes on past the capacity. Of what it does
+hold the k-th best is a threshold all the same, so at the end such rows are scored once more with
+the one they have then, which few scores pass. What overflows even now (of many equal scores) is
+scored in natural order with a list that cannot overflow. So the result is exact for any input, and
+only the speed depends on it.
 
 What multiplies differs between backends; the lists and everything done to them are shared.
 """
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 # products by pointers. Triton's interpreter is slow by operation, whatever its size.
 _ENTRIES, _LATENTS, _DEPTH = (1 << 16, 512, 1024) if gpu.interpreted() else (1024, 64, 128)
 # Lists are padded to whole tiles of rows, of any kernel's.
-_SAMPLE_ROWS, _RESCORED_ROWS = candidate_lists.ROWS_A_FLAG.value, 32
+_SAMPLE_ROWS: int = candidate_lists.ROWS_A_FLAG.value
+_RESCORED_ROWS = 32
 
 
 class EncoderOperands(NamedTuple):

@@ -1,7 +1,7 @@
 // Arithmetic lane by lane.
 #include <algorithm>
 
-#include "machine.h"
+#include "each.h"
 
 namespace emulator {
 namespace {
@@ -75,22 +75,6 @@ u64 to_integer(double value, const Type& type) {
 
 }  // namespace
 
-// Writes a function of up to three sources.
-template <class Function>
-void Step::each(Function function) {
-  static constexpr u64 kNone[kLanes] = {};
-  u64 scratch[3][kLanes];
-  const u64* sources[3] = {kNone, kNone, kNone};
-  for (size_t i = 0; i < in_.from_.size() && i < 3; ++i) sources[i] = row(in_.from_[i], scratch[i]);
-  u64* const to = result(in_.to);
-  const u64 *a = sources[0], *b = sources[1], *c = sources[2];
-  if (active_ == kAllLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = function(a[lane], b[lane], c[lane]);
-  } else {
-    lanes([&](int lane) { to[lane] = function(a[lane], b[lane], c[lane]); });
-  }
-}
-
 void Step::arithmetic() {
   if (in_.op == Op::kSelect) {
     select();
@@ -99,9 +83,12 @@ void Step::arithmetic() {
   } else if (in_.type.pair) {
     pairs();
   } else if (in_.type.is_float()) {
-    if (in_.type.bits == 32) floats();
-    else if (in_.type.bits == 64) doubles();
-    else unknown();
+    if (in_.type.bits == 32)
+      floats();
+    else if (in_.type.bits == 64)
+      doubles();
+    else
+      unknown();
   } else {
     integers();
   }
@@ -141,7 +128,8 @@ void Step::predicates() {
   defined_ = (defined[0] & defined[1]) | (defined[0] & deciding[0]) | (defined[1] & deciding[1]);
   u64* const to = result(in_.to);
   lanes([&](int lane) {
-    to[lane] = (decides ? sources[0][lane] | sources[1][lane] : sources[0][lane] & sources[1][lane]) & 1;
+    to[lane] =
+        (decides ? sources[0][lane] | sources[1][lane] : sources[0][lane] & sources[1][lane]) & 1;
   });
 }
 
@@ -157,15 +145,18 @@ void Step::floats() {
     }
   };
   const bool nan = in_.op == Op::kMin || in_.op == Op::kMax ? in_.has("NaN") : false;
-  const auto if_number = [nan](float a, float b, float found) { return nan && (a != a || b != b) ? f32(0x7fffffff) : found; };
+  const auto or_nan = [nan](float a, float b, float found) {
+    return nan && (a != a || b != b) ? f32(0x7fffffff) : found;
+  };
+  // clang-format off
   switch (in_.op) {
     case Op::kAdd: return with([](float a, float b, float) { return a + b; });
     case Op::kSub: return with([](float a, float b, float) { return a - b; });
     case Op::kMul: return with([](float a, float b, float) { return a * b; });
     case Op::kFma: return with([](float a, float b, float c) { return std::fma(a, b, c); });
     case Op::kDiv: return with([](float a, float b, float) { return a / b; });
-    case Op::kMin: return with([&](float a, float b, float) { return if_number(a, b, least(a, b)); });
-    case Op::kMax: return with([&](float a, float b, float) { return if_number(a, b, most(a, b)); });
+    case Op::kMin: return with([=](float a, float b, float) { return or_nan(a, b, least(a, b)); });
+    case Op::kMax: return with([=](float a, float b, float) { return or_nan(a, b, most(a, b)); });
     case Op::kNeg: return each([](u64 a, u64, u64) { return cut(a, 32) ^ 0x80000000u; });
     case Op::kAbs: return each([](u64 a, u64, u64) { return a & 0x7fffffffu; });
     case Op::kSqrt: return with([](float a, float, float) { return std::sqrt(a); });
@@ -175,12 +166,14 @@ void Step::floats() {
     case Op::kReciprocal: return with([](float a, float, float) { return 1 / a; });
     default: unknown();
   }
+  // clang-format on
 }
 
 void Step::doubles() {
   const auto with = [&](auto function) {
     each([&](u64 a, u64 b, u64 c) { return of(function(f64(a), f64(b), f64(c))); });
   };
+  // clang-format off
   switch (in_.op) {
     case Op::kAdd: return with([](double a, double b, double) { return a + b; });
     case Op::kSub: return with([](double a, double b, double) { return a - b; });
@@ -195,6 +188,7 @@ void Step::doubles() {
     case Op::kReciprocal: return with([](double a, double, double) { return 1 / a; });
     default: unknown();
   }
+  // clang-format on
 }
 
 // Two 16-bit floats a register.
@@ -210,6 +204,7 @@ void Step::pairs() {
       return both;
     });
   };
+  // clang-format off
   switch (in_.op) {
     case Op::kAdd: return with([](float a, float b, float) { return a + b; });
     case Op::kSub: return with([](float a, float b, float) { return a - b; });
@@ -217,87 +212,15 @@ void Step::pairs() {
     case Op::kFma: return with([](float a, float b, float c) { return std::fma(a, b, c); });
     default: unknown();
   }
-}
-
-void Step::integers() {
-  const int bits = in_.type.bits;
-  const bool is_signed = in_.type.kind == 's';
-  const auto with = [&](auto function) {
-    each([&](u64 a, u64 b, u64 c) { return cut(function(a, b, c), bits); });
-  };
-  // Both signed or both unsigned.
-  const auto typed = [&](auto function) {
-    if (is_signed) {
-      with([&](u64 a, u64 b, u64) { return static_cast<u64>(function(extend(a, bits), extend(b, bits))); });
-    } else {
-      with([&](u64 a, u64 b, u64) { return static_cast<u64>(function(cut(a, bits), cut(b, bits))); });
-    }
-  };
-  const auto wide = [&](u64 a, u64 b) {
-    return is_signed ? static_cast<u64>(extend(a, bits) * extend(b, bits)) : cut(a, bits) * cut(b, bits);
-  };
-  switch (in_.op) {
-    case Op::kAdd: return with([](u64 a, u64 b, u64) { return a + b; });
-    case Op::kSub: return with([](u64 a, u64 b, u64) { return a - b; });
-    case Op::kMul: return with([](u64 a, u64 b, u64) { return a * b; });
-    case Op::kMad: return with([](u64 a, u64 b, u64 c) { return a * b + c; });
-    case Op::kMulWide: return each([&](u64 a, u64 b, u64) { return wide(a, b); });
-    case Op::kMadWide: return each([&](u64 a, u64 b, u64 c) { return wide(a, b) + c; });
-    case Op::kMulHigh:
-      return with([&](u64 a, u64 b, u64) {
-        using Wide = __int128;
-        const Wide product = is_signed ? Wide{extend(a, bits)} * extend(b, bits)
-                                       : static_cast<Wide>(static_cast<unsigned __int128>(cut(a, bits)) * cut(b, bits));
-        return static_cast<u64>(product >> bits);
-      });
-    case Op::kDiv: return typed([](auto a, auto b) { return b == 0 ? decltype(a)(-1) : b == decltype(b)(-1) && a < 0 ? decltype(a)(u64{0} - u64(a)) : a / b; });
-    case Op::kRem: return typed([](auto a, auto b) { return b == 0 || (b == decltype(b)(-1) && a < 0) ? decltype(a)(0) : a % b; });
-    case Op::kMin: return typed([](auto a, auto b) { return std::min(a, b); });
-    case Op::kMax: return typed([](auto a, auto b) { return std::max(a, b); });
-    case Op::kNeg: return with([](u64 a, u64, u64) { return u64{0} - a; });
-    case Op::kAbs: return typed([](auto a, auto) { return a < 0 ? decltype(a)(0) - a : a; });
-    case Op::kAnd: return with([](u64 a, u64 b, u64) { return a & b; });
-    case Op::kOr: return with([](u64 a, u64 b, u64) { return a | b; });
-    case Op::kXor: return with([](u64 a, u64 b, u64) { return a ^ b; });
-    case Op::kNot: return with([](u64 a, u64, u64) { return ~a; });
-    case Op::kShiftLeft: return with([&](u64 a, u64 b, u64) { return cut(b, 32) >= static_cast<u64>(bits) ? 0 : a << cut(b, 32); });
-    case Op::kShiftRight:
-      return with([&](u64 a, u64 b, u64) {
-        const u64 by = std::min<u64>(cut(b, 32), static_cast<u64>(bits) - (is_signed ? 1 : 0));
-        if (is_signed) return static_cast<u64>(extend(a, bits) >> by);
-        return by >= static_cast<u64>(bits) ? 0 : cut(a, bits) >> by;
-      });
-    case Op::kBitField:
-      return with([&](u64 a, u64 position, u64 length) {
-        const int from = static_cast<int>(position & 255), n = static_cast<int>(length & 255);
-        if (n == 0) return u64{0};
-        const u64 all = is_signed ? static_cast<u64>(extend(a, bits)) : cut(a, bits);
-        const u64 rest = from > 63 ? (is_signed && extend(a, bits) < 0 ? ~u64{0} : 0)
-                         : is_signed ? static_cast<u64>(static_cast<i64>(all) >> from) : all >> from;
-        return is_signed ? static_cast<u64>(extend(rest, std::min(n, bits))) : cut(rest, n);
-      });
-    case Op::kPermute:
-      if (in_.words.size() != 2) unknown();  // other modes than the plain one
-      return with([](u64 a, u64 b, u64 selector) {
-        const u64 both = cut(b, 32) << 32 | cut(a, 32);
-        u64 made = 0;
-        for (int i = 0; i < 4; ++i) {
-          const u64 which = selector >> 4 * i & 15, byte = both >> 8 * (which & 7) & 255;
-          made |= (which & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
-        }
-        return made;
-      });
-    case Op::kCountBits:
-      return each([&](u64 a, u64, u64) { return static_cast<u64>(__builtin_popcountll(cut(a, bits))); });
-    default: unknown();
-  }
+  // clang-format on
 }
 
 void Step::compare() {
   const Type& type = in_.type;
   const Relation relation(in_.compare, type.is_float());
   static const char* const kKnown[] = {"eq", "ne", "lt", "le", "gt", "ge", "num", "nan"};
-  if (std::find(std::begin(kKnown), std::end(kKnown), relation.relation) == std::end(kKnown)) unknown();
+  if (std::find(std::begin(kKnown), std::end(kKnown), relation.relation) == std::end(kKnown))
+    unknown();
   const std::string combined = in_.from_.size() > 2 ? in_.words[2] : "";
   u64 scratch[3][kLanes];
   const u64* a = row(in_.from_[0], scratch[0]);
@@ -309,18 +232,24 @@ void Step::compare() {
     bool holds;
     if (type.pair) {
       const Type half{type.kind, 16, false};
-      holds = relation.between_floats(number(a[lane] & 0xffff, half), number(b[lane] & 0xffff, half));
-      other[lane] = relation.between_floats(number(a[lane] >> 16 & 0xffff, half), number(b[lane] >> 16 & 0xffff, half));
+      holds =
+          relation.between_floats(number(a[lane] & 0xffff, half), number(b[lane] & 0xffff, half));
+      other[lane] = relation.between_floats(number(a[lane] >> 16 & 0xffff, half),
+                                            number(b[lane] >> 16 & 0xffff, half));
     } else {
       const u64 x = a[lane], y = b[lane];
       holds = type.is_float()    ? relation.between_floats(number(x, type), number(y, type))
               : type.kind == 's' ? relation.between(extend(x, type.bits), extend(y, type.bits))
                                  : relation.between(cut(x, type.bits), cut(y, type.bits));
       const bool q = p[lane] & 1;
-      if (combined == "and") holds = holds && q;
-      else if (combined == "or") holds = holds || q;
-      else if (combined == "xor") holds = holds != q;
-      else if (!combined.empty()) unknown();
+      if (combined == "and")
+        holds = holds && q;
+      else if (combined == "or")
+        holds = holds || q;
+      else if (combined == "xor")
+        holds = holds != q;
+      else if (!combined.empty())
+        unknown();
       other[lane] = !holds;
     }
     to[lane] = holds;
@@ -334,18 +263,27 @@ void Step::convert() {
   if (to.pair) {  // two numbers into one register, the first above
     const Type half{to.kind, 16, false};
     if (from.is_float() && from.bits == 32 && in_.has("rn")) {
-      return each([&](u64 a, u64 b, u64) { return encoded(f32(a), half) << 16 | encoded(f32(b), half); });
+      return each(
+          [&](u64 a, u64 b, u64) { return encoded(f32(a), half) << 16 | encoded(f32(b), half); });
     }
     unknown();
   }
   if (from.is_float()) {
-    const char* const rounding = in_.has("rni") ? "rni" : in_.has("rmi") ? "rmi" : in_.has("rpi") ? "rpi" : in_.has("rzi") ? "rzi" : "";
-    if (!*rounding && (!to.is_float() || in_.has("rz") || in_.has("rm") || in_.has("rp"))) unknown();
+    const char* const rounding = in_.has("rni")   ? "rni"
+                                 : in_.has("rmi") ? "rmi"
+                                 : in_.has("rpi") ? "rpi"
+                                 : in_.has("rzi") ? "rzi"
+                                                  : "";
+    if (!*rounding && (!to.is_float() || in_.has("rz") || in_.has("rm") || in_.has("rp")))
+      unknown();
     return each([&](u64 a, u64, u64) {
       double value = number(a, from);
       if (in_.flush) value = flushed(static_cast<float>(value));
       if (rounding[0]) {
-        value = rounding[1] == 'n' ? std::nearbyint(value) : rounding[1] == 'm' ? std::floor(value) : rounding[1] == 'p' ? std::ceil(value) : std::trunc(value);
+        value = rounding[1] == 'n'   ? std::nearbyint(value)
+                : rounding[1] == 'm' ? std::floor(value)
+                : rounding[1] == 'p' ? std::ceil(value)
+                                     : std::trunc(value);
       }
       return to.is_float() ? encoded(value, to) : to_integer(value, to);
     });
@@ -356,14 +294,17 @@ void Step::convert() {
       // Straight from the integer: by way of a double it would be rounded twice.
       if (from.kind == 's') {
         const i64 value = extend(a, from.bits);
-        return to.bits == 64 ? of(static_cast<double>(value)) : encoded(static_cast<float>(value), to);
+        return to.bits == 64 ? of(static_cast<double>(value))
+                             : encoded(static_cast<float>(value), to);
       }
       const u64 value = cut(a, from.bits);
-      return to.bits == 64 ? of(static_cast<double>(value)) : encoded(static_cast<float>(value), to);
+      return to.bits == 64 ? of(static_cast<double>(value))
+                           : encoded(static_cast<float>(value), to);
     });
   }
   each([&](u64 a, u64, u64) {
-    return cut(from.kind == 's' ? static_cast<u64>(extend(a, from.bits)) : cut(a, from.bits), to.bits);
+    return cut(from.kind == 's' ? static_cast<u64>(extend(a, from.bits)) : cut(a, from.bits),
+               to.bits);
   });
 }
 
@@ -384,7 +325,8 @@ void Step::move() {
     const int part = bits / static_cast<int>(from.parts.size());
     lanes([&](int lane) {
       u64 whole = 0;
-      for (size_t i = 0; i < from.parts.size(); ++i) whole |= cut(one(from.parts[i], lane), part) << (part * i);
+      for (size_t i = 0; i < from.parts.size(); ++i)
+        whole |= cut(one(from.parts[i], lane), part) << (part * i);
       put(to, lane, whole);
     });
   } else {

@@ -13,7 +13,8 @@ void Step::copy() {
   lanes([&](int lane) {
     Copy copy{who_, address(in_.from_[1], lane), cut(address(in_.from_[0], lane), 32), 0, 0};
     copy.bytes = copy.valid = static_cast<int>(one(in_.from_[2], lane));
-    if (in_.from_.size() > 3) copy.valid = std::min(copy.bytes, static_cast<int>(one(in_.from_[3], lane)));
+    if (in_.from_.size() > 3)
+      copy.valid = std::min(copy.bytes, static_cast<int>(one(in_.from_[3], lane)));
     if (copy.valid) m_.global_.read(who_, copy.from, copy.bytes);
     block_.shared.begin_copy(who_, copy.to, copy.bytes);
     warp_.open_copies.push_back(copy);
@@ -36,8 +37,11 @@ void Step::mbarrier() {
     const u64 at = cut(address(in_.from_[0], lane), 32);
     Mbarrier& mbarrier = block_.mbarriers[at];
     if (in_.op == Op::kMbarrierInit) {
-      const u8 agent = mbarrier.agent ? mbarrier.agent : static_cast<u8>(kFirstMbarrier + block_.mbarriers.size() - 1);
-      if (agent >= kAgents) throw Fault("more mbarriers than the emulator has clocks for; " + place(who_));
+      const u8 agent = mbarrier.agent
+                           ? mbarrier.agent
+                           : static_cast<u8>(kFirstMbarrier + block_.mbarriers.size() - 1);
+      if (agent >= kAgents)
+        throw Fault("more mbarriers than the emulator has clocks for; " + place(who_));
       const auto count = static_cast<i64>(one(in_.from_[1], lane));
       const u32 landed = mbarrier.landed;
       mbarrier = Mbarrier{};
@@ -48,7 +52,9 @@ void Step::mbarrier() {
       block_.shared.write(who_, at, 8, nullptr);
       return;
     }
-    if (!mbarrier.valid) throw Fault("invalid mbarrier: none was made at byte " + std::to_string(at) + "; " + place(who_));
+    if (!mbarrier.valid)
+      throw Fault("invalid mbarrier: none was made at byte " + std::to_string(at) + "; " +
+                  place(who_));
     if (in_.op == Op::kMbarrierInvalidate) {
       block_.shared.write(who_, at, 8, nullptr);
       mbarrier.valid = false;
@@ -56,7 +62,8 @@ void Step::mbarrier() {
     }
     block_.shared.read(who_, at, 8);  // it was made before
     if (in_.op == Op::kMbarrierExpect) mbarrier.bytes += static_cast<i64>(one(in_.from_[1], lane));
-    if (--mbarrier.pending < 0) throw Fault("invalid mbarrier: more arrivals than it counts; " + place(who_));
+    if (--mbarrier.pending < 0)
+      throw Fault("invalid mbarrier: more arrivals than it counts; " + place(who_));
     join(&mbarrier.arriving, warp_.now);
     ++warp_.now[warp_.agent()];
     m_.arrived(&mbarrier);
@@ -69,7 +76,8 @@ bool Step::wait_for_mbarrier() {
   const u64 at = cut(address(in_.from_[0], 0), 32);
   const auto found = block_.mbarriers.find(at);
   if (found == block_.mbarriers.end() || !found->second.valid) {
-    throw Fault("invalid mbarrier: none was made at byte " + std::to_string(at) + "; " + place(who_));
+    throw Fault("invalid mbarrier: none was made at byte " + std::to_string(at) + "; " +
+                place(who_));
   }
   const auto parity = static_cast<int>(one(in_.from_[1], 0) & 1);
   if (found->second.phase == parity) {
@@ -90,16 +98,25 @@ void Step::tensor_copy() {
     const Operand& source = in_.from_[1];
     const auto* map = reinterpret_cast<const TensorMap*>(address(source, lane));
     const Operand& coordinates = source.parts[1];
-    TensorCopy copy{who_, map, cut(address(in_.from_[0], lane), 32), cut(address(in_.from_[2], lane), 32),
-                    extend(one(coordinates.parts[0], lane), 32), extend(one(coordinates.parts[1], lane), 32), warp_.now};
+    TensorCopy copy{who_,
+                    map,
+                    cut(address(in_.from_[0], lane), 32),
+                    cut(address(in_.from_[2], lane), 32),
+                    extend(one(coordinates.parts[0], lane), 32),
+                    extend(one(coordinates.parts[1], lane), 32),
+                    warp_.now};
     if (map->magic != TensorMap::kMagic) throw Fault("no tensor map of rank 2; " + place(who_));
-    if (copy.to % 128) throw Fault("misaligned: a tensor copy to byte " + std::to_string(copy.to) + "; " + place(who_));
+    if (copy.to % 128)
+      throw Fault("misaligned: a tensor copy to byte " + std::to_string(copy.to) + "; " +
+                  place(who_));
     const auto found = block_.mbarriers.find(copy.mbarrier);
     if (found == block_.mbarriers.end() || !found->second.valid) {
-      throw Fault("invalid mbarrier: none was made at byte " + std::to_string(copy.mbarrier) + "; " + place(who_));
+      throw Fault("invalid mbarrier: none was made at byte " + std::to_string(copy.mbarrier) +
+                  "; " + place(who_));
     }
     block_.shared.read(who_, copy.mbarrier, 8);
-    block_.shared.begin_copy(who_, copy.to, static_cast<int>(map->box[0] * map->box[1] * map->element_bytes));
+    block_.shared.begin_copy(who_, copy.to,
+                             static_cast<int>(map->box[0] * map->box[1] * map->element_bytes));
     block_.tensor_copies.push_back(copy);
   });
 }

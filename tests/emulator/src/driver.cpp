@@ -22,11 +22,14 @@ CUresult failed(const std::string& why) {
   return CUDA_ERROR_LAUNCH_FAILED;
 }
 
-CUresult launch(const Kernel& kernel, const u32 (&grid)[3], int threads, int shared, void** arguments) {
+CUresult launch(const Kernel& kernel, const u32 (&grid)[3], int threads, int shared,
+                void** arguments) {
   ++launches;
-  Launch made{{grid[0], grid[1], grid[2]}, threads, shared, std::vector<u8>(kernel.parameter_bytes + 8)};
+  Launch made{
+      {grid[0], grid[1], grid[2]}, threads, shared, std::vector<u8>(kernel.parameter_bytes + 8)};
   for (size_t i = 0; i < kernel.parameters.size(); ++i) {
-    std::memcpy(&made.parameters[kernel.parameters[i].offset], arguments[i], kernel.parameters[i].size);
+    std::memcpy(&made.parameters[kernel.parameters[i].offset], arguments[i],
+                kernel.parameters[i].size);
   }
   try {
     if (threads % kLanes || threads > 1024 || (kernel.threads && threads != kernel.threads)) {
@@ -74,12 +77,14 @@ void emulator_add_tensor(u64 begin, u64 bytes) {
 }
 
 // Words are 64-bit arguments, as the CUDA C++ kernels take them. Returns null or an error.
-const char* emulator_launch(const void* kernel, u32 grid, int threads, int shared, u64* words, int n) {
+const char* emulator_launch(const void* kernel, u32 grid, int threads, int shared, u64* words,
+                            int n) {
   const auto& own = *static_cast<const Kernel*>(kernel);
   if (static_cast<size_t>(n) != own.parameters.size()) return "wrong number of arguments";
   std::vector<void*> arguments;
   for (int i = 0; i < n; ++i) arguments.push_back(words + i);
-  return launch(own, {grid, 1, 1}, threads, shared, arguments.data()) ? last_error.c_str() : nullptr;
+  return launch(own, {grid, 1, 1}, threads, shared, arguments.data()) ? last_error.c_str()
+                                                                      : nullptr;
 }
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
@@ -113,28 +118,38 @@ CUresult cuOccupancyMaxActiveClusters(int* n, CUfunction, const CUlaunchConfig*)
   return *n = 1, CUDA_SUCCESS;
 }
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
-                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                void* base, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill) {
   static const u32 kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
   static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
   std::memset(map, 0, sizeof(*map));
-  if (rank != 2 || type >= sizeof(kBytes) / sizeof(*kBytes)) return CUDA_SUCCESS;  // seen at its first use
-  const TensorMap made{reinterpret_cast<u64>(base), {sizes[0], sizes[1]}, strides[0], {box[0], box[1]},
-                       kBytes[type], swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0u : 16u << swizzle, TensorMap::kMagic};
+  if (rank != 2 || type >= sizeof(kBytes) / sizeof(*kBytes))
+    return CUDA_SUCCESS;  // seen at its first use
+  const TensorMap made{reinterpret_cast<u64>(base),
+                       {sizes[0], sizes[1]},
+                       strides[0],
+                       {box[0], box[1]},
+                       kBytes[type],
+                       swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0u : 16u << swizzle,
+                       TensorMap::kMagic};
   if (made.base % 16 || made.row_bytes % 16 || box[0] > 256 || box[1] > 256) {
-    return failed("a tensor map of " + std::to_string(made.base % 16) + " bytes beyond a multiple of 16, rows of " +
-                  std::to_string(made.row_bytes) + " bytes and a box of " + std::to_string(box[0]) + " x " + std::to_string(box[1]));
+    return failed("a tensor map of " + std::to_string(made.base % 16) +
+                  " bytes beyond a multiple of 16, rows of " + std::to_string(made.row_bytes) +
+                  " bytes and a box of " + std::to_string(box[0]) + " x " + std::to_string(box[1]));
   }
   std::memcpy(map, &made, sizeof(made));
   return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments, void**) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
+                          void**) {
   const u32 grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
-  return launch(*reinterpret_cast<const Kernel*>(function), grid, static_cast<int>(config->blockDimX),
-                static_cast<int>(config->sharedMemBytes), arguments);
+  return launch(*reinterpret_cast<const Kernel*>(function), grid,
+                static_cast<int>(config->blockDimX), static_cast<int>(config->sharedMemBytes),
+                arguments);
 }
 
 }  // extern "C"

@@ -7,17 +7,30 @@ namespace emulator {
 
 bool Step::execute() {
   switch (in_.op) {
-    case Op::kNothing: case Op::kWarpBarrier: return true;
-    case Op::kCompare: return compare(), true;
-    case Op::kConvert: return convert(), true;
-    case Op::kMove: return move(), true;
-    case Op::kLoad: return load(), true;
-    case Op::kStore: return store(), true;
-    case Op::kAtomic: return atomic(), true;
-    case Op::kLoadMatrix: case Op::kStoreMatrix: return matrices(in_.op == Op::kLoadMatrix), true;
-    case Op::kShuffle: return shuffle(), true;
-    case Op::kReduce: return reduce(), true;
-    case Op::kVote: return vote(), true;
+    case Op::kNothing:
+    case Op::kWarpBarrier:
+      return true;
+    case Op::kCompare:
+      return compare(), true;
+    case Op::kConvert:
+      return convert(), true;
+    case Op::kMove:
+      return move(), true;
+    case Op::kLoad:
+      return load(), true;
+    case Op::kStore:
+      return store(), true;
+    case Op::kAtomic:
+      return atomic(), true;
+    case Op::kLoadMatrix:
+    case Op::kStoreMatrix:
+      return matrices(in_.op == Op::kLoadMatrix), true;
+    case Op::kShuffle:
+      return shuffle(), true;
+    case Op::kReduce:
+      return reduce(), true;
+    case Op::kVote:
+      return vote(), true;
     case Op::kElect: {
       const int first = __builtin_ctz(here_);
       lanes([&](int lane) {
@@ -26,40 +39,57 @@ bool Step::execute() {
       });
       return true;
     }
-    case Op::kMultiply: return multiply(), true;
-    case Op::kBarrier: case Op::kBarrierReduce: return barrier();
-    case Op::kCopy: return copy(), true;
+    case Op::kMultiply:
+      return multiply(), true;
+    case Op::kBarrier:
+    case Op::kBarrierReduce:
+      return barrier();
+    case Op::kCopy:
+      return copy(), true;
     case Op::kCopyCommit:
       warp_.copies.push_back(std::move(warp_.open_copies));
       warp_.open_copies.clear();
       return true;
-    case Op::kCopyWait: return wait_for_copies(), true;
-    case Op::kMbarrierInit: case Op::kMbarrierInvalidate: case Op::kMbarrierArrive:
-    case Op::kMbarrierExpect: return mbarrier(), true;
-    case Op::kMbarrierWait: return wait_for_mbarrier();
-    case Op::kTensorCopy: return tensor_copy(), true;
+    case Op::kCopyWait:
+      return wait_for_copies(), true;
+    case Op::kMbarrierInit:
+    case Op::kMbarrierInvalidate:
+    case Op::kMbarrierArrive:
+    case Op::kMbarrierExpect:
+      return mbarrier(), true;
+    case Op::kMbarrierWait:
+      return wait_for_mbarrier();
+    case Op::kTensorCopy:
+      return tensor_copy(), true;
     case Op::kGroupFence:
       warp_.fenced = warp_.executed;
       return true;
-    case Op::kGroupMultiply: return group_multiply(), true;
+    case Op::kGroupMultiply:
+      return group_multiply(), true;
     case Op::kGroupCommit:
       warp_.products.push_back(std::move(warp_.open_products));
       warp_.open_products.clear();
       return true;
-    case Op::kGroupWait: return finish_products(static_cast<size_t>(one(in_.from_[0], 0))), true;
-    default: return arithmetic(), true;
+    case Op::kGroupWait:
+      return finish_products(static_cast<size_t>(one(in_.from_[0], 0))), true;
+    default:
+      return arithmetic(), true;
   }
 }
 
 const u64* Step::row(const Operand& operand, u64* scratch) const {
   switch (operand.kind) {
-    case Operand::kConstant: return &m_.kernel_.constants[static_cast<size_t>(operand.index) * kLanes];
+    case Operand::kConstant:
+      return &m_.kernel_.constants[static_cast<size_t>(operand.index) * kLanes];
     case Operand::kParameter:
-      std::fill_n(scratch, kLanes, reinterpret_cast<u64>(m_.launch_.parameters.data()) +
-                                       m_.kernel_.parameters[operand.index].offset);
+      std::fill_n(scratch, kLanes,
+                  reinterpret_cast<u64>(m_.launch_.parameters.data()) +
+                      m_.kernel_.parameters[operand.index].offset);
       return scratch;
-    case Operand::kRegister: break;
-    default: unknown();
+    case Operand::kRegister:
+      break;
+    default:
+      unknown();
   }
   if (warp_.computing[operand.index]) {
     throw Fault("unfinished: reads a register that a product will write; " + place(who_));
@@ -97,8 +127,10 @@ void Step::need(const Operand& operand, const char* what) const {
     for (const Operand& part : operand.parts) need(part, what);
   } else if (operand.kind == Operand::kMemory) {
     need(operand.parts[0], what);
-  } else if (operand.kind == Operand::kRegister && (warp_.defined[operand.index] & active_) != active_) {
-    throw Fault(std::string("uninitialised: ") + what + " hangs on what nobody wrote; " + place(who_));
+  } else if (operand.kind == Operand::kRegister &&
+             (warp_.defined[operand.index] & active_) != active_) {
+    throw Fault(std::string("uninitialised: ") + what + " hangs on what nobody wrote; " +
+                place(who_));
   }
 }
 
@@ -131,8 +163,10 @@ void Step::load() {
     for (int i = 0; i < in_.vector; ++i, from += size) {
       u64 value = 0;
       std::memcpy(&value, from, size);
-      values[i][lane] = in_.type.kind == 's' ? static_cast<u64>(extend(value, in_.type.bits)) : value;
-      if (is_shared && !block_.shared.defined(cut(at, 32) + i * size, size)) defined[i] &= ~(1u << lane);
+      values[i][lane] =
+          in_.type.kind == 's' ? static_cast<u64>(extend(value, in_.type.bits)) : value;
+      if (is_shared && !block_.shared.defined(cut(at, 32) + i * size, size))
+        defined[i] &= ~(1u << lane);
     }
   });
   for (int i = 0; i < in_.vector; ++i) {
@@ -213,9 +247,12 @@ void Step::matrices(bool loads) {
   for (size_t tile = 0; tile < tiles.size(); ++tile) {
     u8 rows[8][16];
     const auto element = [&](int lane, int j) {
-      return transposed ? &rows[lane % 4 * 2 + j][lane / 4 * 2] : &rows[lane / 4][lane % 4 * 4 + 2 * j];
+      return transposed ? &rows[lane % 4 * 2 + j][lane / 4 * 2]
+                        : &rows[lane / 4][lane % 4 * 4 + 2 * j];
     };
-    const auto at = [&](int r) { return cut(bases[tile * 8 + r] + static_cast<u64>(memory.offset), 32); };
+    const auto at = [&](int r) {
+      return cut(bases[tile * 8 + r] + static_cast<u64>(memory.offset), 32);
+    };
     if (loads) {
       defined_ = kAllLanes;
       for (int r = 0; r < 8; ++r) {
@@ -256,15 +293,21 @@ void Step::shuffle() {
   bool inside[kLanes];
   u32 defined = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int by = static_cast<int>(amounts[lane] & 31), clamp = static_cast<int>(clamps[lane] & 31);
+    const int by = static_cast<int>(amounts[lane] & 31),
+              clamp = static_cast<int>(clamps[lane] & 31);
     const int segment = static_cast<int>(clamps[lane] >> 8 & 31);
     const int last = (lane & segment) | (clamp & ~segment), first = lane & segment;
     int source = 0;
-    if (in_.compare == "up") source = lane - by, inside[lane] = source >= last;
-    else if (in_.compare == "down") source = lane + by, inside[lane] = source <= last;
-    else if (in_.compare == "bfly") source = lane ^ by, inside[lane] = source <= last;
-    else if (in_.compare == "idx") source = first | (by & ~segment), inside[lane] = source <= last;
-    else unknown();
+    if (in_.compare == "up")
+      source = lane - by, inside[lane] = source >= last;
+    else if (in_.compare == "down")
+      source = lane + by, inside[lane] = source <= last;
+    else if (in_.compare == "bfly")
+      source = lane ^ by, inside[lane] = source <= last;
+    else if (in_.compare == "idx")
+      source = first | (by & ~segment), inside[lane] = source <= last;
+    else
+      unknown();
     if (!inside[lane]) source = lane;
     made[lane] = cut(values[source], 32);
     defined |= (sources >> source & 1) << lane;
@@ -279,18 +322,26 @@ void Step::reduce() {
   u64 scratch[kLanes];
   const u64* const values = row(in_.from_[0], scratch);
   const auto number = [&](int lane) {
-    return in_.type.kind == 's' ? extend(values[lane], 32) : static_cast<i64>(cut(values[lane], 32));
+    return in_.type.kind == 's' ? extend(values[lane], 32)
+                                : static_cast<i64>(cut(values[lane], 32));
   };
   i64 all = number(0);
   for (int lane = 1; lane < kLanes; ++lane) {
     const i64 next = number(lane);
-    if (in_.compare == "add") all += next;
-    else if (in_.compare == "max") all = std::max(all, next);
-    else if (in_.compare == "min") all = std::min(all, next);
-    else if (in_.compare == "or") all |= next;
-    else if (in_.compare == "and") all &= next;
-    else if (in_.compare == "xor") all ^= next;
-    else unknown();
+    if (in_.compare == "add")
+      all += next;
+    else if (in_.compare == "max")
+      all = std::max(all, next);
+    else if (in_.compare == "min")
+      all = std::min(all, next);
+    else if (in_.compare == "or")
+      all |= next;
+    else if (in_.compare == "and")
+      all &= next;
+    else if (in_.compare == "xor")
+      all ^= next;
+    else
+      unknown();
   }
   all_or_none();
   std::fill_n(result(in_.to), kLanes, cut(static_cast<u64>(all), 32));
@@ -323,7 +374,8 @@ bool Step::barrier() {
     u64 scratch[kLanes];
     const u64* const values = row(in_.from_.back(), scratch);
     warp_.vote = 0;
-    for (int lane = 0; lane < kLanes; ++lane) warp_.vote |= static_cast<u32>(values[lane] & 1) << lane;
+    for (int lane = 0; lane < kLanes; ++lane)
+      warp_.vote |= static_cast<u32>(values[lane] & 1) << lane;
   }
   return false;
 }

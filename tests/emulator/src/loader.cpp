@@ -2,89 +2,22 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
-#include <set>
-#include <sstream>
 #include <unordered_map>
 #include <utility>
 
-#include "program.h"
+#include "text.h"
 
 namespace emulator {
 namespace {
 
-const std::map<std::string, Op>& operations() {
-  static const std::map<std::string, Op> table = {
-      {"add", Op::kAdd}, {"sub", Op::kSub}, {"mul", Op::kMul}, {"mad", Op::kMad}, {"fma", Op::kFma},
-      {"div", Op::kDiv}, {"rem", Op::kRem}, {"min", Op::kMin}, {"max", Op::kMax}, {"neg", Op::kNeg},
-      {"abs", Op::kAbs}, {"sqrt", Op::kSqrt}, {"rsqrt", Op::kRsqrt}, {"ex2", Op::kExp2},
-      {"lg2", Op::kLog2}, {"rcp", Op::kReciprocal}, {"and", Op::kAnd}, {"or", Op::kOr},
-      {"xor", Op::kXor}, {"not", Op::kNot}, {"shl", Op::kShiftLeft}, {"shr", Op::kShiftRight},
-      {"bfe", Op::kBitField}, {"prmt", Op::kPermute}, {"popc", Op::kCountBits},
-      {"bfind", Op::kFirstBit}, {"selp", Op::kSelect}, {"setp", Op::kCompare},
-      {"cvt", Op::kConvert}, {"mov", Op::kMove}, {"cvta", Op::kMove}, {"ld", Op::kLoad},
-      {"st", Op::kStore}, {"atom", Op::kAtomic}, {"ldmatrix", Op::kLoadMatrix},
-      {"stmatrix", Op::kStoreMatrix}, {"shfl", Op::kShuffle}, {"redux", Op::kReduce},
-      {"vote", Op::kVote}, {"elect", Op::kElect}, {"bar", Op::kBarrier}, {"barrier", Op::kBarrier},
-      {"mma", Op::kMultiply}, {"bra", Op::kBranch}, {"brx", Op::kBranchIndexed},
-      {"ret", Op::kReturn}, {"exit", Op::kReturn},
-      // A compiler's hints, and orders that are always kept here (see docs/gpu.md).
-      {"fence", Op::kNothing}, {"membar", Op::kNothing}, {"setmaxnreg", Op::kNothing},
-      {"griddepcontrol", Op::kNothing}};
-  return table;
-}
-
 const std::map<std::string, int>& specials() {
   static const std::map<std::string, int> table = {
-      {"%tid.x", kTid},       {"%tid.y", kZero},     {"%tid.z", kZero},     {"%ntid.x", kThreads},
-      {"%ctaid.x", kCta},     {"%ctaid.y", kCtaY},   {"%ctaid.z", kCtaZ},   {"%nctaid.x", kGrid},
-      {"%nctaid.y", kGridY},  {"%nctaid.z", kGridZ}, {"%laneid", kLane},    {"%warpid", kWarp},
+      {"%tid.x", kTid},       {"%tid.y", kZero},          {"%tid.z", kZero},
+      {"%ntid.x", kThreads},  {"%ctaid.x", kCta},         {"%ctaid.y", kCtaY},
+      {"%ctaid.z", kCtaZ},    {"%nctaid.x", kGrid},       {"%nctaid.y", kGridY},
+      {"%nctaid.z", kGridZ},  {"%laneid", kLane},         {"%warpid", kWarp},
       {"%clusterid.x", kCta}, {"%cluster_ctarank", kZero}};
   return table;
-}
-
-std::string trim(const std::string& text) {
-  const size_t first = text.find_first_not_of(" \t\r\n"), last = text.find_last_not_of(" \t\r\n");
-  return first == std::string::npos ? "" : text.substr(first, last - first + 1);
-}
-
-std::vector<std::string> split(const std::string& text, char at) {
-  std::vector<std::string> parts;
-  std::string part;
-  int depth = 0;
-  for (const char c : text) {
-    if (c == '{' || c == '[') ++depth;
-    if (c == '}' || c == ']') --depth;
-    if (c == at && depth == 0) {
-      parts.push_back(trim(part));
-      part.clear();
-    } else {
-      part += c;
-    }
-  }
-  if (!trim(part).empty()) parts.push_back(trim(part));
-  return parts;
-}
-
-bool parse_type(const std::string& word, Type* type) {
-  if (word == "pred") return *type = {'p', 1, false}, true;
-  if (word == "bf16") return *type = {'B', 16, false}, true;
-  if (word == "bf16x2") return *type = {'B', 32, true}, true;
-  if (word == "f16x2") return *type = {'f', 32, true}, true;
-  if (word.size() < 2 || !std::strchr("busf", word[0])) return false;
-  for (const int bits : {8, 16, 32, 64}) {
-    if (word.substr(1) == std::to_string(bits)) return *type = {word[0], bits, false}, true;
-  }
-  return false;
-}
-
-// The type that a declaration names, as in `.param .u64 .ptr .global name`.
-Type type_of(const std::string& declaration) {
-  std::istringstream words(declaration);
-  Type type;
-  for (std::string word; words >> word;) {
-    if (word[0] == '.' && parse_type(word.substr(1), &type)) return type;
-  }
-  throw Fault("no type in the declaration " + declaration);
 }
 
 class Loader {
@@ -139,7 +72,8 @@ class Loader {
 
   // Places of shared variables: the static ones one after the other, then the dynamic ones.
   void shared(const std::string& text, bool in_body) {
-    for (size_t at = text.find(".shared "); at != std::string::npos; at = text.find(".shared ", at + 1)) {
+    for (size_t at = text.find(".shared "); at != std::string::npos;
+         at = text.find(".shared ", at + 1)) {
       const size_t start = text.rfind('\n', at) + 1;
       const bool dynamic = text.compare(start, 7, ".extern") == 0;
       // An instruction's name goes on before it, and what was demoted is a comment.
@@ -147,7 +81,8 @@ class Loader {
       const std::string declaration = text.substr(at, text.find(';', at) - at);
       std::string name = declaration.substr(declaration.find_last_of(" \t") + 1);
       const size_t align_at = declaration.find(".align");
-      const int align = align_at == std::string::npos ? 4 : std::atoi(declaration.c_str() + align_at + 6);
+      const int align =
+          align_at == std::string::npos ? 4 : std::atoi(declaration.c_str() + align_at + 6);
       int size = type_of(declaration).bits / 8;
       if (const size_t array = name.find('['); array != std::string::npos) {
         size *= std::atoi(name.c_str() + array + 1);
@@ -182,7 +117,8 @@ class Loader {
       } else if (blank() && c == '}') {
         if (--depth == 0) return;
         scopes_.pop_back();
-      } else if (c == ':' && text[at + 1] != ':' && text[at - 1] != ':' && is_label(trim(statement))) {
+      } else if (c == ':' && text[at + 1] != ':' && text[at - 1] != ':' &&
+                 is_label(trim(statement))) {
         const Scoped label = scoped_label(trim(statement));
         statement.clear();
         const size_t next = text.find_first_not_of(" \t\r\n", at + 1);
@@ -205,7 +141,9 @@ class Loader {
   }
 
   static bool is_label(const std::string& text) {
-    const auto part = [](char c) { return std::isalnum(static_cast<u8>(c)) || c == '_' || c == '$'; };
+    const auto part = [](char c) {
+      return std::isalnum(static_cast<u8>(c)) || c == '_' || c == '$';
+    };
     return !text.empty() && std::all_of(text.begin(), text.end(), part);
   }
 
@@ -238,7 +176,8 @@ class Loader {
       const size_t range = name.find('<');
       const int count = range == std::string::npos ? 1 : std::atoi(name.c_str() + range + 1);
       for (int i = 0; i < count; ++i) {
-        const std::string own = range == std::string::npos ? name : name.substr(0, range) + std::to_string(i);
+        const std::string own =
+            range == std::string::npos ? name : name.substr(0, range) + std::to_string(i);
         scopes_.back().registers[own] = kernel.registers++;
       }
     }
@@ -291,7 +230,8 @@ class Loader {
       made.kind = Operand::kMemory;
       const auto parts = split(text.substr(1, text.size() - 2), ',');
       const size_t plus = parts[0].find('+');
-      if (plus != std::string::npos) made.offset = static_cast<i64>(number(trim(parts[0].substr(plus + 1))));
+      if (plus != std::string::npos)
+        made.offset = static_cast<i64>(number(trim(parts[0].substr(plus + 1))));
       made.parts.push_back(operand(trim(parts[0].substr(0, plus))));
       for (size_t i = 1; i < parts.size(); ++i) made.parts.push_back(operand(parts[i]));
       return made;
@@ -320,7 +260,8 @@ class Loader {
     if (text[0] == '@') {
       const size_t end = text.find_first_of(" \t\n");
       in->predicate_negated = text[1] == '!';
-      in->predicate = find_register(text.substr(1 + in->predicate_negated, end - 1 - in->predicate_negated));
+      in->predicate =
+          find_register(text.substr(1 + in->predicate_negated, end - 1 - in->predicate_negated));
       text = trim(text.substr(end));
     }
     const size_t end = std::min(text.find_first_of(" \t\n"), text.size());
@@ -336,12 +277,7 @@ class Loader {
     in->flush = in->has("ftz");
     in->vector = in->has("v2") ? 2 : in->has("v4") ? 4 : in->has("v8") ? 8 : 1;
     if (in->has("sat") || in->has("x2a")) throw Fault("unknown instruction");
-    choose(in);
-    static const std::set<Op> kTogether = {
-        Op::kBarrier, Op::kBarrierReduce, Op::kWarpBarrier, Op::kShuffle, Op::kReduce, Op::kVote,
-        Op::kElect, Op::kMultiply, Op::kLoadMatrix, Op::kStoreMatrix, Op::kMbarrierWait,
-        Op::kGroupFence, Op::kGroupMultiply, Op::kGroupCommit, Op::kGroupWait};
-    in->together = kTogether.count(in->op) != 0;
+    choose_operation(in);
     if (in->op == Op::kBranch || in->op == Op::kBranchIndexed) {
       const auto parts = split(rest, ',');
       if (in->op == Op::kBranchIndexed) in->from_.push_back(operand(parts[0]));
@@ -349,11 +285,11 @@ class Loader {
       return;
     }
     auto parts = split(rest, ',');
-    const bool stores = in->op == Op::kStore || in->op == Op::kStoreMatrix || in->op == Op::kCopy ||
-                        in->op == Op::kTensorCopy || in->op == Op::kBarrier ||
-                        in->op == Op::kMbarrierInit || in->op == Op::kMbarrierInvalidate ||
-                        in->op == Op::kCopyWait || in->op == Op::kGroupWait ||
-                        in->op == Op::kWarpBarrier || in->op == Op::kNothing || in->op == Op::kReturn;
+    const bool stores =
+        in->op == Op::kStore || in->op == Op::kStoreMatrix || in->op == Op::kCopy ||
+        in->op == Op::kTensorCopy || in->op == Op::kBarrier || in->op == Op::kMbarrierInit ||
+        in->op == Op::kMbarrierInvalidate || in->op == Op::kCopyWait || in->op == Op::kGroupWait ||
+        in->op == Op::kWarpBarrier || in->op == Op::kNothing || in->op == Op::kReturn;
     size_t first = 0;
     if (!stores && !parts.empty()) {
       const auto results = split(parts[0], '|');
@@ -364,57 +300,6 @@ class Loader {
     for (size_t i = first; i < parts.size(); ++i) in->from_.push_back(operand(parts[i]));
   }
 
-  // The operation, where a name's first word does not tell it.
-  void choose(Instruction* in) {
-    const auto& words = in->words;
-    const auto found = operations().find(words[0]);
-    const std::string second = words.size() > 1 ? words[1] : "";
-    if (found != operations().end()) {
-      in->op = found->second;
-    } else if (words[0] == "cp" && in->has("bulk")) {
-      if (!in->has("tensor") || !in->has("2d") || !in->has("shared-cluster")) throw Fault("unknown instruction");
-      in->op = Op::kTensorCopy;
-    } else if (words[0] == "cp" && second == "async") {
-      in->op = in->has("commit_group") ? Op::kCopyCommit
-               : in->has("wait_group") || in->has("wait_all") ? Op::kCopyWait
-                                                              : Op::kCopy;
-      if (in->has("mbarrier") || in->has("wait_all")) throw Fault("unknown instruction");
-    } else if (words[0] == "mbarrier") {
-      static const std::map<std::string, Op> own = {{"init", Op::kMbarrierInit},
-                                                    {"inval", Op::kMbarrierInvalidate},
-                                                    {"arrive", Op::kMbarrierArrive},
-                                                    {"try_wait", Op::kMbarrierWait}};
-      if (!own.count(second)) throw Fault("unknown instruction");
-      in->op = in->has("expect_tx") ? Op::kMbarrierExpect : own.at(second);
-    } else if (words[0] == "wgmma") {
-      static const std::map<std::string, Op> own = {{"fence", Op::kGroupFence},
-                                                    {"mma_async", Op::kGroupMultiply},
-                                                    {"commit_group", Op::kGroupCommit},
-                                                    {"wait_group", Op::kGroupWait}};
-      if (!own.count(second)) throw Fault("unknown instruction");
-      in->op = own.at(second);
-    } else {
-      throw Fault("unknown instruction");
-    }
-    if (in->op == Op::kMul) in->op = in->has("wide") ? Op::kMulWide : in->has("hi") ? Op::kMulHigh : Op::kMul;
-    if (in->op == Op::kMad && in->has("wide")) in->op = Op::kMadWide;
-    if (in->op == Op::kMad && in->has("hi")) throw Fault("unknown instruction");
-    if (in->op == Op::kMad && in->type.is_float()) in->op = Op::kFma;
-    if (in->op == Op::kBarrier) {
-      if (second == "warp") in->op = Op::kWarpBarrier;
-      else if (second == "red") in->op = Op::kBarrierReduce;
-      else if (second != "sync") throw Fault("unknown instruction");
-    }
-    if (in->op == Op::kCompare) in->compare = second;
-    if (in->op == Op::kShuffle || in->op == Op::kReduce || in->op == Op::kVote) in->compare = words[2];
-    if (in->op == Op::kLoad || in->op == Op::kStore || in->op == Op::kAtomic) {
-      const bool is_shared = in->has("shared") || in->has("shared-cta");
-      in->space = is_shared ? Space::kShared : in->has("param") ? Space::kParameter : Space::kGlobal;
-      if (in->space == Space::kGlobal && !in->has("global")) throw Fault("unknown instruction");
-    }
-    if (in->op == Op::kMbarrierWait && !in->has("parity")) throw Fault("unknown instruction");
-  }
-
   void resolve() {
     for (const auto& [at, label] : unresolved_) {
       auto& targets = kernel.code[at].targets;
@@ -423,8 +308,10 @@ class Loader {
         if (found == branch_targets_.end()) throw Fault("unknown label " + label.first);
         std::string list;
         for (size_t i = 0; i < found->second.size(); ++i) {  // without comments
-          if (found->second.compare(i, 2, "//") == 0) i = std::min(found->second.find('\n', i), found->second.size() - 1);
-          else list += found->second[i];
+          if (found->second.compare(i, 2, "//") == 0)
+            i = std::min(found->second.find('\n', i), found->second.size() - 1);
+          else
+            list += found->second[i];
         }
         for (const auto& each : split(list, ',')) targets.push_back(target({each, 0}));
       } else {

@@ -17,8 +17,12 @@ std::string join_lines(const std::vector<std::string>& lines) {
 
 Machine::Machine(const Kernel& kernel, Launch launch, const std::map<u64, u64>& ranges, u64 seed,
                  u64 most_instructions)
-    : kernel_(kernel), launch_(std::move(launch)), global_(ranges, &findings_), random_(seed),
-      eager_(random_() % 2), most_instructions_(most_instructions) {}
+    : kernel_(kernel),
+      launch_(std::move(launch)),
+      global_(ranges, &findings_),
+      random_(seed),
+      eager_(random_() % 2),
+      most_instructions_(most_instructions) {}
 
 std::unique_ptr<Block> Machine::make_block(u64 number) {
   const size_t bytes = kernel_.static_shared + launch_.dynamic_shared;
@@ -183,7 +187,8 @@ bool Machine::release(Block* block) {
     } else if (warp.state == Warp::kAtBarrier) {
       std::vector<Warp*> there;
       for (auto& other : block->warps) {
-        if (other.state == Warp::kAtBarrier && other.barrier == warp.barrier) there.push_back(&other);
+        if (other.state == Warp::kAtBarrier && other.barrier == warp.barrier)
+          there.push_back(&other);
       }
       if (static_cast<int>(there.size()) < warp.expected) continue;
       Clock all{};
@@ -228,9 +233,11 @@ void Machine::land(Block* block, size_t which) {
       if (map.swizzle_bytes) to ^= (to >> 7 & (map.swizzle_bytes / 16 - 1)) << 4;
       u8 value[8] = {};  // what lies outside the matrix is zero
       const i64 x = copy.x + i, y = copy.y + j;
-      if (x >= 0 && x < static_cast<i64>(map.sizes[0]) && y >= 0 && y < static_cast<i64>(map.sizes[1])) {
+      if (x >= 0 && x < static_cast<i64>(map.sizes[0]) && y >= 0 &&
+          y < static_cast<i64>(map.sizes[1])) {
         const u64 from = map.base + y * map.row_bytes + x * map.element_bytes;
-        std::memcpy(value, global_.read(copy.who, from, static_cast<int>(map.element_bytes)), map.element_bytes);
+        std::memcpy(value, global_.read(copy.who, from, static_cast<int>(map.element_bytes)),
+                    map.element_bytes);
       }
       block->shared.finish_copy(copy.who, to, static_cast<int>(map.element_bytes), value);
     }
@@ -259,16 +266,18 @@ void Machine::deadlock(const Block& block) const {
       const Instruction& in = *warp.waits_at;
       line += " waits in line " + std::to_string(in.line) + " (" + in.text.substr(0, 80) + ")";
       if (warp.state == Warp::kAtBarrier) {
-        const auto there = std::count_if(block.warps.begin(), block.warps.end(), [&](const Warp& w) {
-          return w.state == Warp::kAtBarrier && w.barrier == warp.barrier;
-        });
+        const auto there =
+            std::count_if(block.warps.begin(), block.warps.end(), [&](const Warp& w) {
+              return w.state == Warp::kAtBarrier && w.barrier == warp.barrier;
+            });
         line += " at barrier " + std::to_string(warp.barrier) + ", where " + std::to_string(there) +
                 " of " + std::to_string(warp.expected) + " warps are";
       } else {
         const Mbarrier& mbarrier = block.mbarriers.at(warp.barrier);
-        line += " for the end of phase " + std::to_string(warp.parity) + " of the mbarrier at byte " +
-                std::to_string(warp.barrier) + ", which lacks " + std::to_string(mbarrier.pending) +
-                " arrivals and " + std::to_string(mbarrier.bytes) + " bytes";
+        line += " for the end of phase " + std::to_string(warp.parity) +
+                " of the mbarrier at byte " + std::to_string(warp.barrier) + ", which lacks " +
+                std::to_string(mbarrier.pending) + " arrivals and " +
+                std::to_string(mbarrier.bytes) + " bytes";
       }
     }
     lines.push_back(line);

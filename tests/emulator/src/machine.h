@@ -50,7 +50,7 @@ struct Mbarrier {
   i64 count = 0, pending = 0, bytes = 0;
   int phase = 0;
   u8 agent = 0;
-  u32 landed = 0;               // the agent's time
+  u32 landed = 0;                // the agent's time
   Clock arriving{}, complete{};  // what those who arrived have seen
 };
 
@@ -133,7 +133,12 @@ class Machine {
 class Step {
  public:
   Step(Machine* machine, Block* block, Warp* warp, const Instruction& in, u32 here, u32 active)
-      : m_(*machine), block_(*block), warp_(*warp), in_(in), here_(here), active_(active),
+      : m_(*machine),
+        block_(*block),
+        warp_(*warp),
+        in_(in),
+        here_(here),
+        active_(active),
         who_{&machine->kernel_, &in, &warp->now, warp->agent(), block->number} {}
 
   // Whether the warp goes on to the next instruction; else it waits at this one.

@@ -74,7 +74,12 @@ void Readers::written(Past* past, u8 agent, const Clock& now, bool atomic) {
 }
 
 SharedMemory::SharedMemory(size_t bytes, Findings* findings)
-    : bytes_(bytes, 0xcd), copying_(bytes), multiplying_(bytes), defined_(bytes), past_(bytes), findings_(findings) {}
+    : bytes_(bytes, 0xcd),
+      copying_(bytes),
+      multiplying_(bytes),
+      defined_(bytes),
+      past_(bytes),
+      findings_(findings) {}
 
 bool SharedMemory::defined(u64 address, int bytes) const {
   return std::memchr(&defined_[address], 0, bytes) == nullptr;
@@ -105,8 +110,10 @@ const u8* SharedMemory::read(const Who& who, u64 address, int bytes) {
   within(who, address, bytes);
   for (u64 at = address; at < address + bytes; ++at) {
     Past& past = past_[at];
-    if (copying_[at]) conflict(who, "reads what is being copied by", at, past.writer);
-    else if (!reached(past.writer, past.write_time, *who.now)) conflict(who, "reads what was just written by", at, past.writer);
+    if (copying_[at])
+      conflict(who, "reads what is being copied by", at, past.writer);
+    else if (!reached(past.writer, past.write_time, *who.now))
+      conflict(who, "reads what was just written by", at, past.writer);
     readers_.read(&past, who.agent, *who.now);
   }
   return &bytes_[address];
@@ -117,12 +124,16 @@ u8* SharedMemory::write(const Who& who, u64 address, int bytes, const u8* value,
   for (u64 at = address; at < address + bytes; ++at) {
     Past& past = past_[at];
     // Equal bytes: whoever reads gets the same in any order.
-    const bool same = value && !atomic && past.writer && !copying_[at] && value[at - address] == bytes_[at];
+    const bool same =
+        value && !atomic && past.writer && !copying_[at] && value[at - address] == bytes_[at];
     if (copying_[at]) conflict(who, "writes what is being copied by", at, past.writer);
-    if (multiplying_[at]) conflict(who, "writes what is being multiplied by", at, past.reader);
-    else if (!same && !readers_.in_order(past, *who.now)) conflict(who, "writes what was just read by", at, past.reader);
+    if (multiplying_[at])
+      conflict(who, "writes what is being multiplied by", at, past.reader);
+    else if (!same && !readers_.in_order(past, *who.now))
+      conflict(who, "writes what was just read by", at, past.reader);
     const bool unordered = !same && !(atomic && past.atomic);
-    if (unordered && !reached(past.writer, past.write_time, *who.now)) conflict(who, "writes what was just written by", at, past.writer);
+    if (unordered && !reached(past.writer, past.write_time, *who.now))
+      conflict(who, "writes what was just written by", at, past.writer);
     readers_.written(&past, who.agent, *who.now, atomic);
   }
   if (value) std::copy(value, value + bytes, &bytes_[address]);
@@ -165,12 +176,16 @@ GlobalMemory::GlobalMemory(const std::map<u64, u64>& ranges, Findings* findings)
 }
 
 GlobalMemory::Cell* GlobalMemory::cells(const Who& who, u64 address, int bytes) {
-  if (address % bytes) throw Fault("misaligned: " + hex(address) + " in global memory; " + place(who));
-  const auto holds = [&](const Range& range) { return range.begin <= address && address + bytes <= range.end; };
+  if (address % bytes)
+    throw Fault("misaligned: " + hex(address) + " in global memory; " + place(who));
+  const auto holds = [&](const Range& range) {
+    return range.begin <= address && address + bytes <= range.end;
+  };
   if (last_ >= ranges_.size() || !holds(ranges_[last_])) {
     for (last_ = 0; last_ < ranges_.size() && !holds(ranges_[last_]);) ++last_;
   }
-  if (last_ < ranges_.size()) return ranges_[last_].cells.get() + (address - ranges_[last_].begin) / 2;
+  if (last_ < ranges_.size())
+    return ranges_[last_].cells.get() + (address - ranges_[last_].begin) / 2;
   std::string nearest = "no tensor";
   u64 least = ~u64{0};
   for (const Range& range : ranges_) {
@@ -184,12 +199,14 @@ GlobalMemory::Cell* GlobalMemory::cells(const Who& who, u64 address, int bytes) 
   throw Fault("out of bounds: " + hex(address) + ", " + nearest + "; " + place(who));
 }
 
-void GlobalMemory::conflict(const Who& who, const char* what, u64 address, u32 block, u8 other) const {
-  const std::string whose = block == kSeveral ? "several blocks"
-                            : block != who.block ? "block " + std::to_string(block - 1)
+void GlobalMemory::conflict(const Who& who, const char* what, u64 address, u32 block,
+                            u8 other) const {
+  const std::string whose = block == kSeveral          ? "several blocks"
+                            : block != who.block       ? "block " + std::to_string(block - 1)
                             : other == kSeveralReaders ? "several warps"
                                                        : name_of(other);
-  findings_->add(who, std::string("race in global memory: ") + what + " " + whose + ", at " + hex(address));
+  findings_->add(
+      who, std::string("race in global memory: ") + what + " " + whose + ", at " + hex(address));
 }
 
 const u8* GlobalMemory::read(const Who& who, u64 address, int bytes) {
@@ -218,7 +235,8 @@ u8* GlobalMemory::write(const Who& who, u64 address, int bytes, const u8* value,
   for (int at = 0; at < bytes && !same; at += 2, ++cell) {
     Past& past = cell->past;
     const bool own = cell->write_block == who.block;
-    if (past.writer && !(atomic && past.atomic) && (!own || !reached(past.writer, past.write_time, *who.now))) {
+    if (past.writer && !(atomic && past.atomic) &&
+        (!own || !reached(past.writer, past.write_time, *who.now))) {
       conflict(who, "writes what was written by", address + at, cell->write_block, past.writer);
     }
     if (cell->read_block && (cell->read_block != who.block || !readers_.in_order(past, *who.now))) {

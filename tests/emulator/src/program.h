@@ -28,6 +28,7 @@ struct Type {
 
 enum class Space { kGlobal, kShared, kParameter };
 
+// clang-format off
 enum class Op {
   // Arithmetic, lane by lane.
   kAdd, kSub, kMul, kMulHigh, kMulWide, kMad, kMadWide, kFma, kDiv, kRem, kMin, kMax, kNeg, kAbs,
@@ -39,10 +40,12 @@ enum class Op {
   kShuffle, kReduce, kVote, kElect, kBarrier, kBarrierReduce, kWarpBarrier, kMultiply,
   // Asynchronous.
   kCopy, kCopyCommit, kCopyWait, kMbarrierInit, kMbarrierInvalidate, kMbarrierArrive,
-  kMbarrierExpect, kMbarrierWait, kTensorCopy, kGroupFence, kGroupMultiply, kGroupCommit, kGroupWait,
+  kMbarrierExpect, kMbarrierWait, kTensorCopy,
+  kGroupFence, kGroupMultiply, kGroupCommit, kGroupWait,
   // Control.
   kBranch, kBranchIndexed, kReturn, kNothing,
 };
+// clang-format on
 
 struct Operand {
   enum Kind { kNone, kRegister, kConstant, kParameter, kMemory, kVector, kSink } kind = kNone;
@@ -63,8 +66,8 @@ struct Instruction {
   int predicate = -1;
   bool predicate_negated = false;
   std::vector<int> targets;
-  std::string compare;  // comparison, shuffle or reduction
-  bool flush = false;   // .ftz
+  std::string compare;    // comparison, shuffle or reduction
+  bool flush = false;     // .ftz
   bool together = false;  // whether all lanes of a warp do it at once
   std::string text;
   int line = 0;
@@ -82,7 +85,20 @@ struct Parameter {
 };
 
 // Registers 0 to kSpecials - 1 hold what PTX names %tid.x and so on.
-enum Special { kTid, kThreads, kCta, kCtaY, kCtaZ, kGrid, kGridY, kGridZ, kLane, kWarp, kZero, kSpecials };
+enum Special {
+  kTid,
+  kThreads,
+  kCta,
+  kCtaY,
+  kCtaZ,
+  kGrid,
+  kGridY,
+  kGridZ,
+  kLane,
+  kWarp,
+  kZero,
+  kSpecials
+};
 
 struct Kernel {
   std::string name;

@@ -24,7 +24,8 @@ To bits_as(From from) {
 inline u64 cut(u64 value, int bits) { return bits >= 64 ? value : value & ((u64{1} << bits) - 1); }
 
 inline i64 extend(u64 value, int bits) {
-  return bits >= 64 ? static_cast<i64>(value) : static_cast<i64>(value << (64 - bits)) >> (64 - bits);
+  return bits >= 64 ? static_cast<i64>(value)
+                    : static_cast<i64>(value << (64 - bits)) >> (64 - bits);
 }
 
 inline float f32(u64 value) { return bits_as<float>(value); }
