@@ -133,8 +133,8 @@ def test_repeats_and_thread_counts_are_bitwise_equal(dtype: torch.dtype, isa: st
 @dtypes
 @pytest.mark.parametrize("rows", [1, 3, 16, 31, 32, 65])
 def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, rows: int, backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("torch's product may round differently for another number of rows")
+    if backend in ("reference", "cuda"):
+        pytest.skip("a library's product may round differently for another number of rows")
     case = Case("rows", 140, 50, 300, 10, dtype=dtype)
     x, W, b = case.inputs()
     whole = select(x, W, b, case.K, None, backend)
@@ -147,15 +147,15 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, rows: int, backe
 def test_permuting_latents_permutes_the_selection(dtype: torch.dtype, backend: str) -> None:
     case = Case("permuted", 30, 32, 333, 11, dtype=dtype)
     x, W, b = case.inputs()
+    assert b is not None
     order = torch.randperm(case.F)
-    _, indices = select_topk(x, W, b, case.K, None, backend=backend)
-    _, permuted = select_topk(x, W[order], b[order], case.K, None, backend=backend)
+    _, indices = select(x, W, b, case.K, None, backend)
+    _, permuted = select(x, W[order], b[order], case.K, None, backend)
     exact = oracles.scores(x, W, b)
     budget = rounding(case.D + 1, exact.magnitude, dtype, flushed=1.0)
     assert_same_selection("permuted", order[permuted.long()], exact.key, case.K, budget)
-    if (
-        backend != "reference"
-    ):  # a score does not depend on the latent's place, so the order is the same
+    # A score does not depend on the latent's place but in a library's product: the same order.
+    if backend not in ("reference", "cuda"):
         assert_bitwise("latents", order[permuted.long()], indices.long())
 
 
