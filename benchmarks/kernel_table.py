@@ -140,6 +140,24 @@ CASES: tuple[KernelCase, ...] = (
 )
 
 
+# Each optional argument given and left out, as the schemas have them. They need to compile without
+# spills and are not on the page.
+FORMS: tuple[KernelCase, ...] = tuple(
+    KernelCase(
+        primitive,
+        backend,
+        768,
+        32,
+        tuple(options.items()),
+        wide=False,
+        architectures=(90,) if backend == "gluon" else ARCHITECTURES,
+    )
+    for primitive, backend in calls.kernels()
+    if backend != "cuda"
+    for options in calls.forms(primitive)
+)
+
+
 class CompiledCase(NamedTuple):
     """A case on one architecture: what its call launched, and the error that ended it early."""
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from benchmarks import calls, kernel_table
 from benchmarks.aot import ARCHITECTURES, compiled_for
 from benchmarks.gpu_check.gather import gather_sum
-from benchmarks.kernel_table import CASES, PAGE, CompiledCase, KernelCase
+from benchmarks.kernel_table import CASES, FORMS, PAGE, CompiledCase, KernelCase
 from sae_kernels import gpu
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def test_passes_the_gates_and_is_on_the_page(case: KernelCase, architecture: int
 @on_every_architecture(CASES)
 def test_all_of_them_too(case: KernelCase, architecture: int) -> None:
     check(compiled(tuple(CASES))[case, architecture])
+
+
+@pytest.mark.slow
+@on_every_architecture(FORMS)
+def test_every_optional_argument_given_and_left_out(case: KernelCase, architecture: int) -> None:
+    assert kernel_table.compile_case(case, architecture).faults() == []
 
 
 def check(row: CompiledCase) -> None:

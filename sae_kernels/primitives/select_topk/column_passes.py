@@ -16,7 +16,7 @@ What multiplies differs between backends; the lists and everything done to them 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -121,9 +121,10 @@ def _select_rows(
     n, rows = x.new_empty(1, dtype=torch.int32), x.new_empty(B, dtype=torch.int32)
     overflow = Overflow(incomplete, pending, n, rows)
 
-    def keep_best(purpose: int) -> None:
+    def keep_best(purpose: Any) -> None:
+        # Its number: as a constant each purpose would be a kernel of its own.
         candidate_lists.keep_best[(triton.cdiv(B, at_once),)](
-            *lists, incomplete, pending, rank_scale, B, F, k, purpose, capacity, at_once,
+            *lists, incomplete, pending, rank_scale, B, F, k, purpose.value, capacity, at_once,
             num_warps=4,
         )  # fmt: skip
 
