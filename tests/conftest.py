@@ -143,13 +143,22 @@ def backends_for(primitives: tuple[str, ...], config: pytest.Config) -> list[str
         return ["reference", *(f"cpu-{isa}" for isa in ISAS)]
     names = backends.NAMES if DEVICE.type == "cuda" else ("triton",)
     if config.option.emulate:
-        names = ("cuda", "triton", "gluon")
+        gpus = ("cuda", "triton", "gluon")
+        names = tuple(n for n in gpus if all(backends._written(p, n) for p in primitives))
     dtype = torch.bfloat16  # the one that all GPU backends take
     return [
         name
         for name in names
-        if all(dict(backends.candidates(p, DEVICE, dtype))[name] is None for p in primitives)
+        if not_emulated(name, config)  # whose tests are skipped with that reason
+        or all(dict(backends.candidates(p, DEVICE, dtype))[name] is None for p in primitives)
     ]
+
+
+def not_emulated(backend: str, config: pytest.Config) -> str | None:
+    """The reason why a backend that was asked for cannot be emulated, or None."""
+    if not config.option.emulate:
+        return None
+    return library.unavailable() or (cuda_kernels.unavailable() if backend == "cuda" else None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -166,9 +175,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
-    reason = library.unavailable() if config.option.emulate else None
-    if reason is not None:
-        for item in items:
+    for item in items if config.option.emulate else ():
+        reason = not_emulated(item.callspec.params["backend"], config)  # type: ignore[attr-defined]
+        if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
     tiers.mark(items)
 
