@@ -22,6 +22,7 @@ from tests.functional.functional_examples import ENDS, SLACK, B, D, F, K, operan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PRIMITIVES = ("select_topk", "decode", "row_grad")
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 ENCODE_SUBSETS = [s for s in itertools.product([True, False], repeat=4) if any(s)]
 DECODE_SUBSETS = [s for s in itertools.product([True, False], repeat=3) if any(s)]

@@ -33,6 +33,7 @@ from tests.functional.functional_examples import (
 if TYPE_CHECKING:
     from sae_kernels import SparseCodes
 
+PRIMITIVES = ("select_topk", "decode", "row_grad")
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 WIDTH = 0.5
 inf, nan = math.inf, math.nan

@@ -17,6 +17,7 @@ from tests.functional.functional_examples import SLACK, subset_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PRIMITIVES = ("route_top1", "select_topk_routed")
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 B, D, F, K, E = 9, 7, 12, 2, 3
 SUBSETS = [s for s in itertools.product([True, False], repeat=3) if any(s)]
