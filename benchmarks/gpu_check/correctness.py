@@ -63,12 +63,13 @@ def tests(dry: bool, seconds: float) -> Iterator[Record]:
     for outcome in outcomes:
         if outcome["outcome"] == "failed":
             yield {"kind": "failed", "what": outcome["test"], "why": outcome["why"]}
-    for (kernel, backend), counts in sorted(_by_kernel(outcomes).items()):
+    for (kernel, backend), counts in sorted(by_kernel(outcomes).items()):
         found = {name: counts[name] for name in ("passed", "failed", "skipped")}
         yield {"kind": "tests", "kernel": kernel, "backend": backend, **found}
 
 
-def _by_kernel(outcomes: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
+def by_kernel(outcomes: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
+    """How many tests of each kernel and backend had each outcome."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     for outcome in outcomes:
         for kernel in outcome["kernels"]:

@@ -64,11 +64,26 @@ def results(folder: Path) -> list[Result]:
     return sorted(found, key=lambda result: str(result.facts["time"]), reverse=True)
 
 
-def kernels(found: list[Result]) -> list[str]:
+def emulated(folder: Path) -> dict[tuple[str, str], str]:
+    """What passed in the emulator, of each kernel and backend: architecture, commit and tests."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(folder.glob("emulated-*.jsonl")):
+        first, *records = (json.loads(line) for line in path.read_text().splitlines())
+        facts = first["provenance"]
+        where = f"{first['architecture']} at {facts['commit']}{' with changes' * facts['dirty']}"
+        for record in records:
+            counts = f"{record['passed']} passed, {record['failed']} failed"
+            key = (record["kernel"], record["backend"])
+            if record["passed"] + record["failed"]:
+                said.setdefault(key, []).append(f"{where}: {counts}")
+    return {key: "; ".join(words) for key, words in said.items()}
+
+
+def kernels(found: list[Result], in_emulator: dict[tuple[str, str], str]) -> list[str]:
     """Kernel by kernel, the last run that tested it."""
     lines = [
-        "| kernel | backend | device | commit | day | tests passed | failed | repeats |",
-        "|---|---|---|---|---|---:|---:|---|",
+        "| kernel | backend | device | commit | day | tests passed | failed | repeats | emulated |",
+        "|---|---|---|---|---|---:|---:|---|---|",
     ]
     for name, backend in [*calls.kernels(), _TOGETHER]:
 
@@ -77,13 +92,14 @@ def kernels(found: list[Result]) -> list[str]:
 
         ran = _latest(found, lambda r: about(r, "tests") and r["passed"] + r["failed"] > 0)
         repeated = _latest(found, lambda r: about(r, "check"))
+        said = in_emulator.get((name, backend), "")
         if ran is None:
-            lines.append(f"| {name} | {backend} | {NEVER} | | | | | |")
+            lines.append(f"| {name} | {backend} | {NEVER} | | | | | | {said} |")
             continue
         result, tests = ran
         bits = "-" if repeated is None else ("same bits" if repeated[1]["ok"] else "DIFFER")
         counts = f"{tests['passed']} | {tests['failed']}"
-        lines.append(f"| {name} | {backend} | {result.where} | {counts} | {bits} |")
+        lines.append(f"| {name} | {backend} | {result.where} | {counts} | {bits} | {said} |")
     return lines
 
 
@@ -138,7 +154,7 @@ def _latest(found: list[Result], fits: Callable[[Record], bool]) -> tuple[Result
 def generated(folder: Path) -> str:
     """The page from the mark on."""
     found = results(folder)
-    lines = [MARK, "", "## Which kernels ran where", "", *kernels(found)]
+    lines = [MARK, "", "## Which kernels ran where", "", *kernels(found, emulated(folder))]
     lines += ["", "## Bars, on one H200", "", *bars(found)]
     if found:
         lines += ["", "## Runs"]

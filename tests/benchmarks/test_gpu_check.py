@@ -168,7 +168,7 @@ def test_the_page_says_where_a_kernel_last_ran_and_how_a_bar_stands(tmp_path: Pa
     results(tmp_path, "old", old, TESTS | {"passed": 5, "failed": 0}, STEP | {"of_floor": 1.25})
     text = page.generated(tmp_path)
     where = "NVIDIA H200 | abc1234 | 2030-01-02"
-    assert row(text, "| decode | triton") == f"| decode | triton | {where} | 7 | 1 | - |"
+    assert row(text, "| decode | triton") == f"| decode | triton | {where} | 7 | 1 | - |  |"
     assert page.NEVER in row(text, "| FusedStep | automatic")
     bar = row(text, "| FusedStep at gpu-small: time over its floor")
     assert bar.endswith(f"| at most 1.5 | 1.75 (missed) | {where} |")
@@ -176,6 +176,21 @@ def test_the_page_says_where_a_kernel_last_ran_and_how_a_bar_stands(tmp_path: Pa
     assert text.index("### gpu-new") < text.index("### gpu-old")
     head = "by hand\n"
     assert page.written(head + page.MARK + "outdated", tmp_path) == head + text
+
+
+def test_the_page_says_what_passed_in_the_emulator(tmp_path: Path) -> None:
+    for architecture, dirty, failed in (("sm_80", False, 0), ("sm_90", True, 2)):
+        first = {"provenance": {"commit": "abc1234", "dirty": dirty}, "architecture": architecture}
+        counts = {"backend": "triton", "passed": 7, "failed": failed, "skipped": 1}
+        none = {"kernel": "auxk", "backend": "triton", "passed": 0, "failed": 0, "skipped": 3}
+        lines = [json.dumps(line) for line in (first, {"kernel": "decode"} | counts, none)]
+        (tmp_path / f"emulated-{architecture}.jsonl").write_text("\n".join(lines))
+    text = page.generated(tmp_path)
+    assert row(text, "| decode | triton").endswith(
+        f"| {page.NEVER} | | | | | | sm_80 at abc1234: 7 passed, 0 failed; "
+        "sm_90 at abc1234 with changes: 7 passed, 2 failed |"
+    )
+    assert row(text, "| auxk | triton").endswith("| | |  |")
 
 
 def test_a_kernel_whose_tests_were_all_skipped_has_not_run(tmp_path: Path) -> None:
