@@ -79,6 +79,7 @@ PRESENT: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},
     "dense_latents": {"dense": True},
     "high": {"split": True},
+    "variance": {"variance": True},
 }
 ABSENT = dict.fromkeys(("dense", "dense_latents"), "dense,dense_latents")
 
@@ -169,6 +170,7 @@ def _makers(
     width: int | None = None,  # of gradients and masters; default: D
     penalties: int = 0,  # on the norms of so many parts of a row
     dense: bool = False,  # whether a gradient has dense rows too
+    variance: bool = False,  # whether auxk is given what it divides by
 ) -> dict[str, Callable[[], Any]]:
     """A function for each argument of the primitives that makes it."""
     B, D, F, K = shape
@@ -214,6 +216,7 @@ def _makers(
         "param": lambda: master()[0],
         "high": lambda: master()[1] if split else None,
         "matrix": matrix,
+        "variance": lambda: torch.full((), float(B * D)) if variance else None,
         "hyper": lambda: torch.tensor([1e-4, 1.0, 0.1, 0.001, 0.0, 1.0], dtype=torch.float64),
         "since_fired": lambda: torch.randint(0, 4 * after // 3, (F,)),
     }

@@ -96,12 +96,12 @@ void Step::arithmetic() {
 
 void Step::select() {
   u64 scratch[3][kLanes];
-  const u64* const p = row(in_.from_[2], scratch[2]);
+  const u64* const p = row(in_.sources[2], scratch[2]);
   const u32 chosen = defined_;
-  const u64* const a = row(in_.from_[0], scratch[0]);
+  const u64* const a = row(in_.sources[0], scratch[0]);
   const u32 first = defined_;
   defined_ = chosen;
-  const u64* const b = row(in_.from_[1], scratch[1]);
+  const u64* const b = row(in_.sources[1], scratch[1]);
   const u32 second = defined_;
   u32 ones = 0;
   for (int lane = 0; lane < kLanes; ++lane) ones |= static_cast<u32>(p[lane] & 1) << lane;
@@ -119,7 +119,7 @@ void Step::predicates() {
   const u64* sources[2];
   for (int i = 0; i < 2; ++i) {
     defined_ = kAllLanes;
-    sources[i] = row(in_.from_[i], scratch[i]);
+    sources[i] = row(in_.sources[i], scratch[i]);
     defined[i] = defined_;
     for (int lane = 0; lane < kLanes; ++lane) {
       deciding[i] |= static_cast<u32>((sources[i][lane] & 1) == decides) << lane;
@@ -221,11 +221,11 @@ void Step::compare() {
   static const char* const kKnown[] = {"eq", "ne", "lt", "le", "gt", "ge", "num", "nan"};
   if (std::find(std::begin(kKnown), std::end(kKnown), relation.relation) == std::end(kKnown))
     unknown();
-  const std::string combined = in_.from_.size() > 2 ? in_.words[2] : "";
+  const std::string combined = in_.sources.size() > 2 ? in_.words[2] : "";
   u64 scratch[3][kLanes];
-  const u64* a = row(in_.from_[0], scratch[0]);
-  const u64* b = row(in_.from_[1], scratch[1]);
-  const u64* p = combined.empty() ? a : row(in_.from_[2], scratch[2]);
+  const u64* a = row(in_.sources[0], scratch[0]);
+  const u64* b = row(in_.sources[1], scratch[1]);
+  const u64* p = combined.empty() ? a : row(in_.sources[2], scratch[2]);
   u64 other[kLanes] = {};
   u64* const to = result(in_.to);
   lanes([&](int lane) {
@@ -310,7 +310,7 @@ void Step::convert() {
 
 // Copies, joins the parts of a register and takes them apart.
 void Step::move() {
-  const Operand &to = in_.to, &from = in_.from_[0];
+  const Operand &to = in_.to, &from = in_.sources[0];
   const int bits = in_.type.bits;
   if (to.kind == Operand::kVector) {
     u64 scratch[kLanes];

@@ -8,13 +8,13 @@
 namespace emulator {
 
 void Step::copy() {
-  need(in_.from_[0], "an address");
-  need(in_.from_[1], "an address");
+  need(in_.sources[0], "an address");
+  need(in_.sources[1], "an address");
   lanes([&](int lane) {
-    Copy copy{who_, address(in_.from_[1], lane), cut(address(in_.from_[0], lane), 32), 0, 0};
-    copy.bytes = copy.valid = static_cast<int>(one(in_.from_[2], lane));
-    if (in_.from_.size() > 3)
-      copy.valid = std::min(copy.bytes, static_cast<int>(one(in_.from_[3], lane)));
+    Copy copy{who_, address(in_.sources[1], lane), cut(address(in_.sources[0], lane), 32), 0, 0};
+    copy.bytes = copy.valid = static_cast<int>(one(in_.sources[2], lane));
+    if (in_.sources.size() > 3)
+      copy.valid = std::min(copy.bytes, static_cast<int>(one(in_.sources[3], lane)));
     if (copy.valid) m_.global_.read(who_, copy.from, copy.bytes);
     block_.shared.begin_copy(who_, copy.to, copy.bytes);
     warp_.open_copies.push_back(copy);
@@ -22,7 +22,7 @@ void Step::copy() {
 }
 
 void Step::wait_for_copies() {
-  const auto kept = static_cast<size_t>(one(in_.from_[0], 0));
+  const auto kept = static_cast<size_t>(one(in_.sources[0], 0));
   for (; warp_.copies.size() > kept; warp_.copies.pop_front()) {
     for (const Copy& copy : warp_.copies.front()) {
       u8 value[16] = {};
@@ -34,7 +34,7 @@ void Step::wait_for_copies() {
 
 void Step::mbarrier() {
   lanes([&](int lane) {
-    const u64 at = cut(address(in_.from_[0], lane), 32);
+    const u64 at = cut(address(in_.sources[0], lane), 32);
     Mbarrier& mbarrier = block_.mbarriers[at];
     if (in_.op == Op::kMbarrierInit) {
       const u8 agent = mbarrier.agent
@@ -42,7 +42,7 @@ void Step::mbarrier() {
                            : static_cast<u8>(kFirstMbarrier + block_.mbarriers.size() - 1);
       if (agent >= kAgents)
         throw Fault("more mbarriers than the emulator has clocks for; " + place(who_));
-      const auto count = static_cast<i64>(one(in_.from_[1], lane));
+      const auto count = static_cast<i64>(one(in_.sources[1], lane));
       const u32 landed = mbarrier.landed;
       mbarrier = Mbarrier{};
       mbarrier.valid = true;
@@ -61,7 +61,8 @@ void Step::mbarrier() {
       return;
     }
     block_.shared.read(who_, at, 8);  // it was made before
-    if (in_.op == Op::kMbarrierExpect) mbarrier.bytes += static_cast<i64>(one(in_.from_[1], lane));
+    if (in_.op == Op::kMbarrierExpect)
+      mbarrier.bytes += static_cast<i64>(one(in_.sources[1], lane));
     if (--mbarrier.pending < 0)
       throw Fault("invalid mbarrier: more arrivals than it counts; " + place(who_));
     join(&mbarrier.arriving, warp_.now);
@@ -73,13 +74,13 @@ void Step::mbarrier() {
 
 bool Step::wait_for_mbarrier() {
   whole_warp();
-  const u64 at = cut(address(in_.from_[0], 0), 32);
+  const u64 at = cut(address(in_.sources[0], 0), 32);
   const auto found = block_.mbarriers.find(at);
   if (found == block_.mbarriers.end() || !found->second.valid) {
     throw Fault("invalid mbarrier: none was made at byte " + std::to_string(at) + "; " +
                 place(who_));
   }
-  const auto parity = static_cast<int>(one(in_.from_[1], 0) & 1);
+  const auto parity = static_cast<int>(one(in_.sources[1], 0) & 1);
   if (found->second.phase == parity) {
     warp_.state = Warp::kAtMbarrier;
     warp_.waits_at = &in_;
@@ -95,13 +96,13 @@ bool Step::wait_for_mbarrier() {
 
 void Step::tensor_copy() {
   lanes([&](int lane) {
-    const Operand& source = in_.from_[1];
+    const Operand& source = in_.sources[1];
     const auto* map = reinterpret_cast<const TensorMap*>(address(source, lane));
     const Operand& coordinates = source.parts[1];
     TensorCopy copy{who_,
                     map,
-                    cut(address(in_.from_[0], lane), 32),
-                    cut(address(in_.from_[2], lane), 32),
+                    cut(address(in_.sources[0], lane), 32),
+                    cut(address(in_.sources[2], lane), 32),
                     extend(one(coordinates.parts[0], lane), 32),
                     extend(one(coordinates.parts[1], lane), 32),
                     warp_.now};

@@ -71,7 +71,7 @@ bool Step::execute() {
       warp_.open_products.clear();
       return true;
     case Op::kGroupWait:
-      return finish_products(static_cast<size_t>(one(in_.from_[0], 0))), true;
+      return finish_products(static_cast<size_t>(one(in_.sources[0], 0))), true;
     default:
       return arithmetic(), true;
   }
@@ -148,7 +148,7 @@ void Step::unknown() const {
 
 void Step::load() {
   const int size = in_.type.bits / 8, bytes = size * in_.vector;
-  const Operand& memory = in_.from_[0];
+  const Operand& memory = in_.sources[0];
   need(memory, "an address");
   u64 scratch[kLanes], bases[kLanes], values[8][kLanes];
   std::copy_n(row(memory.parts[0], scratch), kLanes, bases);
@@ -179,19 +179,19 @@ void Step::load() {
 void Step::store() {
   const int size = in_.type.bits / 8, bytes = size * in_.vector;
   const bool is_shared = in_.space == Space::kShared;
-  need(in_.from_[0], "an address");
-  if (!is_shared) need(in_.from_[1], "what is stored");
+  need(in_.sources[0], "an address");
+  if (!is_shared) need(in_.sources[1], "what is stored");
   u64 scratch[9][kLanes];
-  const u64* const bases = row(in_.from_[0].parts[0], scratch[8]);
+  const u64* const bases = row(in_.sources[0].parts[0], scratch[8]);
   const u64* values[8];
   u32 defined[8];
   for (int i = 0; i < in_.vector; ++i) {
     defined_ = kAllLanes;
-    values[i] = row(in_.vector > 1 ? in_.from_[1].parts[i] : in_.from_[1], scratch[i]);
+    values[i] = row(in_.vector > 1 ? in_.sources[1].parts[i] : in_.sources[1], scratch[i]);
     defined[i] = defined_;
   }
   lanes([&](int lane) {
-    const u64 at = bases[lane] + static_cast<u64>(in_.from_[0].offset);
+    const u64 at = bases[lane] + static_cast<u64>(in_.sources[0].offset);
     u8 value[64];
     for (int i = 0; i < in_.vector; ++i) std::memcpy(value + i * size, &values[i][lane], size);
     if (!is_shared) {
@@ -208,14 +208,14 @@ void Step::store() {
 // Lanes take their turn in any order.
 void Step::atomic() {
   if (!in_.has("add")) unknown();
-  need(in_.from_[0], "an address");
-  need(in_.from_[1], "what is added");
+  need(in_.sources[0], "an address");
+  need(in_.sources[1], "what is added");
   std::vector<int> order;
   lanes([&](int lane) { order.push_back(lane); });
   std::shuffle(order.begin(), order.end(), m_.random_);
   const int bits = in_.type.bits, bytes = bits / 8;
   for (const int lane : order) {
-    const u64 at = address(in_.from_[0], lane), operand = one(in_.from_[1], lane);
+    const u64 at = address(in_.sources[0], lane), operand = one(in_.sources[1], lane);
     const bool is_shared = in_.space == Space::kShared;
     u64 old = 0;
     u8* const memory = is_shared ? block_.shared.write(who_, cut(at, 32), bytes, nullptr, true)
@@ -238,7 +238,7 @@ void Step::atomic() {
 void Step::matrices(bool loads) {
   whole_warp();
   if (!in_.has("m8n8") || !in_.has("b16")) unknown();
-  const Operand &memory = in_.from_[0], &list = loads ? in_.to : in_.from_[1];
+  const Operand &memory = in_.sources[0], &list = loads ? in_.to : in_.sources[1];
   const bool transposed = in_.has("trans");
   need(memory, "an address");
   u64 scratch[kLanes], bases[kLanes];
@@ -286,10 +286,10 @@ void Step::matrices(bool loads) {
 void Step::shuffle() {
   whole_warp();
   u64 scratch[3][kLanes], values[kLanes], made[kLanes];
-  std::copy_n(row(in_.from_[0], scratch[0]), kLanes, values);
+  std::copy_n(row(in_.sources[0], scratch[0]), kLanes, values);
   const u32 sources = defined_;
-  const u64* const amounts = row(in_.from_[1], scratch[1]);
-  const u64* const clamps = row(in_.from_[2], scratch[2]);
+  const u64* const amounts = row(in_.sources[1], scratch[1]);
+  const u64* const clamps = row(in_.sources[2], scratch[2]);
   bool inside[kLanes];
   u32 defined = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -320,7 +320,7 @@ void Step::shuffle() {
 void Step::reduce() {
   whole_warp();
   u64 scratch[kLanes];
-  const u64* const values = row(in_.from_[0], scratch);
+  const u64* const values = row(in_.sources[0], scratch);
   const auto number = [&](int lane) {
     return in_.type.kind == 's' ? extend(values[lane], 32)
                                 : static_cast<i64>(cut(values[lane], 32));
@@ -351,7 +351,7 @@ void Step::vote() {
   whole_warp();
   if (in_.compare != "ballot") unknown();
   u64 scratch[kLanes], votes = 0;
-  const u64* const values = row(in_.from_[0], scratch);
+  const u64* const values = row(in_.sources[0], scratch);
   for (int lane = 0; lane < kLanes; ++lane) votes |= (values[lane] & 1) << lane;
   all_or_none();
   std::fill_n(result(in_.to), kLanes, votes);
@@ -361,18 +361,18 @@ bool Step::barrier() {
   whole_warp();
   warp_.state = Warp::kAtBarrier;
   warp_.waits_at = &in_;
-  need(in_.from_.back(), "a barrier");
-  warp_.barrier = one(in_.from_[0], 0);
+  need(in_.sources.back(), "a barrier");
+  warp_.barrier = one(in_.sources[0], 0);
   const bool reduces = in_.op == Op::kBarrierReduce;
   const size_t counted = reduces ? 2 : 1;  // a number of threads may follow
   warp_.expected = static_cast<int>(block_.warps.size());
-  if (in_.from_.size() > counted) {
-    warp_.expected = static_cast<int>(one(in_.from_[1], 0)) / kLanes;
+  if (in_.sources.size() > counted) {
+    warp_.expected = static_cast<int>(one(in_.sources[1], 0)) / kLanes;
   }
   if (reduces) {
     if (!in_.has("or") && !in_.has("and")) unknown();
     u64 scratch[kLanes];
-    const u64* const values = row(in_.from_.back(), scratch);
+    const u64* const values = row(in_.sources.back(), scratch);
     warp_.vote = 0;
     for (int lane = 0; lane < kLanes; ++lane)
       warp_.vote |= static_cast<u32>(values[lane] & 1) << lane;

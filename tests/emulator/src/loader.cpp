@@ -280,7 +280,7 @@ class Loader {
     choose_operation(in);
     if (in->op == Op::kBranch || in->op == Op::kBranchIndexed) {
       const auto parts = split(rest, ',');
-      if (in->op == Op::kBranchIndexed) in->from_.push_back(operand(parts[0]));
+      if (in->op == Op::kBranchIndexed) in->sources.push_back(operand(parts[0]));
       unresolved_.push_back({static_cast<int>(kernel.code.size()), scoped_label(parts.back())});
       return;
     }
@@ -297,7 +297,7 @@ class Loader {
       if (results.size() > 1) in->second = operand(results[1]);
       first = 1;
     }
-    for (size_t i = first; i < parts.size(); ++i) in->from_.push_back(operand(parts[i]));
+    for (size_t i = first; i < parts.size(); ++i) in->sources.push_back(operand(parts[i]));
   }
 
   void resolve() {

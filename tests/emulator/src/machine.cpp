@@ -162,7 +162,7 @@ bool Machine::step(Block* block, Warp* warp) {
     groups[first] = {at + 1, here & ~active};
     if (in.op == Op::kBranch && active) groups.push_back({in.targets[0], active});
     if (in.op == Op::kBranchIndexed) {
-      const u64* index = &warp->registers[static_cast<size_t>(in.from_[0].index) * kLanes];
+      const u64* index = &warp->registers[static_cast<size_t>(in.sources[0].index) * kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         if (active >> lane & 1) groups.push_back({in.targets.at(index[lane]), 1u << lane});
       }

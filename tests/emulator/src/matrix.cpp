@@ -34,7 +34,7 @@ void Step::multiply() {
   if (!in_.has("m16n8k16") || !in_.has("row") || !in_.has("col") || !kind_of(in_, &halves))
     unknown();
   float a[16][16], b[16][8], c[16][8];
-  const auto &as = in_.from_[0].parts, &bs = in_.from_[1].parts, &cs = in_.from_[2].parts;
+  const auto &as = in_.sources[0].parts, &bs = in_.sources[1].parts, &cs = in_.sources[2].parts;
   u64 scratch[10][kLanes];
   const u64* sources[10];
   for (int i = 0; i < 4; ++i) sources[i] = row(as[i], scratch[i]);
@@ -98,13 +98,14 @@ void Step::tile_of(u64 descriptor, int rows, bool transposed, Visit visit) const
 
 void Step::group_multiply() {
   whole_warp();
-  const bool a_in_registers = in_.from_[0].kind == Operand::kVector;
+  const bool a_in_registers = in_.sources[0].kind == Operand::kVector;
   const int columns = static_cast<int>(in_.to.parts.size()) * 2;
   Halves halves{};
   if (!in_.has(("m64n" + std::to_string(columns) + "k16").c_str()) || !kind_of(in_, &halves))
     unknown();
-  if (one(in_.from_[3], 0) != 1 || one(in_.from_[4], 0) != 1) unknown();  // scales of the operands
-  GroupProduct product{&in_, {}, 0, one(in_.from_[1], 0), (one(in_.from_[2], 0) & 1) != 0};
+  if (one(in_.sources[3], 0) != 1 || one(in_.sources[4], 0) != 1)
+    unknown();  // scales of the operands
+  GroupProduct product{&in_, {}, 0, one(in_.sources[1], 0), (one(in_.sources[2], 0) & 1) != 0};
   const auto unfenced = [&](const Operand& operand) {
     if (warp_.changed[operand.index] > warp_.fenced) {
       throw Fault(
@@ -118,22 +119,22 @@ void Step::group_multiply() {
       throw Fault("uninitialised: a product reads shared memory that nobody wrote; " + place(who_));
     }
   };
-  need(in_.from_[0], "a product's operand");
-  need(in_.from_[1], "a product's operand");
+  need(in_.sources[0], "a product's operand");
+  need(in_.sources[1], "a product's operand");
   if (a_in_registers) {
-    for (const Operand& part : in_.from_[0].parts) {
+    for (const Operand& part : in_.sources[0].parts) {
       unfenced(part);
       u64 scratch[kLanes];
       const u64* const values = row(part, scratch);
       product.a.insert(product.a.end(), values, values + kLanes);
     }
   } else {
-    product.a_descriptor = one(in_.from_[0], 0);
-    tile_of(product.a_descriptor, 64, one(in_.from_[5], 0) != 0, [&](int row, int k, u64 at) {
+    product.a_descriptor = one(in_.sources[0], 0);
+    tile_of(product.a_descriptor, 64, one(in_.sources[5], 0) != 0, [&](int row, int k, u64 at) {
       if (row / 16 == warp_.id % 4) reads(row, k, at);
     });
   }
-  tile_of(product.b_descriptor, columns, one(in_.from_.back(), 0) != 0, reads);
+  tile_of(product.b_descriptor, columns, one(in_.sources.back(), 0) != 0, reads);
   for (const Operand& part : in_.to.parts) {
     if (warp_.computing[part.index]) {
       ++warp_.computing[part.index];  // the same accumulators in order
@@ -166,7 +167,7 @@ void Step::compute(const GroupProduct& product) {
     for (int i = 0; i < 8; ++i) store(i, halves.at(values[i], 0));
   };
   if (product.a.empty()) {
-    const bool transposed = one(in.from_[5], 0) != 0;
+    const bool transposed = one(in.sources[5], 0) != 0;
     tile_of(product.a_descriptor, 64, transposed, [&](int row, int k, u64 at) {
       if (row / 16 != warp_.id % 4) return;
       elements(at, [&](int i, float value) {
@@ -177,7 +178,7 @@ void Step::compute(const GroupProduct& product) {
     for (int i = 0; i < 4; ++i) {
       u64 scratch[kLanes];
       if (!std::equal(&product.a[i * kLanes], &product.a[i * kLanes] + kLanes,
-                      row(in.from_[0].parts[i], scratch))) {
+                      row(in.sources[0].parts[i], scratch))) {
         throw Fault(
             "unfinished: a register of a product was written before the product was waited for; " +
             place({who_.kernel, &in, who_.now, who_.agent, who_.block}));
@@ -190,7 +191,7 @@ void Step::compute(const GroupProduct& product) {
       }
     }
   }
-  const bool transposed = one(in.from_.back(), 0) != 0;
+  const bool transposed = one(in.sources.back(), 0) != 0;
   tile_of(product.b_descriptor, columns, transposed, [&](int row, int k, u64 at) {
     elements(at, [&](int i, float value) {
       b[(k + (transposed ? 0 : i)) * columns + row + (transposed ? i : 0)] = value;

@@ -16,7 +16,7 @@ const std::map<std::string, Op>& operations() {
       {"lg2", Op::kLog2}, {"rcp", Op::kReciprocal}, {"and", Op::kAnd}, {"or", Op::kOr},
       {"xor", Op::kXor}, {"not", Op::kNot}, {"shl", Op::kShiftLeft}, {"shr", Op::kShiftRight},
       {"bfe", Op::kBitField}, {"prmt", Op::kPermute}, {"popc", Op::kCountBits},
-      {"bfind", Op::kFirstBit}, {"selp", Op::kSelect}, {"setp", Op::kCompare},
+      {"selp", Op::kSelect}, {"setp", Op::kCompare},
       {"cvt", Op::kConvert}, {"mov", Op::kMove}, {"cvta", Op::kMove}, {"ld", Op::kLoad},
       {"st", Op::kStore}, {"atom", Op::kAtomic}, {"ldmatrix", Op::kLoadMatrix},
       {"stmatrix", Op::kStoreMatrix}, {"shfl", Op::kShuffle}, {"redux", Op::kReduce},

@@ -33,7 +33,7 @@ enum class Op {
   // Arithmetic, lane by lane.
   kAdd, kSub, kMul, kMulHigh, kMulWide, kMad, kMadWide, kFma, kDiv, kRem, kMin, kMax, kNeg, kAbs,
   kSqrt, kRsqrt, kExp2, kLog2, kReciprocal, kAnd, kOr, kXor, kNot, kShiftLeft, kShiftRight,
-  kBitField, kPermute, kCountBits, kFirstBit, kSelect, kCompare, kConvert, kMove,
+  kBitField, kPermute, kCountBits, kSelect, kCompare, kConvert, kMove,
   // Memory.
   kLoad, kStore, kAtomic, kLoadMatrix, kStoreMatrix,
   // Between lanes and warps.
@@ -61,8 +61,8 @@ struct Instruction {
   Space space = Space::kGlobal;
   std::vector<std::string> words;  // its name without the dots
   int vector = 1;
-  Operand to, second;          // results
-  std::vector<Operand> from_;  // sources
+  Operand to, second;            // results
+  std::vector<Operand> sources;  // sources
   int predicate = -1;
   bool predicate_negated = false;
   std::vector<int> targets;
