@@ -335,10 +335,10 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             part = (*columns, coef, None, None)
             yield ops.row_update, (param, m, m.square(), copy, *part, hyper, *adam, backend)
         yield ops.pick_dead, (since_fired, max(1, case.F // 2), 7, backend)
-        yield ops.auxk, (x, e, *dead, backend)
+        yield ops.auxk, (x, e, *dead, None, backend)
         wider = torch.cat([param, param], 1).to(W.dtype)
         narrow = (W, row_coef, wider, latents, count, 3, 1 / 32)
-        yield ops.auxk, (x, torch.cat([e, e], 1), *narrow, backend)
+        yield ops.auxk, (x, torch.cat([e, e], 1), *narrow, e.new_tensor(3.0), backend)
 
 
 FAST_CASES = [case for case in CASES if case.name in ("plain", "no-token", "one-latent")]
