@@ -51,13 +51,14 @@ class _Watched:
         column_passes.select(self._operands, k, self._tile, self._encode)
         self.capacity = schedule.capacity(k)
         n_tiles = -(-operands[1].shape[0] // self._tile.columns)
-        self._all = column_passes.ColumnPass(0, n_tiles, schedule.stride(n_tiles))
+        every = torch.ones_like(self._pending)
+        self._all = column_passes.ColumnPass(every, 0, n_tiles, schedule.stride(n_tiles))
 
     def _encode(self, operands: Any, lists: Any, columns: Any, tile: Any) -> None:
         self._module.encode_pass(operands, lists, columns, tile)
         self.counts.append(lists.counts[: operands.x.shape[0]].clone())
         # Of the last rows, for they are selected in chunks; the thresholds rise to the end.
-        self._rows, self._lists = operands, lists
+        self._rows, self._lists, self._pending = operands, lists, columns.pending
 
     def whole(self, threshold: float | None) -> Callable[[], None]:
         """All columns at once for the last rows, with this threshold or their own."""
