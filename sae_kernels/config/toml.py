@@ -32,7 +32,7 @@ def read_tables(path: Path) -> Tables:
                 f"{path}: expected TOML of at most {JSON_LIMIT} bytes; name a TOML file"
             )
         # Some editors write a byte order mark, which TOML does not have.
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8").removeprefix("\ufeff"))
     except FileNotFoundError:
         raise DataError(f"{path}: expected a TOML file, it is not there") from None
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
