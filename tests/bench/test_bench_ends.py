@@ -97,7 +97,9 @@ def test_one_that_is_too_slow_for_the_budget_is_left_out_and_the_others_are_not(
     assert found["dense"]["rounds"] == 3
 
 
+# Under nohup, or in a shell's background, it would begin with signals that are ignored.
 SCRIPT = """
+import signal
 import sys
 from sae_kernels.bench.processes import ended_by_signals
 from test_bench_ends import CASE, DENSE, BenchRun, BenchSettings, provider
@@ -108,6 +110,8 @@ def show(stage, done, total, who):
         if sys.argv[1] == "raises":
             raise ArithmeticError("planted")
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with ended_by_signals():
     who = [provider("failing", how="holds", when=3), DENSE]
     with BenchRun(who, BenchSettings(threads=1), show) as bench:

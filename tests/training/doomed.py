@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+import tomli_w  # noqa: F401  # what the package imports late, nobody may not be able to read
 import torch
 
 from sae_kernels.config import OutputConfig
