@@ -69,7 +69,7 @@ def tests(dry: bool, seconds: float) -> Iterator[Record]:
 
 
 def by_kernel(outcomes: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
-    """How many tests of each kernel and backend had each outcome."""
+    """Counts of the tests' outcomes, by kernel and backend."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     for outcome in outcomes:
         for kernel in outcome["kernels"]:

@@ -65,7 +65,7 @@ def results(folder: Path) -> list[Result]:
 
 
 def emulated(folder: Path) -> dict[tuple[str, str], str]:
-    """What passed in the emulator, of each kernel and backend: architecture, commit and tests."""
+    """Emulated tests by kernel and backend: architecture, commit and number that passed."""
     said: dict[tuple[str, str], list[str]] = {}
     for path in sorted(folder.glob("emulated-*.jsonl")):
         first, *records = (json.loads(line) for line in path.read_text().splitlines())

@@ -287,5 +287,5 @@ def _repeats(outcome: Outcome) -> int:
 
 
 def _turn_s(outcome: Outcome) -> float:
-    """How many seconds a turn takes, by the last run."""
+    """Estimated seconds of a turn, from the time of the last run."""
     return (int(outcome.last < _LONG_S) + _repeats(outcome)) * outcome.last + _REST_S

@@ -1,4 +1,4 @@
-"""What lies in a folder of several SAEs or of several folders of activations, for ``inspect``."""
+"""Lists the SAEs and the folders of activations below a folder, for ``inspect``."""
 
 from __future__ import annotations
 

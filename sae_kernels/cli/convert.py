@@ -111,10 +111,9 @@ def convert(
 def _named(metadata: dict[str, Any], path: Path, names: dict[str, str | None]) -> dict[str, Any]:
     """Metadata with the names that the user gives, the layer's number filled in."""
     from sae_kernels import formats
-    from sae_kernels.config.places import ACTIVATIONS, block_number
+    from sae_kernels.config.places import activation_facts, block_number
 
-    place = metadata.get(ACTIVATIONS)
-    place = place if isinstance(place, dict) else {}
+    place = activation_facts(metadata)
     number = block_number(place.get("hook_name"), place.get("layer"))
     if number is None and any("{layer}" in (name or "") for name in names.values()):
         raise ValueError(

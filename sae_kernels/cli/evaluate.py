@@ -11,7 +11,8 @@ from sae_kernels.cli.files import Data
 from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Verify, placed
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import with_flags, with_given
-from sae_kernels.config.row_filter import KEEP_ALL, RowFilter, activation_facts
+from sae_kernels.config.places import activation_facts
+from sae_kernels.config.row_filter import KEEP_ALL, RowFilter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

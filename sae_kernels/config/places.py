@@ -9,6 +9,10 @@ puts out is another hook in one model than in the next (Gemma 2 adds its MLP aft
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Module paths of the list of blocks, with and without the head: AutoModel has no prefix. From
 # TransformerLens at 4cd36aa, model_bridge/supported_architectures/*.py (BlockBridge(name=...)), and
@@ -74,3 +78,14 @@ def block_number(*names: object) -> int | None:
         if isinstance(name, str) and numbers:
             return int(numbers[0])
     return None
+
+
+def activation_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The record, in an SAE's metadata, of the activations that it was trained on.
+
+    Example:
+        >>> activation_facts({"activations": {"layer": "h.6"}}), activation_facts({})
+        ({'layer': 'h.6'}, {})
+    """
+    facts = metadata.get(ACTIVATIONS)
+    return facts if isinstance(facts, dict) else {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RowFilter(Settings):
-    """Which of a model's activations are left out when they are stored, streamed or spliced.
+    """Filter of a model's activations, for storing, streaming and splicing them.
 
     Attention sinks, BOS and the first token of a sequence often have a norm a hundred times that
     of other rows: in a sum of squared errors a thousandth of such rows outweighs all others.
@@ -58,8 +58,14 @@ class RowFilter(Settings):
         known = {name: facts[name] for name in names if name in facts}
         return RowFilter(**{**KEEP_ALL.to_dict(), **known}) if known else None
 
+    def to_json(self) -> dict[str, Any]:
+        """The values by name as JSON gives them back: with lists for tuples."""
+        names = [field.name for field in dataclasses.fields(RowFilter)]
+        values = {name: getattr(self, name) for name in names}
+        return {**values, "drop_tokens": list(self.drop_tokens)}
+
     def describe(self, max_norm: float | None = None) -> str:
-        """What is left out, in words; ``max_norm`` is the bound that the multiple came to.
+        """The filter in words, for people; ``max_norm`` is the bound that the multiple came to.
 
         Example:
             >>> RowFilter(drop_first=1).describe(max_norm=86.5)
@@ -79,9 +85,3 @@ class RowFilter(Settings):
 
 DEFAULT_FILTER = RowFilter()
 KEEP_ALL = RowFilter(drop_special_tokens=False, max_norm_multiple=None)
-
-
-def activation_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What an SAE's metadata tell of the activations that it was trained on."""
-    facts = metadata.get("activations")
-    return facts if isinstance(facts, dict) else {}

@@ -60,7 +60,7 @@ class JointRows:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Which rows were left out, if all sources tell the same; ``max_norm`` is of each."""
+        """The filter of the rows, if all sources have the same; ``max_norm`` has each bound."""
         parts = [dict(getattr(source, "facts", {})) for source in self.sources]
         bounds = [part.pop("max_norm", None) for part in parts]
         if not parts[0] or any(part != parts[0] for part in parts):

@@ -76,9 +76,8 @@ class ShardDataset:
         if row_filter is None:
             return {}
         max_norm = self.metadata.get("max_norm")
-        tokens = list(row_filter.drop_tokens)
         bounds = None if row_filter.max_norm_multiple is None else [max_norm]
-        return {**row_filter.to_dict(), "drop_tokens": tokens, "max_norm": bounds}
+        return {**row_filter.to_json(), "max_norm": bounds}
 
     def rows(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`: views of the mapped file inside one shard, else copies.

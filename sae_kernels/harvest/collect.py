@@ -120,7 +120,7 @@ def harvest(
         "device": layer_rows.device.type,
         "weights": weights_digest(model),
         "context_length": context_length,
-        **row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)},
+        **row_filter.to_json(),
         "batch_size": batch_size,
         "window_rows": max(min(_WINDOW_ROWS, rows_per_shard), context_length),
         "max_tokens": max_tokens,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae_kernels.config.row_filter import activation_facts
+from sae_kernels.config.places import activation_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,8 +76,7 @@ class NormBound:
 
     def facts(self, row_filter: RowFilter) -> dict[str, Any]:
         """Which rows are left out, as JSON values: the filter's settings and ``max_norm``."""
-        tokens = list(row_filter.drop_tokens)
-        return {**row_filter.to_dict(), "drop_tokens": tokens, "max_norm": self.recorded()}
+        return {**row_filter.to_json(), "max_norm": self.recorded()}
 
     def index_facts(self, layer: int, above: int) -> dict[str, Any]:
         """For the index of a layer's stored activations: its bound, and the rows above any."""

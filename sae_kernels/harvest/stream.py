@@ -158,7 +158,7 @@ class LiveBatches:
             "window_rows": window_rows,
             "model_batch_size": model_batch_size,
             "context_length": context_length,
-            **row_filter.to_dict() | {"drop_tokens": list(row_filter.drop_tokens)},
+            **row_filter.to_json(),
             "max_tokens": max_tokens,
             "layer": list(layers),
             "d_in": self.d_in,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sae_kernels.config.places import ACTIVATIONS, hook_name
+from sae_kernels.config.places import ACTIVATIONS, activation_facts, hook_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,10 +69,9 @@ def placed(
 
 
 def record(metadata: dict[str, Any], place: Mapping[str, Any]) -> None:
-    """Adds a place to an SAE's metadata, where another may have added to it too."""
+    """Adds facts of the activations, as a place, to the record in an SAE's metadata."""
     if place:
-        before = metadata.get(ACTIVATIONS)
-        metadata[ACTIVATIONS] = {**(before if isinstance(before, dict) else {}), **place}
+        metadata[ACTIVATIONS] = {**activation_facts(metadata), **place}
 
 
 def _metadata(source: object) -> Mapping[str, Any]:

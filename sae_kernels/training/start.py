@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_kernels.config.row_filter import activation_facts
 from sae_kernels.data.sources import is_rows
 from sae_kernels.errors import DataError
 from sae_kernels.gpu import training_device
@@ -14,6 +13,7 @@ from sae_kernels.nn import SparseAutoencoder, build, pretrained
 from sae_kernels.runs.folder import RunFolder, holds_run
 from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.training.fresh import Samples
+from sae_kernels.training.origin import record
 from sae_kernels.training.run import TrainingRun
 from sae_kernels.training.run_config import run_defaults, run_tables
 from sae_kernels.training.trainable import ActivationTraining
@@ -111,8 +111,7 @@ class TrainerFactory:
             sae = self._samples.prepared(plan.sae, plan.config, plan.share)
             joint = self._samples.source
             facts = getattr(joint, "facts", {}) if plan.share is None else plan.share.facts(joint)
-            if facts:
-                sae.metadata["activations"] = {**activation_facts(sae.metadata), **facts}
+            record(sae.metadata, facts)
         source = self._samples.source if plan.share is None else plan.share.own
         rows = source if is_rows(source) else None
         return ActivationTraining(self._make_step(sae, plan.config), plan.config, rows, plan.share)

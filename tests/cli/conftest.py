@@ -72,3 +72,13 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*")}
 
     return contents
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Documents for the tiny models of ``tests/harvest/causal.py``."""
+    from tests.harvest.causal import documents  # which needs transformers
+
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": line}) for line in documents(40)))
+    return path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -31,13 +29,6 @@ def model(tmp_path_factory):
     sinking().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": line}) for line in documents(40)))
-    return path
 
 
 @pytest.fixture

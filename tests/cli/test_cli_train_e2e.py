@@ -34,13 +34,6 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": line}) for line in documents(40)))
-    return path
-
-
 def _spliced(run, sae, model, text):
     where = ["--model", model, "--layer", LAYER, "--text", text, "--context-length", 10]
     (record,) = run("eval", sae, *where, "--json").records()
