@@ -76,16 +76,16 @@ def candidates(
 
 def requested(argument: str | None = None) -> tuple[str | None, str]:
     """The backend that was chosen explicitly, or None, and where the choice came from."""
-    environment = os.environ.get(ENVIRONMENT_VARIABLE)
-    for choice, origin in (
-        (argument, "the backend argument"),
-        (_chosen.get(), "use_backend()"),
-        (environment, f"the environment variable {ENVIRONMENT_VARIABLE}"),
-    ):
-        if choice:
-            _check_choice(choice, origin)
-            return choice, origin
-    return None, "automatic choice"
+    choice, origin = argument, "the backend argument"
+    if not choice:
+        choice, origin = _chosen.get(), "use_backend()"
+    if not choice:
+        choice = os.environ.get(ENVIRONMENT_VARIABLE)
+        origin = f"the environment variable {ENVIRONMENT_VARIABLE}"
+    if not choice:
+        return None, "automatic choice"
+    _check_choice(choice, origin)
+    return choice, origin
 
 
 def implementation(
@@ -115,6 +115,7 @@ def implementation(
     )
 
 
+@functools.cache
 def _names(choice: str | None) -> tuple[str, ...]:
     return NAMES if choice is None else tuple(name.strip() for name in choice.split(","))
 

@@ -11,6 +11,7 @@ from sae_kernels.functional.recording import autocast_dtype, refuse_double_backw
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode as decode_rows
+from sae_kernels.primitives.operator import recorded
 from sae_kernels.primitives.row_grad import row_grad
 
 
@@ -53,8 +54,8 @@ def decode(
         warn_of_copies("W_dec", W_dec, stacklevel=3)
     dtype = compute_dtype or autocast_dtype(W_dec) or W_dec.dtype
     flat = codes.flat()
-    out = _Decode.apply(
-        flat.values, flat.indices, W_dec, b_dec, group_ends, flat.offsets, dtype, backend
+    out = recorded(
+        _Decode, flat.values, flat.indices, W_dec, b_dec, group_ends, flat.offsets, dtype, backend
     )
     leading = out.shape[:-2]
     result: torch.Tensor = out.reshape(*leading, *codes.batch_shape, W_dec.shape[1])

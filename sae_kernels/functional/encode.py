@@ -12,6 +12,7 @@ from sae_kernels.functional.recording import autocast_dtype, refuse_double_backw
 from sae_kernels.functional.route import RoutedCodes, Routing
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.decode import decode as decode_rows
+from sae_kernels.primitives.operator import recorded
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.select_batch_topk import select_batch_topk
 from sae_kernels.primitives.select_threshold import select_threshold
@@ -105,9 +106,11 @@ def encode_topk(
     if routing is not None and rank_scale is not None:
         raise ValueError("rank_scale: expected none with a routing, got one")
     rule = ("topk", relu, k, rank_scale, routing)
-    values, indices, _ = _Encode.apply(*call.tensors, rule, call)
-    shape = (*x.shape[:-1], k)
-    parts = (values.reshape(shape), indices.reshape(shape), W_enc.shape[0])
+    values, indices, _ = recorded(_Encode, *call.tensors, rule, call)
+    if x.dim() != 2:
+        shape = (*x.shape[:-1], k)
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    parts = (values, indices, W_enc.shape[0])
     return SparseCodes(*parts) if routing is None else RoutedCodes(*parts, routing=routing)
 
 
@@ -262,7 +265,8 @@ def _call(
         checks.dtype(name, tensor, checks.OPERAND_DTYPES)
     checks.same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     dtype = compute_dtype or autocast_dtype(x) or W_enc.dtype
-    checks.dtype("compute_dtype", torch.empty(0, dtype=dtype), checks.OPERAND_DTYPES)
+    if dtype not in checks.OPERAND_DTYPES:
+        checks.dtype("compute_dtype", torch.empty(0, dtype=dtype), checks.OPERAND_DTYPES)
     checks.shape("W_enc", W_enc, ["F", "D"], "latents first")
     if not W_enc.is_contiguous():
         warn_of_copies("W_enc", W_enc, stacklevel=4)
@@ -272,13 +276,14 @@ def _call(
         raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
     checks.shape("b_dec", b_dec, [W_enc.shape[1]], "one bias per input")
     centred = x if b_dec is None else x - b_dec
-    return _Call((centred.reshape(-1, x.shape[-1]), W_enc, b_enc), dtype, backend)
+    rows = centred if centred.dim() == 2 else centred.reshape(-1, x.shape[-1])
+    return _Call((rows, W_enc, b_enc), dtype, backend)
 
 
 def _ragged(
     x: torch.Tensor, W_enc: torch.Tensor, call: _Call, rule: tuple[Any, ...]
 ) -> SparseCodes:
-    values, indices, offsets = _Encode.apply(*call.tensors, rule, call)
+    values, indices, offsets = recorded(_Encode, *call.tensors, rule, call)
     leading = None if x.dim() == 2 else tuple(x.shape[:-1])
     return SparseCodes(values, indices, W_enc.shape[0], offsets, leading)
 

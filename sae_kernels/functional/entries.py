@@ -11,6 +11,7 @@ import torch
 
 from sae_kernels.codes import SparseCodes
 from sae_kernels.functional.recording import refuse_double_backward
+from sae_kernels.primitives.operator import recorded
 from sae_kernels.primitives.row_grad import row_grad
 
 
@@ -38,7 +39,7 @@ def gather_by_latent(
     if not vector.requires_grad:
         return vector[codes.indices.long()]
     flat = codes.flat()
-    entries = _GatherByLatent.apply(vector, flat.indices, flat.offsets, backend)
+    entries = recorded(_GatherByLatent, vector, flat.indices, flat.offsets, backend)
     result: torch.Tensor = entries.reshape(codes.values.shape)
     return result
 
@@ -58,7 +59,7 @@ def jumprelu(
         backend: see :mod:`sae_kernels.backends`.
     """
     thresholds = gather_by_latent(threshold, preacts, backend=backend)
-    return preacts.with_values(_JumpReLU.apply(preacts.values, thresholds, bandwidth))
+    return preacts.with_values(recorded(_JumpReLU, preacts.values, thresholds, bandwidth))
 
 
 def heaviside_ste(
@@ -71,7 +72,7 @@ def heaviside_ste(
     been zeroed below the threshold, as both halves of the window have a gradient.
     """
     thresholds = gather_by_latent(threshold, preacts, backend=backend)
-    entries: torch.Tensor = _Heaviside.apply(preacts.values, thresholds, bandwidth)
+    entries: torch.Tensor = recorded(_Heaviside, preacts.values, thresholds, bandwidth)
     return entries
 
 

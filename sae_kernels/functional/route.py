@@ -11,6 +11,7 @@ from torch.utils import _pytree
 from sae_kernels.codes import SparseCodes, flatten_codes, unflatten_codes
 from sae_kernels.functional.recording import autocast_dtype, refuse_double_backward
 from sae_kernels.primitives import checks
+from sae_kernels.primitives.operator import recorded
 from sae_kernels.primitives.route_top1 import route_top1 as route_rows
 from sae_kernels.primitives.transpose_codes import transpose_codes
 
@@ -98,7 +99,7 @@ def route_top1(
         high = checks.accumulator(dtype)
         bias = -torch.mv(W_router.to(dtype).to(high), b_router.to(high))
     rows = x.reshape(-1, x.shape[-1])
-    experts, probabilities = _Route.apply(rows, W_router, bias, dtype, backend)
+    experts, probabilities = recorded(_Route, rows, W_router, bias, dtype, backend)
     order = transpose_codes(experts[:, None], None, None, W_router.shape[0], backend=backend)
     return Routing(experts, probabilities, order[2], order[0])
 

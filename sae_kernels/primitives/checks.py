@@ -34,12 +34,14 @@ def shape(
     """Raises ValueError unless the tensor has the shape; a string stands for any size."""
     if tensor is None or tensor.shape == tuple(expected):
         return
-    fits = tensor.dim() == len(expected) and all(
-        isinstance(e, str) or s == e for s, e in zip(tensor.shape, expected, strict=True)
-    )
+    fits = tensor.dim() == len(expected)
+    if fits:  # no generator: this runs for every tensor of every call
+        for size, wanted in zip(tensor.shape, expected, strict=True):
+            if not (isinstance(wanted, str) or size == wanted):
+                fits = False
     if not fits:
-        wanted = ", ".join(str(e) for e in expected)
-        raise ValueError(f"{name}: expected shape [{wanted}] ({meaning}), got {list(tensor.shape)}")
+        text = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{text}] ({meaning}), got {list(tensor.shape)}")
 
 
 def dtype(name: str, tensor: torch.Tensor | None, allowed: Sequence[torch.dtype]) -> None:
@@ -52,10 +54,19 @@ def dtype(name: str, tensor: torch.Tensor | None, allowed: Sequence[torch.dtype]
 
 def same_device(**tensors: torch.Tensor | None) -> None:
     """Raises ValueError unless all tensors are on one device."""
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            break
+    else:
+        return
     present = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(present.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in present.items())
-        raise ValueError(f"expected all tensors on one device, got {where}; move them with .to()")
+    where = ", ".join(f"{name} on {device}" for name, device in present.items())
+    raise ValueError(f"expected all tensors on one device, got {where}; move them with .to()")
 
 
 def indices(name: str, tensor: torch.Tensor) -> None:

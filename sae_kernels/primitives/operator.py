@@ -9,6 +9,10 @@ A primitive is a folder. Its ``__init__.py`` holds one function under :func:`pri
 Each further module of the folder is one implementation, ``run(*arguments)`` with the same arguments
 without ``backend``, and is named after its backend. Which of them runs is decided when the operator
 runs, so a compiled graph follows the environment too.
+
+Whoever traces, transforms or profiles meets the operator in torch's dispatcher. Where nobody does,
+the call goes straight to the implementation: the way through the dispatcher and back costs as much
+as a small kernel.
 """
 
 from __future__ import annotations
@@ -19,16 +23,23 @@ import sys
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, get_type_hints
 
 import torch
+from torch._C import _functorch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.autograd import forward_ad
 
 from sae_kernels import backends
 from sae_kernels.primitives.signature import columns, parameters, schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sae_kernels.primitives.signature import Parameter
 
 _Arguments = ParamSpec("_Arguments")
 _Results = TypeVar("_Results")
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_VALUES = {int, float, bool, str, type(None)}
 _LIBRARY = torch.library.Library("sae_kernels", "DEF")
 
 
@@ -75,7 +86,7 @@ class Operator(Generic[_Arguments, _Results]):
         self._is_flat = len(names) == len(declared)
         self._faked = False
         self._returns_one = get_type_hints(function)["return"] is torch.Tensor
-        self._deciding = 0 if decided_by is None else names.index(decided_by)
+        self._deciding = _place(declared, decided_by or names[0])
         _LIBRARY.define(schema(function, writes))
         _LIBRARY.impl(self.name, self._enter, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sae_kernels::{self.name}", self._fake, lib=_LIBRARY)
@@ -87,15 +98,20 @@ class Operator(Generic[_Arguments, _Results]):
         if len(given) < len(self._defaults):
             rest = self._defaults[len(given) :]
             given = (*given, *[kwargs.get(name, default) for name, default in rest])
+        if unobserved() and _plain(given):
+            return self._run(given[:-1], given[-1])  # type: ignore[no-any-return]
         return cast("_Results", self.op(*(given if self._is_flat else self._flat(given))))
 
     def like(self, arguments: Sequence[Any]) -> torch.Tensor:
         """The tensor that decides the backend, among the arguments of an implementation."""
-        return self._like(arguments if self._is_flat else self._flat(arguments))
-
-    def _like(self, taken: Sequence[Any]) -> torch.Tensor:
-        column = taken[self._deciding]
-        tensor: torch.Tensor = column[0] if isinstance(column, list) else column
+        parameter, column = self._deciding
+        value = arguments[parameter]
+        if isinstance(value, torch.Tensor):
+            return value
+        taken: list[Any] = []
+        self._kinds[parameter].flatten(value, taken)
+        found = taken[column]
+        tensor: torch.Tensor = found[0] if isinstance(found, list) else found
         return tensor
 
     def _flat(self, arguments: Sequence[Any]) -> list[Any]:
@@ -116,15 +132,15 @@ class Operator(Generic[_Arguments, _Results]):
         # which it would make a dictionary of its own while modules are still being imported.
         self._faked = True
         function: Callable[..., Any] = self._function
-        names = (name for name, _ in self._defaults)
-        returned = function(**dict(zip(names, self._arguments(taken), strict=True)))
+        names, arguments = (name for name, _ in self._defaults), self._arguments(taken)
+        returned = function(**dict(zip(names, arguments, strict=True)))
         if returned is None:
             return None
         described = (returned,) if self._returns_one else returned
         found: Any = None
         if any(size is None for shape, _ in described for size in shape):
             found = torch.library.get_ctx().new_dynamic_size()
-        device = self._like(taken).device
+        device = self.like(arguments).device
         made = [
             torch.empty([found if n is None else n for n in shape], dtype=dtype, device=device)
             for shape, dtype in described
@@ -135,20 +151,20 @@ class Operator(Generic[_Arguments, _Results]):
         # Where a graph breaks at an operator, Dynamo would go on to compile pieces of what runs
         # it, and tensors whose addresses a kernel was given would end in between.
         traced = self._faked or "torch._dynamo" in sys.modules
-        return self._untraced(*taken) if traced else self._run(*taken)
+        *arguments, backend = self._arguments(taken)
+        return (self._untraced if traced else self._run)(arguments, backend)
 
     @functools.cached_property
     def _untraced(self) -> Callable[..., Any]:
         untraced: Callable[..., Any] = torch.compiler.disable(self._run)
         return untraced
 
-    def _run(self, *taken: Any) -> Any:
-        like = self._like(taken)
-        *arguments, backend = self._arguments(taken)
+    def _run(self, arguments: Sequence[Any], backend: str | None) -> Any:
+        like = self.like(arguments)
         module = backends.implementation(self.name, like.device, like.dtype, backend, arguments)
         # An implementation written in torch is a kernel like any other: autograd does not look
         # into it, and autocast does not round operands whose dtype was settled before the call.
-        with torch.no_grad(), _without_autocast(like), _current(like):
+        with _undisturbed(like):
             try:
                 return module.run(*arguments)
             except torch.OutOfMemoryError as error:
@@ -158,12 +174,65 @@ class Operator(Generic[_Arguments, _Results]):
                 ) from error
 
 
-def _without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    kind = tensor.device.type
-    # Asking first: most calls are outside of any autocast, and a context costs microseconds.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+def _place(declared: Sequence[Parameter], name: str) -> tuple[int, int]:
+    """Which parameter a column belongs to, and which of that parameter's columns it is."""
+    for nth, parameter in enumerate(declared):
+        names = [column for column, _ in columns([parameter])]
+        if name in names:
+            return nth, names.index(name)
+    raise ValueError(f"decided_by: expected one of the columns, got {name!r}")
 
 
-def _current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def unobserved() -> bool:
+    """Whether nobody follows what torch's dispatcher is asked: it would run the operator alone.
+
+    False where autograd records, a compiler traces, a transform or a mode is active, or a profile
+    is made.
+    """
+    if torch.compiler.is_compiling():  # first: the compiler knows the answer
+        return False
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+        or get_eval_frame_callback() is not None
+    )
+
+
+def recorded(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, without autograd's bookkeeping where nothing is recorded."""
+    return function.forward(*arguments) if unobserved() else function.apply(*arguments)
+
+
+def _plain(arguments: Sequence[Any]) -> bool:
+    """Whether arguments are dense tensors and numbers, with nothing for the dispatcher to undo."""
+    for value in arguments:
+        kind = type(value)
+        if kind in _TENSORS:
+            # The meta device has no kernels; a lazily negated tensor (part of a conjugate) holds
+            # other numbers than it stands for.
+            if value.is_meta or value.is_neg():
+                return False
+        elif kind not in _VALUES and not (isinstance(value, (tuple, list)) and _plain(value)):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _alone(tensor: torch.Tensor) -> Iterator[None]:
     # Kernels are launched on the current device, which need not be the tensor's.
+    kind = tensor.device.type
+    autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else _NOTHING
+    with torch.no_grad(), autocast, device:
+        yield
+
+
+def _undisturbed(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Asking first: in a training step there is nothing to turn off, and contexts cost microseconds.
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        return _alone(tensor)
     return torch.cuda.device(tensor.device) if tensor.is_cuda else _NOTHING
