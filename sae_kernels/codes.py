@@ -112,6 +112,8 @@ class SparseCodes:
         """These codes with the leading dimensions flattened: [tokens, K], or ragged."""
         if self.offsets is not None:
             return self if self.leading is None else dataclasses.replace(self, leading=None)
+        if self.values.dim() == 2:
+            return self
         shape = (-1, self.k)
         return self.with_values(self.values.reshape(shape), self.indices.reshape(shape))
 

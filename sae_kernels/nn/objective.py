@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -222,10 +223,15 @@ def with_leaves(
 
 def latent_vectors(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
     """The trained parameters with one number per latent, by name."""
+    # Its own are looked at directly: the walk through all modules takes as long as a small kernel.
+    named = sae.named_parameters() if sae._modules else sae._parameters.items()
     return {
         name: parameter
-        for name, parameter in sae.named_parameters()
-        if parameter.dim() == 1 and name not in sae.non_latent_vectors and parameter.requires_grad
+        for name, parameter in named
+        if parameter is not None
+        and parameter.dim() == 1
+        and name not in sae.non_latent_vectors
+        and parameter.requires_grad
     }
 
 
@@ -241,6 +247,11 @@ def entry_gradients(
         outputs: the values of each reconstruction and dL/dvalues.
         penalty: added to the loss, or None.
     """
+    if penalty is None and len(outputs) == 1:
+        kept, grad = outputs[0]
+        if _is_relu_of(kept, leaves["h"]):
+            # What autograd would do; its engine alone takes as long as a small kernel.
+            return {"h": torch.ops.aten.threshold_backward(grad, kept, 0)}
     if penalty is not None:
         outputs = [*outputs, (penalty, torch.ones_like(penalty))]
     values, grads = zip(*[pair for pair in outputs if pair[0].requires_grad], strict=True)
@@ -248,6 +259,14 @@ def entry_gradients(
     result = {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
     result.setdefault("h", torch.zeros_like(leaves["h"]))
     return result
+
+
+def _is_relu_of(values: torch.Tensor, h: torch.Tensor) -> bool:
+    """Whether autograd recorded a ReLU of the leaf h, and nothing else."""
+    node = values.grad_fn
+    if node is None or node.name() != "ReluBackward0":
+        return False
+    return getattr(node.next_functions[0][0], "variable", None) is h
 
 
 def nested_groups(n_latents: int, parts: tuple[int, ...] = NESTED) -> tuple[int, ...]:
@@ -295,7 +314,7 @@ def prefixes_of(sae: SparseAutoencoder, objective: Any, step: int, seed: int) ->
 
 @functools.cache
 def _fixed(groups: tuple[int, ...], matryoshka: str, device: torch.device) -> Prefixes:
-    return _weighted(torch.tensor(groups).cumsum(0).tolist(), matryoshka, device)
+    return _weighted(list(itertools.accumulate(groups)), matryoshka, device)
 
 
 def _weighted(ends: Iterable[int], matryoshka: str, device: torch.device) -> Prefixes:

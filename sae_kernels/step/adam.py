@@ -43,7 +43,12 @@ class FusedAdam:
             name: _adam_matrix(name, parameter, dtype, config, name in sae.non_latent_vectors)
             for name, parameter in sae.named_parameters()
         }
-        self.n_updates = torch.zeros((), dtype=torch.int64, device=sae.W_enc.device)
+        device = sae.W_enc.device
+        self.n_updates = torch.zeros((), dtype=torch.int64, device=device)
+        self._parameters = dict(sae.named_parameters())
+        # What row_update reads, see its `hyper`; written anew in place at every update.
+        self._read = torch.ones(6, dtype=torch.float64, device=device)
+        self._betas = torch.tensor((config.beta1, config.beta2), dtype=torch.float64, device=device)
 
     def operand(self, name: str) -> torch.Tensor:
         """The matrix that kernels read: the compute copy, or the parameter itself."""
@@ -58,7 +63,7 @@ class FusedAdam:
         Parameters without ``requires_grad`` stay as they are.
         """
         config = self.config
-        gradients = {n: g for n, g in gradients.items() if self.sae.get_parameter(n).requires_grad}
+        gradients = {n: g for n, g in gradients.items() if self._parameters[n].requires_grad}
         clip, finite = self._clip(gradients, loss)
         hyper = self._hyper(lr, clip, finite)
         for name, gradient in gradients.items():
@@ -101,10 +106,10 @@ class FusedAdam:
 
     def _clip(
         self, gradients: dict[str, Gradient], loss: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The clipping factor of all gradients, and whether loss and norm are finite."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The clipping factor of all gradients or None, and whether loss and norm are finite."""
         if self.config.clip_norm is None:
-            return torch.ones_like(loss), loss.isfinite()
+            return None, _finite(loss)
         squares = []
         for name, gradient in gradients.items():
             row, (norm, slices) = self.matrices[name], self._norm(name)
@@ -117,15 +122,19 @@ class FusedAdam:
         length = torch.stack(squares).sum().sqrt()
         # torch.nn.utils.clip_grad_norm_'s formula, its 1e-6 included.
         clip = (self.config.clip_norm / (length + 1e-6)).clamp(max=1.0)
-        return clip, loss.isfinite() & length.isfinite()
+        return clip, _finite(loss) & _finite(length)
 
     def _hyper(
-        self, lr: float | torch.Tensor, clip: torch.Tensor, finite: torch.Tensor
+        self, lr: float | torch.Tensor, clip: torch.Tensor | None, finite: torch.Tensor
     ) -> torch.Tensor:
-        t = (self.n_updates + 1).double()
-        correction1, correction2 = 1 - self.config.beta1**t, 1 - self.config.beta2**t
-        rate = lr.to(t) if isinstance(lr, torch.Tensor) else torch.full_like(t, lr)
-        return torch.stack([rate, clip.double(), correction1, correction2, (~finite).double(), t])
+        rate, scale, _, _, skip, t = self._read.unbind()
+        rate.copy_(lr) if isinstance(lr, torch.Tensor) else rate.fill_(lr)
+        if clip is not None:
+            scale.copy_(clip)
+        torch.add(self.n_updates, 1, out=t)
+        torch.sub(1, self._betas**t, out=self._read[2:4])
+        torch.logical_not(finite, out=skip)
+        return self._read
 
 
 def added(total: Gradient | None, part: Gradient, backend: str | None) -> Gradient:
@@ -166,6 +175,10 @@ def _rows(terms: Sequence[Term], latents: slice, backend: str | None) -> torch.T
     width = 1 if source is None else source.shape[1]
     some = [term._replace(offsets=term.offsets[latents.start : latents.stop + 1]) for term in terms]
     return row_grad(some, latents.stop - latents.start, width, backend=backend)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return x.abs() < torch.inf  # two operators, of which isfinite() is four
 
 
 def _is_split(row: AdamMatrix) -> bool:

@@ -108,7 +108,7 @@ class FusedStep(StepBase):
         Raises:
             ValueError: shapes that do not fit; a missing or needless target.
         """
-        sae = self.sae.train()
+        sae = self.sae if self.sae.training else self.sae.train()
         batch = MicroBatches(x, target, self.checked)
         scale, variance = batch.loss_scale(self.objective.loss, self._scratch_like)
         W_enc, W_dec = self.adam.operand("W_enc"), self.adam.operand("W_dec")
@@ -166,6 +166,8 @@ class FusedStep(StepBase):
             return torch.empty_like(x)
         if self._scratch is None or self._scratch.numel() < x.numel():
             self._scratch = torch.empty_like(x)
+        if self._scratch.shape == x.shape:
+            return self._scratch
         return self._scratch.flatten()[: x.numel()].view(x.shape)
 
     def _live_tensors(self) -> dict[str, torch.Tensor]:
@@ -202,9 +204,13 @@ def rows_weighted(W: torch.Tensor, weights: torch.Tensor, backend: str | None) -
     parts = min(64, n_latents)
     width = -(-n_latents // parts)
     latents = torch.arange(parts * width, dtype=torch.int32, device=W.device)
-    latents = latents.clamp_(max=n_latents - 1).view(parts, width)
-    values = pad(weights, (0, parts * width - n_latents)).view(parts, width)
-    partial: torch.Tensor = decode(values, latents, W, None, None, backend=backend)
+    if parts * width > n_latents:
+        latents = latents.clamp_(max=n_latents - 1)
+        weights = pad(weights, (0, parts * width - n_latents))
+    shape = (parts, width)
+    partial: torch.Tensor = decode(
+        weights.view(shape), latents.view(shape), W, None, None, backend=backend
+    )
     return partial.sum(0)
 
 

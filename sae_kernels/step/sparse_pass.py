@@ -16,6 +16,8 @@ from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.terms import Gradient, Term
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_kernels.codes import LatentOrder, SparseCodes
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.nn.objective import Context, Reconstruction
@@ -70,11 +72,11 @@ def sparse_pass(
     )
     gradients |= sae.leaf_gradients(preacts, grads, context.x)
     if context.skip_input is not None:
-        dx_hat = torch.stack([d.factor * d.total for d in taught]).sum(0)
+        dx_hat = total_of([d.factor * d.total for d in taught])
         gradients["W_skip"] = Gradient.whole(dx_hat.T @ context.skip_input)
-    db_dec = torch.stack([d.factor * d.total.sum(0) for d in taught]).sum(0)
+    db_dec = total_of([d.factor * d.total.sum(0) for d in taught])
     gradients["b_dec"] = Gradient.whole(db_dec[None])
-    loss = torch.stack([d.loss for d in decoded]).sum()
+    loss = total_of([d.loss for d in decoded])
     return PassResult(
         loss=loss if penalty is None else loss + penalty.detach(),
         error=decoded[0].error,
@@ -134,13 +136,14 @@ def _decode(
         preacts.offsets,
         backend=sae.backend,
     )
-    factor = 2 * part.weight * context.scale
+    half = context.scale if part.weight == 1 else part.weight * context.scale
+    factor = 2 * half
     if prefixes is None:
         error = whole = squares.sum()
     else:
         sums = squares.sum(1)
         error, whole = sums[-1], (prefixes.weights * sums).sum()
-    return _Decoded(values, factor, residual, factor * grad, factor / 2 * whole, error)
+    return _Decoded(values, factor, residual, factor * grad, half * whole, error)
 
 
 def _latent_order(
@@ -171,10 +174,14 @@ def _encoder_gradients(
         terms.append(_one_row_each(by_sum, context.x.float().sum(0, keepdim=True)))
         biases.append(_one_row_each(context.n_tokens * by_sum, None))
     gradients = {"W_enc": Gradient(terms), **vector_gradients(sae, grads, Gradient(biases))}
-    dh_sum = grads["h"].new_zeros(F)
-    if sae.config.subtract_b_dec:
-        dh_sum = row_grad(biases, F, 1, backend=sae.backend).flatten()
-    return gradients, dh_sum
+    if not sae.config.subtract_b_dec:
+        return gradients, grads["h"].new_zeros(F)
+    return gradients, row_grad(biases, F, 1, backend=sae.backend).flatten()
+
+
+def total_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of one tensor or more of the same shape."""
+    return sum(parts[1:], parts[0])
 
 
 def vector_gradients(
@@ -188,7 +195,7 @@ def vector_gradients(
         db_enc: b_enc's part from the encoder product, as terms only.
     """
     result = {"b_enc": db_enc}
-    for name in latent_vectors(sae):
+    for name in latent_vectors(sae) if grads.keys() - {"h"} else ():
         if name in grads:
             terms = result.get(name, Gradient()).terms
             result[name] = Gradient.whole(grads[name][:, None])._replace(terms=terms)

@@ -12,5 +12,6 @@ def run(since_fired: torch.Tensor, after: int, at_most: int) -> tuple[torch.Tens
         order = since_fired[dead].sort(descending=True, stable=True).indices
         dead = dead[order[:at_most]].sort().values
     latents = since_fired.new_full((min(at_most, since_fired.shape[0]),), -1, dtype=torch.int32)
-    latents[: dead.numel()] = dead
+    if dead.numel():
+        latents[: dead.numel()] = dead
     return latents, torch.tensor(dead.numel(), dtype=torch.int32)

@@ -91,8 +91,10 @@ def _slots(dense_latents: torch.Tensor | None, n_latents: int) -> torch.Tensor |
     """The row of the dense block that belongs to each latent, or -1."""
     if dense_latents is None:
         return None
+    rows = torch.arange(dense_latents.numel(), dtype=torch.int32)
+    if len(rows) == n_latents and torch.equal(rows, dense_latents):
+        return rows  # all latents in order, as of a whole gradient
     checks.latents_in_range(dense_latents, n_latents, "dense_latents", lowest=-1)
     slot = dense_latents.new_full((n_latents + 1,), -1)
-    rows = torch.arange(dense_latents.numel(), dtype=torch.int32)
     slot[dense_latents.long()] = rows  # -1 lands in the extra last place
     return slot
