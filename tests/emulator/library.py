@@ -75,6 +75,7 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         ("emulator_error", ctypes.c_char_p),
         ("emulator_seed", None, word),
         ("emulator_limit", None, word),
+        ("emulator_idle", None, word),
         ("emulator_launches", word),
         ("emulator_instructions", word),
         ("emulator_forget_tensors", None),

@@ -36,13 +36,17 @@ def storages(*arguments: Any) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def emulated(architecture: int, edit: Edit | None = None, seed: int = 0) -> Iterator[None]:
+def emulated(
+    architecture: int, edit: Edit | None = None, seed: int = 0, *, idle: bool = False
+) -> Iterator[None]:
     """Inside the block Triton's kernels run on CPU tensors, emulated for that architecture.
 
     Args:
         architecture: 80 or 90.
         edit: called with a kernel's name and PTX; what it returns runs instead.
         seed: of the order of warps.
+        idle: kernels are compiled and launched, but do nothing: results hold what memory held. What
+            a call then takes is the host's work.
     """
     emulator = library.library()
     from triton.backends.nvidia import compiler
@@ -53,7 +57,8 @@ def emulated(architecture: int, edit: Edit | None = None, seed: int = 0) -> Iter
         """Triton's own, after naming the tensors that the kernel was given."""
 
         def __call__(self, *arguments: Any) -> None:
-            library.name_tensors(*storages(*arguments))
+            if not idle:
+                library.name_tensors(*storages(*arguments))
             super().__call__(*arguments)
 
     def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
@@ -81,9 +86,11 @@ def emulated(architecture: int, edit: Edit | None = None, seed: int = 0) -> Iter
     capability = divmod(architecture, 10)
     before = driver._active
     emulator.emulator_seed(seed)
+    emulator.emulator_idle(idle)
     driver.set_active(active)
     with contextlib.ExitStack() as stack:
         stack.callback(driver.set_active, before)
+        stack.callback(emulator.emulator_idle, 0)
         for target, name, value in (
             (compiler.CUDABackend, "make_cubin", only_ptx),
             (gpu, "triton_reason", lambda device: None),

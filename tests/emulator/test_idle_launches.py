@@ -1,0 +1,87 @@
+"""What a step on a GPU asks of the host: launches that do nothing are left of its kernels."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emulator import library, triton_driver
+from sae_kernels.nn import TopKSAE
+from sae_kernels.step import FusedStep
+from tests.settings import settings
+from tests.step.host_work import host_work
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+B, D, F, K = 128, 64, 4096, 32
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def _idle(request: pytest.FixtureRequest) -> Iterator[None]:
+    with triton_driver.emulated(triton_driver.ARCHITECTURES[request.param], idle=True):
+        yield
+
+
+def started(**options: Any) -> FusedStep:
+    """A step as on a GPU, where the host does not ask how many latents are dead."""
+    sae = TopKSAE(D, F, k=K, backend="triton")
+    config = settings(sae, **({"compute": "bfloat16", "auxk_alpha": 0.0} | options))
+    step = FusedStep(sae, config.objective, config.optimizer)
+    step.dead.padded = True
+    return step
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("_idle")
+def test_the_launches_and_the_python_of_a_step() -> None:
+    # Before calls went past the dispatcher 775 functions and 99 operators.
+    step, x, lr = started(), torch.randn(B, D), torch.tensor(1e-3)
+    for _ in range(3):
+        step(x, lr=lr)
+    before = library.library().emulator_launches()
+    step(x, lr=lr)
+    # On sm_90 the select has 10; on sm_80, whose tiles are narrower, two more.
+    assert library.library().emulator_launches() - before <= 27
+    work = host_work(lambda: step(x, lr=lr))
+    assert work.functions <= 650
+    assert work.operators <= 70
+
+
+class _Strict(TorchDispatchMode):
+    """Refuses whatever waits for the device, inside the primitives' implementations too."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the host waits for a number")
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise RuntimeError(f"the host waits for the size that {func} finds")
+        if func.namespace == "sae_kernels":
+            name = func._schema.name.partition("::")[2]
+            operator = getattr(import_module(f"sae_kernels.primitives.{name}"), name)
+            with self:  # a mode is off in what it calls
+                *arguments, backend = operator._arguments([*args, *(kwargs or {}).values()])
+                return operator._run(arguments, backend)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("_idle")
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"auxk_alpha": 0.5}], ids=str)
+def test_no_launch_waits_for_the_device(options: dict[str, Any]) -> None:
+    step, x, lr = started(**options), torch.randn(B, D), torch.tensor(1e-3)
+    step(x, lr=lr)
+    with _Strict():
+        step(x, lr=lr)
+
+
+@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x.nonzero()])
+def test_waiting_is_noticed(waits: Any) -> None:
+    with pytest.raises(RuntimeError, match="the host waits"), _Strict():
+        waits(torch.ones(3))
