@@ -91,6 +91,11 @@ class TrainConfig(Settings):
         "at a loss that is NaN or infinite: stop with an error, or skip the step and count it",
     )
     log_every: int = setting(10, "steps between metric lines", POSITIVE_INTEGER)
+    cuda_graph: bool = setting(
+        True,
+        "on a GPU, replay steps as a CUDA graph where the host decides nothing in them "
+        "(docs/training.md); false launches kernel by kernel",
+    )
     objective: ObjectiveConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

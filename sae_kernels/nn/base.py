@@ -77,6 +77,7 @@ class SparseAutoencoder(Upkeep):
     non_latent_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
     # Whether x_hat is b_dec plus the codes times rows of W_dec, which FusedStep differentiates.
     decodes_by_rows: ClassVar[bool] = True
+    keeps_fixed_number: ClassVar[bool] = False  # entries for each token; if not, the host waits
 
     config: Any
 

@@ -152,6 +152,7 @@ class SwitchSAE(SparseAutoencoder):
         "switch": Preset("a router sends each token to one of several TopK experts")
     }
     non_latent_vectors = frozenset({"b_dec", "b_router"})
+    keeps_fixed_number: ClassVar[bool] = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -91,6 +91,7 @@ class TopKSAE(SparseAutoencoder):
     config: TopKConfig
     config_class = TopKConfig
     objective_class = TopKObjective
+    keeps_fixed_number: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
         "topk": Preset("the k largest latents of every token"),
         "multi_topk": Preset(

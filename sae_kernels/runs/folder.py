@@ -36,7 +36,14 @@ _MINE = (
     *(TENSORBOARD_FOLDER, WANDB_ID_FILE),
 )
 # Settings that may change on resuming, as they do not affect what is learnt.
-_FREE = ("output.", "data.", "train.log_every", "train.device", "train.on_nonfinite")
+_FREE = (
+    "output.",
+    "data.",
+    "train.log_every",
+    "train.device",
+    "train.on_nonfinite",
+    "train.cuda_graph",
+)
 
 
 class RunFolder:

@@ -180,6 +180,7 @@ class TrainingRun(Generic[Batch]):
             "dead_fraction": float(result.dead.float().mean()),
             "activation_scale": config.activation_scale,
             "target_scale": config.target_scale,
+            **self.training.launching,
             **({"last": self.lines[-1]} if self.lines else {}),
         }
 

@@ -13,6 +13,7 @@ from sae_kernels.nn import SparseAutoencoder, build, pretrained
 from sae_kernels.runs.folder import RunFolder, holds_run
 from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.training.fresh import Samples
+from sae_kernels.training.graphed_step import GraphedStep, eager_reason
 from sae_kernels.training.origin import record
 from sae_kernels.training.run import TrainingRun
 from sae_kernels.training.run_config import run_defaults, run_tables
@@ -91,9 +92,12 @@ class RunLocation:
 
 
 def make_step(sae: SparseAutoencoder, config: TrainConfig) -> TrainingStep:
-    """The training step of the configured route."""
+    """The training step of the configured route, replayed as a CUDA graph where it can be."""
     route = FusedStep if config.route == "fused" else AutogradStep
-    return route(sae, config.objective, config.optimizer, steps=config.steps, seed=config.seed)
+    step = route(sae, config.objective, config.optimizer, steps=config.steps, seed=config.seed)
+    if isinstance(step, FusedStep) and config.cuda_graph and eager_reason(step) is None:
+        return GraphedStep(step)
+    return step
 
 
 class TrainerFactory:

@@ -15,6 +15,7 @@ from sae_kernels.nn import pretrained
 from sae_kernels.runs.checkpoint import Contents
 from sae_kernels.step.state import State
 from sae_kernels.training.fresh import split
+from sae_kernels.training.graphed_step import GraphedStep, eager_reason
 
 if TYPE_CHECKING:
     from sae_kernels.config.train import TrainConfig
@@ -97,7 +98,28 @@ class Trainable(ABC, Generic[Batch]):
             **({} if k is None else {"k": k}),
             "skipped": self.skipped,
             "tokens_per_second": self.tokens / seconds,
+            **({"cuda_graph": self.eager_reason is None} if self._on_gpu else {}),
         }
+
+    @property
+    def launching(self) -> dict[str, str]:
+        """On a GPU: whether the last step was a CUDA graph's, or why not."""
+        if not self._on_gpu:
+            return {}
+        reason = self.eager_reason
+        return {"cuda_graph": "replayed" if reason is None else f"no: {reason}"}
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.sae.W_enc.device.type == "cuda"
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why the last step was launched kernel by kernel; None: it was a CUDA graph's."""
+        step = self.training_step
+        if isinstance(step, GraphedStep):
+            return step.reason
+        return eager_reason(step) or "cuda_graph is false"
 
     def learning_rate(self, step: int) -> float:
         """Learning rate at a 0-based step."""

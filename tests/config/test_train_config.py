@@ -33,6 +33,7 @@ def test_defaults() -> None:
         "data_seed": None,
         "on_nonfinite": "stop",
         "log_every": 10,
+        "cuda_graph": True,
     }
     assert OptimizerConfig().to_dict() == {
         "beta1": 0.9,

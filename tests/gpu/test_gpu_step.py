@@ -7,6 +7,8 @@ import pytest
 import torch
 from gpu_steps import assert_same, assert_trained, batches, build, state
 
+from sae_kernels.training.graphed_step import STEADY, GraphedStep, eager_reason
+
 PRIMITIVES = ("FusedStep",)
 variants = pytest.mark.parametrize("variant", gpu_steps.VARIANTS)
 
@@ -59,6 +61,21 @@ def test_replaying_a_graph_is_stepping(variant: str, device: torch.device) -> No
     assert_trained(eager)
     assert_same(state(captured), state(eager))
     assert_same(result._asdict(), eager_result._asdict())
+
+
+@pytest.mark.parametrize("variant", gpu_steps.VARIANTS)
+def test_a_graphed_step_is_a_step(variant: str, device: torch.device) -> None:
+    eager, own = build(variant, device), build(variant, device)
+    reason = eager_reason(own)
+    assert (reason is None) == (variant != "random-prefixes")
+    if reason is not None:
+        return
+    graphed = GraphedStep(own)
+    for i, x in enumerate(batches(STEADY + 4, device)):
+        expected, result = (step(x, lr=1e-3 * (i + 1)) for step in (eager, graphed))
+        assert_same(result._asdict(), expected._asdict())
+    assert graphed.reason is None
+    assert_same(state(own), state(eager))
 
 
 @variants
