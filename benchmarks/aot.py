@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
@@ -65,19 +65,30 @@ def _only_a_target(architecture: int) -> SimpleNamespace:
 def compiled_for(architecture: int) -> Iterator[list[Compiled]]:
     """Inside the block every launch on CPU tensors compiles for ``architecture`` and is listed."""
     found: list[Compiled] = []
+
+    def note(kernel: Any) -> None:
+        compiled = _read(kernel, architecture)
+        if compiled not in found:
+            found.append(compiled)
+
+    with only_compiling(architecture, note):
+        yield found
+
+
+@contextlib.contextmanager
+def only_compiling(architecture: int, note: Callable[[Any], None]) -> Iterator[None]:
+    """Inside the block launches on CPU tensors end after their compilation, which is noted."""
     launch, before = JITFunction.run, driver._active
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled = _read(kernel, architecture)
-        if compiled not in found:
-            found.append(compiled)
+        note(kernel)
         return kernel
 
     driver.set_active(_only_a_target(architecture))
     JITFunction.run = compile_only
     try:
-        yield found
+        yield
     finally:
         JITFunction.run = launch
         driver._active = before

@@ -122,9 +122,17 @@ def _operator(primitive: str) -> Any:
 
 def runnable(primitive: str, inputs: tuple[Any, ...], wanted: Sequence[str]) -> list[str]:
     """The wanted backends that can run a call with these arguments."""
+    return [name for name, why in _candidates(primitive, inputs) if name in wanted and why is None]
+
+
+def reason(primitive: str, inputs: tuple[Any, ...], backend: str) -> str | None:
+    """Why a backend cannot run a call with these arguments, or None."""
+    return dict(_candidates(primitive, inputs))[backend]
+
+
+def _candidates(primitive: str, inputs: tuple[Any, ...]) -> list[backends.Candidate]:
     like = _operator(primitive).like(inputs)
-    found = backends.candidates(primitive, like.device, like.dtype, inputs)
-    return [name for name, reason in found if name in wanted and reason is None]
+    return backends.candidates(primitive, like.device, like.dtype, inputs)
 
 
 def latents(shape: Shape, popularity: str = "uniform") -> torch.Tensor:

@@ -74,7 +74,7 @@ def _decode() -> Iterable[Bar]:
 def _steps() -> Iterable[Bar]:
     dense = "dense, bf16 autocast, torch.compile"
     for name in ("gpu-small", "gpu-mid"):
-        text = f"FusedStep at {name}: time over its floor"
+        text = f"FusedStep at {name}, as a CUDA graph: time over its floor"
         yield Bar(f"step {name}", "FusedStep", "of_floor", 1.5, text)
         text = f"FusedStep at {name}: the compiled dense step's time over ours"
         yield Bar(f"dense {name}", dense, "ratio", 4, text, at_most=False)

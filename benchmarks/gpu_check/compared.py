@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+from benchmarks.gpu_check import journal
 from sae_kernels.bench import cases, providers
 from sae_kernels.bench.run import BenchSettings, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from benchmarks.gpu_check.bench import Record
+    from benchmarks.gpu_check.processes import Place
+
+_NAME, _LEAST_S = "bench", 60
 
 
-def compared(out: Path) -> Callable[[bool, float], Iterator[Record]]:
-    """The stage, whose results are a file of their own: those of the bench command."""
-
-    def stage(dry: bool, seconds: float) -> Iterator[Record]:
-        preset, others, device = (
-            "gpu-small",
-            ["dense", "dense_compile", "cusparse", "ours-triton"],
-            "cuda",
-        )
-        if dry:
-            preset, others, device = "tiny", [], "cpu"
-        chosen = cases.chosen([preset], "step|encode|decode")
-        who = providers.chosen(others, device)
-        settings = BenchSettings(device, rounds=5, budget_s=seconds)
-        for record in measure(chosen, who, settings, out)[0].records:
-            what = f"{record['case']} {record['provider']} {record['dtype']}"
+def bench(place: Place) -> Iterator[Record]:
+    """What failed; the results are a file of their own, DIR/bench.jsonl: the bench command's."""
+    for name in place.todo([_NAME]):
+        if place.dry:
+            yield journal.done(name, "not available", 0, "its providers need a GPU")
+            continue
+        if place.left() < _LEAST_S:
+            yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
+            continue
+        begin, outcome = time.monotonic(), "passed"
+        chosen = cases.chosen(["gpu-small"], "step|encode|decode")
+        who = providers.chosen(["dense", "dense_compile", "cusparse", "ours-triton"], "cuda")
+        settings = BenchSettings("cuda", rounds=5, budget_s=place.left())
+        for record in measure(chosen, who, settings, place.folder / "bench.jsonl")[0].records:
             if record["status"] in ("failed", "refused"):
-                yield {"kind": "failed", "what": what, "why": record["reason"]}
-            elif record["status"] == "skipped":
-                yield {"kind": "skipped", "what": what, "why": record["reason"]}
-
-    return stage
+                what = f"{record['case']} {record['provider']} {record['dtype']}"
+                yield {"kind": "failed", "what": what, "task": name, "why": record["reason"]}
+                outcome = "failed"
+        yield journal.done(name, outcome, time.monotonic() - begin)

@@ -1,119 +1,169 @@
-"""The GPU tests, a process per test module side by side: compiling is most of their time."""
+"""The GPU tests, a process per test module side by side: compiling is most of their time.
+
+A test that ends or stops its process, or loses the GPU's context, costs itself alone: it is noted
+and the module goes on without it in a new process.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.gpu_check.outcomes import VARIABLE
+from benchmarks.gpu_check import journal, outcomes
+from benchmarks.gpu_check.dry_run import TESTS
+from benchmarks.gpu_check.processes import end, said
 from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from benchmarks.gpu_check.bench import Record
+    from benchmarks.gpu_check.processes import Place
 
-_TESTS = Path(__file__).parent.parent.parent / "tests"
-_NOTHING_COLLECTED = 5
+_LEAST_S = 20
+_TEST_S = 60  # of one test, its kernels compiled
+_POLL_S = 0.1
+_COLLECTED = (0, 1, 5)  # exit codes of pytest: passed, failed, nothing was collected
 _FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of each of the many processes
-# What a dry run samples: one kernel in Triton's interpreter, and that the GPU tests are skipped.
-_DRY_MODULE, _DRY_SELECTION = "primitives/test_decode.py", "1x1x1x1"
+# What a dry run samples: one kernel, emulated, and that the GPU tests are skipped.
+_DRY = ("primitives/test_pick_dead.py", "gpu/test_gpu_select_topk.py")
 
 
-class Run(NamedTuple):
-    """One pytest process: a module, what is selected from it, and its environment."""
+class Module(NamedTuple):
+    """A test module, and how pytest runs it.
 
-    module: str
+    Attributes:
+        name: its path in tests/.
+        environment: of the process.
+        options: of pytest.
+    """
+
+    name: str
     environment: dict[str, str]
-    selection: str = ""
+    options: tuple[str, ...] = ()
 
 
-def runs(dry: bool) -> list[Run]:
-    """The processes of this stage."""
-    gpu = [Run(_name(path), {}) for path in sorted((_TESTS / "gpu").glob("test_*.py"))]
+def modules(dry: bool) -> list[Module]:
+    """What is tested: what only a GPU can decide, then what every backend is held to."""
+    found = [_name(path) for room in ("gpu", "primitives") for path in _tests(room)]
     if dry:
-        return [Run(_DRY_MODULE, {"TRITON_INTERPRET": "1"}, _DRY_SELECTION), *gpu]
-    where = {"SAE_TEST_DEVICE": "cuda"}
-    return gpu + [Run(_name(path), where) for path in (_TESTS / "primitives").glob("test_*.py")]
+        return [Module(name, {}, ("--emulate", "sm_90")) for name in _DRY]
+    on_gpu = {"SAE_TEST_DEVICE": "cuda"}
+    return [Module(name, {} if name.startswith("gpu") else on_gpu) for name in found]
+
+
+def _tests(room: str) -> list[Path]:
+    return sorted((TESTS / room).glob("test_*.py"))
 
 
 def _name(path: Path) -> str:
-    return path.relative_to(_TESTS).as_posix()
+    return path.relative_to(TESTS).as_posix()
 
 
-def tests(dry: bool, seconds: float) -> Iterator[Record]:
-    """A record per kernel and backend, one per failed test, and one per run that did not finish."""
-    deadline = time.monotonic() + seconds
+def tests(place: Place) -> Iterator[Record]:
+    """A record per failed test, then one per module and kernel, as far as the time goes."""
+    every = {module.name: module for module in modules(place.dry)}
     side_by_side = max(1, (os.cpu_count() or 1) // 2)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(side_by_side) as pool:
-        done = list(pool.map(lambda run: _run(run, Path(folder), deadline), runs(dry)))
-    for record, _ in done:
-        yield record
-    outcomes = [outcome for _, found in done for outcome in found]
-    for outcome in outcomes:
-        if outcome["outcome"] == "failed":
-            yield {"kind": "failed", "what": outcome["test"], "why": outcome["why"]}
-    for (kernel, backend), counts in sorted(by_kernel(outcomes).items()):
-        found = {name: counts[name] for name in ("passed", "failed", "skipped")}
-        yield {"kind": "tests", "kernel": kernel, "backend": backend, **found}
+    waiting, running = deque(place.todo(list(every))), list[_Running]()
+    while waiting or running:
+        while waiting and len(running) < side_by_side:
+            name = waiting.popleft()
+            if place.left() < _LEAST_S:
+                yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
+            else:
+                running.append(_Running(every[name], place))
+        for each in list(running):
+            for record in each.poll():
+                if record["kind"] == "done":
+                    running.remove(each)
+                yield record
+        time.sleep(_POLL_S)
 
 
-def by_kernel(outcomes: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
+class _Running:
+    """A module under way: its process, and the outcomes that it noted."""
+
+    def __init__(self, module: Module, place: Place) -> None:
+        self._module, self._place = module, place
+        self._log = place.log(module.name)
+        self._noted = self._log.with_suffix(".jsonl")
+        self._begin, self._told = time.monotonic(), set[str]()
+        outcomes.keep_known(self._noted)  # of an earlier run that this one resumes
+        self._start()
+
+    def _start(self) -> None:
+        self._known = len(outcomes.read(self._noted))
+        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.outcomes", "-q"]
+        command += ["-n", "0", "-m", "not slow", *self._module.options]
+        variables = {**_FEW_THREADS, **self._module.environment}
+        with self._log.open("w") as output:
+            self._process = subprocess.Popen(
+                tied([*command, str(TESTS / self._module.name)]),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={
+                    **self._place.environment(),
+                    **variables,
+                    outcomes.VARIABLE: str(self._noted),
+                },
+                cwd=TESTS.parent,
+                start_new_session=True,
+            )
+
+    def poll(self) -> Iterator[Record]:
+        """Tests that failed since the last time; the last record is of kind "done"."""
+        ended, out_of_time = self._process.poll() is not None, self._place.left() < 0
+        known = outcomes.read(self._noted)
+        under_way = [line for line in known.values() if line["outcome"] == "began"]
+        idle = time.time() - self._noted.stat().st_mtime if known else 0
+        hangs = not ended and idle > _TEST_S and bool(under_way)
+        if out_of_time or hangs:
+            end(self._process)
+        if not out_of_time and (ended or hangs):
+            for line in under_way:
+                why = f"killed after {_TEST_S} s" if hangs else "its process ended"
+                why += f"; it said: {said(self._log)}"
+                outcomes.note(self._noted, {**line, "outcome": "failed", "why": why})
+            known = outcomes.read(self._noted)
+        for name, line in known.items():
+            if line["outcome"] == "failed" and name not in self._told:
+                self._told.add(name)
+                yield self._record(kind="failed", what=name, why=line["why"])
+        status = self._process.returncode
+        if out_of_time:
+            yield self._done("no time")
+        elif (hangs or ended) and status not in _COLLECTED and len(known) > self._known:
+            self._start()  # for the rest of the module
+        elif ended:
+            if status not in _COLLECTED:
+                why = f"ended with {status}; it said: {said(self._log)}"
+                yield self._record(kind="failed", what=self._module.name, why=why)
+            yield from self._counts(known)
+            ran = any(line["outcome"] in ("passed", "failed") for line in known.values())
+            bad = bool(self._told) or status not in _COLLECTED
+            yield self._done("failed" if bad else "passed" if ran else "not available")
+
+    def _counts(self, known: dict[str, dict[str, Any]]) -> Iterator[Record]:
+        for (kernel, backend), counts in sorted(by_kernel(known.values()).items()):
+            found = {outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")}
+            yield self._record(kind="tests", kernel=kernel, backend=backend, **found)
+
+    def _record(self, **fields: Any) -> Record:
+        return {**fields, "task": self._module.name}
+
+    def _done(self, outcome: str) -> Record:
+        return journal.done(self._module.name, outcome, time.monotonic() - self._begin)
+
+
+def by_kernel(found: Iterable[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
     """Counts of the tests' outcomes, by kernel and backend."""
     counts: dict[tuple[str, str], Counter[str]] = {}
-    for outcome in outcomes:
+    for outcome in found:
         for kernel in outcome["kernels"]:
             counts.setdefault((kernel, outcome["backend"]), Counter())[outcome["outcome"]] += 1
     return counts
-
-
-def _run(run: Run, folder: Path, deadline: float) -> tuple[Record, list[dict[str, Any]]]:
-    """One process to its end, or to the deadline; what it said either way."""
-    noted = folder / run.module.replace("/", "-")
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.outcomes", "-q"]
-    command += [str(_TESTS / run.module)] + (["-k", run.selection] if run.selection else [])
-    start = time.monotonic()
-    process = subprocess.Popen(
-        tied(command),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **_FEW_THREADS, **run.environment, VARIABLE: str(noted)},
-        cwd=_TESTS.parent,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=max(0.0, deadline - start))
-        finished = process.returncode in (0, 1, _NOTHING_COLLECTED)
-        why = "" if finished else output[-800:]
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        finished, why = False, "stopped when the stage's time was up"
-    outcomes = [json.loads(line) for line in _lines(noted)]
-    counts = Counter(outcome["outcome"] for outcome in outcomes)
-    record = {
-        "kind": "run",
-        "what": run.module,
-        "where": run.environment,
-        "finished": finished,
-        "seconds": round(time.monotonic() - start, 1),
-        **{name: counts[name] for name in ("passed", "failed", "skipped")},
-        "why": why,
-    }
-    return record, outcomes
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

@@ -53,7 +53,8 @@ def select(bench: Bench, name: str, backend: str) -> Iterator[Record]:
     x, W, *_ = inputs = bench.inputs("select_topk", shape)
     contestants = bench.runs("select_topk", inputs, (backend,))
     if not contestants:
-        yield {"kind": "skipped", "what": f"{case} on {backend}", "why": "it cannot run here"}
+        why = calls.reason("select_topk", inputs, backend)
+        yield {"kind": "not available", "what": f"{case} on {backend}", "why": why}
         return
     ((provider, run),) = contestants.items()
     extra = bench.peak_bytes(run)
@@ -72,7 +73,7 @@ def routed(bench: Bench, name: str, experts: int) -> Iterator[Record]:
         "select_topk_routed", bench.inputs("select_topk_routed", shape, experts=experts)
     )
     if not contestants:
-        yield {"kind": "skipped", "what": case, "why": "no backend of it runs here"}
+        yield {"kind": "not available", "what": case, "why": "no backend of it runs here"}
         return
     contestants[PRODUCT] = product(bench, shape)
     yield from compared(case, "select_topk_routed", bench.time(contestants), PRODUCT)
@@ -93,7 +94,7 @@ def torch_topk(bench: Bench, name: str) -> Iterator[Record]:
 def decode_both_ways(bench: Bench) -> Iterator[Record]:
     """decode and its backward pass against their floor, and against sparsify's where it is."""
     if importlib.util.find_spec("sparsify") is None:
-        yield {"kind": "skipped", "what": PEER, "why": f"{PEER} is not installed here"}
+        yield {"kind": "not available", "what": PEER, "why": f"{PEER} is not installed here"}
     for K, wanted in DECODE_SHAPES.items():
         shape = bench.cut(wanted)
         contestants = _decoders(bench, shape)
@@ -172,7 +173,7 @@ def _each_backend(
     shape = bench.shape(yardstick)
     contestants = bench.runs(primitive, bench.inputs(primitive, shape, **options))
     if not contestants:
-        yield {"kind": "skipped", "what": case, "why": f"no backend of {primitive} runs here"}
+        yield {"kind": "not available", "what": case, "why": f"no backend of {primitive} runs here"}
         return
     floor = 1e3 * floor_of(shape, rates(bench))
     for record in compared(case, primitive, bench.time(contestants), next(iter(contestants))):
@@ -198,7 +199,7 @@ def repeats(bench: Bench, primitive: str) -> Iterator[Record]:
     for backend in bench.runs(primitive, inputs):
         run = calls.implementation(primitive, backend).run
         first = _outcome(run, inputs)
-        again = (_outcome(run, inputs) for _ in range(20))
+        again = (_outcome(run, inputs) for _ in range(2 if bench.small else 20))
         different = sum(not all(map(torch.equal, first, other)) for other in again)
         yield check("repeats", primitive, backend, different)
 

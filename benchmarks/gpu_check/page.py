@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md"
 MARK = "<!-- Written by `python -m benchmarks.gpu_check.page` from here on; do not edit. -->"
 NEVER = "never run on a GPU"
+_UNTOLD = ("time", "done", "kernels", "compiled ahead")  # in the tables, or in the file alone
 # The kernels together, as a training step calls them.
 _TOGETHER = ("FusedStep", "automatic")
 
@@ -96,9 +97,10 @@ def kernels(found: list[Result], in_emulator: dict[tuple[str, str], str]) -> lis
         if ran is None:
             lines.append(f"| {name} | {backend} | {NEVER} | | | | | | {said} |")
             continue
-        result, tests = ran
+        result, _ = ran
+        tests = [record for record in result.records if about(record, "tests")]
         bits = "-" if repeated is None else ("same bits" if repeated[1]["ok"] else "DIFFER")
-        counts = f"{tests['passed']} | {tests['failed']}"
+        counts = " | ".join(str(sum(r[outcome] for r in tests)) for outcome in ("passed", "failed"))
         lines.append(f"| {name} | {backend} | {result.where} | {counts} | {bits} | {said} |")
     return lines
 
@@ -128,7 +130,7 @@ def run(result: Result) -> list[str]:
         f"{facts['device']}, driver {facts['nvidia_smi'].get('driver_version', 'unknown')}, CUDA "
         f"{facts['cuda']}, torch {facts['torch']}, Triton {facts['triton']}: `{facts['command']}`",
         "",
-        *(_line(record) for record in records if record["kind"] != "time"),
+        *(_line(record) for record in records if record["kind"] not in _UNTOLD),
     ]
     timed = [record for record in records if record["kind"] == "time"]
     for case, group in itertools.groupby(timed, key=lambda record: record["case"]):
@@ -137,8 +139,8 @@ def run(result: Result) -> list[str]:
 
 
 def _line(record: Record) -> str:
-    kind, what = record["kind"], record.get("what") or record.get("group")
-    rest = {k: v for k, v in record.items() if k not in ("kind", "what", "group", "where")}
+    kind, what = record["kind"], record.get("what") or record.get("task")
+    rest = {k: v for k, v in record.items() if k not in ("kind", "what", "task")}
     said = ", ".join(f"{name} {_number(v)}" for name, v in rest.items() if v not in ("", None))
     return f"- {kind}{f' {what}' if what else ''}: {said}".replace("\n", " ")
 

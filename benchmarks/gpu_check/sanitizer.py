@@ -1,8 +1,7 @@
-"""NVIDIA's compute-sanitizer over every kernel: reads and writes out of bounds, and races."""
+"""NVIDIA's compute-sanitizer over the kernels, one at a time: accesses out of bounds, and races."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,62 +9,78 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import calls
+from benchmarks.gpu_check import journal
+from benchmarks.gpu_check.processes import end, said
 from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.gpu_check.bench import Record
+    from benchmarks.gpu_check.processes import Place
 
-_TOOLS = ("memcheck", "racecheck")
-_SCRIPT = [sys.executable, "-m", "benchmarks.gpu_check.every_kernel"]
 _FOUND_ERRORS = 86
+_LIMIT_S, _LEAST_S = 90, 20
 _USUAL = Path("/usr/local/cuda/bin/compute-sanitizer")
 # Torch's allocator hands out parts of large blocks: what lies past a tensor would still be inside.
 _ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
-def sanitized(dry: bool, seconds: float) -> Iterator[Record]:
-    """A record per tool; without a GPU the script runs bare."""
+def kernels() -> list[tuple[str, str, str]]:
+    """Tool, primitive and backend: select_topk first, whose lists are written by atomics."""
+    every = sorted(calls.kernels(), key=lambda kernel: kernel[0] != "select_topk")
+    return [(tool, *kernel) for tool in ("memcheck", "racecheck") for kernel in every]
+
+
+def first(place: Place) -> Iterator[Record]:
+    """Both tools over select_topk."""
+    return _watched([each for each in kernels() if each[1] == "select_topk"], place)
+
+
+def rest(place: Place) -> Iterator[Record]:
+    """Both tools over the other kernels."""
+    return _watched([each for each in kernels() if each[1] != "select_topk"], place)
+
+
+def _watched(chosen: list[tuple[str, str, str]], place: Place) -> Iterator[Record]:
     program = shutil.which("compute-sanitizer") or (str(_USUAL) if _USUAL.exists() else None)
-    deadline = time.monotonic() + seconds
-    if dry or program is None:
-        why = "no GPU here" if dry else "compute-sanitizer is not installed"
-        yield {"kind": "not available", "what": "compute-sanitizer", "why": why}
-        yield _run("every kernel, bare", _SCRIPT, deadline)
-        return
-    for i, tool in enumerate(_TOOLS):
-        share = time.monotonic() + (deadline - time.monotonic()) / (len(_TOOLS) - i)
-        watched = [program, "--tool", tool, "--error-exitcode", str(_FOUND_ERRORS)]
-        yield _run(tool, watched + _SCRIPT, share)
+    names = {" ".join(each): each for each in chosen}
+    for name in place.todo(list(names)):
+        if place.dry or program is None:
+            why = "no GPU here" if place.dry else "compute-sanitizer is not installed"
+            yield journal.done(name, "not available", 0, why)
+        elif place.left() < _LEAST_S:
+            yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
+        else:
+            yield from _run(name, program, *names[name], place)
 
 
-def _run(what: str, command: list[str], deadline: float) -> Record:
-    try:
-        done = subprocess.run(
+def _run(
+    name: str, program: str, tool: str, primitive: str, backend: str, place: Place
+) -> Iterator[Record]:
+    command = [program, "--tool", tool, "--error-exitcode", str(_FOUND_ERRORS), sys.executable]
+    command += ["-m", "benchmarks.gpu_check.oracles", primitive, backend]
+    log, begin, left = place.log(name), time.monotonic(), place.left()
+    with log.open("w") as output:
+        process = subprocess.Popen(
             tied(command),
-            capture_output=True,
-            text=True,
-            timeout=max(0.0, deadline - time.monotonic()),
-            env={**os.environ, **_ENVIRONMENT},
-            check=False,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**place.environment(), **_ENVIRONMENT},
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired as error:
-        lines = _kernels(error.stdout.decode() if error.stdout else "")
-        why = f"stopped when its time was up, after {len(lines)} kernels"
-        return {"kind": "sanitized", "what": what, "finished": False, "ok": None, "why": why}
-    text = done.stdout + done.stderr
-    return {
-        "kind": "sanitized",
-        "what": what,
-        "finished": done.returncode in (0, _FOUND_ERRORS),
-        "ok": done.returncode == 0,
-        "kernels": _kernels(done.stdout),
-        "why": text[-1500:] if done.returncode else "",
-    }
-
-
-def _kernels(text: str) -> list[str]:
-    """The kernels that the script named, tool's own lines left out."""
-    lines = [line for line in text.splitlines() if line and not line.startswith("=")]
-    return sorted({" ".join(line.split()[:2]) for line in lines})
+        try:
+            status: int | None = process.wait(min(_LIMIT_S, left))
+        except subprocess.TimeoutExpired:
+            end(process)
+            status = None
+    seconds = time.monotonic() - begin
+    found = {"kind": "sanitized", "what": tool, "task": name, "kernel": primitive}
+    if status is None and left < _LIMIT_S:
+        yield journal.done(name, "no time", seconds)
+        return
+    ok = {0: True, _FOUND_ERRORS: False}.get(-1 if status is None else status)
+    why = "" if ok else f"ended with {status}; it said: {said(log)}"
+    yield {**found, "backend": backend, "ok": ok, "why": why}
+    yield journal.done(name, "passed" if ok else "failed", seconds, why)

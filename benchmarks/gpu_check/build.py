@@ -1,0 +1,73 @@
+"""The stages that come before any kernel runs: the package, and the kernels' cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.gpu_check import journal, warm
+from benchmarks.gpu_check.processes import end, said
+from benchmarks.gpu_check.tasks import TASKS
+from sae_kernels.bench.processes import tied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.gpu_check.bench import Record
+    from benchmarks.gpu_check.processes import Place
+
+_ROOT = Path(__file__).parents[2]
+_BUILD_S, _COMPILE_S = 240, 45
+
+
+def install(place: Place) -> Iterator[Record]:
+    """Installs the checkout in place, kernels included."""
+    command = [sys.executable, "-m", "pip", "install", "-e", "."]
+    command += ["--no-build-isolation", "--no-deps"]
+    for name in place.todo(["build"]):
+        if place.dry:
+            why = "a dry run leaves the installation alone"
+            yield journal.done(name, "not available", 0, why)
+            continue
+        log, begin = place.log(name), time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                tied(command),
+                cwd=_ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                process.wait(min(_BUILD_S, place.left()))
+            except subprocess.TimeoutExpired:
+                end(process)
+        seconds = time.monotonic() - begin
+        if process.returncode:
+            why = f"ended with {process.returncode}; it said: {said(log)}"
+            yield {"kind": "failed", "what": name, "task": name, "why": why}
+        yield journal.done(name, "failed" if process.returncode else "passed", seconds)
+
+
+def cache(place: Place, file: Path | None) -> Iterator[Record]:
+    """Unpacks kernels that were compiled ahead, if they are this machine's; compiles the others."""
+    for name in place.todo(["cache"]):
+        begin, folder = time.monotonic(), place.folder / "triton"
+        found = {"kind": "cache", "task": name, "kernels": 0, "why": "--warm names no file"}
+        if file is not None:
+            wrong = warm.mismatches(file)
+            found["why"] = "; ".join(wrong)
+            if not wrong:
+                found["kernels"] = warm.unpack(file, folder)
+        yield found
+        if place.dry:  # the emulator has a cache of its own
+            yield journal.done(name, "passed", time.monotonic() - begin)
+            continue
+        outcome = "passed"
+        for record in warm.compile_all(TASKS, folder, min(_COMPILE_S, place.left())):
+            outcome = "failed" if record["kind"] == "failed" else outcome
+            yield {**record, "task": name}
+        yield journal.done(name, outcome, time.monotonic() - begin)

@@ -1,0 +1,187 @@
+"""Runs tasks in processes with a time limit each; what fails or hangs costs its task alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from benchmarks.gpu_check import journal
+from benchmarks.gpu_check.tasks import TASKS
+from sae_kernels.bench.processes import tied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from benchmarks.gpu_check.bench import Record
+
+_POLL_S = 0.02
+_DRY_FACTOR = 10  # the emulator is slow, and so are busy machines
+_SHOWN = 1500  # characters of what a process said last
+
+
+class Place(NamedTuple):
+    """Where and for how long a run works.
+
+    Attributes:
+        folder: for records, logs and the kernels' cache.
+        dry: whether the kernels are emulated.
+        deadline: of ``time.monotonic()``.
+        finished: tasks that an earlier run finished.
+        only: the tasks that are wanted; empty for all.
+    """
+
+    folder: Path
+    dry: bool
+    deadline: float
+    finished: frozenset[str] = frozenset()
+    only: tuple[str, ...] = ()
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def todo(self, names: Sequence[str]) -> list[str]:
+        """Those that are wanted and not finished."""
+        wanted = [n for n in names if not self.only or any(o in n for o in self.only)]
+        return [name for name in wanted if name not in self.finished]
+
+    def log(self, name: str) -> Path:
+        """The file for what a process says."""
+        path = self.folder / "logs" / f"{name.replace('/', '-').replace(' ', '-')}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def environment(self) -> dict[str, str]:
+        """Of every process: kernels come from, and go to, the run's own cache."""
+        return {**os.environ, "TRITON_CACHE_DIR": str(self.folder / "triton")}
+
+
+class Crew:
+    """Processes that have imported everything, one always ready for the next task."""
+
+    def __init__(self, place: Place) -> None:
+        self._place, self._started = place, 0
+        self._ready: deque[tuple[subprocess.Popen[str], Path]] = deque()
+
+    def take(self, name: str, records: Path, more: bool) -> tuple[subprocess.Popen[str], Path]:
+        """A process at work on the task, and its log; starts the next one if there is more."""
+        if not self._ready:
+            self._start()
+        process, log = self._ready.popleft()
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already: its log says why
+            process.stdin.write(json.dumps({"task": name, "records": str(records)}) + "\n")
+            process.stdin.close()
+        if more:
+            self._start()
+        return process, log
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "benchmarks.gpu_check.worker"]
+        log = self._place.log(f"worker {self._started}")
+        self._started += 1
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                tied(command + ["--dry-run"] * self._place.dry),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=self._place.environment(),
+                start_new_session=True,
+            )
+        self._ready.append((process, log))
+
+    def dismiss(self) -> None:
+        """Ends those that wait."""
+        for process, _ in self._ready:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+
+class _Running:
+    """A task under way: its records, read as they are written, and its end."""
+
+    def __init__(self, name: str, place: Place, crew: Crew, more: bool) -> None:
+        self.name, self._began = name, time.monotonic()
+        limit = TASKS[name].limit_s * (_DRY_FACTOR if place.dry else 1)
+        self._limit, self._cut = min(limit, place.left()), place.left() < limit
+        records = place.log(name).with_suffix(".jsonl")
+        records.unlink(missing_ok=True)
+        self._process, self._log = crew.take(name, records, more)
+        self._records, self._read = records, 0
+        self._bad = ""
+
+    def poll(self) -> Iterator[Record]:
+        """What came since the last time; the last is of kind "done"."""
+        seconds = time.monotonic() - self._began
+        ended = self._process.poll() is not None
+        late = not ended and seconds > self._limit
+        if late:
+            end(self._process)
+        for line in self._new_lines():
+            record = json.loads(line)
+            if record["kind"] == "failed" or record.get("ok") is False:
+                self._bad = str(record.get("why") or record.get("what"))
+            yield {**record, "task": self.name}
+        if late:
+            why = f"killed after {self._limit:.0f} s; it said: {said(self._log)}"
+            outcome = "no time" if self._cut else "failed"
+            if outcome == "failed":
+                yield {"kind": "failed", "what": self.name, "task": self.name, "why": why}
+            yield journal.done(self.name, outcome, seconds, why)
+        elif ended and self._process.returncode:
+            why = f"ended with {self._process.returncode}; it said: {said(self._log)}"
+            yield {"kind": "failed", "what": self.name, "task": self.name, "why": why}
+            yield journal.done(self.name, "failed", seconds, why)
+        elif ended:
+            yield journal.done(self.name, "failed" if self._bad else "passed", seconds, self._bad)
+
+    def _new_lines(self) -> list[str]:
+        if not self._records.exists():
+            return []
+        with self._records.open() as file:
+            file.seek(self._read)
+            text = file.read()
+        whole, newline, _ = text.rpartition("\n")
+        self._read += len((whole + newline).encode())
+        return whole.splitlines()
+
+
+def run(names: Sequence[str], place: Place, crew: Crew, side_by_side: int = 1) -> Iterator[Record]:
+    """The records of tasks in their order, so many at once; each ends with one of kind "done"."""
+    waiting, running = deque(place.todo(names)), list[_Running]()
+    while waiting or running:
+        while waiting and len(running) < side_by_side:
+            name = waiting.popleft()
+            if place.left() < TASKS[name].least_s:
+                yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
+            else:
+                running.append(_Running(name, place, crew, bool(waiting)))
+        for each in list(running):
+            for record in each.poll():
+                if record["kind"] == "done":
+                    running.remove(each)
+                yield record
+        time.sleep(_POLL_S)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def said(log: Path) -> str:
+    """The last that a process said."""
+    return log.read_text(errors="replace")[-_SHOWN:].strip() or "nothing"
