@@ -23,13 +23,11 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.gpu_check import dry_run
 from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.tasks import TASKS
-from sae_kernels import backends, gpu
-from sae_kernels.bench import provenance
+from sae_kernels import backends, gpu, machine
 from sae_kernels.bench.processes import die_with
 
 if TYPE_CHECKING:
@@ -149,7 +147,7 @@ def compile_task(name: str) -> Record:
         mock.patch.object(gpu, "triton_reason", return_value=None),
         mock.patch.object(torch.cuda, "get_device_capability", capability),
         mock.patch.object(torch.cuda, "get_device_name", return_value="an sm_90"),
-        _Zeros(),
+        _zeros(),
     ):
         try:
             for _ in TASKS[name].run(Bench(torch.device("cpu"), compiling=True)):
@@ -160,20 +158,24 @@ def compile_task(name: str) -> Record:
     return {"kind": "compiled ahead", "what": name, **counts, "why": why}
 
 
-class _Zeros(TorchFunctionMode):
+@contextlib.contextmanager
+def _zeros() -> Iterator[None]:
     """Outputs of kernels that do not run are zeros: valid latents, counts and offsets.
 
     So are products into a buffer, which are a library's and take long on the CPU.
     """
+    product = torch.mm
 
-    _EMPTY = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+    def mm(*operands: torch.Tensor, out: torch.Tensor | None = None, **options: Any) -> Any:
+        return product(*operands, **options) if out is None else out
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.mm and "out" in kwargs:
-            return kwargs["out"]
-        made = func(*args, **kwargs)
-        return made.zero_() if func in self._EMPTY else made
+    with (
+        mock.patch.object(torch, "empty", torch.zeros),
+        mock.patch.object(torch, "empty_like", torch.zeros_like),
+        mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+        mock.patch.object(torch, "mm", mm),
+    ):
+        yield
 
 
 def pack(folder: Path, file: Path) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def pack(folder: Path, file: Path) -> dict[str, Any]:
         "made with": made_with(),
         "kernels": sum(path.name.startswith("__grp__") for path in paths),
         "bytes": sum(path.stat().st_size for path in paths),
-        "provenance": provenance.provenance("python -m benchmarks.gpu_check.warm"),
+        "commit": machine.checkout()[0],
     }
     with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr(_FACTS, json.dumps(facts))

@@ -1,10 +1,10 @@
-"""The one command for a GPU machine: here it makes a dry run, and its parts are held to account."""
+"""The one command for a GPU machine: here it runs emulated, with faults planted, and is killed."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import signal
 import subprocess
 import sys
 import time
@@ -16,260 +16,207 @@ import torch
 
 from benchmarks import calls
 from benchmarks.calls import GPU_BACKENDS
-from benchmarks.gpu_check import correctness, floors, measure, page
-from benchmarks.gpu_check.__main__ import STAGES, summary, verdict
-from benchmarks.gpu_check.bars import BARS, Bar
+from benchmarks.gpu_check import correctness, dry_run, floors, oracles, sanitizer, stages, tasks
+from benchmarks.gpu_check.bars import BARS
+from benchmarks.gpu_check.bench import Bench
+from benchmarks.gpu_check.journal import Journal, done
+from benchmarks.gpu_check.processes import Crew, Place
 from sae_kernels import primitives
 from sae_kernels.bench import timing
 from sae_kernels.bench.cases import Shape
 from sae_kernels.bench.work import Rates
 
 ROOT = Path(__file__).parents[2]
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+PLANTED = Path(__file__).parent / "planted"
 Record = dict[str, Any]
+emulated = pytest.mark.skipif(
+    dry_run.unavailable() is not None, reason=f"a dry run is emulated: {dry_run.unavailable()}"
+)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Record], float]:
-    """A dry run's output, its lines and the seconds of work in it, whatever else is running."""
-    folder = tmp_path_factory.mktemp("dry")
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry", "--out", str(folder)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*command, "--minutes", "5"], cwd=ROOT, capture_output=True, text=True, check=False
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(out), *options]
+
+
+def records(out: Path) -> list[Record]:
+    """Whole records of a run so far, without its provenance."""
+    path = out / "gpu_check.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def ends(found: list[Record]) -> dict[str, Record]:
+    """The last record of each task; a task that ended twice would not be one."""
+    last = [record for record in found if record["kind"] == "done"]
+    assert len({record["task"] for record in last}) == len(last)
+    return {record["task"]: record for record in last}
+
+
+@pytest.mark.full
+@emulated
+def test_a_hang_a_crash_and_a_kill_cost_no_more_than_themselves(tmp_path: Path) -> None:
+    # Named out of order: the order is that of the stages.
+    only = ["--tasks", "gluon", "pick_dead", "code_grad", "row_sqnorm", "decode_residual"]
+    run = command(tmp_path, "--budget", "500", "--stages", "oracles", "gluon", "tests", *only)
+    planted = os.pathsep.join([str(PLANTED), str(ROOT)])
+    surroundings = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": planted}}
+    with subprocess.Popen(run, stdout=subprocess.DEVNULL, **surroundings) as first:
+        while not any(record["kind"] == "done" for record in records(tmp_path)):
+            assert first.poll() is None
+            time.sleep(0.05)
+        first.kill()
+    early = ends(records(tmp_path))
+    with (tmp_path / "gpu_check.jsonl").open("a") as file:
+        file.write('{"kind": "don')  # what was being written
+    second = subprocess.run(
+        [*run, "--resume"], capture_output=True, text=True, timeout=500, **surroundings
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["bench.jsonl", "gpu_check.jsonl"]
-    lines = [json.loads(line) for line in (folder / "gpu_check.jsonl").read_text().splitlines()]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout, lines, seconds
+    assert second.returncode == 1, second.stdout + second.stderr
+    assert f"{len(early)} tasks were finished before" in second.stdout
+    found = records(tmp_path)
+    last = ends(found)
+    assert {task: last[task] for task in early} == early
+    assert {task: record["outcome"] for task, record in last.items()} == {
+        "oracle code_grad triton": "failed",
+        "oracle decode_residual triton": "failed",
+        "oracle pick_dead triton": "passed",
+        "oracle row_sqnorm triton": "failed",
+        "oracle select_topk gluon": "passed",
+        "primitives/test_pick_dead.py": "passed",
+    }
+    assert list(last)[-2:] == ["oracle select_topk gluon", "primitives/test_pick_dead.py"]
+    why = {record["task"]: record["why"] for record in found if record["kind"] == "failed"}
+    assert "killed after 10 s" in why["oracle decode_residual triton"]
+    assert f"ended with {-signal.SIGABRT}" in why["oracle row_sqnorm triton"]
+    wrong = next(r for r in found if r["kind"] == "oracle" and not r["ok"])
+    assert wrong["kernel"] == "code_grad"
+    assert "an error of 1, expected at most" in wrong["why"]
+    counted = next(record for record in found if record["kind"] == "tests")
+    assert (counted["kernel"], counted["backend"]) == ("pick_dead", "triton")
+    assert counted["passed"] > 0 == counted["failed"]
+    assert all(record["dry"] for record in found)
 
 
-@pytest.mark.full
-def test_a_dry_run_goes_through_every_stage_and_says_what_it_is(dry) -> None:
-    output, (first, *records), seconds = dry
-    assert seconds < 90
-    assert output.startswith("DRY RUN (asked for)")
-    assert output.rstrip().endswith("dry run: nothing was measured")
-    assert first["provenance"]["dry"] is True
-    assert "device" not in first["provenance"]
-    assert {"commit", "torch", "command", "time"} <= first["provenance"].keys()
-    assert all(record["dry"] is True for record in records)
-    stages = {r["what"]: r["outcome"] for r in records if r["kind"] == "stage"}
-    assert stages == dict.fromkeys(STAGES, "passed") | {"build": "skipped", "sanitizer": "skipped"}
-    skipped = next(r for r in records if r["kind"] == "not available")
-    assert (skipped["what"], skipped["why"]) == ("compute-sanitizer", "no GPU here")
-
-
-@pytest.mark.full
-def test_a_dry_run_tests_a_triton_kernel_for_real(dry) -> None:
-    _, (_, *records), _ = dry
-    tests = {(r["kernel"], r["backend"]): r for r in records if r["kind"] == "tests"}
-    assert tests["decode", "triton"]["passed"] > 0
-    assert tests["decode", "triton"]["failed"] == 0
-    if not torch.cuda.is_available():
-        assert tests["FusedStep", "automatic"]["passed"] == 0
-        assert tests["FusedStep", "automatic"]["skipped"] > 0
-
-
-@pytest.mark.full
-def test_every_group_of_measurements_ran(dry) -> None:
-    _, (_, *records), _ = dry
-    assert {r["group"] for r in records if "group" in r} == set(measure.GROUPS)
-    ran = {r["group"] for r in records if r["kind"] in ("time", "rate", "check")}
-    assert ran == set(measure.GROUPS)
-    checked = {r["kernel"] for r in records if r["kind"] == "check"}
+@pytest.mark.slow
+@emulated
+def test_a_whole_dry_run_passes_and_measures_what_every_bar_is_about(tmp_path: Path) -> None:
+    run = subprocess.run(
+        command(tmp_path, "--budget", "3000"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.rstrip().endswith("dry run: nothing was measured")
+    found = records(tmp_path)
+    last = ends(found)
+    assert set(tasks.TASKS) <= last.keys()
+    missing = {task for task, record in last.items() if record["outcome"] != "passed"}
+    watched = {" ".join(each) for each in sanitizer.kernels()}
+    assert missing == {"build", "bench", "gpu/test_gpu_select_topk.py", *watched}
+    checked = {r["kernel"] for r in found if r["kind"] == "check"}
     assert checked == {*primitives.NAMES, "FusedStep"}
-
-
-@pytest.mark.full
-def test_the_fused_products_are_watched_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_check.measure", "epilogue-gpu-small", "--dry"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    timed = {r["provider"] for r in records if r["kind"] == "time"}
-    assert timed == {"product alone", "triton, nothing passes", "triton, the k best pass"}
-    mean, most, over = (r["value"] for r in records if r["kind"] == "fact")
-    # k = 8: a list holds that many once a pass was cut back, and more before.
-    assert 8 <= mean <= most
-    assert over == 0
-
-
-@pytest.mark.full
-def test_every_bar_has_a_measurement_behind_it(dry) -> None:
-    # On the CPU no GPU backend runs and torch counts no memory: there the case must be measured.
-    _, (_, *records), _ = dry
-    cases = {r.get("case", r.get("what")) for r in records}
+    cases = {record.get("case", record.get("what")) for record in found}
     for bar in BARS:
         assert bar.case in cases, bar
         memory = bar.field in ("extra_mib", "peak_gb")
-        on_gpus_only = bar.provider in (*GPU_BACKENDS, "eai-sparsify") or memory
-        assert on_gpus_only or bar.value(records) is not None, bar
-
-
-@pytest.mark.full
-def test_the_page_refuses_a_dry_run(dry, tmp_path: Path) -> None:
-    _, (first, *records), _ = dry
-    file = tmp_path / "gpu-machine.jsonl"
-    file.write_text("\n".join(map(json.dumps, [first, *records])))
-    with pytest.raises(ValueError, match=r"gpu-machine\.jsonl: expected .* dry run"):
-        page.generated(tmp_path)
-    forged = {"provenance": first["provenance"] | {"dry": False, "device": "a GPU"}}
-    file.write_text("\n".join(map(json.dumps, [forged, *records])))
-    with pytest.raises(ValueError, match="dry run"):
-        page.generated(tmp_path)
-
-
-FACTS = {
-    "device": "NVIDIA H200",
-    "commit": "abc1234",
-    "dirty": False,
-    "time": "2030-01-02T03:04:05Z",
-    "command": "python -m benchmarks.gpu_check",
-    "cuda": "13.0",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "nvidia_smi": {"driver_version": "1.2"},
-}
-TESTS = {"kind": "tests", "kernel": "decode", "backend": "triton", "skipped": 0}
-STEP = {
-    "kind": "time",
-    "case": "step gpu-small",
-    "provider": "FusedStep",
-    "median_ms": 2.0,
-    "p20_ms": 1.9,
-    "p80_ms": 2.1,
-    "ratio": 1.0,
-    "base": "FusedStep",
-}
-
-
-def results(folder: Path, name: str, facts: Record, *records: Record) -> None:
-    lines = [{"provenance": FACTS | facts}, *records]
-    (folder / f"gpu-{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-
-
-def row(text: str, start: str) -> str:
-    (line,) = (line for line in text.splitlines() if line.startswith(start))
-    return line
-
-
-def test_the_page_says_where_a_kernel_last_ran_and_how_a_bar_stands(tmp_path: Path) -> None:
-    results(tmp_path, "new", {}, TESTS | {"passed": 7, "failed": 1}, STEP | {"of_floor": 1.75})
-    old = {"time": "2029-01-01T00:00:00Z", "commit": "0000000"}
-    results(tmp_path, "old", old, TESTS | {"passed": 5, "failed": 0}, STEP | {"of_floor": 1.25})
-    text = page.generated(tmp_path)
-    where = "NVIDIA H200 | abc1234 | 2030-01-02"
-    assert row(text, "| decode | triton") == f"| decode | triton | {where} | 7 | 1 | - |  |"
-    assert page.NEVER in row(text, "| FusedStep | automatic")
-    bar = row(text, "| FusedStep at gpu-small: time over its floor")
-    assert bar.endswith(f"| at most 1.5 | 1.75 (missed) | {where} |")
-    assert "| open |" in row(text, "| FusedStep at gpu-mid: time over its floor")
-    assert text.index("### gpu-new") < text.index("### gpu-old")
-    head = "by hand\n"
-    assert page.written(head + page.MARK + "outdated", tmp_path) == head + text
-
-
-def test_the_page_says_what_passed_in_the_emulator(tmp_path: Path) -> None:
-    for architecture, dirty, failed in (("sm_80", False, 0), ("sm_90", True, 2)):
-        first = {"provenance": {"commit": "abc1234", "dirty": dirty}, "architecture": architecture}
-        counts = {"backend": "triton", "passed": 7, "failed": failed, "skipped": 1}
-        none = {"kernel": "auxk", "backend": "triton", "passed": 0, "failed": 0, "skipped": 3}
-        lines = [json.dumps(line) for line in (first, {"kernel": "decode"} | counts, none)]
-        (tmp_path / f"emulated-{architecture}.jsonl").write_text("\n".join(lines))
-    text = page.generated(tmp_path)
-    assert row(text, "| decode | triton").endswith(
-        f"| {page.NEVER} | | | | | | sm_80 at abc1234: 7 passed, 0 failed; "
-        "sm_90 at abc1234 with changes: 7 passed, 2 failed |"
-    )
-    assert row(text, "| auxk | triton").endswith("| | |  |")
-
-
-def test_a_kernel_whose_tests_were_all_skipped_has_not_run(tmp_path: Path) -> None:
-    results(tmp_path, "a", {}, TESTS | {"passed": 0, "failed": 0, "skipped": 9})
-    assert page.NEVER in row(page.generated(tmp_path), "| decode | triton")
-
-
-@pytest.mark.parametrize(("field", "remedy"), [("device", "GPU"), ("commit", "--commit")])
-def test_results_of_unknown_origin_are_refused(field: str, remedy: str, tmp_path: Path) -> None:
-    results(tmp_path, "a", {field: None})
-    with pytest.raises(ValueError, match=rf"names no {field}; .*{remedy}"):
-        page.generated(tmp_path)
-
-
-def test_bars_are_met_from_their_own_side() -> None:
-    least = Bar("dense", "eai-sparsify", "ratio", 2, "", at_most=False)
-    assert [least.met(v) for v in (1.9, 2.0, 2.1)] == [False, True, True]
-    assert [least._replace(at_most=True).met(v) for v in (1.9, 2.0, 2.1)] == [True, True, False]
-    records = [
-        {"case": "dense", "provider": "eai-sparsify-fork", "ratio": 9.0},
-        {"case": "dense", "provider": "eai-sparsify 1.3.3", "ratio": 3.0},
-    ]
-    assert least.value(records) == 3.0
-    assert least._replace(case="step").value(records) is None
-
-
-@pytest.mark.parametrize(
-    ("record", "outcome"),
-    [
-        ({"kind": "failed", "what": "a test", "why": "x"}, "failed"),
-        ({"kind": "check", "what": "repeats", "ok": False}, "failed"),
-        ({"kind": "sanitized", "what": "memcheck", "finished": True, "ok": False}, "failed"),
-        ({"kind": "sanitized", "what": "memcheck", "finished": False, "ok": None}, "incomplete"),
-        ({"kind": "run", "what": "a module", "finished": False}, "incomplete"),
-        ({"kind": "run", "what": "a module", "finished": True}, "passed"),
-    ],
-)
-def test_one_bad_record_decides_a_stage(record: Record, outcome: str) -> None:
-    good = [{"kind": "tests", "passed": 3}, {"kind": "sanitized", "finished": True, "ok": True}]
-    assert verdict("tests", [*good, record])[0] == outcome
-
-
-def test_tests_that_all_were_skipped_have_not_passed() -> None:
-    skipped = {"kind": "tests", "kernel": "decode", "backend": "triton", "passed": 0}
-    assert verdict("tests", [skipped]) == ("failed", "not one test ran")
-
-
-def test_the_summary_says_what_was_skipped_and_which_bars_are_open() -> None:
-    stage = {"kind": "stage", "what": "sanitizer", "outcome": "skipped", "seconds": 0, "why": "w"}
-    text = summary([stage, STEP | {"of_floor": 1.75}], dry=False)
-    assert row(text, "sanitizer").split() == ["sanitizer", "skipped", "0.0", "w"]
-    assert "1.75 MISSED    <= 1.5  FusedStep at gpu-small: time over its floor" in text
-    assert "open           <= 1.5  FusedStep at gpu-mid: time over its floor" in text
+        elsewhere = bar.provider == "eai-sparsify" or memory
+        assert elsewhere or bar.value(found) is not None, bar
 
 
 @pytest.mark.full
 @no_gpu
-def test_a_group_that_fails_does_not_stop_the_next() -> None:
-    # Not a dry run, so they ask for a GPU: each fails in a process of its own.
-    records = list(measure.measurements(["rates", "hot"], False, time.monotonic() + 100))
-    assert [(r["kind"], r["group"]) for r in records] == [
-        ("failed", "rates"),
-        ("failed", "hot"),
-    ]
-    assert all("CUDA" in r["why"] or "NVIDIA" in r["why"] for r in records)
-    assert verdict("measure", records)[0] == "failed"
+def test_without_a_gpu_only_a_dry_run_is_made(tmp_path: Path) -> None:
+    run = [part for part in command(tmp_path) if part != "--dry-run"]
+    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "expected a GPU that torch can use, found none; --dry-run" in ended.stderr
 
 
-@pytest.mark.full
-def test_measurements_without_time_are_skipped_by_name() -> None:
-    records = list(measure.measurements(list(measure.GROUPS), False, time.monotonic()))
-    assert [(r["kind"], r["what"]) for r in records] == [("skipped", g) for g in measure.GROUPS]
-    assert "s are left" in records[0]["why"]
+def test_the_stages_are_those_of_the_command_line(tmp_path: Path) -> None:
+    place = Place(tmp_path, True, time.monotonic() + 100)
+    assert tuple(stages.stages(Crew(place), None)) == stages.STAGES
 
 
-def test_tests_that_are_stopped_are_incomplete() -> None:
-    records = list(correctness.tests(True, 0.2))
-    assert {r["finished"] for r in records if r["kind"] == "run"} == {False}
-    assert verdict("tests", records)[0] == "incomplete"
+def test_every_kernel_has_an_oracle_and_gluon_comes_after_the_others() -> None:
+    names = [f"oracle {primitive} {backend}" for primitive, backend in calls.kernels()]
+    assert [*tasks.ORACLES, *tasks.GLUON] == sorted(names, key=lambda name: "gluon" in name)
+    assert all(task.limit_s == 20 for task in (tasks.ORACLES | tasks.GLUON).values())
+    assert {each[1] for each in sanitizer.kernels()[:3]} == {"select_topk"}
+
+
+def test_without_time_nothing_is_begun_and_nothing_counts_as_finished(tmp_path: Path) -> None:
+    place = Place(tmp_path, True, time.monotonic())
+    crew = Crew(place)
+    for name, stage in stages.stages(crew, None).items():
+        found = list(stage(place)) if name not in ("build", "cache") else []
+        assert {r["outcome"] for r in found} <= {"no time", "not available"}, name
+    assert not (tmp_path / "logs").exists()
+
+
+PROVENANCE = {"commit": "abc", "device": "a GPU", "dry": False}
+
+
+def test_a_resumed_run_keeps_the_records_of_finished_tasks_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, PROVENANCE, resume=False)
+    for task, outcome in (("a", "passed"), ("b", "failed"), ("c", "no time")):
+        journal.write({"kind": "fact", "task": task})
+        journal.write(done(task, outcome, 1.0))
+    journal.write({"kind": "fact", "task": "d"})
+    again = Journal(tmp_path, PROVENANCE | {"time": "later"}, resume=True)
+    assert again.finished() == {"a", "b"}
+    assert [record["task"] for record in again.records] == ["a", "a", "b", "b"]
+    assert records(tmp_path) == again.records
+    with pytest.raises(ValueError, match="pass --resume"):
+        Journal(tmp_path, PROVENANCE, resume=False)
+    with pytest.raises(ValueError, match="began with commit abc, and this is def"):
+        Journal(tmp_path, PROVENANCE | {"commit": "def"}, resume=True)
+
+
+MODULE = """
+import os
+def test_passes(): pass
+def test_ends_its_process(): os.abort()
+def test_loses_the_context(): raise RuntimeError("CUDA error: an illegal memory access")
+def test_never_ends():
+    while True: pass
+def test_comes_last(): pass
+"""
+
+
+def test_a_test_that_ends_or_stops_its_process_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "test_planted.py"
+    module.write_text(MODULE)
+    monkeypatch.setattr(correctness, "modules", lambda dry: [correctness.Module(str(module), {})])
+    monkeypatch.setattr(correctness, "_TEST_S", 2)
+    found = list(correctness.tests(Place(tmp_path, True, time.monotonic() + 200)))
+    assert found[-1]["outcome"] == "failed"
+    why = {r["what"].partition("::")[2]: r["why"] for r in found if r["kind"] == "failed"}
+    assert why.keys() == {"test_ends_its_process", "test_loses_the_context", "test_never_ends"}
+    assert "its process ended" in why["test_ends_its_process"]
+    assert "killed after 2 s" in why["test_never_ends"]
+    (noted,) = (tmp_path / "logs").glob("*.jsonl")
+    lines = map(json.loads, noted.read_text().splitlines())
+    passed = [line["test"].partition("::")[2] for line in lines if line["outcome"] == "passed"]
+    assert passed == ["test_passes", "test_comes_last"]
+
+
+def test_what_differs_from_an_oracle_is_said() -> None:
+    exact = [torch.tensor([1.0, -2.0]), torch.tensor([3, 4])]
+    near = [exact[0] + 2 * oracles.TOLERANCE, exact[1]]
+    assert oracles.difference(near, exact) == ""
+    assert "an error of" in oracles.difference([exact[0] * 1.1, exact[1]], exact)
+    assert "an error of nan" in oracles.difference([exact[0] * torch.nan, exact[1]], exact)
+    assert "1 of 2 integers differ" in oracles.difference([exact[0], exact[1].clamp(max=3)], exact)
+    assert "expected torch.float32 [2]" in oracles.difference([exact[0].half(), exact[1]], exact)
+
+
+def test_scores_of_the_oracles_are_the_same_in_every_order_of_summation() -> None:
+    bench = Bench(torch.device("cpu"))
+    x, W, *_ = oracles.arguments(bench, "select_topk", oracles.SHAPES[1])
+    flipped = x.float().flip(1) @ W.float().flip(1).T
+    assert (x.float() @ W.float().T).equal(flipped)
+    assert (x.double() @ W.double().T).equal(flipped.double())
 
 
 def test_readings_are_taken_after_all_runs() -> None:
@@ -332,7 +279,7 @@ def test_floors_are_what_the_formulas_give() -> None:
 
 def test_every_part_starts_where_nothing_writes_toml() -> None:
     # Images for GPUs have torch and Triton, and not every package that files of settings take.
-    folder = Path(measure.__file__).parent
+    folder = Path(tasks.__file__).parent
     parts = [f"benchmarks.gpu_check.{path.stem}" for path in sorted(folder.glob("*.py"))]
     imports = ", ".join([*parts, "sae_kernels.cli", "sae_kernels.training"])
     program = f"import sys; sys.modules['tomli_w'] = None; import {imports}"
