@@ -42,8 +42,11 @@ def section(path: Path) -> str:
 
 def table(case: str, records: list[Record]) -> str:
     """One case as a table."""
-    head = (case, "median ms", "p20 to p80", f"ratio to {records[0]['base']}")
+    head = [case, "median ms", "p20 to p80", f"ratio to {records[0]['base']}"]
     cell = "{provider}|{median_ms:.1f}|{p20_ms:.1f} to {p80_ms:.1f}|{ratio:.2f}"
+    if "host_ms" in records[0]:  # on a GPU: what queueing the work takes, which is not in its time
+        head.append("host ms")
+        cell += "|{host_ms:.2f}"
     return markdown(head, (cell.format(**r).split("|") for r in records))
 
 

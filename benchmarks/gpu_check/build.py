@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,18 +57,17 @@ def cache(place: Place, file: Path | None) -> Iterator[Record]:
     """Unpacks kernels that were compiled ahead, if they are this machine's; compiles the others."""
     for name in place.todo(["cache"]):
         begin, folder = time.monotonic(), place.folder / "triton"
-        found = {"kind": "cache", "task": name, "kernels": 0, "why": "--warm names no file"}
+        found = {"kind": "cache", "task": name, "unpacked": 0, "why": "--warm names no file"}
         if file is not None:
             wrong = warm.mismatches(file)
             found["why"] = "; ".join(wrong)
             if not wrong:
-                found["kernels"] = warm.unpack(file, folder)
-        yield found
-        if place.dry:  # the emulator has a cache of its own
-            yield journal.done(name, "passed", time.monotonic() - begin)
-            continue
-        outcome = "passed"
-        for record in warm.compile_all(TASKS, folder, min(_COMPILE_S, place.left())):
-            outcome = "failed" if record["kind"] == "failed" else outcome
+                found["unpacked"] = warm.unpack(file, folder)
+        counts: Counter[str] = Counter(found=0, compiled=0)
+        # The emulator has a cache of its own.
+        names = [] if place.dry else list(TASKS)
+        for record in warm.compile_all(names, folder, min(_COMPILE_S, place.left())):
+            counts.update({what: record.get(what, 0) for what in counts})
             yield {**record, "task": name}
-        yield journal.done(name, outcome, time.monotonic() - begin)
+        yield {**found, **counts}
+        yield journal.done(name, "passed", time.monotonic() - begin)

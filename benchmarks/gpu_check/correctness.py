@@ -99,7 +99,7 @@ class _Running:
     def _start(self) -> None:
         self._known = len(outcomes.read(self._noted))
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.outcomes", "-q"]
-        command += ["-n", "0", "-m", "not slow", *self._module.options]
+        command += ["-n", "0", *self._module.options]
         variables = {**_FEW_THREADS, **self._module.environment}
         with self._log.open("w") as output:
             self._process = subprocess.Popen(

@@ -71,8 +71,8 @@ class Crew:
         self._place, self._started = place, 0
         self._ready: deque[tuple[subprocess.Popen[str], Path]] = deque()
 
-    def take(self, name: str, records: Path, more: bool) -> tuple[subprocess.Popen[str], Path]:
-        """A process at work on the task, and its log; starts the next one if there is more."""
+    def take(self, name: str, records: Path) -> tuple[subprocess.Popen[str], Path]:
+        """A process at work on the task, and its log; starts the next one."""
         if not self._ready:
             self._start()
         process, log = self._ready.popleft()
@@ -80,8 +80,7 @@ class Crew:
         with contextlib.suppress(BrokenPipeError):  # it ended already: its log says why
             process.stdin.write(json.dumps({"task": name, "records": str(records)}) + "\n")
             process.stdin.close()
-        if more:
-            self._start()
+        self._start()
         return process, log
 
     def _start(self) -> None:
@@ -103,21 +102,19 @@ class Crew:
     def dismiss(self) -> None:
         """Ends those that wait."""
         for process, _ in self._ready:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
+            end(process)
 
 
 class _Running:
     """A task under way: its records, read as they are written, and its end."""
 
-    def __init__(self, name: str, place: Place, crew: Crew, more: bool) -> None:
+    def __init__(self, name: str, place: Place, crew: Crew) -> None:
         self.name, self._began = name, time.monotonic()
         limit = TASKS[name].limit_s * (_DRY_FACTOR if place.dry else 1)
         self._limit, self._cut = min(limit, place.left()), place.left() < limit
         records = place.log(name).with_suffix(".jsonl")
         records.unlink(missing_ok=True)
-        self._process, self._log = crew.take(name, records, more)
+        self._process, self._log = crew.take(name, records)
         self._records, self._read = records, 0
         self._bad = ""
 
@@ -166,7 +163,7 @@ def run(names: Sequence[str], place: Place, crew: Crew, side_by_side: int = 1) -
             if place.left() < TASKS[name].least_s:
                 yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
             else:
-                running.append(_Running(name, place, crew, bool(waiting)))
+                running.append(_Running(name, place, crew))
         for each in list(running):
             for record in each.poll():
                 if record["kind"] == "done":

@@ -14,6 +14,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import sysconfig
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -26,9 +28,10 @@ import torch
 
 from benchmarks.gpu_check import dry_run
 from benchmarks.gpu_check.bench import Bench
+from benchmarks.gpu_check.compiled_tests import VARIABLE
 from benchmarks.gpu_check.tasks import TASKS
 from sae_kernels import backends, gpu, machine
-from sae_kernels.bench.processes import die_with
+from sae_kernels.bench.processes import die_with, tied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -158,6 +161,14 @@ def compile_task(name: str) -> Record:
     return {"kind": "compiled ahead", "what": name, **counts, "why": why}
 
 
+def compile_tests(folder: Path, *chosen: str) -> None:
+    """Compiles what the primitives' tests launch, by running them emulated."""
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_check.compiled_tests"]
+    command += ["--emulate", f"sm_{ARCHITECTURE}", *(chosen or ["tests/primitives"])]
+    environment = {**os.environ, VARIABLE: str(folder.resolve())}
+    subprocess.run(tied(command), cwd=dry_run.TESTS.parent, env=environment, check=True)
+
+
 @contextlib.contextmanager
 def _zeros() -> Iterator[None]:
     """Outputs of kernels that do not run are zeros: valid latents, counts and offsets.
@@ -199,11 +210,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the file, FILE.zip")
     parser.add_argument("--only", nargs="+", default=[""], help="tasks whose names hold a word")
+    parser.add_argument("--tests", action="store_true", help="of the tests too: takes long")
     options = parser.parse_args()
     names = [name for name in TASKS if any(word in name for word in options.only)]
     folder = options.out.with_suffix("")
     for record in compile_all(names, folder, 1e6):
         print(f"{record['what']}: {record['compiled']} compiled {record['why']}", flush=True)
+    if options.tests:
+        compile_tests(folder)
     facts = pack(folder, options.out)
     size = options.out.stat().st_size / 2**20
     print(f"{facts['kernels']} kernels, {facts['bytes'] / 2**20:.1f} MiB, packed {size:.1f} MiB")

@@ -35,6 +35,18 @@ SAMPLE = [
 ]
 
 
+# Of every kernel one form, the next at each, and the architectures in turn.
+FORMS_SAMPLE = [
+    forms[i % len(forms)]._replace(
+        architectures=(forms[0].architectures[i % len(forms[0].architectures)],)
+    )
+    for i, forms in enumerate(
+        [form for form in FORMS if (form.primitive, form.backend) == kernel]
+        for kernel in dict.fromkeys((form.primitive, form.backend) for form in FORMS)
+    )
+]
+
+
 @functools.cache
 def compiled(which: tuple[KernelCase, ...]) -> dict[tuple[KernelCase, int], CompiledCase]:
     """All of them, once a session, on all cores."""
@@ -62,6 +74,12 @@ def test_passes_the_gates_and_is_on_the_page(case: KernelCase, architecture: int
 @on_every_architecture(CASES)
 def test_all_of_them_too(case: KernelCase, architecture: int) -> None:
     check(compiled(tuple(CASES))[case, architecture])
+
+
+@pytest.mark.full
+@on_every_architecture(FORMS_SAMPLE)
+def test_optional_arguments_given_or_left_out(case: KernelCase, architecture: int) -> None:
+    assert compiled(tuple(FORMS_SAMPLE))[case, architecture].faults() == []
 
 
 @pytest.mark.slow

@@ -211,6 +211,22 @@ def test_what_differs_from_an_oracle_is_said() -> None:
     assert "expected torch.float32 [2]" in oracles.difference([exact[0].half(), exact[1]], exact)
 
 
+@pytest.mark.full
+@emulated
+def test_the_fused_products_are_watched() -> None:
+    with dry_run.emulated():
+        task = tasks.TASKS["epilogue gpu-small"]
+        found = list(task.run(Bench(torch.device("cpu"), dry=True)))
+    timed = {record["provider"] for record in found if record["kind"] == "time"}
+    passing = ("nothing passes", "the k best pass")
+    ours = {f"{backend}, {what}" for backend in ("triton", "gluon") for what in passing}
+    assert timed == {"product alone", *ours}
+    mean, most, over = [record["value"] for record in found if record["kind"] == "fact"][:3]
+    # k = 5: a list holds that many once a pass was cut back, and more before.
+    assert 5 <= mean <= most
+    assert over == 0
+
+
 def test_scores_of_the_oracles_are_the_same_in_every_order_of_summation() -> None:
     bench = Bench(torch.device("cpu"))
     x, W, *_ = oracles.arguments(bench, "select_topk", oracles.SHAPES[1])

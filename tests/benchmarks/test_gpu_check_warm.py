@@ -47,10 +47,18 @@ def test_a_cache_of_another_machine_is_named_and_not_unpacked(what: str, tmp_pat
         archive.writestr("made_with.json", json.dumps(facts))
     place = Place(tmp_path / "run", True, 1e9)
     first, last = build.cache(place, file)
-    assert first["kernels"] == 0
+    assert first["unpacked"] == 0
     assert first["why"] == f"{what}: the cache is of another, here is {warm.made_with()[what]}"
     assert not (place.folder / "triton").exists()
     assert last["outcome"] == "passed"
+
+
+@pytest.mark.slow
+def test_kernels_of_tests_are_compiled_by_running_them_emulated(tmp_path: Path) -> None:
+    warm.compile_tests(tmp_path, "tests/primitives/test_pick_dead.py", "-n", "0")
+    compiled = list(tmp_path.rglob("*.cubin"))
+    assert {path.stem for path in compiled} == {"_pick_dead"}
+    assert list(tmp_path.rglob("*.so"))
 
 
 def test_compiling_that_takes_too_long_is_left_to_the_tasks(tmp_path: Path) -> None:
