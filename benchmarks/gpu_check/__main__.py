@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.gpu_check import bars, dry_run
 from benchmarks.gpu_check.journal import Journal, outcomes
-from benchmarks.gpu_check.processes import Crew, Place
-from benchmarks.gpu_check.stages import STAGES, stages
+from benchmarks.gpu_check.processes import Place
+from benchmarks.gpu_check.stages import STAGES
 from sae_kernels import machine
 from sae_kernels.bench import provenance
 
@@ -90,14 +90,14 @@ def main() -> None:
         begin + options.budget,
         frozenset(journal.finished()),
         tuple(options.tasks),
+        options.warm,
     )
-    crew = Crew(place)
-    for name, stage in stages(crew, options.warm).items():
+    for name, stage in STAGES.items():
         if name in options.stages:
             print(f"{place.left():4.0f} s are left: {name}", flush=True)
             for record in stage(place):
                 journal.write(record)
-    crew.dismiss()
+    place.crew.dismiss()
     print(summary(journal.records, dry))
     sys.exit(bool({"failed", "no time"} & outcomes(journal.records).keys()))
 

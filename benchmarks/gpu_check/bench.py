@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 _TINY = Shape(9, 64, 320, 5)
-# What compiles to the same kernels as more: parts of arrays of so many tokens are as aligned, and
-# gpu-small has all its latents, for their number decides of lists.
-_COMPILED_TOKENS, _COMPILED_ELEMENTS = 2048, 65536 * 768
+# Elements of W that compile to the same kernels as more. Tokens are all there, for their number is
+# in kernels, and so are gpu-small's latents, whose number decides of an expert's lists.
+_COMPILED_ELEMENTS = 65536 * 768
 _MEMORY_BYTES = 4 << 30
 _L2_TABLE_BYTES = 24 << 20  # well inside the L2 cache of an A100, a H100 and later ones
 
@@ -63,7 +63,7 @@ class Bench(NamedTuple):
     Attributes:
         device: the GPU, or the CPU.
         dry: whether only the motions are gone through, on tiny shapes.
-        compiling: whether kernels are compiled and not run (`warm`): few tokens will do.
+        compiling: whether kernels are compiled and not run (`warm`): fewer latents will do.
     """
 
     device: torch.device
@@ -86,7 +86,7 @@ class Bench(NamedTuple):
         if not self.compiling:
             return shape
         F = _COMPILED_ELEMENTS // shape.D // 4096 * 4096
-        return shape._replace(B=min(shape.B, _COMPILED_TOKENS), F=min(shape.F, F))
+        return shape._replace(F=min(shape.F, F))
 
     def inputs(self, primitive: str, shape: Shape, **options: Any) -> tuple[Any, ...]:
         """Arguments of a primitive on the device."""

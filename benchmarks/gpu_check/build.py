@@ -53,16 +53,16 @@ def install(place: Place) -> Iterator[Record]:
         yield journal.done(name, "failed" if process.returncode else "passed", seconds)
 
 
-def cache(place: Place, file: Path | None) -> Iterator[Record]:
+def cache(place: Place) -> Iterator[Record]:
     """Unpacks kernels that were compiled ahead, if they are this machine's; compiles the others."""
     for name in place.todo(["cache"]):
         begin, folder = time.monotonic(), place.folder / "triton"
         found = {"kind": "cache", "task": name, "unpacked": 0, "why": "--warm names no file"}
-        if file is not None:
-            wrong = warm.mismatches(file)
+        if place.warm is not None:
+            wrong = warm.mismatches(place.warm)
             found["why"] = "; ".join(wrong)
             if not wrong:
-                found["unpacked"] = warm.unpack(file, folder)
+                found["unpacked"] = warm.unpack(place.warm, folder)
         counts: Counter[str] = Counter(found=0, compiled=0)
         # The emulator has a cache of its own.
         names = [] if place.dry else list(TASKS)

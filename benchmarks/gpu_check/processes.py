@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from benchmarks.gpu_check import journal
 from benchmarks.gpu_check.tasks import TASKS
@@ -23,19 +24,23 @@ if TYPE_CHECKING:
     from benchmarks.gpu_check.bench import Record
 
 _POLL_S = 0.02
+_START_S = 60  # that a process may take to import everything
 _DRY_FACTOR = 10  # the emulator is slow, and so are busy machines
 _SHOWN = 1500  # characters of what a process said last
 
 
-class Place(NamedTuple):
-    """Where and for how long a run works.
+@dataclass
+class Place:
+    """Where, how and for how long a run works.
 
     Attributes:
         folder: for records, logs and the kernels' cache.
         dry: whether the kernels are emulated.
         deadline: of ``time.monotonic()``.
         finished: tasks that an earlier run finished.
-        only: the tasks that are wanted; empty for all.
+        only: words, one of which is in the name of each task that is wanted; empty for all.
+        warm: a file of kernels that were compiled ahead.
+        crew: the processes for its tasks.
     """
 
     folder: Path
@@ -43,6 +48,10 @@ class Place(NamedTuple):
     deadline: float
     finished: frozenset[str] = frozenset()
     only: tuple[str, ...] = ()
+    warm: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.crew = Crew(self)
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -108,31 +117,34 @@ class Crew:
 class _Running:
     """A task under way: its records, read as they are written, and its end."""
 
-    def __init__(self, name: str, place: Place, crew: Crew) -> None:
-        self.name, self._began = name, time.monotonic()
-        limit = TASKS[name].limit_s * (_DRY_FACTOR if place.dry else 1)
-        self._limit, self._cut = min(limit, place.left()), place.left() < limit
+    def __init__(self, name: str, place: Place) -> None:
+        self.name, self._place, self._began = name, place, time.monotonic()
+        self._limit = TASKS[name].limit_s * (_DRY_FACTOR if place.dry else 1)
+        self._at_work = False
         records = place.log(name).with_suffix(".jsonl")
         records.unlink(missing_ok=True)
-        self._process, self._log = crew.take(name, records)
+        self._process, self._log = place.crew.take(name, records)
         self._records, self._read = records, 0
         self._bad = ""
 
     def poll(self) -> Iterator[Record]:
         """What came since the last time; the last is of kind "done"."""
+        ended, cut = self._process.poll() is not None, self._place.left() <= 0
         seconds = time.monotonic() - self._began
-        ended = self._process.poll() is not None
-        late = not ended and seconds > self._limit
+        late = not ended and (cut or seconds > self._limit + _START_S * (not self._at_work))
         if late:
             end(self._process)
         for line in self._new_lines():
             record = json.loads(line)
+            if record["kind"] == "began":
+                self._at_work, self._began = True, time.monotonic()
+                continue
             if record["kind"] == "failed" or record.get("ok") is False:
                 self._bad = str(record.get("why") or record.get("what"))
             yield {**record, "task": self.name}
         if late:
-            why = f"killed after {self._limit:.0f} s; it said: {said(self._log)}"
-            outcome = "no time" if self._cut else "failed"
+            why = f"killed after {seconds:.0f} s; it said: {said(self._log)}"
+            outcome = "no time" if cut else "failed"
             if outcome == "failed":
                 yield {"kind": "failed", "what": self.name, "task": self.name, "why": why}
             yield journal.done(self.name, outcome, seconds, why)
@@ -154,7 +166,7 @@ class _Running:
         return whole.splitlines()
 
 
-def run(names: Sequence[str], place: Place, crew: Crew, side_by_side: int = 1) -> Iterator[Record]:
+def run(names: Sequence[str], place: Place, side_by_side: int = 1) -> Iterator[Record]:
     """The records of tasks in their order, so many at once; each ends with one of kind "done"."""
     waiting, running = deque(place.todo(names)), list[_Running]()
     while waiting or running:
@@ -163,7 +175,7 @@ def run(names: Sequence[str], place: Place, crew: Crew, side_by_side: int = 1) -
             if place.left() < TASKS[name].least_s:
                 yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
             else:
-                running.append(_Running(name, place, crew))
+                running.append(_Running(name, place))
         for each in list(running):
             for record in each.poll():
                 if record["kind"] == "done":

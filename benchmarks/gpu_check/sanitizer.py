@@ -81,6 +81,7 @@ def _run(
         yield journal.done(name, "no time", seconds)
         return
     ok = {0: True, _FOUND_ERRORS: False}.get(-1 if status is None else status)
-    why = "" if ok else f"ended with {status}; it said: {said(log)}"
+    how = f"ended with {status}" if status is not None else f"stopped after {seconds:.0f} s"
+    why = "" if ok else f"{how}; it said: {said(log)}"
     yield {**found, "backend": backend, "ok": ok, "why": why}
     yield journal.done(name, "passed" if ok else "failed", seconds, why)

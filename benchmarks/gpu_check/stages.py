@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu_check import build, compared, correctness, sanitizer, tasks
@@ -10,43 +9,39 @@ from benchmarks.gpu_check.processes import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from benchmarks.gpu_check.bench import Record
-    from benchmarks.gpu_check.processes import Crew, Place
+    from benchmarks.gpu_check.processes import Place
+
+    Stage = Callable[[Place], Iterator[Record]]
 
 _AT_ONCE = 4  # processes on the GPU where nothing is timed
 
 
-def stages(crew: Crew, warm: Path | None) -> dict[str, Callable[[Place], Iterator[Record]]]:
-    """What a run does: a name, and the records of it."""
-
-    def timed(chosen: dict[str, tasks.Task]) -> Callable[[Place], Iterator[Record]]:
-        return lambda place: run(list(chosen), place, crew)
-
-    def at_once(chosen: dict[str, tasks.Task]) -> Callable[[Place], Iterator[Record]]:
-        return lambda place: run(list(chosen), place, crew, 1 if place.dry else _AT_ONCE)
-
-    return {
-        "build": build.install,
-        "cache": functools.partial(build.cache, file=warm),
-        "oracles": at_once(tasks.ORACLES),
-        "gluon": timed(tasks.GLUON),
-        "rates": timed(tasks.RATES),
-        "select": timed(tasks.SELECT),
-        "step": timed(tasks.STEP),
-        "decode": timed(tasks.DECODE),
-        "hot": timed(tasks.HOT),
-        "repeats": at_once(tasks.REPEATS),
-        "sanitizer": sanitizer.first,
-        "more": timed(tasks.MORE),
-        "tests": correctness.tests,
-        "bench": compared.bench,
-        "sanitizer-rest": sanitizer.rest,
-    }
+def _timed(chosen: dict[str, tasks.Task]) -> Stage:
+    """One after the other, each alone on the GPU."""
+    return lambda place: run(list(chosen), place)
 
 
-STAGES = (
-    "build", "cache", "oracles", "gluon", "rates", "select", "step", "decode", "hot", "repeats",
-    "sanitizer", "more", "tests", "bench", "sanitizer-rest",
-)  # fmt: skip
+def _at_once(chosen: dict[str, tasks.Task]) -> Stage:
+    """Side by side."""
+    return lambda place: run(list(chosen), place, 1 if place.dry else _AT_ONCE)
+
+
+STAGES: dict[str, Stage] = {
+    "build": build.install,
+    "cache": build.cache,
+    "oracles": _at_once(tasks.ORACLES),
+    "gluon": _timed(tasks.GLUON),
+    "rates": _timed(tasks.RATES),
+    "select": _timed(tasks.SELECT),
+    "step": _timed(tasks.STEP),
+    "decode": _timed(tasks.DECODE),
+    "hot": _timed(tasks.HOT),
+    "repeats": _at_once(tasks.REPEATS),
+    "sanitizer": sanitizer.first,
+    "more": _timed(tasks.MORE),
+    "tests": correctness.tests,
+    "bench": compared.bench,
+    "sanitizer-rest": sanitizer.rest,
+}

@@ -48,6 +48,7 @@ def work(name: str, path: Path, dry: bool) -> None:
             file.write(json.dumps(record) + "\n")
             file.flush()
 
+        write({"kind": "began"})  # its time runs from here
         for record in TASKS[name].run(Bench(torch.device("cpu" if dry else "cuda"), dry)):
             write(record)
         if not dry:

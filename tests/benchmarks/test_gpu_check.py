@@ -16,11 +16,12 @@ import torch
 
 from benchmarks import calls
 from benchmarks.calls import GPU_BACKENDS
-from benchmarks.gpu_check import correctness, dry_run, floors, oracles, sanitizer, stages, tasks
+from benchmarks.gpu_check import correctness, dry_run, floors, oracles, sanitizer, tasks
 from benchmarks.gpu_check.bars import BARS
 from benchmarks.gpu_check.bench import Bench
 from benchmarks.gpu_check.journal import Journal, done
-from benchmarks.gpu_check.processes import Crew, Place
+from benchmarks.gpu_check.processes import Place
+from benchmarks.gpu_check.stages import STAGES
 from sae_kernels import primitives
 from sae_kernels.bench import timing
 from sae_kernels.bench.cases import Shape
@@ -131,9 +132,10 @@ def test_without_a_gpu_only_a_dry_run_is_made(tmp_path: Path) -> None:
     assert "expected a GPU that torch can use, found none; --dry-run" in ended.stderr
 
 
-def test_the_stages_are_those_of_the_command_line(tmp_path: Path) -> None:
-    place = Place(tmp_path, True, time.monotonic() + 100)
-    assert tuple(stages.stages(Crew(place), None)) == stages.STAGES
+def test_the_page_has_every_stage_in_order() -> None:
+    _, _, table = (ROOT / "docs" / "gpu.md").read_text().partition("| stage | what it does |")
+    rows = [line.split("|")[1].strip() for line in table.partition("\n\n")[0].splitlines()[2:]]
+    assert ", ".join(rows).split(", ") == list(STAGES)
 
 
 def test_every_kernel_has_an_oracle_and_gluon_comes_after_the_others() -> None:
@@ -145,8 +147,7 @@ def test_every_kernel_has_an_oracle_and_gluon_comes_after_the_others() -> None:
 
 def test_without_time_nothing_is_begun_and_nothing_counts_as_finished(tmp_path: Path) -> None:
     place = Place(tmp_path, True, time.monotonic())
-    crew = Crew(place)
-    for name, stage in stages.stages(crew, None).items():
+    for name, stage in STAGES.items():
         found = list(stage(place)) if name not in ("build", "cache") else []
         assert {r["outcome"] for r in found} <= {"no time", "not available"}, name
     assert not (tmp_path / "logs").exists()
@@ -171,6 +172,34 @@ def test_a_resumed_run_keeps_the_records_of_finished_tasks_alone(tmp_path: Path)
         Journal(tmp_path, PROVENANCE | {"commit": "def"}, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("last", "outcome", "why"),
+    [
+        ("exit 0", "passed", ""),
+        ("echo 1 error; exit 86", "failed", "1 error"),
+        ("sleep 60", "failed", "stopped after"),
+    ],
+)
+def test_what_the_sanitizer_says_is_noted(
+    last: str, outcome: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A program of its name that says what it was asked, as there is none without a GPU.
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho $*\n{last}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sanitizer, "_LIMIT_S", 1)
+    place = Place(tmp_path, False, time.monotonic() + 100, only=("memcheck select_topk triton",))
+    found, end = sanitizer.first(place)
+    assert (end["outcome"], found["kernel"], found["backend"]) == (outcome, "select_topk", "triton")
+    assert why in found["why"]
+    asked = place.log("memcheck select_topk triton").read_text()
+    assert asked.startswith("--tool memcheck --error-exitcode 86 ")
+    assert "benchmarks.gpu_check.oracles select_topk triton" in asked
+    late = Place(tmp_path, False, time.monotonic() + 1)
+    assert {record["outcome"] for record in sanitizer.first(late)} == {"no time"}
+
+
 MODULE = """
 import os
 def test_passes(): pass
@@ -182,6 +211,7 @@ def test_comes_last(): pass
 """
 
 
+@pytest.mark.full
 def test_a_test_that_ends_or_stops_its_process_costs_itself_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,8 +45,8 @@ def test_a_cache_of_another_machine_is_named_and_not_unpacked(what: str, tmp_pat
     with zipfile.ZipFile(file, "w") as archive:
         facts = {"made with": warm.made_with() | {what: "another"}}
         archive.writestr("made_with.json", json.dumps(facts))
-    place = Place(tmp_path / "run", True, 1e9)
-    first, last = build.cache(place, file)
+    place = Place(tmp_path / "run", True, 1e9, warm=file)
+    first, last = build.cache(place)
     assert first["unpacked"] == 0
     assert first["why"] == f"{what}: the cache is of another, here is {warm.made_with()[what]}"
     assert not (place.folder / "triton").exists()
