@@ -15,7 +15,7 @@ from benchmarks.gpu_check.journal import Journal, outcomes
 from benchmarks.gpu_check.processes import Place
 from benchmarks.gpu_check.stages import STAGES
 from sae_kernels import machine
-from sae_kernels.bench import provenance
+from sae_kernels.bench.provenance import without_places
 
 if TYPE_CHECKING:
     from benchmarks.gpu_check.bench import Record
@@ -28,6 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--warm", type=Path, help="kernels compiled ahead: gpu_check.warm's file")
+    parser.add_argument("--scratch", type=Path, help="for logs and caches; default OUT/scratch")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--tasks", nargs="+", default=[], help="only those whose names hold a word")
     parser.add_argument("--commit", help="of a copy of the tree without its .git")
@@ -36,11 +37,18 @@ def arguments() -> argparse.Namespace:
 
 
 def where(commit: str | None, dry: bool) -> Record:
-    """What runs where: the first line of the results."""
-    facts = provenance.provenance("python -m benchmarks.gpu_check") | {"dry": dry}
-    if not dry:
-        facts |= machine.gpu(torch.device("cuda"))
-    return facts | ({"commit": commit, "dirty": None} if commit else {})
+    """What runs where, the first line of the results; it asks nothing of what is built later."""
+    checkout, dirty = machine.checkout()
+    return {
+        "cpu": machine.cpu_model(),
+        **machine.versions(),
+        "commit": commit or checkout,
+        "dirty": None if commit else dirty,
+        "command": " ".join(["python -m benchmarks.gpu_check", *without_places(sys.argv[1:])]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "dry": dry,
+        **({} if dry else machine.gpu(torch.device("cuda"))),
+    }
 
 
 def summary(records: list[Record], dry: bool) -> str:
@@ -84,19 +92,24 @@ def main() -> None:
         sys.exit(str(error))
     if journal.finished():
         print(f"{len(journal.finished())} tasks were finished before")
+    scratch = options.scratch or options.out / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
     place = Place(
-        options.out.resolve(),
+        scratch.resolve(),
         dry,
         begin + options.budget,
         frozenset(journal.finished()),
         tuple(options.tasks),
         options.warm,
+        options.out.resolve(),
     )
     for name, stage in STAGES.items():
         if name in options.stages:
             print(f"{place.left():4.0f} s are left: {name}", flush=True)
             for record in stage(place):
                 journal.write(record)
+                if record["kind"] == "done":
+                    print(f"{record['outcome']:13} {record['seconds']:6} s  {record['task']}")
     place.crew.dismiss()
     print(summary(journal.records, dry))
     sys.exit(bool({"failed", "no time"} & outcomes(journal.records).keys()))

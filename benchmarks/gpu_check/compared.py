@@ -31,7 +31,8 @@ def bench(place: Place) -> Iterator[Record]:
         chosen = cases.chosen(["gpu-small"], "step|encode|decode")
         who = providers.chosen(["dense", "dense_compile", "cusparse", "ours-triton"], "cuda")
         settings = BenchSettings("cuda", rounds=5, budget_s=place.left())
-        for record in measure(chosen, who, settings, place.folder / "bench.jsonl")[0].records:
+        out = (place.results or place.folder) / "bench.jsonl"
+        for record in measure(chosen, who, settings, out)[0].records:
             if record["status"] in ("failed", "refused"):
                 what = f"{record['case']} {record['provider']} {record['dtype']}"
                 yield {"kind": "failed", "what": what, "task": name, "why": record["reason"]}

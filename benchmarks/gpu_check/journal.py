@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Outcomes that a resumed run does not try again.
 FINAL = ("passed", "failed", "not available")
+# Of the machine, not of the kernels: a run that is resumed on another does them there too.
+_PREPARATIONS = ("build", "cache")
 
 
 class Journal:
@@ -69,7 +71,8 @@ def outcomes(records: list[Record]) -> Counter[str]:
 
 
 def _finished(records: list[Record]) -> set[str]:
-    return {r["task"] for r in records if r["kind"] == "done" and r["outcome"] in FINAL}
+    ended = {r["task"] for r in records if r["kind"] == "done" and r["outcome"] in FINAL}
+    return ended.difference(_PREPARATIONS)
 
 
 def _lines(path: Path) -> list[Any]:

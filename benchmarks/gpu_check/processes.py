@@ -34,12 +34,13 @@ class Place:
     """Where, how and for how long a run works.
 
     Attributes:
-        folder: for records, logs and the kernels' cache.
+        folder: for logs, the records of processes and the kernels' cache.
         dry: whether the kernels are emulated.
         deadline: of ``time.monotonic()``.
         finished: tasks that an earlier run finished.
         only: words, one of which is in the name of each task that is wanted; empty for all.
         warm: a file of kernels that were compiled ahead.
+        results: the folder for what is read later.
         crew: the processes for its tasks.
     """
 
@@ -49,6 +50,7 @@ class Place:
     finished: frozenset[str] = frozenset()
     only: tuple[str, ...] = ()
     warm: Path | None = None
+    results: Path | None = None
 
     def __post_init__(self) -> None:
         self.crew = Crew(self)

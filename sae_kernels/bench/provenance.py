@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What lets a machine behave as one with less.
 _ISA_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "SAE_KERNELS_CPU_ISA")
 # Where results go and stored data lie is this machine's own business.
-_PLACES = ("--out", "--plot", "--data", "--compare")
+_PLACES = ("--out", "--plot", "--data", "--compare", "--scratch", "--warm")
 
 
 def provenance(command: str, threads: int | None = None, device: str = "cpu") -> dict[str, object]:

@@ -200,6 +200,13 @@ def test_what_the_sanitizer_says_is_noted(
     assert {record["outcome"] for record in sanitizer.first(late)} == {"no time"}
 
 
+def test_a_run_on_another_machine_is_prepared_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, PROVENANCE, resume=False)
+    for task in ("build", "cache", "rates"):
+        journal.write(done(task, "passed", 1.0))
+    assert Journal(tmp_path, PROVENANCE, resume=True).finished() == {"rates"}
+
+
 MODULE = """
 import os
 def test_passes(): pass
@@ -323,11 +330,16 @@ def test_floors_are_what_the_formulas_give() -> None:
     assert both == pytest.approx(2 * uses / 5e12 + uses / 4e12 + rows)
 
 
-def test_every_part_starts_where_nothing_writes_toml() -> None:
+def test_every_part_starts_where_nothing_writes_toml_and_nothing_is_built() -> None:
     # Images for GPUs have torch and Triton, and not every package that files of settings take.
     folder = Path(tasks.__file__).parent
     parts = [f"benchmarks.gpu_check.{path.stem}" for path in sorted(folder.glob("*.py"))]
     imports = ", ".join([*parts, "sae_kernels.cli", "sae_kernels.training"])
-    program = f"import sys; sys.modules['tomli_w'] = None; import {imports}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    program = (
+        "import sys; sys.modules['tomli_w'] = sys.modules['sae_kernels._C'] = None\n"
+        f"import {imports}\n"
+        "first = benchmarks.gpu_check.__main__.where('abc', dry=True)\n"
+        "print(*(first[name] for name in ('torch', 'commit', 'dirty', 'dry')))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.split() == [torch.__version__, "abc", "None", "True"], said.stderr
