@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.gpu_check import outcomes
 from benchmarks.gpu_check.correctness import by_kernel
-from benchmarks.gpu_check.outcomes import VARIABLE
 from benchmarks.gpu_check.page import RESULTS, ROOT
 from sae_kernels.bench.provenance import provenance
 
@@ -33,15 +33,15 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *TESTS],
             cwd=ROOT,
-            env=os.environ | {VARIABLE: str(noted)},
+            env=os.environ | {outcomes.VARIABLE: str(noted)},
         )
-        outcomes = [json.loads(line) for line in noted.read_text().splitlines()]
+        found = outcomes.read(noted).values()
     lines: list[dict[str, object]] = [
         {"provenance": provenance("python -m benchmarks.emulated"), "architecture": architecture}
     ]
-    for (kernel, backend), counts in sorted(by_kernel(outcomes).items()):
-        found = {name: counts[name] for name in ("passed", "failed", "skipped")}
-        lines.append({"kernel": kernel, "backend": backend, **found})
+    for (kernel, backend), counts in sorted(by_kernel(found).items()):
+        numbers = {name: counts[name] for name in ("passed", "failed", "skipped")}
+        lines.append({"kernel": kernel, "backend": backend, **numbers})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (RESULTS / f"emulated-{architecture}.jsonl").write_text(text)
     raise SystemExit(done.returncode)

@@ -50,10 +50,11 @@ def install(place: Place) -> Iterator[Record]:
             except subprocess.TimeoutExpired:
                 end(process)
         seconds = time.monotonic() - begin
-        if process.returncode:
-            why = f"ended with {process.returncode}; it said: {said(log)}"
+        outcome, why = "passed", ""
+        if process.returncode != 0:
+            outcome, why = "failed", f"ended with {process.returncode}; it said: {said(log)}"
             yield {"kind": "failed", "what": name, "task": name, "why": why}
-        yield journal.done(name, "failed" if process.returncode else "passed", seconds)
+        yield journal.done(name, outcome, seconds, why)
 
 
 def _built() -> bool:

@@ -187,10 +187,11 @@ def run(names: Sequence[str], place: Place, side_by_side: int = 1) -> Iterator[R
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kills a process and all that it started."""
+    """Kills a process and all that it started; one that a driver holds on to is left to it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
 
 
 def said(log: Path) -> str:
