@@ -19,6 +19,7 @@ from sae_kernels.functional import (
     jumprelu,
 )
 from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within, oracles
+from tests.torch_versions import one_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ def run(function: Any, sae: Sae, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"error": error, "values": codes.values, "indices": codes.indices, "x": x.grad, **grads}
 
 
+@one_graph
 def test_compiled_once_for_all_batch_sizes_and_equal_to_eager() -> None:
     compiles = 0
 
@@ -146,6 +148,7 @@ def assert_like_eager(sae: Ragged, compiled: Any, n_tokens: int) -> None:
         assert_within(f"{name} of {n_tokens} tokens", ours[name], expected, slack)
 
 
+@one_graph
 @pytest.mark.full
 @pytest.mark.parametrize("name", ENCODERS)
 def test_ragged_codes_compile_once_for_all_numbers_of_tokens_and_entries(name: str) -> None:
@@ -166,6 +169,7 @@ def test_ragged_codes_compile_once_for_all_numbers_of_tokens_and_entries(name: s
     assert compiles == 1
 
 
+@one_graph
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["batch_topk", "jumprelu and step"])
 def test_where_the_graph_breaks_at_ragged_codes_the_result_is_the_same(name: str) -> None:
@@ -177,6 +181,7 @@ def test_where_the_graph_breaks_at_ragged_codes_the_result_is_the_same(name: str
             assert_like_eager(sae, compiled, n_tokens)
 
 
+@one_graph
 @pytest.mark.full
 def test_a_number_of_latents_may_change_too() -> None:
     def total(x: torch.Tensor, W: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -193,6 +198,7 @@ def test_a_number_of_latents_may_change_too() -> None:
             assert_within(name, a, e, slack)
 
 
+@one_graph
 def test_a_dynamic_k_and_strings_compile() -> None:
     def values(x: torch.Tensor, W: torch.Tensor, k: int) -> torch.Tensor:
         return encode_topk(x, W, None, k, backend="reference").values
@@ -203,6 +209,7 @@ def test_a_dynamic_k_and_strings_compile() -> None:
         assert_bitwise(f"k={k}", compiled(x, W, k), values(x, W, k))
 
 
+@one_graph
 def test_autocast_compiles() -> None:
     def error(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -213,6 +220,7 @@ def test_autocast_compiles() -> None:
     assert_bitwise("x_hat", compiled(x, W), error(x, W))
 
 
+@one_graph
 def test_codes_cross_the_border_of_a_compiled_graph() -> None:
     def double(codes: SparseCodes) -> SparseCodes:
         return codes.with_values(codes.values * 2)

@@ -13,6 +13,7 @@ from sae_kernels import decode, encode_topk
 from sae_kernels.functional import RoutedCodes, Routing, load_balance, route_top1
 from sae_kernels.testing import assert_bitwise, assert_within
 from tests.functional.functional_examples import SLACK, subset_of
+from tests.torch_versions import one_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +148,7 @@ class Gated(torch.nn.Module):
         return error + load_balance(routing), codes
 
 
+@one_graph
 @pytest.mark.full
 def test_compiled_for_any_batch_and_equal_to_eager() -> None:
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_kernels.nn import BatchTopKSAE
 from sae_kernels.testing import assert_bitwise, assert_within
 from tests.nn.modules import CASES, each, sae_of, scaled, x_of
+from tests.torch_versions import one_graph
 
 if TYPE_CHECKING:
     import contextlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.nn.base import SAEOutput
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), one_graph]
 PRIMITIVES = (
     "code_grad",
     "decode",

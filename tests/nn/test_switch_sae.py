@@ -14,6 +14,7 @@ from sae_kernels.functional import load_balance
 from sae_kernels.nn import SwitchConfig, SwitchSAE, TopKConfig, TopKSAE, from_weights
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
 from tests.nn.switch_spec import F64, B, D, E, F, K, each, exact, sae_of, x_of
+from tests.torch_versions import one_graph
 
 
 def positive(sae: SwitchSAE, expert: int) -> Tensor:
@@ -208,6 +209,7 @@ def test_autocast_sets_the_dtype_of_the_operands() -> None:
     assert_bitwise("experts", under.routing.experts, alone.routing.experts)
 
 
+@one_graph
 @pytest.mark.sampled(1)
 @pytest.mark.usefixtures("one_thread")
 @each

@@ -12,6 +12,7 @@ from sae_kernels.step import AutogradStep
 from sae_kernels.step.base import loss_scale
 from sae_kernels.testing import assert_bitwise
 from tests.step.architectures import ARCHITECTURES, batch, build
+from tests.torch_versions import one_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_kernels.nn.objective import Prefixes
+
+
+pytestmark = one_graph
 
 
 @pytest.fixture(autouse=True)

@@ -28,11 +28,14 @@ def refuses(
     if k > _MOST_KEPT:
         return f"k = {k} is more than {_MOST_KEPT}, for which its lists have room"
     products = torch.backends.cuda.matmul
-    if x.dtype == torch.float32 and products.fp32_precision == "tf32":
+    old = not hasattr(products, "fp32_precision")  # before torch 2.9
+    tf32 = products.allow_tf32 if old else products.fp32_precision == "tf32"
+    if x.dtype == torch.float32 and tf32:
         return (
             "torch may round fp32 operands to TF32: torch.set_float32_matmul_precision('highest')"
         )
-    if x.dtype == torch.float16 and products.allow_fp16_accumulation:
+    # Not a setting before torch 2.7.
+    if x.dtype == torch.float16 and getattr(products, "allow_fp16_accumulation", False):
         return "torch may add in fp16: set torch.backends.cuda.matmul.allow_fp16_accumulation=False"
     repeatable = os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
     if x.is_cuda and torch.are_deterministic_algorithms_enabled() and not repeatable:
