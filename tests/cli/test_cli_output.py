@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -59,14 +60,16 @@ def on_a_terminal(columns: int, **environment: str) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("columns", [80, 140])
 def test_a_terminal_shows_one_line_with_the_numbers_and_the_time_left(columns: int) -> None:
+    start = time.monotonic()
     shown = on_a_terminal(columns, NO_COLOR="1")
+    seconds = time.monotonic() - start
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    # 600 steps of 2 ms or a little more, at 4 refreshes a second and the first and last sight.
-    assert 3 <= len(lines) <= 60
+    # At 4 refreshes a second and the first and last sight, however slow the machine is.
+    assert 3 <= len(lines) <= 4 * seconds + 4
     assert all(len(line) <= columns for line in lines)
     last = lines[-1]
-    assert re.match(r"train\b.* 2\d\d\d/4000 0:0\d left " + re.escape(NOTE), last), last
+    assert re.match(r"train\b.* 2\d\d\d/4000 \d:\d\d left " + re.escape(NOTE), last), last
     assert ("━" in last) == (columns == 140)
 
 
