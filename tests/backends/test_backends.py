@@ -104,6 +104,28 @@ def test_a_choice_of_several_takes_the_first_that_can() -> None:
         chosen("triton,gluon")
 
 
+@pytest.mark.parametrize(
+    ("primitive", "order"),
+    [
+        ("select_topk", ["cpu", "triton", "cuda", "gluon", "reference"]),
+        ("transpose_codes", ["cuda", "cpu", "triton", "gluon", "reference"]),
+        ("decode", ["cpu", "triton", "cuda", "gluon", "reference"]),
+    ],
+)
+def test_the_automatic_choice_takes_the_first_in_order_that_can(
+    primitive: str, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = backends.candidates(primitive, CPU, torch.bfloat16)
+    assert [candidate.backend for candidate in found] == order
+    for module in backends._BACKENDS.values():
+        monkeypatch.setattr(module, "reason", lambda *_: None)
+    gpus = [name for name in order if name != "cpu"]
+    monkeypatch.setattr(backends._BACKENDS["cpu"], "reason", lambda *_: "it is a GPU")
+    first = next(name for name in gpus if backends._written(primitive, name))
+    ran = backends.implementation(primitive, CPU, torch.bfloat16, None)
+    assert ran.__name__.endswith(f"{primitive}.{first}")
+
+
 def test_every_candidate_has_a_reason_or_none() -> None:
     reasons = dict(backends.candidates("decode", CPU, torch.bfloat16))
     assert (reasons.pop("cpu"), reasons.pop("reference")) == (None, None)
