@@ -39,6 +39,22 @@ class CandidateLists(NamedTuple):
     candidates: torch.Tensor
 
 
+class ListRows(NamedTuple):
+    """Whose list a row is and which latents it is chosen from; by default row r is token r's.
+
+    Attributes:
+        tokens: int32 [rows], the token of each row, -1 of one that only fills its tile.
+        firsts: int32 [rows / ROWS_A_FLAG], the first latent of so many rows.
+        n_latents: how many latents there are from the first on; default: all.
+        n_tokens: how many there are; default: as many as rows.
+    """
+
+    tokens: torch.Tensor | None = None
+    firsts: torch.Tensor | None = None
+    n_latents: int | None = None
+    n_tokens: int | None = None
+
+
 class Overflow(NamedTuple):
     """What is known of lists that overflowed, on the device alone.
 
@@ -94,12 +110,30 @@ def places(entries, valid, rank_scale):
 
 
 @triton.jit
-def bias(b, columns, F):
-    """The bias of some columns; -inf beyond the last latent, so that it never wins."""
-    live = columns < F
+def token_of(rows, tokens, B):
+    """The tokens of rows, see `ListRows`."""
+    if tokens is None:
+        return tl.where(rows < B, rows, -1)
+    else:  # Triton looks at what follows a return, even under a condition that it knows
+        return tl.load(tokens + rows)
+
+
+@triton.jit
+def first_of(rows, firsts):
+    """The first latents of rows, see `ListRows`."""
+    if firsts is None:
+        return rows * 0
+    else:
+        return tl.load(firsts + rows // ROWS_A_FLAG)
+
+
+@triton.jit
+def bias(b, columns, end):
+    """The bias of some columns; -inf from the end of the latents on, so that those never win."""
+    live = columns < end
     if b is None:
         return tl.where(live, 0.0, float("-inf"))
-    else:  # Triton looks at what follows a return, even under a condition that it knows
+    else:
         return tl.load(b + columns, mask=live, other=float("-inf"))
 
 
@@ -114,6 +148,9 @@ def sample(
     incomplete,
     pending,
     n_overflowed,
+    tokens,
+    firsts,
+    n_latents,
     B,
     F,
     D,
@@ -129,16 +166,21 @@ def sample(
     All that is kept beside them begins here too: launches to fill memory would cost more.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lives = tl.max((token_of(rows, tokens, B) >= 0).to(tl.int32), 0)
     if tl.program_id(1) == 0:
         tl.store(counts + rows, n_sampled)
         tl.store(thresholds + rows, float("nan"))
         tl.store(incomplete + rows, 0)
         flag = pending + tl.program_id(0)
-        tl.store(flag, 1)
+        tl.store(flag, lives)
         tl.store(flag + tl.num_programs(0), 0)
         tl.store(n_overflowed, 0, mask=tl.program_id(0) == 0)
+    if lives == 0:
+        return
     slots = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    columns = tl.where(slots < n_sampled, slots.to(tl.int64) * F // n_sampled, F).to(tl.int32)
+    columns = slots.to(tl.int64) * n_latents // n_sampled
+    columns += first_of(tl.program_id(0) * ROWS, firsts)
+    columns = tl.where(slots < n_sampled, columns, F).to(tl.int32)
     h = product(x, W, tl.minimum(rows, B - 1), tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
     h += bias(b, columns, F)[None, :]
     lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
@@ -170,12 +212,12 @@ def keep(
     counts,
     candidates,
     rank_scale,
-    F,
+    end,
     k,
     CAPACITY: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Cuts lists of at most LENGTH entries back to their k best, in place.
+    """Cuts lists of at most LENGTH entries back to their k best, of latents before the end.
 
     Returns how many are kept, the key of the last of them and whether entries found no place. Those
     that did are as good as any: the k-th best of them is not above the k-th best of all.
@@ -187,7 +229,7 @@ def keep(
     entries = tl.load(lists + slots, mask=live[:, None], other=0)
     _, columns = unpacked(entries)
     # A NaN or an infinity in x can let columns beyond the last latent through.
-    valid = (slots < count[:, None]) & (columns < F)
+    valid = (slots < count[:, None]) & (columns < end[:, None])
     place = places(entries, valid, rank_scale)
     wins = (place >= _last_place(place, live, k)[:, None]) & valid
     n_wins = tl.sum(wins.to(tl.int32), 1)
@@ -206,8 +248,10 @@ def keep_best(
     incomplete,
     pending,
     rank_scale,
+    tokens,
+    firsts,
+    n_latents,
     B,
-    F,
     k,
     purpose,
     CAPACITY: tl.constexpr,
@@ -220,11 +264,15 @@ def keep_best(
     be scored again; to others nothing more is let through. Only the former are cut after that.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    was_incomplete = tl.load(incomplete + rows, mask=rows < B, other=0) != 0
+    exists = token_of(rows, tokens, B) >= 0
+    was_incomplete = tl.load(incomplete + rows, mask=exists, other=0) != 0
     is_last = purpose == OF_THE_LAST_PASS
-    live = (rows < B) & (was_incomplete | (purpose != OF_THE_REPEAT))
+    live = exists & (was_incomplete | (purpose != OF_THE_REPEAT))
+    if tl.max(live.to(tl.int32), 0) == 0:
+        return
+    end = first_of(rows, firsts) + n_latents
     n, threshold, overflowed = keep(
-        rows, live, counts, candidates, rank_scale, F, k, CAPACITY, CAPACITY
+        rows, live, counts, candidates, rank_scale, end, k, CAPACITY, CAPACITY
     )
     misses = overflowed | (was_incomplete & (purpose != OF_THE_REPEAT))
     again = misses & is_last
@@ -240,6 +288,7 @@ def keep_best(
 @triton.jit
 def write_selected(
     rows,
+    token,
     live,
     candidates,
     rank_scale,
@@ -250,7 +299,7 @@ def write_selected(
     BEST: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Writes the results of lists that were cut back to k, in selection order.
+    """Writes the results of lists that were cut back to k, in selection order, to their tokens.
 
     An entry's rank is the number of entries before it. A sort would have to carry h along, for the
     key does not tell it where it was scaled.
@@ -267,7 +316,7 @@ def write_selected(
         other = places(others, (some < k) & live[:, None], rank_scale)
         rank += tl.sum((other[:, None, :] > place[:, :, None]).to(tl.int32), 2)
     h, columns = unpacked(entries)
-    target = rows.to(tl.int64)[:, None] * k + rank
+    target = token.to(tl.int64)[:, None] * k + rank
     tl.store(values + target, tl.where(h == 0, 0.0, h), mask=valid)
     tl.store(indices + target, columns, mask=valid)
 
@@ -282,6 +331,7 @@ def write_complete(
     indices,
     n_overflowed,
     overflowed,
+    tokens,
     B,
     k,
     CAPACITY: tl.constexpr,
@@ -291,92 +341,15 @@ def write_complete(
 ):
     """Writes the results of complete lists, and the numbers of the rows whose lists are not."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = rows < B
+    token = token_of(rows, tokens, B)
+    live = token >= 0
     count = tl.load(counts + rows, mask=live, other=0)
     # Fewer than k: the sample was rounded otherwise than the rest, in a row of all but equal keys.
     complete = (tl.load(incomplete + rows, mask=live, other=0) == 0) & (count >= k)
     place = tl.atomic_add(n_overflowed + rows * 0, 1, mask=live & ~complete, sem="relaxed")
     tl.store(overflowed + place, rows, mask=live & ~complete)
+    live = live & complete
+    if tl.max(live.to(tl.int32), 0) == 0:
+        return
     outputs = (values, indices)
-    write_selected(rows, live & complete, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
-
-
-@triton.jit
-def rescore_overflowed(
-    x,
-    W,
-    b,
-    rank_scale,
-    counts,
-    thresholds,
-    candidates,
-    values,
-    indices,
-    n_overflowed,
-    overflowed,
-    F,
-    D,
-    k,
-    CAPACITY: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BEST: tl.constexpr,
-    STEP: tl.constexpr,
-    KEPT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Scores the rows whose lists overflowed again, column by column, and selects for them.
-
-    The host never learns how many there are: blocks find out and mostly leave at once. Columns come
-    in natural order and a list takes one tile of them after it was cut back, so it cannot overflow;
-    a tile in which no row has a winner is passed over. Equal keys that come later do not win.
-    """
-    n = tl.load(n_overflowed)
-    for first in tl.range(tl.program_id(0) * ROWS, n, tl.num_programs(0) * ROWS):
-        taken = first + tl.arange(0, ROWS)
-        live = taken < n
-        rows = tl.load(overflowed + taken, mask=live, other=0)
-        tl.store(counts + rows, 0, mask=live)
-        tl.debug_barrier()
-        for column in tl.range(0, F, COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            h = product(x, W, rows, tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
-            h += bias(b, columns, F)[None, :]
-            key = h
-            if rank_scale is not None:
-                key = h * tl.load(rank_scale + columns, mask=columns < F, other=1.0)[None, :]
-            count = tl.load(counts + rows, mask=live, other=0)
-            worst = ordered(tl.load(thresholds + rows, mask=live, other=0.0))
-            wins = (ordered(key) > worst[:, None]) | (count < k)[:, None]
-            if tl.max(tl.max((wins & live[:, None]).to(tl.int32), 1), 0) > 0:
-                slots = count[:, None] + tl.arange(0, COLUMNS)[None, :]
-                row_lists = candidates + rows.to(tl.int64)[:, None] * CAPACITY
-                tl.store(row_lists + slots, packed(h, columns[None, :]), mask=live[:, None])
-                tl.store(counts + rows, count + COLUMNS, mask=live)
-                tl.debug_barrier()
-                for part in tl.range(first, tl.minimum(first + ROWS, n), KEPT):
-                    some = part + tl.arange(0, KEPT)
-                    kept_rows = tl.load(overflowed + some, mask=some < n, other=0)
-                    n_kept, last, _ = keep(
-                        kept_rows,
-                        some < n,
-                        counts,
-                        candidates,
-                        rank_scale,
-                        F,
-                        k,
-                        CAPACITY,
-                        LENGTH,
-                    )
-                    tl.store(counts + kept_rows, n_kept, mask=some < n)
-                    tl.store(thresholds + kept_rows, last, mask=(some < n) & (n_kept >= k))
-                tl.debug_barrier()
-        for part in tl.range(first, tl.minimum(first + ROWS, n), KEPT):
-            some = part + tl.arange(0, KEPT)
-            rows_done = tl.load(overflowed + some, mask=some < n, other=0)
-            outputs = (values, indices)
-            write_selected(
-                rows_done, some < n, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP
-            )
+    write_selected(rows, token, live, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)

@@ -17,6 +17,8 @@ TAKE_A_SLOT = tl.constexpr("""
     @passes atom.global.relaxed.gpu.add.u32 $0, [$3], 1;
 }
 """)
+# the same where key > threshold
+TAKE_A_SLOT_ABOVE = tl.constexpr(TAKE_A_SLOT.value.replace("setp.geu", "setp.gtu"))
 TAKE_A_SLOT_OPERANDS = tl.constexpr("=&r,r,r,l")  # slot; key, threshold, address of the count
 
 # if (slot < capacity) list[slot] = (h, latent)

@@ -29,8 +29,10 @@ from sae_kernels.primitives.candidate_lists import (
     OF_THE_REPEAT,
     OF_THE_SAMPLE,
     CandidateLists,
+    ListRows,
     Overflow,
 )
+from sae_kernels.primitives.select_topk.rescore import rescore_overflowed
 from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
@@ -47,12 +49,24 @@ _RESCORED_ROWS = 32
 
 
 class EncoderOperands(NamedTuple):
-    """The arguments of select_topk, packed, for the rows that are selected together."""
+    """The arguments of select_topk, packed, for the rows that are selected together.
+
+    Attributes:
+        x, W, b, rank_scale: as of select_topk.
+        listed: whose rows those of x are.
+    """
 
     x: torch.Tensor
     W: torch.Tensor
     b: torch.Tensor | None
     rank_scale: torch.Tensor | None
+    listed: ListRows = ListRows()
+
+    @property
+    def n_latents(self) -> int:
+        """How many latents a row is chosen from."""
+        n = self.listed.n_latents
+        return self.W.shape[0] if n is None else n
 
 
 class ColumnPass(NamedTuple):
@@ -87,14 +101,22 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects among what ``encode_pass`` appends, for as many rows at once as fit in cache."""
     x, W = operands.x.contiguous(), operands.W.contiguous()
-    b, rank_scale = (packed(t) for t in operands[2:])
-    values = x.new_empty((x.shape[0], k), dtype=torch.float32)
-    indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
+    b, rank_scale = (packed(t) for t in operands[2:4])
+    listed = operands.listed
+    n_tokens = x.shape[0] if listed.n_tokens is None else listed.n_tokens
+    values = x.new_empty((n_tokens, k), dtype=torch.float32)
+    indices = x.new_empty((n_tokens, k), dtype=torch.int32)
     at_once = schedule.rows_at_once(schedule.capacity(k))
     for start in range(0, x.shape[0], at_once):
         part = slice(start, start + at_once)
-        rows = EncoderOperands(x[part], W, b, rank_scale)
-        _select_rows(rows, values[part], indices[part], tile, encode_pass)
+        if listed.tokens is None or listed.firsts is None:
+            rows, results = listed, (values[part], indices[part])
+        else:
+            flags = slice(start // _SAMPLE_ROWS, (start + at_once) // _SAMPLE_ROWS)
+            rows = listed._replace(tokens=listed.tokens[part], firsts=listed.firsts[flags])
+            results = (values, indices)
+        some = EncoderOperands(x[part], W, b, rank_scale, rows)
+        _select_rows(some, *results, tile, encode_pass)
     return values, indices
 
 
@@ -105,10 +127,10 @@ def _select_rows(
     tile: ProductTile,
     encode_pass: Callable[[EncoderOperands, CandidateLists, ColumnPass, ProductTile], None],
 ) -> None:
-    x, W, _, rank_scale = operands
-    (B, k), F = values.shape, W.shape[0]
+    x, _, _, rank_scale, listed = operands
+    B, k = x.shape[0], values.shape[1]
     capacity = schedule.capacity(k)
-    n_sampled, at_once = min(F, capacity), _rows_a_block(capacity)
+    n_sampled, at_once = min(operands.n_latents, capacity), _rows_a_block(capacity)
     flags = triton.cdiv(B, _SAMPLE_ROWS)
     padded = flags * _SAMPLE_ROWS
     counts, incomplete = x.new_empty((2, padded), dtype=torch.int32)
@@ -124,16 +146,16 @@ def _select_rows(
     def keep_best(purpose: Any) -> None:
         # Its number: as a constant each purpose would be a kernel of its own.
         candidate_lists.keep_best[(triton.cdiv(B, at_once),)](
-            *lists, incomplete, pending, rank_scale, B, F, k, purpose.value, capacity, at_once,
-            num_warps=4,
+            *lists, incomplete, pending, rank_scale, *listed[:2], operands.n_latents, B, k,
+            purpose.value, capacity, at_once, num_warps=4,
         )  # fmt: skip
 
     _sample(operands, lists, overflow, n_sampled)
-    if n_sampled == F:
+    if n_sampled == operands.n_latents:
         keep_best(OF_A_PASS)
     else:
         keep_best(OF_THE_SAMPLE)
-        n_tiles = triton.cdiv(F, tile.columns)
+        n_tiles = triton.cdiv(operands.n_latents, tile.columns)
         stride = schedule.stride(n_tiles)
         for start, stop in schedule.column_passes(n_tiles, tile.columns, k, capacity):
             encode_pass(operands, lists, ColumnPass(pending[0], start, stop, stride), tile)
@@ -146,7 +168,7 @@ def _select_rows(
 def _sample(
     operands: EncoderOperands, lists: CandidateLists, overflow: Overflow, n_sampled: int
 ) -> None:
-    x, W, b, _ = operands
+    x, W, b, _, listed = operands
     padded, capacity = lists.candidates.shape
     columns = min(_LATENTS, capacity)
     candidate_lists.sample[(padded // _SAMPLE_ROWS, capacity // columns)](
@@ -157,6 +179,9 @@ def _sample(
         overflow.incomplete,
         overflow.pending,
         overflow.n,
+        listed.tokens,
+        listed.firsts,
+        operands.n_latents,
         x.shape[0],
         *W.shape,
         n_sampled,
@@ -177,8 +202,8 @@ def _write(
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    x, W, _, rank_scale = operands
-    (B, k), capacity = values.shape, lists.candidates.shape[1]
+    x, W, b, rank_scale, listed = operands
+    B, k, capacity = x.shape[0], values.shape[1], lists.candidates.shape[1]
     best, at_once = gpu.next_power_of_two(k), _rows_a_block(capacity)
     results = (values, indices, overflow.n, overflow.rows)
     step = min(best, max(1, 4 * _ENTRIES // (at_once * best)))
@@ -189,6 +214,7 @@ def _write(
         overflow.incomplete,
         rank_scale,
         *results,
+        listed.tokens,
         B,
         k,
         **sizes,
@@ -196,10 +222,17 @@ def _write(
         num_warps=4,
     )
     columns = min(_LATENTS, capacity // 2)
-    candidate_lists.rescore_overflowed[(gpu.multiprocessors(x.device),)](
-        *operands,
+    rescore_overflowed[(gpu.multiprocessors(x.device),)](
+        x,
+        W,
+        b,
+        rank_scale,
         *lists,
         *results,
+        listed.tokens,
+        listed.firsts,
+        operands.n_latents,
+        B,
         *W.shape,
         k,
         **sizes,

@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 
 from sae_kernels import gpu
-from sae_kernels.primitives.candidate_lists import ROWS_A_FLAG, CandidateLists, bias, packed
+from sae_kernels.primitives.candidate_lists import (
+    ROWS_A_FLAG,
+    CandidateLists,
+    bias,
+    first_of,
+    packed,
+)
 from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
 from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
@@ -51,7 +57,7 @@ def encode_pass(
     operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
 ) -> None:
     """Scores some columns and appends what is not below the thresholds to the lists."""
-    x, W, b, rank_scale = operands
+    x, W, b, rank_scale, listed = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
     matrices, constants = tiled(x, W, tile)
@@ -60,6 +66,8 @@ def encode_pass(
         b,
         rank_scale,
         *lists,
+        listed.firsts,
+        operands.n_latents,
         B,
         F,
         D,
@@ -80,6 +88,8 @@ def _encode_pass(
     counts,
     thresholds,
     candidates,
+    firsts,
+    n_latents,
     B,
     F,
     D,
@@ -104,14 +114,16 @@ def _encode_pass(
     """
     n_tiles = tl.cdiv(B, ROWS) * (stop - start)
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        row, column = tile_at(tile, B, F, (start, stop, stride), ROWS, COLUMNS, GROUP)
+        row, column = tile_at(tile, B, n_latents, (start, stop, stride), ROWS, COLUMNS, GROUP)
         if tl.load(pending + row // ROWS_A_FLAG) != 0:
             rows = row + tl.arange(0, ROWS)
+            first = first_of(row, firsts)
+            column += first
             h = scores(x, W, row, column, B, F, D, ROWS, COLUMNS, DEPTH, DESCRIBED, WIDEN)
             threshold = tl.load(thresholds + rows)
             threshold = tl.where(threshold == threshold, threshold, float("inf"))
             lists = candidates + rows.to(tl.int64) * CAPACITY
-            by_latent = (b, rank_scale, F)
+            by_latent = (b, rank_scale, first + n_latents)
             _append_passing(
                 h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY
             )
@@ -154,12 +166,12 @@ def _append_passing(
         _append_passing(left, column, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
         _append_passing(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
     else:
-        b, rank_scale, F = by_latent
+        b, rank_scale, end = by_latent
         columns = column + tl.arange(0, COLUMNS)
-        h = product + bias(b, columns, F)[None, :]
+        h = product + bias(b, columns, end)[None, :]
         key = h
         if rank_scale is not None:
-            key = h * tl.load(rank_scale + columns, mask=columns < F, other=1.0)[None, :]
+            key = h * tl.load(rank_scale + columns, mask=columns < end, other=1.0)[None, :]
         if APPENDED_BY == "ptx":
             _append(h, key, columns, threshold, counts, lists, CAPACITY)
         else:
