@@ -36,11 +36,14 @@ def rows_at_once(capacity: int) -> int:
 def column_passes(n_tiles: int, columns: int, k: int, capacity: int) -> list[tuple[int, int]]:
     """The passes over all tiles of ``columns`` latents, as ranges of positions in the visit.
 
-    The first is one tile, which any list has room for. The visit begins with the first latents, and
-    where latents are sorted these are the best: what they leave is a threshold for the rest. Each
-    of the others is expected to bring a list from the k best to the middle of what is left above.
+    Where the sample is a good part of all, there is one. Else the first is one tile, which any list
+    has room for: the visit begins with the first latents, and where latents are sorted these are
+    the best: what they leave is a threshold for the rest. Each of the others is expected to bring a
+    list from the k best to the middle of what is left above.
     """
     growth = min(_LARGEST_GROWTH, (capacity + k) / (2 * k))
+    if n_tiles * columns <= growth * capacity:
+        return [(0, n_tiles)]
     ends = [0, 1]
     while ends[-1] < n_tiles:
         seen = max(ends[-1], capacity / columns)  # by passes or in the sample

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,20 +41,41 @@ def test_annealing_k_compiles_once_for_a_power_of_two(primitive: str) -> None:
     assert compiled(primitive, [63, 64, 62, 48, 40]) == 2
 
 
+# Multiplications of a matrix instruction, which four warps (of Hopper's) or one do together.
+WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)")
+MMA = re.compile(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)")
+
+
 @pytest.mark.parametrize(("written_in", "sm"), [("triton", 80), ("triton", 90), ("gluon", 90)])
-def test_an_element_has_one_atomic_and_one_store(written_in: str, sm: int) -> None:
-    # A compiler may copy inline PTX, whose atomics then count some elements twice.
+@pytest.mark.parametrize(
+    ("primitive", "kernel", "atomics"),
+    [
+        ("select_topk", "_encode_pass", 1),
+        ("select_topk_routed", "_encode_pass", 1),
+        ("select_threshold", "_find", 2),  # one counts, the next gives a place
+    ],
+)
+def test_instructions_of_an_element(
+    primitive: str, kernel: str, atomics: int, written_in: str, sm: int
+) -> None:
+    if (primitive, written_in) not in calls.kernels():
+        pytest.skip(f"{primitive} is not written in {written_in}")
     found: dict[str, str] = {}
 
     def note(name: str, ptx: str) -> str:
         found[name] = ptx
         return ptx
 
-    arguments = calls.arguments("select_topk", Shape(3, 64, 512, 8))
-    kernels = calls.implementation("select_topk", written_in)
+    arguments = calls.arguments(primitive, Shape(3, 128, 4096, 8), experts=2)
     with triton_driver.emulated(sm, note):
-        kernels.run(*arguments)
-        tile = kernels.tile_for(*arguments[:2])
+        calls.implementation(primitive, written_in).run(*arguments)
+        tile = calls.implementation("select_topk", written_in).tile_for(*arguments[:2])
+    # A compiler may copy inline PTX, whose atomics then count some elements twice.
     in_a_thread = tile.rows * tile.columns // (32 * tile.warps)
-    assert found["_encode_pass"].count("@passes atom.global") == in_a_thread
-    assert found["_encode_pass"].count("@fits st.global") == in_a_thread
+    assert found[kernel].count("@passes atom.global") == atomics * in_a_thread
+    assert found[kernel].count("@fits st.global") == in_a_thread
+    # The loop over d_in is there once, and its products are those of the tile.
+    matrix, together = (WGMMA, 4) if sm == 90 else (MMA, 1)
+    done = sum(math.prod(map(int, shape)) for shape in matrix.findall(found[kernel]))
+    depth = tile.depth // arguments[0].element_size()
+    assert done * tile.warps // together == tile.rows * tile.columns * depth

@@ -114,7 +114,8 @@ def test_passes_visit_every_column_once(F: int, k: int, columns: int) -> None:
         seen = max(before * columns, capacity)  # by passes or in the sample
         held, let_through = k if before else 0, k * (end - before) * columns / seen
         assert held + let_through <= (capacity + k) / 2 or end == before + 1
-    assert ends[1] == 1  # which a list holds whatever is in it
+    # A list holds one tile whatever is in it; a single pass comes after a sample of a good part.
+    assert ends[1] == 1 or (len(passes) == 1 and 4 * capacity >= n_tiles * columns)
 
 
 @pytest.mark.parametrize("n_tiles", [1, 2, 3, 7, 64, 97, 256, 260, 300, 1000, 2304, 5040, 9000])
@@ -160,12 +161,13 @@ POPULARITIES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "matryoshka": lambda f, F: 0.7 * sum((f < F // part).float() for part in (16, 8, 4, 2)),
     "a-prefix": lambda f, F: 2.0 * (f < F // 32),
     "a-tile": lambda f, F: 4.0 * ((f >= 1000) & (f < 1256)),
+    "half-a-tile": lambda f, F: 4.0 * (f < 128),
 }
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("k", [8, 32, 64])
-@pytest.mark.parametrize("F", [4096, 16384, 65536])
+@pytest.mark.parametrize("F", [1024, 4096, 16384, 65536])
 def test_sorted_latents_need_no_rescue(F: int, k: int, popularity: str) -> None:
     key = torch.randn(100, F) + POPULARITIES[popularity](torch.arange(F).float(), F)
     simulated = simulate(key, k, 256, schedule.capacity(k))

@@ -12,6 +12,7 @@ from drawn import Drawn, problems
 from encoding import DTYPES, cases, dtypes, flushed, from_bits, needs, payloads, sample
 
 from sae_kernels import gpu
+from sae_kernels.primitives import schedule
 from sae_kernels.primitives.checks import accumulator
 from sae_kernels.primitives.select_topk import select_topk
 from sae_kernels.primitives.select_topk_routed import select_topk_routed
@@ -159,9 +160,9 @@ def test_many_tokens_of_some_experts(backend: str) -> None:
     check(case, unequal(case.B, 4), 4, backend)
 
 
-def test_more_tokens_than_lists_in_cache(backend: str) -> None:
-    # The lists of experts this wide are as long as they get, and 1024 of them are made at once.
-    case = Case("chunks", 1060, 3, 2 * 2050, 2, "integer")
+def test_more_tokens_than_lists_in_cache(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_LIST_BYTES", 256 * 8 * schedule.capacity(2))
+    case = Case("chunks", 700, 3, 2 * 300, 2, "integer")  # in three parts
     check(case, unequal(case.B, 3) % 2, 2, backend)
 
 

@@ -106,7 +106,10 @@ def select(
     n_tokens = x.shape[0] if listed.n_tokens is None else listed.n_tokens
     values = x.new_empty((n_tokens, k), dtype=torch.float32)
     indices = x.new_empty((n_tokens, k), dtype=torch.int32)
-    at_once = schedule.rows_at_once(schedule.capacity(k))
+    # Rows that only fill tiles have no part in how many lists the cache holds.
+    n_parts = triton.cdiv(n_tokens, schedule.rows_at_once(schedule.capacity(k)))
+    flags = triton.cdiv(x.shape[0], _SAMPLE_ROWS)
+    at_once = max(1, triton.cdiv(flags, max(1, n_parts))) * _SAMPLE_ROWS
     for start in range(0, x.shape[0], at_once):
         part = slice(start, start + at_once)
         if listed.tokens is None or listed.firsts is None:

@@ -1,0 +1,58 @@
+"""How many kernels a selection launches on a GPU; each takes the host time too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from benchmarks import calls
+from sae_kernels import gpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.skipif(gpu.interpreted(), reason="counts launches of compiled kernels")
+B, D, F, K = 8192, 768, 65536, 32  # gpu-small
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
+    """Calls an implementation in Triton with arguments that have no memory, and counts launches."""
+
+    def count(primitive: str, *arguments: Any) -> Counter[str]:
+        found: Counter[str] = Counter()
+        note = lambda kernel, *_, **__: found.update([kernel.__name__])  # noqa: E731
+        monkeypatch.setattr(JITFunction, "run", note)
+        monkeypatch.setattr(gpu, "architecture", lambda: 90)
+        monkeypatch.setattr(gpu, "multiprocessors", lambda device: 132)
+        calls.implementation(primitive, "triton").run(*arguments)
+        return found
+
+    return count
+
+
+def operands(n_latents: int = F) -> tuple[torch.Tensor, ...]:
+    x, W = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (B, n_latents))
+    return x, W, torch.empty(n_latents, device="meta")
+
+
+@pytest.mark.parametrize(("n_latents", "most"), [(256, 4), (1024, 8), (F, 16)])
+def test_select_topk(n_latents: int, most: int, launched: Callable[..., Counter[str]]) -> None:
+    found = launched("select_topk", *operands(n_latents), K, None)
+    assert found.total() == most
+    # After the last pass over all columns the one for rows whose lists overflowed, and the rescue.
+    assert found["rescore_overflowed"] == found["write_complete"] == found["sample"] == 1
+
+
+@pytest.mark.parametrize(("n_experts", "most"), [(8, 15), (32, 13), (64, 9), (256, 5)])
+def test_select_topk_routed(
+    n_experts: int, most: int, launched: Callable[..., Counter[str]]
+) -> None:
+    routes = [torch.empty(n, dtype=torch.int32, device="meta") for n in (B, n_experts + 1)]
+    found = launched("select_topk_routed", *operands(), K, *routes)
+    assert found.total() == most
+    assert found["_lay_out"] == 1
