@@ -70,12 +70,13 @@ def test_instructions_of_an_element(
     with triton_driver.emulated(sm, note):
         calls.implementation(primitive, written_in).run(*arguments)
         tile = calls.implementation("select_topk", written_in).tile_for(*arguments[:2])
+    copies = 2 if written_in == "gluon" else 1  # two groups of warps, each with a program
     # A compiler may copy inline PTX, whose atomics then count some elements twice.
     in_a_thread = tile.rows * tile.columns // (32 * tile.warps)
-    assert found[kernel].count("@passes atom.global") == atomics * in_a_thread
-    assert found[kernel].count("@fits st.global") == in_a_thread
+    assert found[kernel].count("@passes atom.global") == copies * atomics * in_a_thread
+    assert found[kernel].count("@fits st.global") == copies * in_a_thread
     # The loop over d_in is there once, and its products are those of the tile.
     matrix, together = (WGMMA, 4) if sm == 90 else (MMA, 1)
     done = sum(math.prod(map(int, shape)) for shape in matrix.findall(found[kernel]))
     depth = tile.depth // arguments[0].element_size()
-    assert done * tile.warps // together == tile.rows * tile.columns * depth
+    assert done * tile.warps // together // copies == tile.rows * tile.columns * depth

@@ -1,8 +1,11 @@
 """select_topk in Gluon for Hopper: some warps only load, the others multiply and append.
 
-One warp keeps the tensor memory accelerator busy, also across tiles; so while eight warps compare
-and append, the operands of the next tile arrive. What is let through is what ``triton.py`` lets
-through.
+One warp keeps the tensor memory accelerator busy, also across tiles. Two groups of four warps take
+a half of each tile's rows each. They share the stages that it fills, but neither waits for the
+other otherwise, and the second begins later: while one compares and appends, the other multiplies
+as far as stages are full. A group alone can keep the matrix units busy, and as the tile is shared
+nothing is loaded twice, which a tile for each would cost. What is let through is what
+``triton.py`` lets through.
 """
 
 from __future__ import annotations
@@ -36,10 +39,11 @@ from sae_kernels.primitives.select_topk.column_passes import ColumnPass, Encoder
 if TYPE_CHECKING:
     from sae_kernels.primitives.candidate_lists import CandidateLists
 
-# 4 stages of 48 KiB; the accumulators take 128 of a thread's registers.
+# 4 stages of 48 KiB; the accumulators take 128 of a thread's registers. The warps are two groups.
 _TILE = ProductTile(rows=128, columns=256, depth=128, warps=8, stages=4, chunks=4)
 _GROUP = 8  # tiles of rows that share the same latents while these are in cache
-_LOADER_REGISTERS = 40
+# What is left for the other group is as much again.
+_MULTIPLIER_REGISTERS, _LOADER_REGISTERS = 232, 40
 
 
 def refuses(
@@ -95,8 +99,9 @@ def encode_pass(
         GROUP=_GROUP,
         STAGES=tile.stages,
         CHUNKS=tile.chunks,
+        MULTIPLIER_REGISTERS=_MULTIPLIER_REGISTERS,
         LOADER_REGISTERS=_LOADER_REGISTERS,
-        num_warps=tile.warps,
+        num_warps=tile.warps // 2,
     )
 
 
@@ -159,14 +164,20 @@ def _multiply(
     CAPACITY: gl.constexpr,
     GROUP: gl.constexpr,
     CHUNKS: gl.constexpr,
+    SECOND: gl.constexpr,
 ):
-    """Multiplies stages as they become full and appends what is not below the thresholds."""
+    """Multiplies stages as they become full and appends what is not below the thresholds.
+
+    SECOND: whether it is the group that takes the lower half of the rows, and begins later.
+    """
     tokens, latents, empty, full = ring
     B, F, D = sizes
     ROWS: gl.constexpr = tokens.shape[1]
     COLUMNS: gl.constexpr = latents.shape[1]
     DEPTH: gl.constexpr = tokens.shape[2]
     STAGES: gl.constexpr = tokens.shape[0]
+    OWN_ROWS: gl.constexpr = ROWS // 2
+    FIRST: gl.constexpr = OWN_ROWS if SECOND else 0
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, COLUMNS, 16]
     )
@@ -175,20 +186,23 @@ def _multiply(
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         row, column = _tile_at(tile, B, F, visit, ROWS, COLUMNS, GROUP)
         if gl.load(pending + row // ROWS_A_FLAG) != 0:
-            h = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
+            if SECOND:
+                # Of fewer parts the stage might stay empty.
+                begins = (step == 0) & (D > (STAGES - 1) * DEPTH)
+                mbarrier.wait(full.index(STAGES - 1), 0, pred=begins)
+            h = gl.zeros((OWN_ROWS, COLUMNS), gl.float32, LAYOUT)
             for part in range(0, D, DEPTH):
                 stage = step % STAGES
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
-                h = warpgroup_mma(
-                    tokens.index(stage), latents.index(stage).permute((1, 0)), h, is_async=True
-                )
+                own = tokens.index(stage).slice(FIRST, OWN_ROWS)
+                h = warpgroup_mma(own, latents.index(stage).permute((1, 0)), h, is_async=True)
                 # One product stays under way; what the one before read may be overwritten.
                 h = warpgroup_mma_wait(num_outstanding=1, deps=(h,))
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=part > 0)
                 step += 1
             h = warpgroup_mma_wait(num_outstanding=0, deps=(h,))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-            _append_passing(h, row, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
+            _append_passing(h, row + FIRST, column, by_latent, rows_held, F, CAPACITY, CHUNKS)
 
 
 @gluon.jit
@@ -273,15 +287,16 @@ def _encode_pass(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     CHUNKS: gl.constexpr,
+    MULTIPLIER_REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
-    """Runs loader and multiplier warps with a ring of stages between them."""
+    """Runs a loader and two groups of multipliers with a ring of stages between them."""
     tokens = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, DEPTH], x.layout)
     latents = gl.allocate_shared_memory(W.dtype, [STAGES, COLUMNS, DEPTH], W.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)  # both groups are done with it
         mbarrier.init(full.index(stage), count=1)
     visit, sizes = (start, stop, stride), (B, F, D)
     by_latent = (b, rank_scale)
@@ -291,10 +306,14 @@ def _encode_pass(
         [
             (
                 _multiply,
-                (ring, by_latent, rows_held, pending, sizes, visit, CAPACITY, GROUP, CHUNKS),
+                (ring, by_latent, rows_held, pending, sizes, visit, CAPACITY, GROUP, CHUNKS, False),
+            ),
+            (
+                _multiply,
+                (ring, by_latent, rows_held, pending, sizes, visit, CAPACITY, GROUP, CHUNKS, True),
             ),
             (_load, (x, W, ring, pending, sizes, visit, GROUP)),
         ],
-        [1],
-        [LOADER_REGISTERS],
+        [gl.num_warps(), 1],
+        [MULTIPLIER_REGISTERS, LOADER_REGISTERS],
     )
