@@ -115,8 +115,8 @@ def select(
         if listed.tokens is None or listed.firsts is None:
             rows, results = listed, (values[part], indices[part])
         else:
-            flags = slice(start // _SAMPLE_ROWS, (start + at_once) // _SAMPLE_ROWS)
-            rows = listed._replace(tokens=listed.tokens[part], firsts=listed.firsts[flags])
+            own = slice(start // _SAMPLE_ROWS, (start + at_once) // _SAMPLE_ROWS)
+            rows = listed._replace(tokens=listed.tokens[part], firsts=listed.firsts[own])
             results = (values, indices)
         some = EncoderOperands(x[part], W, b, rank_scale, rows)
         _select_rows(some, *results, tile, encode_pass)
