@@ -63,6 +63,8 @@ def arguments(
             makers["k"] = lambda: max(1, min(D // 2, dead))
             makers["count"] = lambda: torch.full((), dead, dtype=torch.int32)
             makers["latents"] = lambda: torch.arange(dead, dtype=torch.int32) * (F // dead)
+        if primitive == "row_grad" and not options.get("dots"):
+            makers["W"] = makers["dots"]  # neither
         names = inspect.signature(_operator(primitive)).parameters
         made = tuple(makers[name]() for name in names if name != "backend")
     return _left_out(primitive, made, without) if any(without) else made
@@ -80,6 +82,8 @@ PRESENT: dict[str, dict[str, Any]] = {
     "dense_latents": {"dense": True},
     "high": {"split": True},
     "variance": {"variance": True},
+    "W": {"dots": True},
+    "dots": {"dots": True},
 }
 ABSENT = dict.fromkeys(("dense", "dense_latents"), "dense,dense_latents")
 
@@ -179,6 +183,7 @@ def _makers(
     penalties: int = 0,  # on the norms of so many parts of a row
     dense: bool = False,  # whether a gradient has dense rows too
     variance: bool = False,  # whether auxk is given what it divides by
+    dots: bool = False,  # whether row_grad multiplies the source's rows with a matrix too
 ) -> dict[str, Callable[[], Any]]:
     """A function for each argument of the primitives that makes it."""
     B, D, F, K = shape
@@ -205,6 +210,8 @@ def _makers(
         "x": lambda: torch.randn(B, D, dtype=dtype),
         **dict.fromkeys(("W", "W_enc", "W_dec"), lambda: unit_rows(F, D, dtype)),
         **dict.fromkeys(("b", "b_enc"), lambda: torch.randn(F) / 8),
+        "dots": lambda: torch.empty(B * K) if dots else None,
+        "dtype": lambda: None,
         "rank_scale": lambda: torch.rand(F) + 0.5 if ranked else None,
         "start": lambda: _bound(shape),
         "bounds": lambda: _bound(shape).expand(F).clone(),

@@ -120,9 +120,10 @@ CASES: tuple[KernelCase, ...] = (
     *_cases("pick_dead", _ONE),
     *_routed("route_top1"),
     *_cases("row_grad", _ALL, _FP32),
+    *_cases("row_grad", _at(768, 2304, dots=True), _at(768, dtype=torch.float32, dots=True)),
     *_cases("row_grad", _at(768, width=1), wide=False),
     *_cases("row_sqnorm", _ALL, _at(2688, **_SPLIT)),
-    *_cases("row_update", _ALL, *(_at(768, 2688, 4096, **each) for each in (_SPLIT, _LEAN))),
+    *_cases("row_update", _ALL, *(_at(768, 2304, 4096, **each) for each in (_SPLIT, _LEAN))),
     *_cases("row_update", _at(768, dtype=torch.float32, copied=False)),
     *_cases("row_update", _at(768, width=1, norm="none", copied=False), wide=False),  # b_enc
     *_cases("row_update", _at(4096, norm="none", penalties=4)),  # of a crosscoder

@@ -24,6 +24,7 @@ _TYPES: dict[Any, str] = {
     bool: "bool",
     str: "str",
     str | None: "str?",
+    torch.dtype | None: "ScalarType?",
     Sequence[float]: "float[]",
 }
 

@@ -96,3 +96,20 @@ def _check_term(name: str, term: Term, n_latents: int, width: int) -> None:
     checks.dtype(f"{name}.coef", term.coef, (torch.float32, torch.float64))
     checks.dtype(f"{name}.source", term.source, checks.OPERAND_DTYPES)
     checks.same_device(**term._asdict())
+
+
+def listed_entries(term: Term) -> tuple[slice, torch.Tensor]:
+    """Which of a term's places its offsets span, and the latent of each of them."""
+    latents = torch.arange(term.offsets.numel() - 1, device=term.offsets.device)
+    listed = slice(int(term.offsets[0]), int(term.offsets[-1]))
+    return listed, latents.repeat_interleave(term.offsets.diff().long())
+
+
+def without_zeros(term: Term) -> Term:
+    """The term without the entries whose coefficients are 0."""
+    listed, latents = listed_entries(term)
+    kept = term.coef.flatten()[term.entries[listed].long()] != 0
+    counts = latents[kept].bincount(minlength=term.offsets.numel() - 1)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    entries, rows = term.entries[listed][kept], term.rows[listed][kept]
+    return term._replace(offsets=offsets, entries=entries, rows=rows)

@@ -160,6 +160,59 @@ def test_a_long_list_has_longer_chunks(backend: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(row_grad([term], len(COUNTS), 5, backend=backend), grad)
 
 
+@shapes
+@pytest.mark.parametrize("source", SOURCES[:3], ids=str)
+@pytest.mark.parametrize("dtype", SOURCES[:3], ids=str)
+def test_products_with_a_matrix(
+    shape: tuple[int, int, int, int], source: torch.dtype, dtype: torch.dtype, backend: str
+) -> None:
+    term, dense, magnitude = make_term(shape, torch.float32, source)
+    assert term.source is not None
+    (B, K, F, width), W = shape, torch.randn(shape[2], shape[3]).to(dtype)
+    dots = torch.full((B * K,), 7.0)
+    out = row_grad([term], F, width, W=W, dots=dots, backend=backend)
+    assert_within("gradient", out, dense, rounding(B * K, magnitude, torch.float32))
+    latents = torch.arange(F).repeat_interleave(term.offsets.diff().long())
+    products = W[latents].double() * term.source[term.rows.long()].double()
+    exact, terms = torch.zeros(2, B * K, dtype=torch.float64)
+    exact[term.entries.long()], terms[term.entries.long()] = products.sum(1), products.abs().sum(1)
+    assert_within("dots", dots, exact, rounding(width, terms, torch.float32))
+
+
+@pytest.mark.parametrize("width", [5, 300], ids=lambda width: f"width-{width}")
+def test_products_of_popular_latents(width: int, backend: str) -> None:
+    """Each entry's product is written once, whether a chunk, a row or nobody has it."""
+    term, grad = uneven_term(width)
+    assert term.source is not None
+    W, dots = torch.randint(-2, 3, grad.shape).bfloat16(), torch.full(term.coef.shape, 0.5)
+    expected = dots.clone()
+    latents = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
+    listed, rows = (t[:-100].long() for t in (term.entries, term.rows))
+    expected[listed] = (W.float()[latents] * term.source[rows]).sum(1)
+    out = row_grad([term], *grad.shape, W=W, dots=dots, backend=backend)
+    assert torch.equal(out, grad)
+    assert torch.equal(dots, expected)
+
+
+def test_an_entry_of_coefficient_zero_adds_nothing_and_has_its_product(backend: str) -> None:
+    indices = torch.tensor([[0], [0], [1]], dtype=torch.int32)
+    order = LatentOrder(*transpose_codes(indices, None, None, 2, backend="reference"))
+    source = torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [torch.inf, 3.0]])
+    term, dots = order.term(torch.tensor([2.0, 0.0, 0.0]), source), torch.zeros(3)
+    out = row_grad([term], 2, 2, W=torch.ones(2, 2), dots=dots, backend=backend)
+    assert out.tolist() == [[2.0, 4.0], [0.0, 0.0]]
+    assert dots.isnan().tolist() == [False, True, False]
+    assert dots[[0, 2]].tolist() == [3.0, torch.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_is_rounded_once(dtype: torch.dtype, backend: str) -> None:
+    term, _, _ = make_term((200, 4, 9, 20), torch.float32, torch.bfloat16)
+    whole = row_grad([term], 9, 20, backend=backend)
+    out = row_grad([term], 9, 20, dtype=dtype, backend=backend)
+    assert_bitwise("gradient", out, whole.to(dtype))
+
+
 def test_repeats_are_bitwise_equal(backend: str) -> None:
     if gpu.interpreted():
         pytest.skip("Triton's interpreter runs programs one after the other")
@@ -189,17 +242,18 @@ def test_repeats_and_thread_counts_are_bitwise_equal(source: torch.dtype, isa: s
 @pytest.mark.parametrize("norm", ["none", "unit", "at_most_one"])
 @pytest.mark.parametrize("slices", [1, 3], ids=["whole", "slices"])
 @pytest.mark.parametrize("parts", [[], [1], [4]], ids=["one-norm", "one-part", "norms"])
+@pytest.mark.parametrize("width", [36, 3 * 600], ids=lambda width: f"width-{width}")
 def test_row_sqnorm(
-    parts: list[int], norm: str, slices: int, high: torch.dtype, backend: str
+    width: int, parts: list[int], norm: str, slices: int, high: torch.dtype, backend: str
 ) -> None:
-    shape = (14, 4, 21, 36)
+    shape = (14, 4, 21, width)
     term, grad, magnitude = make_term(shape, high, torch.float32)
-    param = torch.randn(21, 36, dtype=high)
+    param = torch.randn(21, width, dtype=high)
     param = (
         param.unflatten(1, (slices, -1))
         / param.unflatten(1, (slices, -1)).norm(dim=-1, keepdim=True)
     ).flatten(1)
-    dense = torch.randn(3, 36, dtype=high)
+    dense = torch.randn(3, width, dtype=high)
     latents = torch.tensor([20, -1, 4], dtype=torch.int32)
     row_coef = torch.randn(21, *parts, dtype=high)
     row_coef[3] = 0
@@ -212,15 +266,16 @@ def test_row_sqnorm(
     magnitude[[20, 4]] += dense[[0, 2]].abs().double()
     out = row_sqnorm(param, gradient, norm=norm, slices=slices, backend=backend)
     # The penalty's coefficient goes through a norm (width + 3 roundings) before it is added.
-    dg = rounding(14 * 4 + 2, magnitude, high) + gamma(39, high) * penalty.abs()
+    dg = rounding(14 * 4 + 2, magnitude, high) + gamma(width + 3, high) * penalty.abs()
     if norm == "unit":
-        width = 36 // slices
         part = [t.unflatten(1, (slices, -1)) for t in (dg, grad.abs(), param.double().abs())]
-        along = ((part[0] + gamma(width + 2, high) * part[1]) * part[2]).sum(-1, keepdim=True)
+        along = ((part[0] + gamma(width // slices + 2, high) * part[1]) * part[2]).sum(
+            -1, keepdim=True
+        )
         dg = dg + (along * part[2]).flatten(1) + gamma(2, high) * grad.abs()
         grad = oracles.projected(param.double(), grad, slices)
     exact = grad.square().sum(1)
-    budget = ((2 * grad.abs() + dg) * dg).sum(1) + rounding(37, exact, high)
+    budget = ((2 * grad.abs() + dg) * dg).sum(1) + rounding(width + 1, exact, high)
     assert_within("sqnorm", out, exact, budget)
 
 

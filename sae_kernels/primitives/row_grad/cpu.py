@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sae_kernels.backends import cpu
+from sae_kernels.primitives.terms import listed_entries, without_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,10 +15,33 @@ if TYPE_CHECKING:
     from sae_kernels.primitives.terms import Term
 
 
-def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
+def run(
+    terms: Sequence[Term],
+    n_latents: int,
+    width: int,
+    dtype: torch.dtype | None = None,
+    W: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Runs the host kernel, each latent's row on one thread."""
     coef = terms[0].coef
+    if W is not None and dots is not None:
+        _multiply(terms[0], W, dots)
+        if bool((coef == 0).any()):
+            terms = [without_zeros(terms[0])]
     tuples = cpu.packed_terms(terms, coef.dtype)
     out = coef.new_empty((n_latents, width))
     cpu.run("row_grad", cpu.code(coef.dtype), tuples, len(tuples), n_latents, width, out)
-    return out
+    return out if dtype is None else out.to(dtype)
+
+
+def _multiply(term: Term, W: torch.Tensor, dots: torch.Tensor) -> None:
+    """Fills ``dots`` by code_grad's kernel, latents in the place of tokens and rows in theirs."""
+    listed, _ = listed_entries(term)
+    (tuple_,) = cpu.packed_terms([term], dots.dtype)
+    offsets, entries, rows, _, source, source_dtype = tuple_
+    out = dots.new_empty(dots.shape)  # in latent order
+    operands = (W.to(dots.dtype).contiguous(), rows, offsets, source, None, out)
+    sizes = (W.shape[0], 1, W.shape[1], source.shape[0], 1)
+    cpu.run("code_grad", source_dtype, *operands, *sizes)
+    dots[entries[listed].long()] = out[listed]

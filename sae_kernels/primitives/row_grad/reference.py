@@ -4,28 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+from sae_kernels.primitives.terms import listed_entries, without_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from sae_kernels.primitives.terms import Term
 
 
-def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
+def run(
+    terms: Sequence[Term],
+    n_latents: int,
+    width: int,
+    dtype: torch.dtype | None = None,
+    W: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Adds every entry's weighted row to its latent's."""
     out = terms[0].coef.new_zeros((n_latents, width))
+    if W is not None and dots is not None:
+        (term,) = terms
+        assert term.source is not None
+        listed, latents = listed_entries(term)
+        own, rows = (t.to(out.dtype) for t in (W, term.source))
+        products = own[latents] * rows[term.rows[listed].long()]
+        dots.flatten()[term.entries[listed].long()] = products.sum(1)
+        terms = [without_zeros(term)]
     for term in terms:
         add_term(out, term)
-    return out
+    return out.to(dtype or out.dtype)
 
 
 def add_term(out: torch.Tensor, term: Term) -> None:
     """Adds one term to an [F, width] gradient, in place."""
-    first, last = int(term.offsets[0]), int(term.offsets[-1])
-    latents = torch.arange(out.shape[0], device=out.device)
-    latents = latents.repeat_interleave(term.offsets.diff().long())
-    rows = term.coef.flatten()[term.entries[first:last].long()].to(out.dtype)[:, None]
+    listed, latents = listed_entries(term)
+    rows = term.coef.flatten()[term.entries[listed].long()].to(out.dtype)[:, None]
     if term.source is not None:
-        rows = rows * term.source[term.rows[first:last].long()].to(out.dtype)
-    out.index_add_(0, latents, rows.expand(last - first, out.shape[1]))
+        rows = rows * term.source[term.rows[listed].long()].to(out.dtype)
+    out.index_add_(0, latents, rows.expand(len(latents), out.shape[1]))

@@ -36,13 +36,15 @@ class RowTile(NamedTuple):
 
     A thread holds 8 columns (a 16-byte load of a bf16 row) of 8 entries: these are the loads in
     flight that hide the latency of a gather. Very wide rows leave registers for fewer entries;
-    narrow ones, a vector above all, take several latents to a program.
+    narrow ones, a vector above all, take several latents to a program. ``rest`` columns follow the
+    first: tensors have powers of two only, and most widths are nearer to a sum of two.
     """
 
     latents: int
     entries: int
     columns: int
     warps: int
+    rest: int = 0
 
     def constants(self) -> dict[str, int]:
         """The constants and options of a launch."""
@@ -50,6 +52,7 @@ class RowTile(NamedTuple):
             "LATENTS": self.latents,
             "ENTRIES": self.entries,
             "COLUMNS": self.columns,
+            "REST": self.rest,
             "num_warps": self.warps,
             "maxnreg": _REGISTERS,
         }
@@ -57,12 +60,16 @@ class RowTile(NamedTuple):
 
 def whole(width: int) -> RowTile:
     """A tile that holds all columns, as normalising a row needs."""
-    columns = gpu.next_power_of_two(width)
+    columns, rest = gpu.next_power_of_two(width), 0
+    left = width - columns // 2
+    if columns > 512 and gpu.next_power_of_two(left) <= columns // 4:
+        columns //= 2
+        rest = max(columns // 4, gpu.next_power_of_two(left))  # two of a thread, see `rest_of`
     warps = min(16, max(1, columns // 256))
     latents = min(32, max(1, 256 // columns))
     held = max(1, latents * columns // (32 * warps))  # columns of a thread
-    values = 64 if warps <= 8 else 32  # with 16 warps a thread has 128 registers at most
-    return RowTile(latents, min(8, max(1, values // held)), columns, warps)
+    values = 64 if warps <= 8 and not rest else 32  # of 128 registers
+    return RowTile(latents, min(8, max(1, values // held)), columns, warps, rest)
 
 
 def blocks(width: int) -> RowTile:
@@ -72,29 +79,48 @@ def blocks(width: int) -> RowTile:
     return whole(min((1024, 512, 256), key=lambda columns: -width % columns))
 
 
+def beside_products(width: int) -> RowTile:
+    """A tile of some columns for rows that are multiplied with a matrix too.
+
+    A product is added up across the threads of each block of columns: fewer blocks of more columns
+    in a thread take fewer instructions, as long as they leave few of them idle.
+    """
+    if width <= 256:
+        return whole(width)
+    columns = 512 if -width % 512 <= width // 8 else 256
+    return RowTile(1, 2048 // columns, columns, 1)
+
+
 def packed_terms(
-    terms: Sequence[Term], width: int
+    terms: Sequence[Term],
+    width: int,
+    tile: RowTile | None = None,
+    against: tuple[Any, ...] | None = None,
 ) -> tuple[tuple[tuple[Any, ...], ...], dict[str, int]]:
     """Terms as the kernels take them, with the sums of their chunks, and the constants of both."""
     longest = max((term.entries.numel() for term in terms), default=0)
     chunk = max(_SHORTEST_CHUNK, gpu.next_power_of_two(triton.cdiv(longest, _MOST_CHUNKS)))
     constants = {"TERMS": len(terms), "CHUNK": chunk}  # len() in a kernel fails on a None inside
-    return tuple(_packed_term(term, width, chunk) for term in terms), constants
+    tile = tile or blocks(width)
+    return tuple(_packed_term(term, width, chunk, tile, against) for term in terms), constants
 
 
-def _packed_term(term: Term, width: int, chunk: int) -> tuple[Any, ...]:
+def _packed_term(
+    term: Term, width: int, chunk: int, tile: RowTile, against: tuple[Any, ...] | None
+) -> tuple[Any, ...]:
     source = packed(term.source)
     if source is not None and source.dtype == torch.float64:
         source = source.float()  # the coefficients are fp32, so are the sums
     coef = term.coef.float().contiguous()
     common = (*(t.contiguous() for t in term[:3]), coef, source)
-    chunks, tile = term.entries.numel() // chunk, blocks(width)
+    chunks = term.entries.numel() // chunk
     if chunks == 0:
         return (*common, None)
     sums = coef.new_empty((chunks, width))
     _sum_chunks[(chunks, triton.cdiv(width, tile.columns))](
         (*common, None),
         sums,
+        against,
         term.offsets.numel() - 1,
         width,
         CHUNK=chunk,
@@ -112,29 +138,54 @@ def pointers(matrix, starts, columns):
 
 
 @triton.jit
-def weighted_rows(source, rows, coef, wanted, first, columns, inside, width):
-    """Sums of ``coef * source[rows]`` over the second axis of [LATENTS, ENTRIES]."""
-    at = (source + rows.to(tl.int64) * width + first)[:, :, None] + columns[None, None, :]
-    mask = wanted[:, :, None] & inside[None, None, :]
-    return tl.sum(coef[:, :, None] * tl.load(at, mask=mask, other=0).to(tl.float32), 1)
+def block_of(first, part, width, COLUMNS: tl.constexpr):
+    """Columns from ``first`` on, counted from it, and which of them a program has."""
+    columns = tl.arange(0, COLUMNS)
+    return columns, (columns < part) & (columns < width - first)
 
 
 @triton.jit
-def sum_entries(
+def rest_of(first, part, width, COLUMNS: tl.constexpr, REST: tl.constexpr):
+    """The block of columns after the first ones."""
+    # A narrow block would have its entries spread over threads in order to load 16 bytes in each,
+    # and be added up across them. So a thread is told that it has no more neighbours than these.
+    columns = tl.max_contiguous(COLUMNS + tl.arange(0, REST), REST * 8 // COLUMNS)
+    return columns, (columns < part) & (columns < width - first)
+
+
+@triton.jit
+def _gathered(source, rows, wanted, first, block, width):
+    """A block of columns of some rows, fp32 [LATENTS, ENTRIES, COLUMNS]."""
+    columns, inside = block
+    at = (source + rows.to(tl.int64) * width + first)[:, :, None] + columns[None, None, :]
+    return tl.load(at, mask=wanted[:, :, None] & inside[None, None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _sum_entries(
     term,
     begin,
     stop,
     resume,
     end,
     first,
-    columns,
-    inside,
+    blocks,
     width,
     ENTRIES: tl.constexpr,
+    products=None,
 ):
-    """Per latent the sum of its entries in [begin, stop) and [resume, end)."""
+    """Per latent the sum of its entries in [begin, stop) and [resume, end), in each block.
+
+    ``products`` are what every row of the source is multiplied with as well, and where its
+    products with the first block go.
+    """
     _, entries, rows, coefs, source, _ = term
-    total = tl.zeros((begin.shape[0], columns.shape[0]), tl.float32)
+    block, rest = blocks
+    L: tl.constexpr = begin.shape[0]
+    total = tl.zeros((L, block[0].shape[0]), tl.float32)
+    more = total  # None cannot be returned
+    if rest is not None:
+        more = tl.zeros((L, rest[0].shape[0]), tl.float32)
     gap, count = resume - stop, stop - begin + end - resume
     for done in range(0, tl.max(count, 0), ENTRIES):
         nth = done + tl.arange(0, ENTRIES)[None, :]
@@ -144,16 +195,36 @@ def sum_entries(
         coef = tl.load(coefs + tl.load(entries + at, mask=wanted, other=0), mask=wanted, other=0)
         if source is None:
             total += tl.sum(coef, 1)[:, None]
+            if rest is not None:
+                more += tl.sum(coef, 1)[:, None]
         else:
             row = tl.load(rows + at, mask=wanted, other=0)
-            total += weighted_rows(source, row, coef, wanted, first, columns, inside, width)
-    return total
+            x = _gathered(source, row, wanted, first, block, width)
+            if products is not None:
+                w, dots = products
+                tl.store(dots + at, tl.sum(x * w[:, None, :], 2), mask=wanted)
+                x = tl.where(coef[:, :, None] != 0, x, 0)  # adds nothing, whatever it holds
+            total += tl.sum(coef[:, :, None] * x, 1)
+            if rest is not None:
+                x = _gathered(source, row, wanted, first, rest, width)
+                more += tl.sum(coef[:, :, None] * x, 1)
+    return total, more
+
+
+@triton.jit
+def _products_of(against, latents, wanted, first, block, width):
+    """The latents' own rows, and where this program's part of the products goes."""
+    W, dots, n = against
+    at = pointers(W, latents.to(tl.int64) * width + first, block[0])
+    w = tl.load(at, mask=wanted[:, None] & block[1][None, :], other=0).to(tl.float32)
+    return w, dots + tl.program_id(1).to(tl.int64) * n
 
 
 @triton.jit
 def _sum_chunks(
     term,
     sums,
+    against,
     F,
     width,
     CHUNK: tl.constexpr,
@@ -174,13 +245,18 @@ def _sum_chunks(
         above = tl.where(before, above, middle)
     if tl.load(offsets + above) < begin + CHUNK:
         return
-    first, columns = tl.program_id(1).to(tl.int64) * COLUMNS, tl.arange(0, COLUMNS)
-    inside = columns < width - first
-    begin += tl.zeros((1,), tl.int32)
+    first = tl.program_id(1).to(tl.int64) * COLUMNS
+    block = block_of(first, COLUMNS, width, COLUMNS)
+    latents, begin = latent + tl.zeros((1,), tl.int32), begin + tl.zeros((1,), tl.int32)
     end = begin + CHUNK
-    total = sum_entries(term, begin, end, end, end, first, columns, inside, width, ENTRIES)
+    products = None
+    if against is not None:
+        products = _products_of(against, latents, latents >= 0, first, block, width)
+    total, _ = _sum_entries(
+        term, begin, end, end, end, first, (block, None), width, ENTRIES, products
+    )
     at = sums + tl.program_id(0).to(tl.int64) * width + first
-    tl.store(at + columns[None, :], total, mask=inside[None, :])
+    tl.store(at + block[0][None, :], total, mask=block[1][None, :])
 
 
 @triton.jit
@@ -189,44 +265,54 @@ def gather(
     latents,
     wanted,
     first,
-    columns,
-    inside,
+    blocks,
     width,
     TERMS: tl.constexpr,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
+    products=None,
 ):
-    """[LATENTS, COLUMNS] of the gradient: first each term's entries, then its whole chunks."""
-    grad = tl.zeros((latents.shape[0], columns.shape[0]), tl.float32)
+    """Blocks of columns of the gradient: first each term's entries, then its whole chunks.
+
+    [LATENTS, COLUMNS] each; where the second block is None, what comes second means nothing.
+    """
+    block, rest = blocks
+    L: tl.constexpr = latents.shape[0]
+    grad = tl.zeros((L, block[0].shape[0]), tl.float32)
+    more = grad
+    if rest is not None:
+        more = tl.zeros((L, rest[0].shape[0]), tl.float32)
     for t in tl.static_range(TERMS):
         offsets, sums = terms[t][0], terms[t][5]
         begin = tl.load(offsets + latents, mask=wanted, other=0)
         end = tl.load(offsets + latents + 1, mask=wanted, other=0)
-        if sums is None:
-            grad += sum_entries(
-                terms[t], begin, end, end, end, first, columns, inside, width, ENTRIES
-            )
-        else:
+        stop, resume, low, chunks = end, end, end, end - end
+        if sums is not None:
             low, high = (begin + CHUNK - 1) // CHUNK, end // CHUNK
             chunks = tl.maximum(high - low, 0)
             stop = tl.where(chunks > 0, low * CHUNK, end)
             resume = tl.where(chunks > 0, high * CHUNK, end)
-            grad += sum_entries(
-                terms[t], begin, stop, resume, end, first, columns, inside, width, ENTRIES
-            )
+        added, beside = _sum_entries(
+            terms[t], begin, stop, resume, end, first, blocks, width, ENTRIES, products
+        )
+        grad += added
+        if rest is not None:
+            more += beside
+        if sums is not None:
             for done in range(0, tl.max(chunks, 0), ENTRIES):
                 nth = done + tl.arange(0, ENTRIES)[None, :]
-                left = nth < chunks[:, None]
-                one = tl.where(left, 1.0, 0.0)
-                rows = low[:, None] + nth
-                grad += weighted_rows(sums, rows, one, left, first, columns, inside, width)
-    return grad
+                left, rows = nth < chunks[:, None], low[:, None] + nth
+                grad += tl.sum(_gathered(sums, rows, left, first, block, width), 1)
+                if rest is not None:
+                    more += tl.sum(_gathered(sums, rows, left, first, rest, width), 1)
+    return grad, more
 
 
 @triton.jit
 def _row_grad(
     out,
     terms,
+    against,
     F,
     width,
     TERMS: tl.constexpr,
@@ -234,19 +320,56 @@ def _row_grad(
     LATENTS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    REST: tl.constexpr,
 ):
     latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    first, columns = tl.program_id(1).to(tl.int64) * COLUMNS, tl.arange(0, COLUMNS)
-    wanted, inside = latents < F, columns < width - first
-    grad = gather(terms, latents, wanted, first, columns, inside, width, TERMS, CHUNK, ENTRIES)
-    at = pointers(out, latents.to(tl.int64) * width + first, columns)
-    tl.store(at, grad, mask=wanted[:, None] & inside[None, :])
+    first, wanted = tl.program_id(1).to(tl.int64) * COLUMNS, latents < F
+    block = block_of(first, COLUMNS, width, COLUMNS)
+    products = None
+    if against is not None:
+        products = _products_of(against, latents, wanted, first, block, width)
+    grad, _ = gather(
+        terms, latents, wanted, first, (block, None), width, TERMS, CHUNK, ENTRIES, products
+    )
+    at = pointers(out, latents.to(tl.int64) * width + first, block[0])
+    tl.store(at, grad.to(out.dtype.element_ty), mask=wanted[:, None] & block[1][None, :])
 
 
-def run(terms: Sequence[Term], n_latents: int, width: int) -> torch.Tensor:
+@triton.jit
+def _add_products(dots, parts, offsets, entries, F, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up each entry's products with the blocks of columns, in order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    listed = (at >= tl.load(offsets)) & (at < tl.load(offsets + F))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(PARTS):
+        total += tl.load(parts + at, mask=listed, other=0)
+        parts += n
+    tl.store(dots + tl.load(entries + at, mask=listed, other=0), total, mask=listed)
+
+
+def run(
+    terms: Sequence[Term],
+    n_latents: int,
+    width: int,
+    dtype: torch.dtype | None = None,
+    W: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Gathers every row's block of columns."""
-    parts, constants = packed_terms(terms, width)
-    out, tile = terms[0].coef.new_empty((n_latents, width)), blocks(width)
-    grid = (triton.cdiv(n_latents, tile.latents), triton.cdiv(width, tile.columns))
-    _row_grad[grid](out, parts, n_latents, width, **constants, **tile.constants())
-    return out
+    offsets, entries, *_ = terms[0]
+    tile = blocks(width) if W is None else beside_products(width)
+    n, parts = entries.numel(), triton.cdiv(width, tile.columns)
+    against = None
+    if W is not None:
+        against = (W.contiguous(), W.new_empty((parts, n), dtype=torch.float32), n)
+    packed, constants = packed_terms(terms, width, tile, against)
+    stored = torch.float32 if gpu.interpreted() else dtype or torch.float32  # it would cut bf16
+    out = terms[0].coef.new_empty((n_latents, width), dtype=stored)
+    grid = (triton.cdiv(n_latents, tile.latents), parts)
+    _row_grad[grid](out, packed, against, n_latents, width, **constants, **tile.constants())
+    if against is not None and n:
+        _add_products[(triton.cdiv(n, 256),)](
+            dots, against[1], offsets.contiguous(), entries.contiguous(), n_latents, n,
+            PARTS=parts, BLOCK=256,
+        )  # fmt: skip
+    return out.to(dtype or stored)

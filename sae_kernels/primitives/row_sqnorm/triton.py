@@ -8,17 +8,24 @@ import torch
 import triton
 import triton.language as tl
 
+from sae_kernels.primitives.row_grad.triton import block_of, rest_of
 from sae_kernels.primitives.row_update.triton import (
     gradient_rows,
     load_param,
     packed_parts,
-    projected,
+    squares,
     tile_of,
 )
 from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
     from sae_kernels.primitives.terms import Gradient
+
+
+@triton.jit
+def _loaded(param, high, latents, wanted, first, block, width):
+    rows = latents.to(tl.int64) * width + first
+    return load_param(param, high, rows, block[0], wanted[:, None] & block[1][None, :])
 
 
 @triton.jit
@@ -36,21 +43,27 @@ def _row_sqnorm(
     LATENTS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    REST: tl.constexpr,
 ):
     # One number per program: those of a row are added up in order by whoever launched this.
     latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    first, columns = tl.program_id(1).to(tl.int64) * part, tl.arange(0, COLUMNS)
-    wanted, inside = latents < F, (columns < part) & (columns < width - first)
-    w = tl.zeros((LATENTS, COLUMNS), tl.float32)
+    wanted, first = latents < F, tl.program_id(1).to(tl.int64) * part
+    block, rest = block_of(first, part, width, COLUMNS), None
+    if REST:
+        rest = rest_of(first, part, width, COLUMNS, REST)
+    weights = (None, None)
     if (NORM == "unit") | (parts[1] is not None):
-        rows = latents.to(tl.int64) * width + first
-        w = load_param(param, high, rows, columns, wanted[:, None] & inside[None, :])
-    grad = gradient_rows(
-        parts, latents, wanted, first, columns, inside, w, F, width, TERMS, CHUNK, ENTRIES
+        weights = (_loaded(param, high, latents, wanted, first, block, width), None)
+        if REST:
+            weights = (weights[0], _loaded(param, high, latents, wanted, first, rest, width))
+    grad, more = gradient_rows(
+        parts, latents, wanted, first, (block, rest), weights, F, width, TERMS, CHUNK, ENTRIES, NORM
     )
-    grad = tl.where(inside[None, :], projected(grad, w, NORM), 0)
+    total = squares(grad, block)
+    if REST:
+        total += squares(more, rest)
     at = tl.program_id(1).to(tl.int64) * F + latents
-    tl.store(out + at, tl.sum(grad * grad, 1), mask=wanted)
+    tl.store(out + at, total, mask=wanted)
 
 
 def run(

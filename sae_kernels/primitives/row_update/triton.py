@@ -15,10 +15,12 @@ import triton.language as tl
 
 from sae_kernels.primitives.row_grad.triton import (
     RowTile,
+    block_of,
     blocks,
     gather,
     packed_terms,
     pointers,
+    rest_of,
     whole,
 )
 
@@ -42,23 +44,10 @@ def load_param(param, high, rows, columns, mask):
 
 
 @triton.jit
-def gradient_rows(
-    parts,
-    latents,
-    wanted,
-    first,
-    columns,
-    inside,
-    param,
-    F,
-    width,
-    TERMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """[LATENTS, COLUMNS] of the gradient before projection; ``param`` holds the same weights."""
-    terms, row_coef, norms, split, dense, slots = parts
-    grad = gather(terms, latents, wanted, first, columns, inside, width, TERMS, CHUNK, ENTRIES)
+def _with_parts(grad, parts, latents, wanted, first, block, w, F, width):
+    """The gradient of the terms and what penalties and dense rows add to a block of columns."""
+    _, row_coef, norms, split, dense, slots = parts
+    columns, inside = block
     if row_coef is not None:
         at, mask = latents[:, None], wanted[:, None]
         if split is not None:
@@ -66,7 +55,7 @@ def gradient_rows(
             mask = mask & inside[None, :]
         coef = tl.load(row_coef + at, mask=mask, other=0)
         norm = tl.load(norms + at, mask=mask, other=1)
-        grad += tl.where(norm > 0, tl.div_rn(coef, norm), 0) * param
+        grad += tl.where(norm > 0, tl.div_rn(coef, norm), 0) * w
     if dense is not None:
         slot = tl.load(slots + latents, mask=wanted, other=-1)
         at = pointers(dense, slot.to(tl.int64) * width + first, columns)
@@ -77,11 +66,37 @@ def gradient_rows(
 
 
 @triton.jit
-def projected(grad, param, NORM: tl.constexpr):
-    """The gradient without its part along a unit slice."""
+def gradient_rows(
+    parts,
+    latents,
+    wanted,
+    first,
+    blocks,
+    weights,
+    F,
+    width,
+    TERMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The gradient of each block of columns; under "unit" without its part along the slice.
+
+    ``weights`` are those of the same columns.
+    """
+    block, rest = blocks
+    w, w_rest = weights
+    grad, more = gather(parts[0], latents, wanted, first, blocks, width, TERMS, CHUNK, ENTRIES)
+    grad = _with_parts(grad, parts, latents, wanted, first, block, w, F, width)
+    if rest is not None:
+        more = _with_parts(more, parts, latents, wanted, first, rest, w_rest, F, width)
     if NORM == "unit":
-        grad -= tl.sum(grad * param, 1)[:, None] * param
-    return grad
+        along = tl.sum(grad * w, 1)[:, None]
+        if rest is not None:  # of one latent: a number, which has no layout in registers
+            along = tl.sum(tl.sum(grad * w, 1)) + tl.sum(tl.sum(more * w_rest, 1))
+            more -= along * w_rest
+        grad -= along * w
+    return grad, more
 
 
 @triton.jit
@@ -134,7 +149,9 @@ def _store_state(state, rows, columns, new, noise, mask):
 
 
 @triton.jit
-def _store_param(param, copy, rows, columns, new, mask):
+def _store_param(param, copy, rows, block, wanted, new):
+    columns, inside = block
+    mask = wanted[:, None] & inside[None, :]
     bits = new.to(tl.uint32, bitcast=True)
     at = pointers(param, rows, columns)
     if param.dtype.element_ty == tl.int16:
@@ -149,6 +166,47 @@ def _store_param(param, copy, rows, columns, new, mask):
                 new = _cut(new, 0x7FFF + ((bits >> 16) & 1))
             at = pointers(copy, rows, columns)
             tl.store(at, new.to(copy.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _state(matrix, rows, block, wanted):
+    """Weights of a block of columns in fp32, and moments as they are: bf16 takes less room."""
+    param, m, v, copy = matrix
+    columns, inside = block
+    mask = wanted[:, None] & inside[None, :]
+    w = load_param(param, copy, rows, columns, mask)
+    old_m = tl.load(pointers(m, rows, columns), mask=mask, other=0)
+    old_v = tl.load(pointers(v, rows, columns), mask=mask, other=0)
+    return w, old_m, old_v
+
+
+@triton.jit
+def _adam(state, grad, matrix, latents, first, rows, block, wanted, adam, hyper):
+    """A block of weights after the step; its moments are written back."""
+    w, old_m, old_v = state
+    _, m, v, _ = matrix
+    columns, inside = block
+    mask = wanted[:, None] & inside[None, :]
+    beta1, rest1, beta2, rest2, eps = adam
+    step = (tl.load(hyper) / tl.load(hyper + 2)).to(tl.float32)
+    v_scale = (1 / tl.sqrt(tl.load(hyper + 3))).to(tl.float32)
+    grad *= tl.load(hyper + 1).to(tl.float32)
+    new_m = beta1 * old_m.to(tl.float32) + rest1 * grad
+    new_v = beta2 * old_v.to(tl.float32) + rest2 * (grad * grad)
+    noise = tl.zeros((1, 1), tl.uint32)
+    if m.dtype.element_ty == tl.bfloat16:
+        key = _mixed(tl.load(hyper + 5).to(tl.int64).to(tl.uint32))
+        key = _mixed(latents.to(tl.uint32) ^ key)
+        noise = _mixed((first + columns).to(tl.uint32)[None, :] ^ key[:, None])
+    _store_state(m, rows, columns, new_m, noise & 0xFFFF, mask)
+    _store_state(v, rows, columns, new_v, noise >> 16, mask)
+    return w - tl.div_rn(step * new_m, tl.sqrt_rn(new_v) * v_scale + eps)
+
+
+@triton.jit
+def squares(x, block):
+    """The squared norm of each row's block of columns."""
+    return tl.sum(tl.where(block[1][None, :], x * x, 0), 1)
 
 
 @triton.jit
@@ -170,45 +228,45 @@ def _row_update(
     LATENTS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    REST: tl.constexpr,
 ):
     # What the row itself holds is loaded before the gather, which has three loads in a chain.
     if tl.load(hyper + 4) != 0:
         return
-    beta1, rest1, beta2, rest2, eps = adam
+    matrix = (param, m, v, copy)
     latents = tl.program_id(0) * LATENTS + tl.arange(0, LATENTS)
-    first, columns = tl.program_id(1).to(tl.int64) * part, tl.arange(0, COLUMNS)
-    inside = (columns < part) & (columns < width - first)
+    first = tl.program_id(1).to(tl.int64) * part
+    block, rest = block_of(first, part, width, COLUMNS), None
+    if REST:
+        rest = rest_of(first, part, width, COLUMNS, REST)
     wanted = latents < F
     if LAZY:
         wanted &= _touched(parts, latents, wanted, F, TERMS)
-    mask = wanted[:, None] & inside[None, :]
     rows = latents.to(tl.int64) * width + first
-    w = load_param(param, copy, rows, columns, mask)
-    old_m = tl.load(pointers(m, rows, columns), mask=mask, other=0).to(tl.float32)
-    old_v = tl.load(pointers(v, rows, columns), mask=mask, other=0).to(tl.float32)
-    step = (tl.load(hyper) / tl.load(hyper + 2)).to(tl.float32)
-    v_scale = (1 / tl.sqrt(tl.load(hyper + 3))).to(tl.float32)
-
-    grad = gradient_rows(
-        parts, latents, wanted, first, columns, inside, w, F, width, TERMS, CHUNK, ENTRIES
+    state = _state(matrix, rows, block, wanted)
+    weights = (state[0], None)
+    if REST:
+        more_state = _state(matrix, rows, rest, wanted)
+        weights = (state[0], more_state[0])
+    grad, more = gradient_rows(
+        parts, latents, wanted, first, (block, rest), weights, F, width, TERMS, CHUNK, ENTRIES, NORM
     )
-    grad = projected(grad, w, NORM) * tl.load(hyper + 1).to(tl.float32)
-    new_m = beta1 * old_m + rest1 * grad
-    new_v = beta2 * old_v + rest2 * (grad * grad)
-    w -= tl.div_rn(step * new_m, tl.sqrt_rn(new_v) * v_scale + eps)
+    w = _adam(state, grad, matrix, latents, first, rows, block, wanted, adam, hyper)
+    beside = w
+    if REST:
+        beside = _adam(more_state, more, matrix, latents, first, rows, rest, wanted, adam, hyper)
     if NORM != "none":
-        norm = tl.sqrt_rn(tl.sum(tl.where(mask, w * w, 0), 1))
+        total = squares(w, block)[:, None]
+        if REST:
+            total = tl.sum(squares(w, block)) + tl.sum(squares(beside, rest))
+        norm = tl.sqrt_rn(total)
         longer = norm > (0 if NORM == "unit" else 1)
-        w *= tl.where(longer, tl.div_rn(1.0, norm), 1)[:, None]
-
-    noise = tl.zeros((1, 1), tl.uint32)
-    if m.dtype.element_ty == tl.bfloat16:
-        key = _mixed(tl.load(hyper + 5).to(tl.int64).to(tl.uint32))
-        key = _mixed(latents.to(tl.uint32) ^ key)
-        noise = _mixed((first + columns).to(tl.uint32)[None, :] ^ key[:, None])
-    _store_state(m, rows, columns, new_m, noise & 0xFFFF, mask)
-    _store_state(v, rows, columns, new_v, noise >> 16, mask)
-    _store_param(param, copy, rows, columns, w, mask)
+        scale = tl.where(longer, tl.div_rn(1.0, norm), 1)
+        w *= scale
+        beside *= scale
+    _store_param(param, copy, rows, block, wanted, w)
+    if REST:
+        _store_param(param, copy, rows, rest, wanted, beside)
 
 
 @triton.jit
