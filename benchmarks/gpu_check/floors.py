@@ -23,12 +23,14 @@ def decode(shape: Shape, rates: Rates) -> float:
 def decode_and_backward(shape: Shape, rates: Rates) -> float:
     """The least seconds of decoding, code gradients and a decoder gradient, written once in bf16.
 
-    The gradient's rows gather one row of the upstream gradient per use, from cache if it fits.
+    Both gradients gather one row of the upstream gradient per use, from cache if it fits, and read
+    the decoder rows in use once.
     """
     work = Work.of(shape)
+    rows = Amount("rows", "moved", work.used)
     written = Amount("gradient", "moved", work.F * work.row)
     order = work.latent_order(rates, work.element_bytes)
-    return rates.seconds(work.decode(rates), work.code_gradients(), order, written)
+    return rates.seconds(work.decode(rates), rows, order, written)
 
 
 def row_update(shape: Shape, rates: Rates, weight_bytes: int = update_bytes(2)) -> float:

@@ -34,7 +34,8 @@ def decode(
         group_ends: int32 [G], ascending, the last being F: returns the G prefix reconstructions
             of a Matryoshka SAE (arXiv 2503.17547), shape [G, ..., D_out].
         compute_dtype: the dtype that W_dec is rounded to; sums are fp32 (fp64 for fp64). Default
-            as in :func:`encode_topk`.
+            as in :func:`encode_topk`. Under bfloat16 the gradients of W_dec and of the values take
+            the upstream gradient rounded to it.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -92,30 +93,44 @@ class _Decode(torch.autograd.Function):
         refuse_double_backward()
         values, indices, W, group_ends, offsets = ctx.saved_tensors
         needs_values, _, needs_W, needs_b = ctx.needs_input_grad[:4]
-        grad = grad.contiguous()
-        dvalues = dW = db = None
+        grad, dvalues, dW, db = grad.contiguous(), None, None, None
         if needs_b:
             db = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.b_dtype)
         if group_ends is not None:
             # A latent of group g is in prefixes g, g + 1, ...: its gradient sums theirs.
             grad = grad.flip(0).cumsum(0).flip(0).contiguous()
-        if needs_values:
-            rows = W.to(ctx.dtype)
-            dvalues = code_grad(grad, indices, rows, group_ends, offsets, backend=ctx.backend)
-            dvalues = dvalues.to(values.dtype)
+        accumulator = grad.dtype
+        grad = grad.to(checks.gradient_operand(ctx.dtype))
+        rows = W.to(ctx.dtype) if needs_values else None
         if needs_W:
-            codes = SparseCodes(values.to(grad.dtype), indices, W.shape[0], offsets)
-            dW = decoder_grad(codes, grad, group_ends, ctx.backend).to(W.dtype)
+            codes = SparseCodes(values.to(accumulator), indices, W.shape[0], offsets)
+            dvalues = None if rows is None else torch.zeros_like(codes.values)
+            dW = _decoder_grad(codes, grad, group_ends, W.dtype, rows, dvalues, ctx.backend)
+        elif rows is not None:
+            grad = grad.to(accumulator)
+            dvalues = code_grad(grad, indices, rows, group_ends, offsets, backend=ctx.backend)
+        dvalues = None if dvalues is None else dvalues.to(values.dtype)
         return dvalues, None, dW, db, None, None, None, None
 
 
-def decoder_grad(
-    codes: SparseCodes, grad: torch.Tensor, group_ends: torch.Tensor | None, backend: str | None
+def _decoder_grad(
+    codes: SparseCodes,
+    grad: torch.Tensor,
+    group_ends: torch.Tensor | None,
+    dtype: torch.dtype,
+    rows: torch.Tensor | None,
+    dvalues: torch.Tensor | None,
+    backend: str | None,
 ) -> torch.Tensor:
-    """dL/dW_dec [F, D] from dL/dx_hat [B, D], or [G, B, D] of prefix reconstructions."""
-    order = codes.latent_order(backend=backend)
+    """dL/dW_dec [F, D] from dL/dx_hat [B, D], or [G, B, D] of prefix reconstructions.
+
+    Given the decoder's rows, one reading of dL/dx_hat fills dL/dvalues too. An entry of value 0 has
+    such a gradient, so all are listed then.
+    """
+    order = codes.latent_order(drop_zeros=rows is None, backend=backend)
     if group_ends is not None:
         order = order.by_group(codes.indices, group_ends, grad.shape[1])
     source = grad.reshape(-1, grad.shape[-1])
-    term = order.term(codes.values, source)
-    return row_grad([term], codes.n_latents, source.shape[1], backend=backend)
+    term, shape = order.term(codes.values, source), (codes.n_latents, source.shape[1])
+    dots = None if dvalues is None else dvalues.flatten()
+    return row_grad([term], *shape, dtype=dtype, W=rows, dots=dots, backend=backend)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae_kernels import SparseCodes, decode, encode_topk
+from sae_kernels.primitives.checks import gradient_operand
 from sae_kernels.testing import (
     Case,
     assert_bitwise,
@@ -82,6 +83,55 @@ def test_gradients_against_the_oracle(dtype: torch.dtype, backend: str) -> None:
     assert_within("dx", x.grad, exact.x, rounding(K, exact.x_magnitude, dtype))
     assert_within("dW", W.grad, exact.W, rounding(B, exact.W_magnitude, dtype))
     assert_within("db", b.grad, exact.b, rounding(B, exact.b_magnitude, dtype))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
+)
+@pytest.mark.parametrize("groups", [False, True], ids=["plain", "groups"])
+@pytest.mark.parametrize("needed", DECODE_SUBSETS, ids=lambda s: subset_of("values W_dec b_dec", s))
+def test_decode_gradients_against_the_oracle(
+    needed: tuple[bool, ...], groups: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """dL/dW and dL/dvalues have the upstream gradient rounded as an operand, dL/db has not."""
+    indices = torch.rand(B, F).argsort(1)[:, :K].to(torch.int32)
+    values, W, b = torch.randn(B, K), torch.randn(F, D).to(dtype), torch.randn(D)
+    values[0] = 0  # entries without part in dL/dW
+    for tensor, need in zip((values, W, b), needed, strict=True):
+        tensor.requires_grad_(need)
+    ends = ENDS if groups else None
+    out = decode(SparseCodes(values, indices, F), W, b, group_ends=ends, backend=backend)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    bound = rounding(upstream.numel(), upstream.abs().double().reshape(-1, D).sum(0), dtype)
+    if b.grad is not None:
+        assert_within("db", b.grad, upstream.double().reshape(-1, D).sum(0), bound)
+    # A latent of a group has the sum of its prefixes' gradients, added in fp32 from the last on.
+    summed = upstream.flip(0).cumsum(0).flip(0) if groups else upstream[None]
+    operand = summed.to(gradient_operand(dtype))
+    u = torch.finfo(operand.dtype).eps if groups else 0.0  # another order may round across a tie
+    lost = u * operand.double().abs()
+    group = torch.bucketize(indices, ENDS, right=True) if groups else torch.zeros_like(indices)
+    token = torch.arange(B)[:, None].expand(B, K)
+    rows, off = (t.double()[group.long(), token] for t in (operand, lost))
+    own = W.detach().double()[indices.long()]
+    if values.grad is not None:
+        budget = rounding(D, (rows * own).abs().sum(-1), dtype) + (off * own.abs()).sum(-1)
+        assert_within("dvalues", values.grad, (rows * own).sum(-1), budget)
+    if W.grad is not None:
+        assert W.grad.dtype == dtype
+        weights = values.detach().double()[..., None]
+        exact, magnitude, slack = (
+            torch.zeros(F, D, dtype=torch.float64).index_add_(
+                0, indices.flatten().long(), (scale * part).reshape(-1, D)
+            )
+            for scale, part in ((weights, rows), (weights.abs(), rows.abs()), (weights.abs(), off))
+        )
+        budget = rounding(B, magnitude, dtype) + slack
+        stored = torch.finfo(dtype)  # dW is rounded to the weights' dtype
+        half = stored.eps / 2 if dtype != torch.float32 else 0.0
+        tiny = stored.smallest_normal * stored.eps
+        assert_within("dW", W.grad, exact, budget + half * (exact.abs() + budget) + tiny)
 
 
 def test_group_gradients_against_a_dense_matryoshka(either_backend: str) -> None:

@@ -134,6 +134,7 @@ def expected_step(
     kept: Kept,
     dead: Tensor,
     aux_kept: Kept | None,
+    upstream: torch.dtype = torch.float32,
 ) -> Expected:
     """The step from these fp32 weights, given what the route selected (to be checked apart).
 
@@ -144,7 +145,9 @@ def expected_step(
         kept: the main selection, 4k wide with multi-TopK.
         dead: the latents in AuxK, possibly none.
         aux_kept: AuxK's selection, in positions of ``dead``.
+        upstream: what dL/dx_hat is rounded to where it is multiplied with codes or rows.
     """
+    u = torch.finfo(upstream).eps / 2 if upstream != torch.float32 else 0.0
     F, B = sae.n_latents, x.shape[0]
     dtype: torch.dtype = getattr(torch, train.optimizer.compute)
     scaled = x.float() * sae.activation_scale  # both of one rounding, the same everywhere
@@ -170,10 +173,11 @@ def expected_step(
         residual = codes.product(W_dec, count + 1) + b_dec - X
         squared = (residual * residual).sum(None)
         factor = scale.times(2 * weight)
+        operand = residual.rounded(u)
         share = [
             scale.times(weight) * squared,
-            factor * (residual @ W_dec.T).times(mask),
-            (factor * codes).T @ residual,
+            factor * (operand @ W_dec.T).times(mask),
+            (factor * codes).T @ operand,
             factor * residual.sum(0),
         ]
         if first is None:
