@@ -131,5 +131,8 @@ def test_a_call_looks_like_its_function() -> None:
         "terms",
         "n_latents",
         "width",
+        "dtype",
+        "W",
+        "dots",
         "backend",
     ]
