@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from sae_kernels.primitives.terms import Term
 
+_WIDENED_BYTES = 4 << 20  # of W in the dtype of the sums at a time, so that they stay in cache
+
 
 def run(
     terms: Sequence[Term],
@@ -41,7 +43,10 @@ def _multiply(term: Term, W: torch.Tensor, dots: torch.Tensor) -> None:
     (tuple_,) = cpu.packed_terms([term], dots.dtype)
     offsets, entries, rows, _, source, source_dtype = tuple_
     out = dots.new_empty(dots.shape)  # in latent order
-    operands = (W.to(dots.dtype).contiguous(), rows, offsets, source, None, out)
-    sizes = (W.shape[0], 1, W.shape[1], source.shape[0], 1)
-    cpu.run("code_grad", source_dtype, *operands, *sizes)
+    slab = max(1, _WIDENED_BYTES // (W.shape[1] * dots.element_size()))
+    for some in (slice(first, first + slab) for first in range(0, W.shape[0], slab)):
+        own = W[some].to(dots.dtype).contiguous()
+        ends = offsets[some.start : some.stop + 1]
+        sizes = (own.shape[0], 1, own.shape[1], source.shape[0], 1)
+        cpu.run("code_grad", source_dtype, own, rows, ends, source, None, out, *sizes)
     dots[entries[listed].long()] = out[listed]
