@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sae_kernels import formats as formats
     from sae_kernels import functional as functional
     from sae_kernels import harvest as harvest
+    from sae_kernels import integrations as integrations
     from sae_kernels import io as io
     from sae_kernels import nn as nn
     from sae_kernels import plotting as plotting
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from sae_kernels.functional import encode_threshold as encode_threshold
     from sae_kernels.functional import encode_topk as encode_topk
     from sae_kernels.functional.decode import decode as decode
+    from sae_kernels.integrations import accelerate as accelerate
     from sae_kernels.nn import BatchTopKConfig as BatchTopKConfig
     from sae_kernels.nn import BatchTopKSAE as BatchTopKSAE
     from sae_kernels.nn import GatedConfig as GatedConfig
@@ -95,6 +97,7 @@ _OFFERED: dict[str, tuple[str, ...]] = {
         "encode_topk",
     ),
     "harvest": (),
+    "integrations": ("accelerate",),
     "io": (),
     "nn": (
         "BatchTopKConfig",

@@ -13,6 +13,10 @@ class SaeKernelsError(Exception):
     """Base class of all exceptions of this package."""
 
 
+class AccelerationError(SaeKernelsError, RuntimeError):
+    """A library, one of its trainers or one of its calls cannot be accelerated."""
+
+
 class BackendUnavailableError(SaeKernelsError, NotImplementedError):
     """No backend can run the call; the message lists each candidate with its reason."""
 

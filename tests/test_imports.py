@@ -29,7 +29,7 @@ ROOMS = (
     {"nn"},
     {"formats", "step"},
     {"data", "plotting", "runs", "testing"},
-    {"harvest"},
+    {"harvest", "integrations"},
     {"training"},
     {"report"},
     {"analyze", "bench", "demo"},
