@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
+import io
+import textwrap
+import tokenize
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +78,11 @@ class Adapter:
 
     Attributes:
         distribution: the name that pip knows.
-        tested: versions that the tests ran against; others of the range must have the same seams.
+        tested: versions that the tests ran against; others of the range must have the same code.
         oldest, below: the range of versions, ``oldest <= version < below``.
         levels: those that it has, shallow first.
-        seams: what is replaced, ``"module:Class.function"``, and its parameters' names.
+        seams: what is replaced or relied on, ``"module:Class.function"``, and the
+            :func:`fingerprint` of its code in the tested versions.
         install: replaces them, in the installation's patches.
         modules_of: the accelerated modules of a trainer or of a module; none for other objects.
         optimizers_of: the optimizers of a trainer that exists already; none of other objects.
@@ -88,7 +93,7 @@ class Adapter:
     oldest: str
     below: str
     levels: tuple[str, ...]
-    seams: Mapping[str, tuple[str, ...]]
+    seams: Mapping[str, str]
     install: Callable[[Installation], None]
     modules_of: Callable[[Any], Iterable[torch.nn.Module]]
     optimizers_of: Callable[[Any], Iterable[torch.optim.Optimizer]]
@@ -97,7 +102,7 @@ class Adapter:
         """Checks that the library is there and one that this adapter knows; returns its version.
 
         Raises:
-            AccelerationError: it is not installed, too old, too new, or has other seams.
+            AccelerationError: it is not installed, too old, too new, or has other code.
         """
         name = self.distribution
         try:
@@ -111,14 +116,13 @@ class Adapter:
                 f"{name}: expected a version from {self.oldest} to below {self.below} (tested: "
                 f"{', '.join(self.tested)}), got {version}; install one of these"
             )
-        for seam, expected in self.seams.items():
-            found = _parameters(seam)
-            if found != expected:
-                got = "nothing of that name" if found is None else f"({', '.join(found)})"
-                raise AccelerationError(
-                    f"{name} {version}: expected {seam}({', '.join(expected)}), got {got}; tested "
-                    f"are {', '.join(self.tested)}"
-                )
+        changed = [seam for seam, code in self.seams.items() if fingerprint(seam) != code]
+        if changed:
+            raise AccelerationError(
+                f"{name} {version}: expected the code of a tested version ("
+                f"{', '.join(self.tested)}) in all that is replaced, got another in "
+                f"{', '.join(changed)}; install one of these"
+            )
         return version
 
 
@@ -132,12 +136,33 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _parameters(seam: str) -> tuple[str, ...] | None:
+def fingerprint(seam: str) -> str | None:
+    """A short hash of a function's or class's code; None where there is none of that name.
+
+    Comments, docstrings and layout do not count. A formula may change under the same signature, so
+    adapters compare this. Replaced functions answer as the library's own.
+
+    Args:
+        seam: "module:name" or "module:Class.function".
+
+    Example:
+        >>> fingerprint("json:no_such_name") is None
+        True
+    """
     module, _, path = seam.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for name in path.split("."):
             found = getattr(found, name)
-    except (ImportError, AttributeError):
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(found)))
+    except (ImportError, AttributeError, OSError, TypeError):
         return None
-    return tuple(inspect.signature(found).parameters)
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    kept, starts = [], True  # starts: a string here would be a statement, that is a docstring
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in skipped:
+            starts = starts or token.type != tokenize.COMMENT
+        elif not (starts and token.type == tokenize.STRING):
+            kept.append(token.string)
+            starts = False
+    return hashlib.sha256("".join(kept).encode()).hexdigest()[:12]
