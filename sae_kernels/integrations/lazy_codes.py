@@ -63,6 +63,7 @@ class LazyCodes(torch.Tensor):
     _made: Any  # the autograd node that this tensor was made with
     _used: bool  # a differentiable answer was given from the entries
     ledger: Ledger | None
+    unscaled: SparseCodes | None  # an adapter's note: what its decoder multiplies in their place
 
     @classmethod
     def of(cls, codes: SparseCodes, ledger: Ledger | None = None) -> LazyCodes:
@@ -94,7 +95,7 @@ class LazyCodes(torch.Tensor):
             requires_grad=False,
         )
         view._memory, view._entries, view._made, view._used = memory, codes, None, False
-        view.ledger = None
+        view.ledger = view.unscaled = None
         return view
 
     @property
