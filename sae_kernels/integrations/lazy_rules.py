@@ -243,15 +243,19 @@ def _norm(acts: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **kw
     p = kwargs.pop("ord", p)
     p = 2 if p in (None, "fro") else p
     codes, over = entries_of(acts), _over(acts, dim)
-    if codes is None or kwargs or keepdim or not isinstance(p, (int, float)) or not p > 0:
+    if codes is None or keepdim or any(each is not None for each in kwargs.values()):
+        return NotImplemented
+    if not isinstance(p, (int, float)) or not 1 <= p < float("inf"):
         return NotImplemented
     if over == "all":
         return _used(acts, codes.values.flatten().norm(p))
-    if over != "latents" or codes.offsets is not None or p == float("inf"):
-        if p == 1 and over is not None:
-            return _sum(acts.abs(), dim)
+    if over != "latents":
         return NotImplemented
-    return _used(acts, codes.values.norm(p, dim=-1))
+    if codes.offsets is None:
+        return _used(acts, codes.values.norm(p, dim=-1))
+    total = by_token(codes, codes.values.abs() ** p)
+    # A token without entries has the norm 0, and no gradient.
+    return _used(acts, torch.where(total > 0, total, 1) ** (1 / p) * (total > 0))
 
 
 # Columns, masks and products.

@@ -32,7 +32,9 @@ class Patches:
         inherited = name not in vars(owner)
         kept = getattr(owner, name) if inherited else vars(owner)[name]  # with its staticmethod
         original = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(make(original)))
+        new = functools.wraps(original)(make(original))
+        bound = isinstance(kept, (staticmethod, classmethod))  # original takes no self
+        setattr(owner, name, staticmethod(new) if bound else new)
         self._saved.append((owner, name, kept, inherited))
 
     def undo(self) -> None:
