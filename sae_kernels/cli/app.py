@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sae_kernels._version import __version__
+from sae_kernels.cli.accelerate import accelerate
 from sae_kernels.cli.analyze import analyze
 from sae_kernels.cli.bench import bench
 from sae_kernels.cli.convert import convert
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "inspect": inspect,
     "convert": convert,
+    "accelerate": accelerate,
     "bench": bench,
     "plan": plan,
     "env": env,

@@ -26,7 +26,8 @@ class LatentRows:
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows [F, D] of a weight [D, F], contiguous: a view, after at most one turn."""
         if not weight.T.is_contiguous():
-            weight.data = weight.data.T.contiguous().T
+            with torch.inference_mode(False):  # or it could never be trained again
+                weight.data = weight.data.T.contiguous().T
         if weight not in self._turned and not weight.is_contiguous():
             self._turned[weight] = True
             if self._hook is None:
@@ -42,7 +43,8 @@ class LatentRows:
     def undo(self) -> None:
         """Lays all weights and their optimizer states as torch does by default."""
         for weight in list(self._turned):
-            weight.data = weight.data.contiguous()
+            with torch.inference_mode(False):
+                weight.data = weight.data.contiguous()
         for optimizer in list(self._optimizers):
             self._lay(optimizer)
         if self._hook is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_kernels import backends
 from sae_kernels.errors import AccelerationError
 
 if TYPE_CHECKING:
@@ -150,7 +151,18 @@ def unfit(*tensors: torch.Tensor) -> str | None:
             return f"device {tensor.device.type}"
     if len({tensor.device for tensor in tensors}) > 1:
         return "tensors on several devices"
-    return None
+    return _no_kernels(tensors[0].device.type, tensors[0].dtype)
+
+
+@functools.cache
+def _no_kernels(device: str, dtype: torch.dtype) -> str | None:
+    """Why only the reference could run here, which is slower than the library; or None."""
+    found = backends.candidates("select_topk", torch.device(device), dtype)
+    fast = [each for each in found if each.backend != "reference"]
+    if any(each.reason is None for each in fast):
+        return None
+    reasons = "; ".join(f"{each.backend}: {each.reason}" for each in fast)
+    return f"no kernels for {dtype} on {device} ({reasons})"
 
 
 def hooked(module: Any) -> bool:

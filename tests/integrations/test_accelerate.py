@@ -126,8 +126,7 @@ def test_a_library_is_accelerated_and_taken_back(toy: Any) -> None:
 def test_a_block_takes_itself_back_after_an_error_too(toy: Any) -> None:
     module = toy.Module()
     with pytest.raises(KeyError), sk.accelerate("toy", level="module") as run:
-        assert module("yes") == "fast"
-        raise KeyError
+        {}[module("yes")]
     assert (module("yes"), run.report().taken) == ("shipped", {"forward": 1})
     with pytest.raises(AccelerationError, match="it said no"), sk.accelerate("toy", strict=True):
         module("no")
@@ -200,10 +199,10 @@ def test_versions_and_code_that_it_does_not_know(toy: Any) -> None:
     installed = metadata.version("pytest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy.Module, "forward", lambda self, x: "another formula")
-        with pytest.raises(AccelerationError, match="got another in toy:Module.forward"):
+        with pytest.raises(AccelerationError, match=r"got another in toy:Module\.forward"):
             sk.accelerate("toy")
         patch.delattr(toy.Module, "forward")
-        with pytest.raises(AccelerationError, match="got another in toy:Module.forward"):
+        with pytest.raises(AccelerationError, match=r"got another in toy:Module\.forward"):
             sk.accelerate("toy")
     for limits in ({"oldest": "90"}, {"below": "7.0.1"}):
         room: Any = sys.modules["sae_kernels.integrations.toy"]

@@ -92,6 +92,13 @@ def test_under_no_grad_it_has_none() -> None:
     assert not (late + 1).requires_grad
 
 
+def test_in_inference_mode() -> None:
+    x, W = inputs()
+    with torch.inference_mode():
+        late = LateTensor.of((5, 4), lambda x, W: x @ W, x * 1, W)
+        assert torch.equal(late + 0, x @ W)
+
+
 def test_autocast_is_that_of_its_making() -> None:
     x, W = inputs()
     with torch.autocast("cpu", torch.bfloat16):

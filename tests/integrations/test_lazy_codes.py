@@ -170,6 +170,16 @@ def test_it_becomes_dense_once() -> None:
     assert f.dense().data_ptr() == f.dense().data_ptr()
 
 
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        f = LazyCodes.of(codes("ragged"))
+        dense = codes("ragged").to_dense()
+        for use in (lambda f: f.sum(-1), lambda f: f.max(), lambda f: f[:, 2:4], lambda f: f @ W):
+            assert torch.allclose(use(f), use(dense))
+        f[:, 3] = 1
+        assert bool((f[:, 3] == 1).all())
+
+
 def test_what_is_written_is_there_for_all_aliases() -> None:
     with torch.no_grad():
         f = LazyCodes.of(codes("k"))

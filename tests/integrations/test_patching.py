@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from sae_kernels import backends
+from sae_kernels.backends import Candidate
 from sae_kernels.errors import AccelerationError
+from sae_kernels.integrations import patching
 from sae_kernels.integrations.layout import LatentRows
 from sae_kernels.integrations.optimizer import FusedAdam
 from sae_kernels.integrations.patching import Ledger, Left, Patches, hooked, unfit
@@ -103,6 +106,19 @@ def test_tensors_that_the_kernels_do_not_take() -> None:
     assert seen == ["a torch.func transform is at work"]
 
 
+def test_where_only_the_reference_runs_the_library_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patching._no_kernels.cache_clear()
+    monkeypatch.setattr(
+        backends,
+        "candidates",
+        lambda *_: [Candidate("triton", "old"), Candidate("reference", None)],
+    )
+    assert unfit(torch.zeros(2)) == "no kernels for torch.float32 on cpu (triton: old)"
+    patching._no_kernels.cache_clear()
+
+
 def test_hooked_modules() -> None:
     module = torch.nn.Identity()
     assert not hooked(module)
@@ -157,6 +173,18 @@ def test_a_view_of_a_larger_buffer_is_not_laid_anew() -> None:
     flat = torch.zeros(20)
     assert LatentRows().why_not(flat[:12].view(3, 4)) == "a weight that is part of a larger buffer"
     assert LatentRows().why_not(torch.zeros(3, 4)) is None
+
+
+def test_a_weight_turned_in_inference_mode_can_be_trained() -> None:
+    rows, weight = LatentRows(), torch.nn.Parameter(torch.ones(3, 4))
+    with torch.inference_mode():
+        rows.of(weight)
+    (weight * weight).sum().backward()
+    with torch.inference_mode():
+        rows.undo()
+    (weight * weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((3, 4), 4.0))
 
 
 def test_the_optimizer_hook_goes_with_the_last_turn() -> None:
