@@ -120,8 +120,7 @@ def main() -> int:
         return suite(options.library, checkout, options.level, selection)
     own = [str(path) for path in sorted(ROOT.glob("tests/integrations/test_*.py"))]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--noconftest", "--import-mode=importlib", *(selection or own)]
-        return run(options.library, arguments, Path(folder))
+        return run(options.library, ["--noconftest", *own, *selection], Path(folder))
 
 
 if __name__ == "__main__":

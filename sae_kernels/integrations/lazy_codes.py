@@ -1,7 +1,8 @@
 """LazyCodes: codes [..., F] as a tensor of the usual kind, of which only the entries exist.
 
-What the entries can answer they answer (:mod:`sae_kernels.integrations.lazy_rules`), above autograd
-and differentiably. For everything else the dense tensor is made, once, and the ledger learns of it.
+What the entries can answer they answer (:mod:`~sae_kernels.integrations.lazy_rules` and
+:mod:`~sae_kernels.integrations.lazy_parts`), above autograd and differentiably. For everything else
+the dense tensor is made, once, and the ledger learns of it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import torch
 from torch.utils import _pytree
 
 from sae_kernels.codes import SparseCodes
-from sae_kernels.integrations import lazy_rules
+from sae_kernels.integrations import lazy_parts, lazy_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sae_kernels.integrations.patching import Ledger
 
+_RULES = lazy_rules.RULES | lazy_parts.RULES
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class _Memory:
-    """What a tensor's storage is: shared by a tensor and its detached aliases."""
+    """What a tensor's storage is: shared by a tensor, its detached aliases and other shapes."""
 
     def __init__(self, codes: SparseCodes) -> None:
         self.codes = codes  # without graph
@@ -34,7 +36,7 @@ class _Memory:
     def made(self) -> torch.Tensor:
         if self.dense is None:
             with torch.no_grad():
-                self.dense = self.codes.to_dense()
+                self.dense = self.codes.flat().to_dense()
         return self.dense
 
 
@@ -59,6 +61,7 @@ class LazyCodes(torch.Tensor):
     """
 
     _memory: _Memory
+    _plain: SparseCodes  # without graph
     _entries: SparseCodes | None  # with graph; None where the dense tensor's graph is the true one
     _made: Any  # the autograd node that this tensor was made with
     _used: bool  # a differentiable answer was given from the entries
@@ -84,9 +87,9 @@ class LazyCodes(torch.Tensor):
         return view
 
     @classmethod
-    def over(cls, memory: _Memory) -> LazyCodes:
-        """A tensor without graph over a memory."""
-        codes = memory.codes
+    def over(cls, memory: _Memory, codes: SparseCodes | None = None) -> LazyCodes:
+        """A tensor without graph over a memory; ``codes`` are its codes in another batch shape."""
+        codes = memory.codes if codes is None else codes
         view: LazyCodes = torch.Tensor._make_wrapper_subclass(
             cls,
             (*codes.batch_shape, codes.n_latents),
@@ -94,7 +97,8 @@ class LazyCodes(torch.Tensor):
             device=codes.values.device,
             requires_grad=False,
         )
-        view._memory, view._entries, view._made, view._used = memory, codes, None, False
+        view._memory, view._plain, view._entries = memory, codes, codes
+        view._made, view._used = None, False
         view.ledger = view.unscaled = None
         return view
 
@@ -113,7 +117,7 @@ class LazyCodes(torch.Tensor):
         """The dense data, without graph; made at the first call, which is counted under ``why``."""
         if self._memory.dense is None and self.ledger is not None:
             self.ledger.made_dense(why)
-        return self._memory.made()
+        return self._memory.made().view(self.shape)
 
     def watch(self) -> None:
         """Makes this tensor part of the graph of all that follows, for gradients at it.
@@ -145,7 +149,19 @@ class LazyCodes(torch.Tensor):
 
     def alias(self) -> LazyCodes:
         """A tensor of the same memory without graph, as ``detach()`` gives."""
-        view = LazyCodes.over(self._memory)
+        view = LazyCodes.over(self._memory, self._plain)
+        view.ledger = self.ledger
+        return view
+
+    def batched(self, leading: tuple[int, ...]) -> LazyCodes:
+        """A tensor of the same memory without graph, with another shape of the batch."""
+        codes = self._plain
+        if codes.offsets is None:
+            shape = (*leading, codes.k)
+            codes = codes.with_values(codes.values.reshape(shape), codes.indices.reshape(shape))
+        else:
+            codes = dataclasses.replace(codes, leading=leading)
+        view = LazyCodes.over(self._memory, codes)
         view.ledger = self.ledger
         return view
 
@@ -154,7 +170,7 @@ class LazyCodes(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = lazy_rules.RULES.get(func)
+        rule = _RULES.get(func)
         if rule is not None:
             answer = rule(*args, **kwargs)
             if answer is not NotImplemented:
@@ -180,17 +196,17 @@ class LazyCodes(torch.Tensor):
         return args[0] if func._schema.is_mutable and isinstance(args[0], LazyCodes) else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain("pickle").__reduce_ex__(protocol)
+        return self._copied("pickle").__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self._plain("deepcopy")
+        return self._copied("deepcopy")
 
-    def _plain(self, why: str) -> torch.Tensor:
+    def _copied(self, why: str) -> torch.Tensor:
         """A dense leaf of the same data, as a copy of a tensor is."""
         return self.dense(why).clone().requires_grad_(self.requires_grad)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        n, dense = self._memory.codes.values.numel(), self._memory.dense is not None
+        n, dense = self._plain.values.numel(), self._memory.dense is not None
         return (
             f"LazyCodes(shape={tuple(self.shape)}, dtype={self.dtype}, entries={n}, dense={dense})"
         )

@@ -18,18 +18,23 @@ if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
 
 Rule = TypeVar("Rule", bound="Callable[..., Any]")
-RULES: dict[Any, Callable[..., Any]] = {}
 T = torch.Tensor
 
 
-def rule(*functions: Any) -> Callable[[Rule], Rule]:
-    """Enters a rule for some functions of torch."""
+class Rules(dict[Any, "Callable[..., Any]"]):
+    """Functions of torch with their rules; called, it enters one."""
 
-    def enter(answer: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions, answer))
-        return answer
+    def __call__(self, *functions: Any) -> Callable[[Rule], Rule]:
+        """A decorator: the rule for these functions."""
 
-    return enter
+        def enter(answer: Rule) -> Rule:
+            self.update(dict.fromkeys(functions, answer))
+            return answer
+
+        return enter
+
+
+RULES = rule = Rules()
 
 
 def entries_of(value: Any) -> SparseCodes | None:
@@ -37,7 +42,7 @@ def entries_of(value: Any) -> SparseCodes | None:
     return getattr(value, "entries", None) if isinstance(value, T) else None
 
 
-def _used(acts: Any, answer: torch.Tensor) -> torch.Tensor:
+def used(acts: Any, answer: torch.Tensor) -> torch.Tensor:
     """Notes that a differentiable answer came from the entries."""
     acts._used = acts._used or answer.requires_grad
     return answer
@@ -114,6 +119,8 @@ def _scaled(operation: Callable[..., torch.Tensor], *, swaps: bool) -> Callable[
             if not other.is_floating_point():
                 return acts.like(operation(codes.values, other[codes.indices.long()]))
             factor = functional.gather_by_latent(other, codes)
+        elif type(other) is T and other.shape == (*acts.shape[:-1], 1) and acts.dim() > 1:
+            factor = other.flatten()[codes.tokens.long()].reshape(codes.values.shape)
         else:
             return _both(operation, acts, other)
         return acts.like(operation(codes.values, factor))
@@ -166,45 +173,51 @@ def by_token(codes: SparseCodes, values: torch.Tensor) -> torch.Tensor:
     return out.index_add(0, codes.tokens.long(), values).reshape(codes.batch_shape)
 
 
-def by_latent(codes: SparseCodes, values: torch.Tensor) -> torch.Tensor:
-    """Sums of entries' values over each latent, [F]; differentiable."""
-    out = values.new_zeros(codes.n_latents)
-    return out.index_add(0, codes.indices.flatten().long(), values.flatten())
+def by_latent(codes: SparseCodes, values: torch.Tensor, dims: set[int]) -> torch.Tensor:
+    """Sums of entries' values over some dimensions of the batch; differentiable."""
+    places = codes.indices.flatten().long()
+    tokens, sizes = codes.tokens.flatten().long(), []
+    step = codes.n_latents
+    for dim in reversed(range(len(codes.batch_shape))):
+        size = codes.batch_shape[dim]
+        if dim not in dims:
+            places = places + (tokens % size) * step
+            step *= size
+            sizes.insert(0, size)
+        tokens = tokens // size
+    out = values.new_zeros(step).index_add(0, places, values.flatten())
+    return out.reshape(*sizes, codes.n_latents)
 
 
-def _over(acts: Any, dim: Any) -> str | None:
-    """Which dimensions a reduction goes over: "all", "latents", "tokens", or None for others."""
-    if dim is None or dim == ():
-        return "all"
+def _dims(acts: Any, dim: Any) -> set[int] | None:
+    """The dimensions that a reduction goes over; None where they are not numbers."""
     n = acts.dim()
-    dims = {d % n for d in ((dim,) if isinstance(dim, int) else dim)}
-    if dims == set(range(n)):
-        return "all"
-    return "latents" if dims == {n - 1} else "tokens" if dims == set(range(n - 1)) else None
+    if dim is None or dim == ():
+        return set(range(n))
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    return {d % n for d in dims} if all(isinstance(d, int) for d in dims) else None
 
 
 @rule(T.sum, torch.sum)
 def _sum(
     acts: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, **other: Any
 ) -> Any:
-    codes, over = entries_of(acts), _over(acts, dim)
-    if codes is None or over is None or other:
+    codes, dims = entries_of(acts), _dims(acts, dim)
+    if codes is None or dims is None or other:
         return NotImplemented
-    values = codes.values
+    values, last = codes.values, acts.dim() - 1
     whole = values.dtype == torch.bool or not values.is_floating_point()
     values = values.to(dtype or (torch.int64 if whole else values.dtype))
-    if over == "all":
+    if len(dims) == acts.dim():
         out = values.sum()
+    elif last in dims:
+        out = by_token(codes, values)
+        out = out.sum(tuple(dims - {last})) if len(dims) > 1 else out
     else:
-        out = by_token(codes, values) if over == "latents" else by_latent(codes, values)
+        out = by_latent(codes, values, dims)
     if keepdim:
-        sizes = [1 if over == "all" else n for n in acts.shape]
-        if over == "latents":
-            sizes[-1] = 1
-        elif over == "tokens":
-            sizes[:-1] = [1] * (len(sizes) - 1)
-        out = out.reshape(sizes)
-    return _used(acts, out)
+        out = out.reshape([1 if d in dims else size for d, size in enumerate(acts.shape)])
+    return used(acts, out)
 
 
 @rule(T.mean, torch.mean)
@@ -242,131 +255,22 @@ def _count_nonzero(acts: Any, dim: Any = None) -> Any:
 def _norm(acts: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     p = kwargs.pop("ord", p)
     p = 2 if p in (None, "fro") else p
-    codes, over = entries_of(acts), _over(acts, dim)
-    if codes is None or keepdim or any(each is not None for each in kwargs.values()):
+    codes, dims = entries_of(acts), _dims(acts, dim)
+    if (
+        codes is None
+        or dims is None
+        or keepdim
+        or any(each is not None for each in kwargs.values())
+    ):
         return NotImplemented
     if not isinstance(p, (int, float)) or not 1 <= p < float("inf"):
         return NotImplemented
-    if over == "all":
-        return _used(acts, codes.values.flatten().norm(p))
-    if over != "latents":
+    if len(dims) == acts.dim():
+        return used(acts, codes.values.flatten().norm(p))
+    if dims != {acts.dim() - 1}:
         return NotImplemented
     if codes.offsets is None:
-        return _used(acts, codes.values.norm(p, dim=-1))
+        return used(acts, codes.values.norm(p, dim=-1))
     total = by_token(codes, codes.values.abs() ** p)
     # A token without entries has the norm 0, and no gradient.
-    return _used(acts, torch.where(total > 0, total, 1) ** (1 / p) * (total > 0))
-
-
-# Columns, masks and products.
-
-
-@rule(T.__getitem__)
-def _getitem(acts: Any, index: Any) -> Any:
-    codes = entries_of(acts)
-    if codes is None:
-        return NotImplemented
-    mask = entries_of(index)
-    if mask is not None and mask.values.dtype == torch.bool and index.shape == acts.shape:
-        ragged = codes.offsets is not None
-        if mask.indices is codes.indices and ragged:  # in the order of the dense tensor
-            return _used(acts, codes.values[mask.values])
-        if mask.indices is codes.indices:
-            order = codes.indices.argsort(-1)
-            kept = mask.values.gather(-1, order)
-            return _used(acts, codes.values.gather(-1, order)[kept])
-        return NotImplemented
-    latents = _latents_of(index, acts.dim())
-    return NotImplemented if latents is None else _used(acts, codes.columns(latents))
-
-
-def _latents_of(index: Any, n_dims: int) -> torch.Tensor | None:
-    """The latents of ``acts[..., latents]`` and ``acts[:, latents]``, a list or a 1-D tensor."""
-    if not isinstance(index, tuple) or not index:
-        return None
-    *before, last = index
-    whole = [Ellipsis] if before == [Ellipsis] else [slice(None)] * (n_dims - 1)
-    if before != whole or isinstance(last, (int, slice, type(None))) or last is Ellipsis:
-        return None  # those are views, which may be written through
-    try:
-        latents = torch.as_tensor(last)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    good = latents.dim() == 1 and latents.dtype == torch.int64 and type(latents) is T
-    return latents if good and bool((latents >= 0).all()) else None
-
-
-@rule(T.matmul, torch.matmul, T.__matmul__, T.mm, torch.mm)
-def _matmul(acts: Any, weight: Any) -> Any:
-    codes = entries_of(acts)
-    if codes is None or not _is_matrix(weight) or weight.shape[0] != codes.n_latents:
-        return NotImplemented
-    return _used(acts, functional.decode(codes, weight).to(_product_dtype(acts, weight)))
-
-
-@rule(F.linear)
-def _linear(acts: Any, weight: Any, bias: Any = None) -> Any:
-    codes = entries_of(acts)
-    if codes is None or not _is_matrix(weight) or weight.shape[1] != codes.n_latents:
-        return NotImplemented
-    out = functional.decode(codes, weight.T, bias)
-    return _used(acts, out.to(_product_dtype(acts, weight)))
-
-
-def _is_matrix(weight: Any) -> bool:
-    return type(weight) in (T, torch.nn.Parameter) and weight.dim() == 2
-
-
-def _product_dtype(acts: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(acts.dtype, weight.dtype)
-
-
-@rule(T.to_dense)
-def _to_dense(acts: Any, *args: Any, **kwargs: Any) -> Any:
-    # A dense tensor's to_dense() is that tensor.
-    return acts
-
-
-# What looks behind the tensor: at its memory, or at its gradient.
-
-
-@rule(T.detach, torch.detach, T.data.__get__)  # type: ignore[attr-defined]
-def _detach(acts: Any, *_: Any) -> Any:
-    return acts.alias() if hasattr(acts, "alias") else NotImplemented
-
-
-@rule(T.numpy, T.__array__)
-def _numpy(acts: Any, *args: Any, **kwargs: Any) -> Any:
-    if acts.requires_grad:
-        raise RuntimeError(
-            "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
-        )
-    return _memory_of(acts, "numpy").numpy(*args, **kwargs)
-
-
-@rule(T.data_ptr)
-def _data_ptr(acts: Any) -> Any:
-    return _memory_of(acts, "data_ptr").data_ptr()
-
-
-@rule(T.untyped_storage)
-def _untyped_storage(acts: Any) -> Any:
-    return _memory_of(acts, "untyped_storage").untyped_storage()
-
-
-def _memory_of(acts: Any, why: str) -> torch.Tensor:
-    dense: torch.Tensor = acts.dense(why)
-    acts._memory.written = True  # by whoever holds it, at any time
-    return dense
-
-
-@rule(T.tolist)
-def _tolist(acts: Any) -> Any:
-    return acts.dense("tolist").tolist()
-
-
-@rule(T.retain_grad, T.register_hook, T.requires_grad_)
-def _watched(acts: Any, *args: Any, **kwargs: Any) -> Any:
-    if hasattr(acts, "watch") and acts.requires_grad:
-        acts.watch()
-    return NotImplemented
+    return used(acts, torch.where(total > 0, total, 1) ** (1 / p) * (total > 0))

@@ -47,6 +47,12 @@ def codes(form: str) -> SparseCodes:
     return SparseCodes(values.requires_grad_(), places[:, 1].int(), N, offsets, leading)
 
 
+def factors(f: Any) -> torch.Tensor:
+    """A number for each token, [..., 1]."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(*f.shape[:-1], 1, generator=generator, dtype=torch.float64)
+
+
 FORMS = ("k", "k of batches", "ragged", "ragged of batches")
 # What entries answer.
 SPARSE: dict[str, Callable[[Any], Any]] = {
@@ -65,6 +71,9 @@ SPARSE: dict[str, Callable[[Any], Any]] = {
     "sum by token, kept": lambda f: f.sum(-1, keepdim=True),
     "sum by latent": lambda f: f.sum(tuple(range(f.dim() - 1))),
     "sum by latent, kept": lambda f: f.sum(dim=list(range(f.dim() - 1)), keepdim=True),
+    "sum over a dimension of the batch": lambda f: (f**2).sum(0),
+    "sum over two": lambda f: f.sum((0, -1)),
+    "sum over the last but one": lambda f: f.sum(dim=-2, keepdim=True),
     "mean": lambda f: f.mean(),
     "mean by token": lambda f: f.mean(-1),
     "L0": lambda f: (f > 0).float().sum(-1).mean(),
@@ -86,6 +95,12 @@ SPARSE: dict[str, Callable[[Any], Any]] = {
     "masked": lambda f: f[f > 0].min(),
     "masked, in order": lambda f: f[f > 0] * 2,
     "times its mask": lambda f: (f * (f > 0.5)).sum(-1),
+    "by a factor of each token": lambda f: (f * factors(f)).sum(0),
+    "masked tokens": lambda f: f[factors(f)[..., 0] > 0] @ W,
+    "nonzero": lambda f: f.nonzero(),
+    "nonzero as a tuple": lambda f: torch.stack((f > 0.1).nonzero(as_tuple=True)),
+    "flattened without graph": lambda f: (f.detach().reshape(-1, N) != 0).sum(-1),
+    "flatten": lambda f: f.detach().flatten(0, f.dim() - 2).sum(0),
     "columns": lambda f: f[..., [3, 1]],
     "columns of a tensor": lambda f: f[..., torch.tensor([0, 11, 0])],
     "detached": lambda f: f.detach().sum(-1),
@@ -194,6 +209,10 @@ def test_what_is_written_is_there_for_all_aliases() -> None:
         for each in (f, alias):
             assert torch.equal(each.sum(-1), expected.sum(-1))
             assert torch.equal(each + 0, expected)
+        other = LazyCodes.of(codes("k of batches"))
+        flat = other.view(-1, N)
+        other.detach().view(6, N)[2, :] = 9
+        assert float(flat[2].sum()) == float(other[0, 2].sum()) == 9 * N
         f.detach().numpy()[0, 0] = 100
         assert float(f.max()) == 100
 

@@ -94,13 +94,9 @@ class Density:
     def __init__(self) -> None:
         self._kept: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
 
-    def why_dense(self, sae: torch.nn.Module, at_first: float) -> str | None:
-        """Why the next call of an SAE is dense, or None.
-
-        Args:
-            at_first: the part to assume before the first call.
-        """
-        if self._kept.get(sae, at_first) > DENSE_FROM:
+    def why_dense(self, sae: torch.nn.Module) -> str | None:
+        """Why the next call of an SAE is dense, or None; the first is, as nothing is known yet."""
+        if self._kept.get(sae, 1.0) > DENSE_FROM:
             return f"more than {DENSE_FROM:.0%} of the latents fire, or the first step"
         return None
 

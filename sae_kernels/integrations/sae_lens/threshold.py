@@ -91,7 +91,7 @@ def install(installation: Installation) -> None:
                 if why:
                     ledger.left(what, why)
                     return original(self, x)
-                dense = density.why_dense(self, 1.0 if trains else 0.0)
+                dense = density.why_dense(self)
                 if dense:
                     ledger.left(what, dense, by_rule=True)
                     found = original(self, x)
