@@ -6,7 +6,10 @@ import weakref
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -14,24 +17,28 @@ class LatentRows:
     """Turns weights [D, F] once so that their transpose is contiguous, and turns them back.
 
     The parameter stays the same object with the same shape and values; its strides become (1, D).
-    Optimizer states of such a parameter are turned along before a step, because torch's fused
-    optimizers walk through memory and expect one order of all.
+    Optimizer states of such a parameter are turned along before a step. torch's fused optimizers
+    want more: they walk through memory, in one order for all, and on a CPU copy what is not
+    contiguous. So for their step the parameter, its gradient and its states are [F, D].
     """
 
     def __init__(self) -> None:
         self._turned = WeakIdKeyDictionary()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._across: list[tuple[torch.Tensor, dict[str, Any]]] = []  # [F, D] for the moment
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows [F, D] of a weight [D, F], contiguous: a view, after at most one turn."""
+        self._back()
         if not weight.T.is_contiguous():
             with torch.inference_mode(False):  # or it could never be trained again
                 weight.data = weight.data.T.contiguous().T
         if weight not in self._turned and not weight.is_contiguous():
             self._turned[weight] = True
-            if self._hook is None:
-                self._hook = register_optimizer_step_pre_hook(self._follow)
+            if not self._hooks:
+                before = register_optimizer_step_pre_hook(self._follow)
+                self._hooks = [before, register_optimizer_step_post_hook(self._back)]
         return weight.T
 
     def why_not(self, weight: torch.Tensor) -> str | None:
@@ -42,20 +49,33 @@ class LatentRows:
 
     def undo(self) -> None:
         """Lays all weights and their optimizer states as torch does by default."""
+        self._back()
         for weight in list(self._turned):
             with torch.inference_mode(False):
                 weight.data = weight.data.contiguous()
         for optimizer in list(self._optimizers):
             self._lay(optimizer)
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._turned = WeakIdKeyDictionary()
 
     def _follow(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._back()
         if any(p in self._turned for group in optimizer.param_groups for p in group["params"]):
             self._optimizers.add(optimizer)
             self._lay(optimizer)
+            for group in optimizer.param_groups:
+                if group.get("fused"):
+                    mine = [p for p in group["params"] if p in self._turned]
+                    self._across += [(p, optimizer.state[p]) for p in mine]
+            for weight, state in self._across:
+                _transpose(weight, state)
+
+    def _back(self, *_: Any) -> None:
+        """Ends a fused step; after one that raised, what comes next does it."""
+        while self._across:
+            _transpose(*self._across.pop())
 
     def _lay(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives gradients and states of turned weights the strides of their weight."""
@@ -69,6 +89,16 @@ class LatentRows:
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor) and value.shape == p.shape:
                         state[name] = laid_like(value, p)
+
+
+def _transpose(weight: torch.Tensor, state: dict[str, Any]) -> None:
+    """Gives a weight, its gradient and its states their transposed shape, in the same memory."""
+    grad, weight.grad = weight.grad, None
+    weight.data = weight.data.T
+    weight.grad = None if grad is None else grad.T
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2:
+            state[name] = value.T
 
 
 def laid_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

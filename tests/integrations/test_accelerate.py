@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import types
@@ -80,9 +81,9 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Any]:
     library = importlib.import_module("toy")
     library.Trainer.step = lambda self: "shipped"
     adapter = Adapter(
-        distribution="pytest",  # one that is installed wherever this runs
-        tested=(metadata.version("pytest"),),
-        oldest="7",
+        distribution="torch",  # one that is installed wherever this runs
+        tested=(metadata.version("torch"),),
+        oldest="1",
         below="100",
         levels=("module", "trainer"),
         seams={"toy:Module.forward": str(fingerprint("toy:Module.forward"))},
@@ -116,7 +117,7 @@ def test_a_library_is_accelerated_and_taken_back(toy: Any) -> None:
     report = run.report()
     assert report.taken == {"forward": 1}
     assert [(one.what, one.why, one.count) for one in report.left] == [("forward", "it said no", 1)]
-    assert report.version == metadata.version("pytest")
+    assert report.version == metadata.version("torch")
     run.undo()
     run.undo()
     assert (module("yes"), trainer.step()) == ("shipped", "shipped")
@@ -196,7 +197,7 @@ def test_an_installation_that_fails_leaves_nothing(toy: Any) -> None:
 
 
 def test_versions_and_code_that_it_does_not_know(toy: Any) -> None:
-    installed = metadata.version("pytest")
+    installed = metadata.version("torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy.Module, "forward", lambda self, x: "another formula")
         with pytest.raises(AccelerationError, match=r"got another in toy:Module\.forward"):
@@ -204,19 +205,19 @@ def test_versions_and_code_that_it_does_not_know(toy: Any) -> None:
         patch.delattr(toy.Module, "forward")
         with pytest.raises(AccelerationError, match=r"got another in toy:Module\.forward"):
             sk.accelerate("toy")
-    for limits in ({"oldest": "90"}, {"below": "7.0.1"}):
+    for limits in ({"oldest": "90"}, {"below": "1.0.1"}):
         room: Any = sys.modules["sae_kernels.integrations.toy"]
         whole = room.ADAPTER
         replace_adapter(**limits)
         with pytest.raises(
-            AccelerationError, match=rf"expected a version from .*, got {installed}"
+            AccelerationError, match=rf"expected a version from .*, got {re.escape(installed)}"
         ):
             sk.accelerate("toy")
         room.ADAPTER = whole
     replace_adapter(distribution="no-such-library-of-saes")
     with pytest.raises(AccelerationError, match="pip install no-such-library-of-saes"):
         sk.accelerate("toy")
-    replace_adapter(distribution="pytest", levels=("module",))
+    replace_adapter(distribution="torch", levels=("module",))
     with pytest.raises(AccelerationError, match="toy: expected level 'module', got 'trainer'"):
         sk.accelerate("toy", level="trainer")
 
