@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 # pytest and what it imports: pure Python, borrowed from this environment, as theirs has none.
 PYTEST = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
+ACCELERATED = "benchmarks.accelerated"
 SHIMS = {"sae_lens": "benchmarks.saelens_618"}
 BARE = [
     "-q",
@@ -90,7 +91,7 @@ def suite(library: str, checkout: Path, level: str, selection: Sequence[str]) ->
     ways: list[set[str]] = []
     for plugins, variables in (
         ([], {}),
-        (["-p", "benchmarks.accelerated"], {"ACCELERATE": f"{library}:{level}"}),
+        (["-p", ACCELERATED], {"ACCELERATE": f"{library}:{level}"}),
     ):
         with tempfile.TemporaryDirectory() as folder:
             results = Path(folder) / "results.xml"

@@ -176,8 +176,8 @@ def by_token(codes: SparseCodes, values: torch.Tensor) -> torch.Tensor:
 def by_latent(codes: SparseCodes, values: torch.Tensor, dims: set[int]) -> torch.Tensor:
     """Sums of entries' values over some dimensions of the batch; differentiable."""
     places = codes.indices.flatten().long()
-    tokens, sizes = codes.tokens.flatten().long(), []
-    step = codes.n_latents
+    tokens, step = codes.tokens.flatten().long(), codes.n_latents
+    sizes: list[int] = []
     for dim in reversed(range(len(codes.batch_shape))):
         size = codes.batch_shape[dim]
         if dim not in dims:

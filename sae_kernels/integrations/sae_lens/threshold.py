@@ -65,9 +65,8 @@ def install(installation: Installation) -> None:
         by, magnitude_bias, gate_bias = per_latent
         codes = product.with_values((product.values * by + magnitude_bias).relu())
 
-        def pre(sae_in: Any, W_enc: Any, r_mag: Any, b_mag: Any) -> torch.Tensor:
-            hidden: torch.Tensor = sae_in @ (W_enc * r_mag.exp()) + b_mag
-            return hidden
+        def pre(sae_in: Any, W_enc: Any, r_mag: Any, b_mag: Any) -> Any:
+            return sae_in @ (W_enc * r_mag.exp()) + b_mag
 
         acts, late = hand_over(
             installation, sae, sae_in, codes, _no_columns, pre, sae.r_mag, sae.b_mag
@@ -116,8 +115,8 @@ def install(installation: Installation) -> None:
             if pre is None or mode not in _MODES or getattr(feature_acts, "entries", None) is None:
                 return original(self, step_input, feature_acts, hidden_pre, sae_out)
             ledger.took(f"{type(self).__name__}.calculate_aux_loss")
-            norms = self.W_dec.norm(dim=1)
             if mode == "tanh":
+                norms = self.W_dec.norm(dim=1)
                 scaled = self.cfg.jumprelu_tanh_scale * feature_acts * norms
                 per_token = torch.tanh(scaled).sum(dim=-1)
             else:
@@ -127,7 +126,7 @@ def install(installation: Installation) -> None:
                     per_token = 2 / target * (per_token - target) ** 2
             losses = {"l0_loss": (step_input.coefficients["l0"] * per_token).mean()}
             if self.cfg.pre_act_loss_coefficient is not None:
-                each = _dead_below(self, hidden_pre, step_input.dead_neuron_mask, norms)
+                each = _dead_below(self, hidden_pre, step_input.dead_neuron_mask)
                 losses["pre_act_loss"] = self.cfg.pre_act_loss_coefficient * each
             return losses
 
@@ -177,13 +176,11 @@ def install(installation: Installation) -> None:
 def _handed(installation: Installation, sae: Any, sae_in: torch.Tensor, codes: Any) -> Encoded:
     """Codes with the plain pre-activations, ``sae_in W_enc + b_enc``."""
 
-    def pre(sae_in: Any, W_enc: Any, b_enc: Any) -> torch.Tensor:
-        hidden: torch.Tensor = sae_in @ W_enc + b_enc
-        return hidden
+    def pre(sae_in: Any, W_enc: Any, b_enc: Any) -> Any:
+        return sae_in @ W_enc + b_enc
 
-    def columns(latents: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = sae_in @ sae.W_enc.T[latents].T + sae.b_enc[latents]
-        return hidden
+    def columns(latents: torch.Tensor) -> Any:
+        return sae_in @ sae.W_enc.T[latents].T + sae.b_enc[latents]
 
     return hand_over(installation, sae, sae_in, codes, columns, pre, sae.b_enc)
 
@@ -212,11 +209,11 @@ def _fired(sae: Any, pre: SparseCodes) -> torch.Tensor:
     return fired
 
 
-def _dead_below(sae: Any, hidden_pre: LateTensor, mask: Any, norms: torch.Tensor) -> torch.Tensor:
+def _dead_below(sae: Any, hidden_pre: LateTensor, mask: Any) -> Any:
     """Of dead latents, how far they are below their threshold, weighted by decoder norms."""
     if mask is None or not mask.any():
-        return norms.new_tensor(0.0)
+        return sae.threshold.new_zeros(())
     dead = mask.nonzero()[:, 0]
     assert hidden_pre.columns is not None
     below = (sae.threshold[dead] - hidden_pre.columns(dead)).relu()
-    return (below * norms[dead]).sum(dim=-1).mean()
+    return (below * sae.W_dec[dead].norm(dim=1)).sum(dim=-1).mean()

@@ -36,7 +36,7 @@ def install(installation: Installation) -> None:
         why = why_not(installation, sae, selections, x)
         if why:
             return why
-        activation = sae.activation_fn
+        activation: Any = sae.activation_fn
         if type(activation) is not selections[type(sae)]:
             return f"activation_fn {type(activation).__name__}"
         if getattr(activation, "use_sparse_activations", False):
@@ -61,11 +61,11 @@ def install(installation: Installation) -> None:
             by_norm = functional.gather_by_latent(norms, unscaled)
             codes = unscaled.with_values(unscaled.values * by_norm)
 
-        def pre(sae_in: Any, W_enc: Any, b_enc: Any, *W_dec: Any) -> torch.Tensor:
+        def pre(sae_in: Any, W_enc: Any, b_enc: Any, *W_dec: Any) -> Any:
             hidden = sae_in @ W_enc + b_enc
             return hidden * W_dec[0].norm(dim=-1) if W_dec else hidden
 
-        def columns(latents: torch.Tensor) -> torch.Tensor:
+        def columns(latents: torch.Tensor) -> Any:
             hidden = sae_in @ rows[latents].T + sae.b_enc[latents]
             return hidden if norms is None else hidden * norms[latents]
 
