@@ -121,7 +121,7 @@ class _Late:
         self.shape, self.dtype, self.device = shape, dtype, inputs[0].device
         self.compute, self.ledger, self.what = compute, ledger, what
         self.autocast = autocast_dtype(inputs[0])
-        self.inputs = [(tensor.detach(), _version(tensor)) for tensor in inputs]
+        self.inputs = [(tensor.detach(), version_of(tensor)) for tensor in inputs]
         self.values: torch.Tensor | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ class _Late:
     def value(self, why: str) -> torch.Tensor:
         if self.values is None:
             # A detached alias counts writes together with what it is an alias of.
-            if any(_version(tensor) != version for tensor, version in self.inputs):
+            if any(version_of(tensor) != version for tensor, version in self.inputs):
                 raise RuntimeError(
                     f"{self.what}: expected to be read before the optimizer's step, got it after "
                     "(they are computed when they are used, and the weights have changed); read "
@@ -149,7 +149,7 @@ class _Late:
         return self.values
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version_of(tensor: torch.Tensor) -> int | None:
     """How often a tensor was written to; None of one that does not count."""
     return None if tensor.is_inference() else tensor._version
 

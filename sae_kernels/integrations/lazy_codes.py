@@ -66,7 +66,7 @@ class LazyCodes(torch.Tensor):
     _made: Any  # the autograd node that this tensor was made with
     _used: bool  # a differentiable answer was given from the entries
     ledger: Ledger | None
-    unscaled: SparseCodes | None  # an adapter's note: what its decoder multiplies in their place
+    note: Any  # an adapter's, for its functions that get these codes back
 
     @classmethod
     def of(cls, codes: SparseCodes, ledger: Ledger | None = None) -> LazyCodes:
@@ -99,7 +99,7 @@ class LazyCodes(torch.Tensor):
         )
         view._memory, view._plain, view._entries = memory, codes, codes
         view._made, view._used = None, False
-        view.ledger = view.unscaled = None
+        view.ledger = view.note = None
         return view
 
     @property

@@ -182,6 +182,21 @@ def test_hooks_on_the_codes_change_what_is_decoded() -> None:
         torch.testing.assert_close(value, expected[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_codes_of_one_sae_in_the_decoder_of_another() -> None:
+    one, other, x = make("topk"), make("topk"), batches(1)[0]
+    with torch.no_grad():
+        other.W_dec.mul_(torch.linspace(0.5, 2, F)[:, None])
+        acts = one.encode(x)
+        expected = other.decode(acts), one.decode(acts)
+        with sk.accelerate("sae_lens", level="module"):
+            acts = one.encode(x)
+            found = other.decode(acts), one.decode(acts)
+            one.W_dec.mul_(torch.linspace(0.5, 2, F)[:, None])
+            edited = one.decode(acts)
+    for mine, theirs in zip((*found, edited), (*expected, expected[0]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gradient_at_the_codes() -> None:
     sae, x = make("topk", dtype="float64"), batches(1, torch.float64)[0]
 

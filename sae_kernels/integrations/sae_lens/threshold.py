@@ -193,7 +193,8 @@ def _window(sae: Any, pre: SparseCodes) -> torch.Tensor:
     """1 / bandwidth at entries within half a bandwidth of their threshold, else 0."""
     thresholds = functional.gather_by_latent(sae.threshold.detach(), pre)
     u = (pre.values.detach() - thresholds) / sae.bandwidth
-    return ((u > -0.5) & (u < 0.5)).to(u.dtype) / sae.bandwidth
+    window: torch.Tensor = ((u > -0.5) & (u < 0.5)).to(u.dtype) / sae.bandwidth
+    return window
 
 
 def _gradient_of(values: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

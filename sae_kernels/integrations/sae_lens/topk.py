@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels import functional
-from sae_kernels.integrations.late import LateTensor
+from sae_kernels.integrations.late import LateTensor, version_of
 from sae_kernels.integrations.sae_lens.shared import hand_over, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sae_kernels.codes import SparseCodes
     from sae_kernels.integrations.adapters import Installation
     from sae_kernels.integrations.lazy_codes import LazyCodes
 
@@ -25,7 +26,7 @@ def install(installation: Installation) -> None:
 
     replace, ledger = installation.patches.replace, installation.ledger
     matryoshka = matryoshka_batchtopk_sae.MatryoshkaBatchTopKTrainingSAE
-    selections: dict[type, type] = {
+    selections: dict[type, Any] = {
         topk_sae.TopKSAE: topk_sae.TopK,
         topk_sae.TopKTrainingSAE: topk_sae.TopK,
         batchtopk_sae.BatchTopKTrainingSAE: batchtopk_sae.BatchTopK,
@@ -71,7 +72,7 @@ def install(installation: Installation) -> None:
 
         inputs = (sae.b_enc, sae.W_dec) if scaled else (sae.b_enc,)
         acts, late = hand_over(installation, sae, sae_in, codes, columns, pre, *inputs)
-        acts.unscaled = unscaled  # what the decoder multiplies: there the norms cancel
+        acts.note = _Unscaled(unscaled, sae.W_dec)
         return sae.hook_sae_acts_post(acts), late
 
     def training(original: Any) -> Any:
@@ -100,20 +101,25 @@ def install(installation: Installation) -> None:
 
         return encode
 
-    def unscaled_of(sae: Any, acts: Any) -> Any:
-        """The codes that the decoder multiplies, of codes as an encoder returned them."""
-        if getattr(acts, "unscaled", None) is None or acts.entries is None:
+    def unscaled_of(sae: Any, acts: Any) -> _Unscaled | None:
+        """What the decoder multiplies, of codes as the encoder of this SAE returned them."""
+        note = getattr(acts, "note", None)
+        if not isinstance(note, _Unscaled) or acts.entries is None or not note.of(sae.W_dec):
             return None
         acts._used = acts._used or acts.requires_grad
-        return acts.unscaled
+        return note
 
     def decoding(original: Any) -> Any:
         def decode(self: Any, feature_acts: torch.Tensor) -> Any:
-            codes = unscaled_of(self, feature_acts)
-            if codes is None:  # dense codes, or changed ones: products of entries where they are
+            unscaled = unscaled_of(self, feature_acts)
+            if unscaled is None:  # dense codes, or changed ones: products of entries where they are
                 return original(self, feature_acts)
             ledger.took(f"{type(self).__name__}.decode")
-            out = functional.decode(codes, self.W_dec, self.b_dec).to(feature_acts.dtype)
+            if type(self) is matryoshka and torch.is_grad_enabled():
+                out = unscaled.decoded(self)[-1]  # the shorter prefixes have losses too
+            else:
+                out = functional.decode(unscaled.codes, self.W_dec, self.b_dec)
+            out = out.to(feature_acts.dtype)
             out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
             return self.reshape_fn_out(out, self.d_head)
 
@@ -145,18 +151,15 @@ def install(installation: Installation) -> None:
         def _iterable_decode(
             self: Any, feature_acts: Any, include_outer_loss: bool = False
         ) -> Iterator[tuple[int, torch.Tensor]]:
-            codes = unscaled_of(self, feature_acts)
-            if codes is None or feature_acts.dim() != 2:
+            unscaled = unscaled_of(self, feature_acts)
+            if unscaled is None or feature_acts.dim() != 2:
                 yield from original(self, feature_acts, include_outer_loss)
                 return
             ledger.took(f"{type(self).__name__}._iterable_decode")
-            ends = torch.tensor(self.cfg.matryoshka_widths, dtype=torch.int32)
-            ends = ends.to(self.W_dec.device)
-            parts = functional.decode(codes, self.W_dec, self.b_dec, group_ends=ends)
-            wanted = len(ends) if include_outer_loss else len(ends) - 1
-            widths = self.cfg.matryoshka_widths[:wanted]
-            for width, part in zip(widths, parts.to(feature_acts.dtype), strict=False):
-                yield width, self.run_time_activation_norm_fn_out(part)
+            widths = self.cfg.matryoshka_widths
+            wanted = widths if include_outer_loss else widths[:-1]
+            for width, part in zip(wanted, unscaled.decoded(self), strict=False):
+                yield width, self.run_time_activation_norm_fn_out(part.to(feature_acts.dtype))
 
         return _iterable_decode
 
@@ -166,6 +169,32 @@ def install(installation: Installation) -> None:
     replace(topk_sae.TopKTrainingSAE, "decode", decoding)
     replace(topk_sae.TopKTrainingSAE, "calculate_topk_aux_loss", auxiliary)
     replace(matryoshka, "_iterable_decode", prefixes)
+
+
+class _Unscaled:
+    """What a decoder multiplies in place of codes that are scaled by its norms: there they cancel.
+
+    Only in that decoder, and as long as it is the same.
+    """
+
+    def __init__(self, codes: SparseCodes, W_dec: torch.Tensor) -> None:
+        self.codes = codes
+        self._W_dec, self._version = W_dec, version_of(W_dec)
+        self._prefixes: tuple[bool, tuple[torch.Tensor, ...]] | None = None
+
+    def of(self, W_dec: torch.Tensor) -> bool:
+        """Whether this is the decoder that the codes were scaled by."""
+        return W_dec is self._W_dec and version_of(W_dec) == self._version
+
+    def decoded(self, sae: Any) -> tuple[torch.Tensor, ...]:
+        """The reconstructions of all prefixes of a Matryoshka SAE, the whole last; made once."""
+        grad = torch.is_grad_enabled()
+        if self._prefixes is None or self._prefixes[0] != grad:
+            ends = torch.tensor(sae.cfg.matryoshka_widths, dtype=torch.int32)
+            ends = ends.to(sae.W_dec.device)
+            parts = functional.decode(self.codes, sae.W_dec, sae.b_dec, group_ends=ends)
+            self._prefixes = grad, parts.unbind(0)
+        return self._prefixes[1]
 
 
 def _largest(values: torch.Tensor, k: int) -> torch.Tensor:
