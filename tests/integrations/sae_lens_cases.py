@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+pytest.importorskip("sae_lens", reason="needs SAELens: python -m benchmarks.peer_tests sae_lens")
+
 import torch
 from sae_lens import saes
 from sae_lens.config import SAETrainerConfig
