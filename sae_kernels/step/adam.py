@@ -1,8 +1,8 @@
-"""Adam without gradient tensors: updates every parameter through row_update."""
+"""Adam without gradient tensors: updates every parameter through row_update; sums of gradients."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,11 +12,13 @@ from sae_kernels.primitives.row_update import AdamMatrix, halves, row_update
 from sae_kernels.primitives.terms import Gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sae_kernels.config.optimizer import OptimizerConfig
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.primitives.terms import Term
+
+    Moments = tuple[torch.Tensor, torch.Tensor]
 
 
 # Of a gradient's rows that are added at a time. A GPU sums all chunks of entries again for each.
@@ -31,16 +33,26 @@ class FusedAdam:
             ``master_weights="split"`` its matrices become bf16 halves until :meth:`restore_`.
         config: the settings.
         dtype: dtype of the compute copies.
+        moments: somebody else's moments by parameter name, trained where they lie; the others
+            begin as zeros.
 
     Attributes:
         matrices: matrix view, Adam moments and compute copy of each parameter, by name.
         n_updates: int64 scalar, updates made (skipped steps do not count).
     """
 
-    def __init__(self, sae: SparseAutoencoder, config: OptimizerConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        moments: Mapping[str, Moments],
+    ) -> None:
         self.sae, self.config = sae, config
         self.matrices = {
-            name: _adam_matrix(name, parameter, dtype, config, name in sae.non_latent_vectors)
+            name: _adam_matrix(
+                name, parameter, dtype, config, name in sae.non_latent_vectors, moments.get(name)
+            )
             for name, parameter in sae.named_parameters()
         }
         device = sae.W_enc.device
@@ -137,6 +149,51 @@ class FusedAdam:
         return self._read
 
 
+class OutsideGradient(NamedTuple):
+    """A loss that was computed elsewhere and its gradient, to be added to a step's own.
+
+    Attributes:
+        loss: scalar; a step is skipped where it is not finite.
+        gradients: fp32 by parameter name, in the parameter's shape; or with a row for each of
+            ``latents`` alone where the parameter has a row per latent.
+        latents: int32 [A], each at most once; None: all.
+    """
+
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    latents: torch.Tensor | None = None
+
+    def added(self, own: dict[str, Gradient], sae: SparseAutoencoder) -> dict[str, Gradient]:
+        """The step's gradients and these; ``own`` may be overwritten.
+
+        Raises:
+            ValueError: no parameter of this name, or a gradient of another shape.
+        """
+        total = dict(own)
+        for name, gradient in self.gradients.items():
+            parameter = dict(sae.named_parameters()).get(name)
+            if parameter is None:
+                raise ValueError(f"gradients: expected names of parameters, got {name!r}")
+            by_latent = len(parameter) == sae.config.n_latents and name not in (
+                *sae.non_latent_vectors,
+                "W_skip",
+            )
+            shape, latents = list(parameter.shape), self.latents
+            if by_latent and latents is not None:
+                shape[0] = len(latents)
+            if list(gradient.shape) != shape:
+                raise ValueError(
+                    f"gradients[{name!r}]: expected shape {shape}, got {list(gradient.shape)}"
+                )
+            if name in sae.non_latent_vectors:
+                gradient = gradient[None]
+            block = gradient[:, None] if gradient.dim() == 1 else gradient
+            if not by_latent or latents is None:
+                latents = torch.arange(len(block), dtype=torch.int32, device=block.device)
+            total[name] = _merged(total.get(name, Gradient()), block.contiguous(), latents)
+        return total
+
+
 def added(total: Gradient | None, part: Gradient, backend: str | None) -> Gradient:
     """The sum of two gradients of a matrix as a dense one; the first is overwritten.
 
@@ -181,6 +238,28 @@ def _finite(x: torch.Tensor) -> torch.Tensor:
     return x.abs() < torch.inf  # two operators, of which isfinite() is four
 
 
+def with_rows(gradient: Gradient, block: torch.Tensor, latents: torch.Tensor) -> Gradient:
+    """Adds a block of rows to a gradient: row i is of ``latents[i]``, -1 is padding."""
+    if gradient.dense is None:
+        return gradient._replace(dense=block, dense_latents=latents)
+    # The gradient's dense block has a row for every latent, in order.
+    assert gradient.dense_latents is not None
+    used, at = latents >= 0, latents.clamp(min=0).long()
+    gradient.dense.index_add_(0, at, torch.where(used[:, None], block, 0))
+    live = gradient.dense_latents.scatter_reduce(0, at, latents, "amax")
+    return gradient._replace(dense_latents=live)
+
+
+def _merged(gradient: Gradient, block: torch.Tensor, latents: torch.Tensor) -> Gradient:
+    """Adds a block of rows to a gradient that may have rows of other latents."""
+    if gradient.dense is None or gradient.dense_latents is None:
+        return gradient._replace(dense=block, dense_latents=latents)
+    union, at = torch.cat([gradient.dense_latents, latents]).unique(return_inverse=True)
+    dense = block.new_zeros(len(union), block.shape[1])
+    dense.index_add_(0, at, torch.cat([gradient.dense, block]))
+    return gradient._replace(dense=dense, dense_latents=union)
+
+
 def _is_split(row: AdamMatrix) -> bool:
     return row.param.dtype == torch.int16
 
@@ -196,19 +275,36 @@ def _adam_matrix(
     dtype: torch.dtype,
     config: OptimizerConfig,
     one_row: bool,
+    given: Moments | None,
 ) -> AdamMatrix:
-    matrix = parameter.data
-    if matrix.dim() == 1:  # per latent: one row each
-        matrix = matrix[None] if one_row else matrix[:, None]
-        return AdamMatrix(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
-    copy = None
-    if name not in ("W_enc", "W_dec"):  # a skip connection or a router: small, read in fp32
-        return AdamMatrix(matrix, torch.zeros_like(matrix), torch.zeros_like(matrix))
-    if config.master_weights == "split":
-        copy, matrix = halves.split(matrix)
-        parameter.data = copy
-    elif dtype != torch.float32 and (name == "W_enc" or config.compute_copies == "both"):
-        copy = matrix.to(dtype)
-    moments = torch.bfloat16 if config.moment_dtype == "bfloat16" else torch.float32
-    m, v = (torch.zeros_like(matrix, dtype=moments) for _ in range(2))
-    return AdamMatrix(matrix, m, v, copy)
+    matrix, copy, moments = parameter.data, None, torch.float32
+    if name in ("W_enc", "W_dec"):  # a skip connection or a router is small: read in fp32
+        if config.master_weights == "split":
+            copy, matrix = halves.split(matrix)
+            parameter.data = copy
+        elif dtype != torch.float32 and (name == "W_enc" or config.compute_copies == "both"):
+            copy = matrix.to(dtype)
+        moments = torch.bfloat16 if config.moment_dtype == "bfloat16" else torch.float32
+    if given is None:
+        given = torch.zeros_like(matrix, dtype=moments), torch.zeros_like(matrix, dtype=moments)
+    else:
+        _check_moments(name, given, parameter, moments)
+    if matrix.dim() > 1:
+        return AdamMatrix(matrix, *given, copy)
+    # Per latent: one row each.
+    return AdamMatrix(*(t[None] if one_row else t[:, None] for t in (matrix, *given)))
+
+
+def _check_moments(
+    name: str, moments: Moments, parameter: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """Raises TypeError or ValueError for moments that cannot be updated where they lie."""
+    for moment in moments:
+        if moment.dtype != dtype:
+            raise TypeError(f"moments[{name!r}]: expected {dtype}, got {moment.dtype}")
+        if moment.shape != parameter.shape or not moment.is_contiguous():
+            raise ValueError(
+                f"moments[{name!r}]: expected contiguous tensors of shape "
+                f"{list(parameter.shape)} (latents first), got {list(moment.shape)} with strides "
+                f"{list(moment.stride())}"
+            )

@@ -144,8 +144,10 @@ def dense_pass(
     gradients["b_dec"] = Gradient.whole(dx_hat.sum(0)[None])
     return PassResult(
         loss=loss,
-        error=squares[0],
+        errors=squares[0],
         residual=outputs[0].residual,
+        x=context.x,
+        preacts=None,
         gradients=gradients,
         dh_sum=dh_sum,
         fired=fired,

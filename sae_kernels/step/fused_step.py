@@ -2,30 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from sae_kernels.primitives.auxk import auxk
-from sae_kernels.primitives.decode import decode
-from sae_kernels.step.adam import FusedAdam, added
+from sae_kernels.step.adam import FusedAdam, added, with_rows
 from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance
 from sae_kernels.step.dense_pass import dense_pass
-from sae_kernels.step.sparse_pass import PassResult, sparse_pass
+from sae_kernels.step.sparse_pass import PassResult, rows_weighted, sparse_pass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from sae_kernels.codes import SparseCodes
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.nn.objective import Context
     from sae_kernels.primitives.terms import Gradient
+    from sae_kernels.step.adam import Moments, OutsideGradient
     from sae_kernels.step.state import State
 
 # The fraction of firing latents above which dense products are faster: measured between 1/24 and
 # 1/12 in bf16 (docs/benchmarks.md).
 DENSE_FROM = 1 / 20
+
+
+class Differentiated(NamedTuple):
+    """A batch's losses and gradients, and the tensors that they were made of.
+
+    Tensors are valid until the step's next call.
+
+    Attributes:
+        loss: scalar, the whole loss, with AuxK.
+        aux_loss: scalar, AuxK's part of it.
+        errors: scalar, the squared error; with prefixes [G], that of each one's reconstruction, the
+            whole one last.
+        variance: scalar, the batch's summed squared distance from its mean.
+        residual: fp32 [B, output width], the reconstruction less the target, in the scale of
+            training; empty for a batch in micro-batches.
+        x: [B, input width], what the encoder read: scaled, centred, in the compute dtype; None for
+            micro-batches.
+        preacts: the kept entries with their pre-activations; None for micro-batches, and where
+            most latents fired and dense products ran.
+        fired: int32 [F], how often each latent fired.
+        n_tokens: B.
+        n_kept: number of entries that the encoder kept.
+        gradients: of all parameters by name, in parts.
+    """
+
+    loss: torch.Tensor
+    aux_loss: torch.Tensor
+    errors: torch.Tensor
+    variance: torch.Tensor
+    residual: torch.Tensor
+    x: torch.Tensor | None
+    preacts: SparseCodes | None
+    fired: torch.Tensor
+    n_tokens: int
+    n_kept: int
+    gradients: dict[str, Gradient]
 
 
 class FusedStep(StepBase):
@@ -40,6 +76,9 @@ class FusedStep(StepBase):
             made here, so changing parameters from outside needs a new FusedStep. With
             ``master_weights="split"`` its matrices become bf16 halves until :meth:`restore_`.
         arguments: objective, optimizer, steps, seed; see :class:`~sae_kernels.step.StepBase`.
+        moments: Adam's first and second moments by parameter name that somebody else owns, fp32
+            like the parameters: they are trained where they lie, as the parameters are. Set
+            ``n_updates`` to the updates that they have seen. None: zeros of its own.
 
     On a GPU a step never waits for the host and can be captured in a CUDA graph; the learning rate
     must then be a tensor, as a number would be frozen into the graph.
@@ -62,9 +101,15 @@ class FusedStep(StepBase):
         True
     """
 
-    def __init__(self, sae: SparseAutoencoder, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        *arguments: Any,
+        moments: Mapping[str, Moments] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(sae, *arguments, **options)
-        self.adam = FusedAdam(sae, self.optimizer, self.dtype)
+        self.adam = FusedAdam(sae, self.optimizer, self.dtype, moments or {})
         self.matrices, self.n_updates = self.adam.matrices, self.adam.n_updates
         # Lazy Adam skips latents that did not fire; a dense gradient has a row for every latent.
         dense_adam = self.optimizer.adam == "dense"
@@ -87,7 +132,6 @@ class FusedStep(StepBase):
             if parameter.dtype != torch.float32:
                 raise TypeError(f"{name}: expected float32 master weights, got {parameter.dtype}")
 
-    @torch.no_grad()
     def __call__(
         self,
         x: torch.Tensor | Sequence[torch.Tensor],
@@ -96,7 +140,7 @@ class FusedStep(StepBase):
         k: float | None = None,
         target: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> StepResult:
-        """One update from raw activations.
+        """One update from raw activations: :meth:`differentiate`, then :meth:`update`.
 
         Args:
             x: [B, input width], any floating dtype; or micro-batches [b, input width] that are the
@@ -107,6 +151,31 @@ class FusedStep(StepBase):
 
         Raises:
             ValueError: shapes that do not fit; a missing or needless target.
+        """
+        return self.update(self.differentiate(x, k=k, target=target), lr=lr)
+
+    @torch.no_grad()
+    def differentiate(
+        self,
+        x: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        k: float | None = None,
+        target: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    ) -> Differentiated:
+        """The losses and gradients of a batch, for one :meth:`update`; changes no weight.
+
+        Arguments and errors are those of a call.
+
+        Example:
+            >>> from sae_kernels.nn import TopKSAE
+            >>> from sae_kernels.step import FusedStep, OutsideGradient
+            >>> step = FusedStep(TopKSAE(8, 32, k=4))
+            >>> done = step.differentiate(torch.randn(64, 8))
+            >>> done.preacts.indices.shape, done.residual.shape
+            (torch.Size([64, 4]), torch.Size([64, 8]))
+            >>> decay = OutsideGradient(torch.tensor(0.0), {"b_enc": 0.1 * step.sae.b_enc.detach()})
+            >>> bool(step.update(done, lr=1e-3, outside=decay).skipped)
+            False
         """
         sae = self.sae if self.sae.training else self.sae.train()
         batch = MicroBatches(x, target, self.checked)
@@ -144,14 +213,47 @@ class FusedStep(StepBase):
             through_input = rows_weighted(W_enc, total.dh_sum, sae.backend)
             gradients["b_dec"] = _minus(gradients["b_dec"], through_input)
         aux_loss = aux.finish(gradients)
-        loss = total.loss + aux_loss
-        finite = self.adam.update(gradients, loss, lr)
+        return Differentiated(
+            loss=total.loss + aux_loss,
+            aux_loss=aux_loss,
+            errors=total.errors,
+            variance=variance,
+            residual=total.residual,
+            x=total.x,
+            preacts=total.preacts,
+            fired=total.fired,
+            n_tokens=batch.n_tokens,
+            n_kept=total.n_kept,
+            gradients=gradients,
+        )
 
-        l0 = self.advance(total.fired, batch.n_tokens, finite)
+    @torch.no_grad()
+    def update(
+        self,
+        done: Differentiated,
+        *,
+        lr: float | torch.Tensor,
+        outside: OutsideGradient | None = None,
+    ) -> StepResult:
+        """The update by the gradients of a batch, which are used up.
+
+        Args:
+            done: of :meth:`differentiate`.
+            lr: learning rate of this step.
+            outside: a further loss with its gradient, from the weights as they are; it is clipped
+                together with the step's own and counts as its ``aux_loss``.
+        """
+        gradients, loss, aux_loss = done.gradients, done.loss, done.aux_loss
+        if outside is not None:
+            gradients = outside.added(gradients, self.sae)
+            loss, aux_loss = loss + outside.loss, aux_loss + outside.loss
+        finite = self.adam.update(gradients, loss, lr)
+        l0 = self.advance(done.fired, done.n_tokens, finite)
         if self.can_be_dense:
-            entries = batch.n_tokens * sae.config.n_latents
-            self.dense_next = total.n_kept > DENSE_FROM * entries
-        return StepResult(loss, total.error / variance, l0, aux_loss, ~finite, total.fired)
+            entries = done.n_tokens * self.sae.config.n_latents
+            self.dense_next = done.n_kept > DENSE_FROM * entries
+        error = done.errors if done.errors.dim() == 0 else done.errors[-1]
+        return StepResult(loss, error / done.variance, l0, aux_loss, ~finite, done.fired)
 
     def _encoder_input(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens in the compute dtype, centred where that is the variant; valid until the next."""
@@ -194,26 +296,6 @@ class FusedStep(StepBase):
         self.adam.restore_()
 
 
-def rows_weighted(W: torch.Tensor, weights: torch.Tensor, backend: str | None) -> torch.Tensor:
-    """``W^T weights``, fp32 [D], of W [F, D] and fp32 weights [F], by the decode kernel.
-
-    The latents are split over up to 64 rows of codes, so that threads share the work and the order
-    of the sum does not depend on their number.
-    """
-    n_latents = W.shape[0]
-    parts = min(64, n_latents)
-    width = -(-n_latents // parts)
-    latents = torch.arange(parts * width, dtype=torch.int32, device=W.device)
-    if parts * width > n_latents:
-        latents = latents.clamp_(max=n_latents - 1)
-        weights = pad(weights, (0, parts * width - n_latents))
-    shape = (parts, width)
-    partial: torch.Tensor = decode(
-        weights.view(shape), latents.view(shape), W, None, None, backend=backend
-    )
-    return partial.sum(0)
-
-
 def _minus(gradient: Gradient, row: torch.Tensor) -> Gradient:
     """A dense one-row gradient minus a row."""
     assert gradient.dense is not None
@@ -229,11 +311,13 @@ def _sum(total: PassResult | None, part: PassResult, backend: str | None) -> Pas
     }
     nothing = part.residual.new_empty((0, part.residual.shape[1]))  # nobody asks for it again
     if total is None:
-        return part._replace(gradients=gradients, residual=nothing)
+        return part._replace(gradients=gradients, residual=nothing, x=None, preacts=None)
     return PassResult(
         loss=total.loss + part.loss,
-        error=total.error + part.error,
+        errors=total.errors + part.errors,
         residual=nothing,
+        x=None,
+        preacts=None,
         gradients=gradients,
         dh_sum=total.dh_sum + part.dh_sum,
         fired=total.fired + part.fired,
@@ -296,17 +380,5 @@ class AuxK:
             sums = tuple(weight * each for each in sums)
         loss, dW_enc, db_enc, dW_dec = sums
         for name, block in (("W_enc", dW_enc), ("b_enc", db_enc[:, None]), ("W_dec", dW_dec)):
-            gradients[name] = _with_rows(gradients[name], block, self.latents)
+            gradients[name] = with_rows(gradients[name], block, self.latents)
         return loss
-
-
-def _with_rows(gradient: Gradient, block: torch.Tensor, latents: torch.Tensor) -> Gradient:
-    """Adds a block of rows to a gradient: row i is of ``latents[i]``, -1 is padding."""
-    if gradient.dense is None:
-        return gradient._replace(dense=block, dense_latents=latents)
-    # The gradient's dense block has a row for every latent, in order.
-    assert gradient.dense_latents is not None
-    used, at = latents >= 0, latents.clamp(min=0).long()
-    gradient.dense.index_add_(0, at, torch.where(used[:, None], block, 0))
-    live = gradient.dense_latents.scatter_reduce(0, at, latents, "amax")
-    return gradient._replace(dense_latents=live)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from sae_kernels.nn.objective import entry_gradients, latent_vectors, objective_of, with_leaves
+from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
 from sae_kernels.primitives.terms import Gradient, Term
@@ -28,8 +29,11 @@ class PassResult(NamedTuple):
 
     Attributes:
         loss: scalar, without AuxK.
-        error: scalar, the main reconstruction's squared error.
+        errors: scalar, the main reconstruction's squared error; with prefixes [G], that of each,
+            the longest last.
         residual: fp32 [B, output width], the main reconstruction less the target.
+        x: [B, input width], what the encoder read; None of several micro-batches.
+        preacts: the kept entries; None of several micro-batches and from dense products.
         gradients: of all parameters by name; b_dec's through the output alone.
         dh_sum: [F], dL/dh summed over tokens; ``W_enc^T dh_sum`` is the summed gradient of x.
         fired: int32 [F], how often each latent fired.
@@ -37,8 +41,10 @@ class PassResult(NamedTuple):
     """
 
     loss: torch.Tensor
-    error: torch.Tensor
+    errors: torch.Tensor
     residual: torch.Tensor
+    x: torch.Tensor | None
+    preacts: SparseCodes | None
     gradients: dict[str, Gradient]
     dh_sum: torch.Tensor
     fired: torch.Tensor
@@ -79,8 +85,10 @@ def sparse_pass(
     loss = total_of([d.loss for d in decoded])
     return PassResult(
         loss=loss if penalty is None else loss + penalty.detach(),
-        error=decoded[0].error,
+        errors=decoded[0].errors,
         residual=decoded[0].main_residual(context),
+        x=context.x,
+        preacts=preacts,
         gradients=gradients,
         dh_sum=dh_sum,
         fired=fired,
@@ -98,7 +106,7 @@ class _Decoded(NamedTuple):
             residuals of prefix g and all longer ones.
         grad: like the entries, dL/dvalues.
         loss: scalar.
-        error: scalar, the squared error; with prefixes that of the longest.
+        errors: scalar, the squared error; with prefixes [G], that of each.
     """
 
     values: torch.Tensor
@@ -106,7 +114,7 @@ class _Decoded(NamedTuple):
     residual: torch.Tensor
     grad: torch.Tensor
     loss: torch.Tensor
-    error: torch.Tensor
+    errors: torch.Tensor
 
     @property
     def total(self) -> torch.Tensor:
@@ -139,11 +147,11 @@ def _decode(
     half = context.scale if part.weight == 1 else part.weight * context.scale
     factor = 2 * half
     if prefixes is None:
-        error = whole = squares.sum()
+        errors = whole = squares.sum()
     else:
-        sums = squares.sum(1)
-        error, whole = sums[-1], (prefixes.weights * sums).sum()
-    return _Decoded(values, factor, residual, factor * grad, half * whole, error)
+        errors = squares.sum(1)
+        whole = (prefixes.weights * errors).sum()
+    return _Decoded(values, factor, residual, factor * grad, half * whole, errors)
 
 
 def _latent_order(
@@ -200,6 +208,26 @@ def vector_gradients(
             terms = result.get(name, Gradient()).terms
             result[name] = Gradient.whole(grads[name][:, None])._replace(terms=terms)
     return result
+
+
+def rows_weighted(W: torch.Tensor, weights: torch.Tensor, backend: str | None) -> torch.Tensor:
+    """``W^T weights``, fp32 [D], of W [F, D] and fp32 weights [F], by the decode kernel.
+
+    The latents are split over up to 64 rows of codes, so that threads share the work and the order
+    of the sum does not depend on their number.
+    """
+    n_latents = W.shape[0]
+    parts = min(64, n_latents)
+    width = -(-n_latents // parts)
+    latents = torch.arange(parts * width, dtype=torch.int32, device=W.device)
+    if parts * width > n_latents:
+        latents = latents.clamp_(max=n_latents - 1)
+        weights = pad(weights, (0, parts * width - n_latents))
+    shape = (parts, width)
+    partial: torch.Tensor = decode(
+        weights.view(shape), latents.view(shape), W, None, None, backend=backend
+    )
+    return partial.sum(0)
 
 
 def _one_row_each(coef: torch.Tensor, source: torch.Tensor | None) -> Term:
