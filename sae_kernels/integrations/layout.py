@@ -20,12 +20,14 @@ class LatentRows:
     Optimizer states of such a parameter are turned along before a step. torch's fused optimizers
     want more: they walk through memory, in one order for all, and on a CPU copy what is not
     contiguous. So for their step the parameter, its gradient and its states are [F, D].
+    ``state_dict`` gives the states as torch lays them by default.
     """
 
     def __init__(self) -> None:
         self._turned = WeakIdKeyDictionary()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._hooks: list[Any] = []
+        self._state_hooks: list[Any] = []
         self._across: list[tuple[torch.Tensor, dict[str, Any]]] = []  # [F, D] for the moment
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -37,7 +39,7 @@ class LatentRows:
         if weight not in self._turned and not weight.is_contiguous():
             self._turned[weight] = True
             if not self._hooks:
-                before = register_optimizer_step_pre_hook(self._follow)
+                before = register_optimizer_step_pre_hook(self._before)
                 self._hooks = [before, register_optimizer_step_post_hook(self._back)]
         return weight.T
 
@@ -55,22 +57,32 @@ class LatentRows:
                 weight.data = weight.data.contiguous()
         for optimizer in list(self._optimizers):
             self._lay(optimizer)
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._state_hooks):
             hook.remove()
-        self._hooks = []
+        self._hooks, self._state_hooks = [], []
         self._turned = WeakIdKeyDictionary()
+        self._optimizers.clear()
 
-    def _follow(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._back()
-        if any(p in self._turned for group in optimizer.param_groups for p in group["params"]):
+    def follow(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Turns the states of an optimizer's turned weights, if it has any, now and at undo."""
+        if not any(p in self._turned for group in optimizer.param_groups for p in group["params"]):
+            return False
+        if optimizer not in self._optimizers:
             self._optimizers.add(optimizer)
-            self._lay(optimizer)
-            for group in optimizer.param_groups:
-                if group.get("fused"):
-                    mine = [p for p in group["params"] if p in self._turned]
-                    self._across += [(p, optimizer.state[p]) for p in mine]
-            for weight, state in self._across:
-                _transpose(weight, state)
+            self._state_hooks.append(optimizer.register_state_dict_post_hook(_contiguous))
+        self._lay(optimizer)
+        return True
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._back()
+        if not self.follow(optimizer):
+            return
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                mine = [p for p in group["params"] if p in self._turned]
+                self._across += [(p, optimizer.state[p]) for p in mine]
+        for weight, state in self._across:
+            _transpose(weight, state)
 
     def _back(self, *_: Any) -> None:
         """Ends a fused step; after one that raised, what comes next does it."""
@@ -99,6 +111,15 @@ def _transpose(weight: torch.Tensor, state: dict[str, Any]) -> None:
     for name, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim() == 2:
             state[name] = value.T
+
+
+def _contiguous(_: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+    """Lays the tensors of a state dict as torch does by default; the optimizer keeps its own."""
+    for place, state in found["state"].items():
+        found["state"][place] = {
+            name: value.contiguous() if isinstance(value, torch.Tensor) else value
+            for name, value in state.items()
+        }
 
 
 def laid_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
