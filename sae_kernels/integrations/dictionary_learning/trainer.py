@@ -99,7 +99,7 @@ def _replacement(kind: Kind, installation: Installation) -> Callable[..., Any]:
             if not installation.covers(self.ae):
                 result: float = original(self, step, x)
                 return result
-            why = _why_not(self, kind, x)
+            why = _why_not(self, kind, x) or _why_not_laid(self.ae, installation)
             if why:
                 installation.ledger.left(what, why)
                 result = original(self, step, x)
@@ -152,6 +152,10 @@ def _why_not_unit(ae: Any) -> str | None:
     some = _rows_of_decoder(ae)[:: max(1, ae.dict_size // 64)]
     off = (some.detach().norm(dim=1) - 1).abs().max()
     return None if off < 1e-5 else "decoder rows that are not of unit norm"
+
+
+def _why_not_laid(ae: Any, installation: Installation) -> str | None:
+    return installation.rows.why_not(ae.decoder.weight if hasattr(ae, "decoder") else ae.W_enc)
 
 
 def _rows_of_decoder(ae: Any) -> torch.Tensor:

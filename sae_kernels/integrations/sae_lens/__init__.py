@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.integrations.adapters import Adapter
-from sae_kernels.integrations.sae_lens import shared, threshold, topk
+from sae_kernels.integrations.sae_lens import shared, threshold, topk, trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,6 +61,8 @@ def _install(installation: Installation) -> None:
     shared.install(installation)
     topk.install(installation)
     threshold.install(installation)
+    if installation.level == "trainer":
+        trainer.install(installation)
 
 
 def _modules_of(target: Any) -> Iterable[torch.nn.Module]:
@@ -90,8 +92,9 @@ ADAPTER = Adapter(
     tested=("6.54.12",),
     oldest="6.0",
     below="7",
-    levels=("module",),
-    seams={
+    levels=("module", "trainer"),
+    seams=trainer.SEAMS
+    | {
         f"sae_lens.saes.{file}:{name}": code
         for file, names in _CODE.items()
         for name, code in names.items()

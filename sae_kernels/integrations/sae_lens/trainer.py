@@ -58,7 +58,7 @@ def install(installation: Installation) -> None:
             if not installation.covers(sae):
                 return original(self, sae, sae_in)
             with self.autocast_if_enabled:
-                why = _why_not(self, sae, sae_in)
+                why = _why_not(self, sae, sae_in) or installation.rows.why_not(sae.W_enc)
             if why:
                 ledger.left(WHAT, why)
                 return original(self, sae, sae_in)
