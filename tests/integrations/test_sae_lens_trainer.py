@@ -93,15 +93,27 @@ def seen(trainer: Any, losses: list[float], where: Order) -> Run:
     )
 
 
-def run(kind: str, n: int, seed: int = 0, fast: bool = False, **options: Any) -> Run:
+def run(
+    kind: str, n: int, seed: int = 0, fast: bool = False, few_dead: bool = False, **options: Any
+) -> Run:
     where, data = order(seed, kind), batches(n, B, D)
     trainer = make(kind, where=where, **options)
+    if few_dead:
+        let_die(trainer, where)
     with sk.accelerate("sae_lens", level="trainer") if fast else contextlib.nullcontext() as handle:
         outputs = steps(trainer, data, where)
         if handle is not None:
             assert handle.report().taken == {WHAT: n}
             assert not handle.report().left
     return seen(trainer, [float(o.loss.detach()) for o in outputs], where)
+
+
+def let_die(trainer: Any, where: Order) -> None:
+    """Five latents that never fire and have not for long; fewer than AuxK keeps per token."""
+    dead = torch.isin(where.latents, torch.arange(0, F, 100)[:5])
+    with torch.no_grad():
+        trainer.sae.b_enc[dead] = -5.0
+    trainer.n_forward_passes_since_fired[dead] = 2000
 
 
 def check(kind: str, n: int, **options: Any) -> None:
@@ -116,6 +128,11 @@ PLAIN = {"rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False}
 @pytest.mark.parametrize("window", [1000, 3], ids=["all-alive", "many-dead"])
 def test_twenty_steps_are_the_library_s_own(kind: str, window: int) -> None:
     check(kind, 20, dead_feature_window=window)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_twenty_steps_with_few_dead_latents_and_negative_pre_activations(kind: str) -> None:
+    check(kind, 20, few_dead=True)
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
