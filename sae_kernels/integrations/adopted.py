@@ -108,6 +108,12 @@ class AdoptedStep:
             unset = torch.nan if name == "last_key" else 0.0
             sae._buffers[name] = torch.full(buffer.shape, unset, dtype=buffer.dtype, device=device)
 
+    def serves(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this is the step of an optimizer and of all its parameters, still the same."""
+        mine = {id(p) for p in self.weights.values()}
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return optimizer is self.optimizer and mine == theirs
+
     @torch.no_grad()
     def differentiate(self, x: torch.Tensor, *, k: float | None = None) -> Differentiated:
         """Losses and gradients of a batch [B, D] by the weights as they are now."""

@@ -271,7 +271,7 @@ def test_undone_in_the_middle_of_a_run() -> None:
 
 
 def test_what_others_do_between_steps_counts() -> None:
-    data = batches(6, B, D)
+    data = batches(8, B, D)
 
     def edited(seed: int, fast: bool) -> Run:
         where = order(seed)
@@ -284,7 +284,9 @@ def test_what_others_do_between_steps_counts() -> None:
             sae.W_enc.data = sae.W_enc.data.clone(memory_format=torch.contiguous_format) * 1.25
             sae.activation_fn.k = 4
             trainer.optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
-            outputs += steps(trainer, data[3:], where)
+            outputs += steps(trainer, data[3:5], where)
+            trainer.optimizer = torch.optim.Adam(sae.parameters(), lr=5e-4, betas=(0.8, 0.99))
+            outputs += steps(trainer, data[5:], where)
         return seen(trainer, [float(o.loss.detach()) for o in outputs], where)
 
     assert_same_run(edited(0, True), edited(0, False), [edited(i, False) for i in (1, 2, 3)])
@@ -454,6 +456,34 @@ def test_a_copied_trainer_is_its_own() -> None:
         two = [float(o.loss) for o in steps(twin, data[2:])]
     assert one == two
     assert twin.sae.W_dec.data_ptr() != trainer.sae.W_dec.data_ptr()
+
+
+def test_several_trainers_in_lockstep() -> None:
+    from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+
+    data, ends = batches(6, B, D), []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        made = {name: make(kind).sae for name, kind in (("a", "topk"), ("b", "batchtopk"))}
+        settings = SAETrainerConfig(
+            total_training_samples=6 * B,
+            train_batch_size_samples=B,
+            device="cpu",
+            lr=1e-3,
+            lr_end=1e-4,
+            logger=_silent(),
+        )
+        options = {"cfg": settings, "saes": made, "hook_names": {"a": "x", "b": "x"}}
+        trainer = MultiSAETrainer(**options, data_provider=iter([{"x": x} for x in data]))
+        with sk.accelerate(trainer) if fast else contextlib.nullcontext() as handle:
+            ends.append(trainer.fit())
+        if handle is not None:
+            assert handle.report().taken == {WHAT: 12}
+    for name, theirs in ends[0].items():
+        for key, tensor in theirs.state_dict().items():
+            torch.testing.assert_close(
+                ends[1][name].state_dict()[key], tensor, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_one_trainer_alone() -> None:

@@ -108,7 +108,7 @@ def _replacement(kind: Kind, installation: Installation) -> Callable[..., Any]:
             if step == 0:
                 self.ae.b_dec.data = kind.median(x).to(self.ae.b_dec.dtype)
             adopted = steps.get(self)
-            if adopted is None or adopted.weights["b_dec"] is not self.ae.b_dec:
+            if adopted is None or not adopted.serves(self.optimizer):
                 adopted = steps[self] = _adopt(self, installation)
             return _updated(self, adopted, step, x.to(self.device))
 
@@ -202,7 +202,7 @@ def _updated(trainer: Any, adopted: AdoptedStep, step: int, x: torch.Tensor) -> 
     values = done.preacts.values.relu()
     if step > trainer.threshold_start_step:
         trainer.update_threshold(values)  # looks for the smallest positive ones alone
-    per_token = isinstance(adopted.sae, TopKSAE)
+    per_token = values.dim() == 2
     trainer.effective_l0 = values.shape[1] if per_token else trainer.k
     # Among a token's k largest theirs counts zeros as well; in a batch's, values above 0 alone.
     trainer.num_tokens_since_fired += len(x)

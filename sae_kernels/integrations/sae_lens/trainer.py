@@ -64,7 +64,7 @@ def install(installation: Installation) -> None:
                 return original(self, sae, sae_in)
             ledger.took(WHAT)
             step = steps.get(self)
-            if step is None or step.weights["W_enc"] is not sae.W_enc:
+            if step is None or not step.serves(self.optimizer):
                 step = steps[self] = _adopt(self, installation)
             return TrainStepOutput(**_trained(self, step, sae_in, installation))
 
