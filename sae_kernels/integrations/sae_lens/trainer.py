@@ -191,7 +191,7 @@ def _trained(
     for scheduler in trainer.coefficient_schedulers.values():
         scheduler.step()
 
-    per_token = done.errors / done.n_tokens
+    per_token = (done.errors / done.n_tokens).reshape(-1)
     losses = {"mse_loss": per_token[-1], "auxiliary_reconstruction_loss": result.aux_loss}
     for width, error in zip(getattr(cfg, "matryoshka_widths", ())[:-1], per_token, strict=False):
         losses[f"inner_mse_loss_{width}"] = error
