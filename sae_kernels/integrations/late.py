@@ -41,7 +41,7 @@ class LateTensor(torch.Tensor):
 
     columns: Callable[[torch.Tensor], torch.Tensor] | None
     entries: SparseCodes | None
-    _late: _Late
+    _late: Later
 
     @classmethod
     def of(
@@ -63,7 +63,7 @@ class LateTensor(torch.Tensor):
             ledger: counts the first use.
             what: the name in the ledger and in messages.
         """
-        late = _Late(tuple(shape), compute, inputs, dtype or inputs[0].dtype, ledger, what)
+        late = Later(tuple(shape), compute, inputs, dtype or inputs[0].dtype, ledger, what)
         made: LateTensor = _Made.apply(late, *inputs)
         made.columns = made.entries = None
         return made
@@ -106,7 +106,7 @@ class LateTensor(torch.Tensor):
         return f"LateTensor(shape={tuple(self.shape)}, computed={self.computed})"
 
 
-class _Late:
+class Later:
     """The computation behind a tensor and its detached aliases."""
 
     def __init__(
@@ -132,10 +132,16 @@ class _Late:
         with autocast:
             return self.compute(*inputs).to(self.dtype)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the values are still to be computed, from inputs that are as they were."""
+        # A detached alias counts writes together with what it is an alias of.
+        same = all(version_of(tensor) == version for tensor, version in self.inputs)
+        return same and self.values is None
+
     def value(self, why: str) -> torch.Tensor:
         if self.values is None:
-            # A detached alias counts writes together with what it is an alias of.
-            if any(version_of(tensor) != version for tensor, version in self.inputs):
+            if not self.fresh:
                 raise RuntimeError(
                     f"{self.what}: expected to be read before the optimizer's step, got it after "
                     "(they are computed when they are used, and the weights have changed); read "
@@ -154,7 +160,7 @@ def version_of(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _wrap(late: _Late) -> LateTensor:
+def _wrap(late: Later) -> LateTensor:
     made: LateTensor = torch.Tensor._make_wrapper_subclass(
         LateTensor, late.shape, dtype=late.dtype, device=late.device, requires_grad=False
     )
@@ -165,7 +171,7 @@ def _wrap(late: _Late) -> LateTensor:
 
 class _Made(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, late: _Late, *inputs: torch.Tensor) -> LateTensor:
+    def forward(ctx: Any, late: Later, *inputs: torch.Tensor) -> LateTensor:
         ctx.save_for_backward(*inputs)
         ctx.late = late
         return _wrap(late)
