@@ -274,3 +274,9 @@ def _norm(acts: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **kw
     total = by_token(codes, codes.values.abs() ** p)
     # A token without entries has the norm 0, and no gradient.
     return used(acts, torch.where(total > 0, total, 1) ** (1 / p) * (total > 0))
+
+
+@rule(torch.linalg.norm)
+def _linalg_norm(acts: Any, ord: Any = None, dim: Any = None, **kwargs: Any) -> Any:
+    # Without a dimension it is the norm of a matrix.
+    return _norm(acts, ord, dim, **kwargs) if isinstance(dim, int) else NotImplemented

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels import functional
+from sae_kernels.integrations.density import Density
 from sae_kernels.integrations.late import LateTensor
 from sae_kernels.integrations.lazy_rules import by_token
 from sae_kernels.integrations.patching import hooked
-from sae_kernels.integrations.sae_lens.shared import Density, hand_over, why_not
+from sae_kernels.integrations.sae_lens.shared import hand_over, why_not
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
