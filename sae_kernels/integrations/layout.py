@@ -36,12 +36,24 @@ class LatentRows:
         if not weight.T.is_contiguous():
             with torch.inference_mode(False):  # or it could never be trained again
                 weight.data = weight.data.T.contiguous().T
-        if weight not in self._turned and not weight.is_contiguous():
+        if not weight.is_contiguous():
+            self._note(weight)
+        return weight.T
+
+    def straight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [F, D] itself, contiguous: made as a transpose, it is laid anew once."""
+        if not weight.is_contiguous():
+            with torch.inference_mode(False):
+                weight.data = weight.data.contiguous()
+            self._note(weight)
+        return weight
+
+    def _note(self, weight: torch.Tensor) -> None:
+        if weight not in self._turned:
             self._turned[weight] = True
             if not self._hooks:
                 before = register_optimizer_step_pre_hook(self._before)
                 self._hooks = [before, register_optimizer_step_post_hook(self._back)]
-        return weight.T
 
     def why_not(self, weight: torch.Tensor) -> str | None:
         """Why a weight cannot be laid anew, or None."""

@@ -37,7 +37,8 @@ def weights_of(installation: Installation, ae: Any) -> Weights:
     rows = installation.rows
     if hasattr(ae, "W_enc"):
         return Weights(rows.of(ae.W_enc), ae.b_enc, ae.W_dec, ae.b_dec)
-    return Weights(ae.encoder.weight, ae.encoder.bias, rows.of(ae.decoder.weight), ae.b_dec)
+    W_enc, W_dec = rows.straight(ae.encoder.weight), rows.of(ae.decoder.weight)
+    return Weights(W_enc, ae.encoder.bias, W_dec, ae.b_dec)
 
 
 def why_not(installation: Installation, ae: Any, served: type, x: torch.Tensor) -> str | None:

@@ -76,7 +76,7 @@ class _Threshold:
         if why:
             self.ledger.left(what, why)
             return False
-        dense = self.density.why_dense(ae, 1.0)
+        dense = self.density.why_dense(ae)
         if dense:
             self.ledger.left(what, dense, by_rule=True)
             return False
@@ -109,7 +109,7 @@ class _Threshold:
                 if not self.installation.covers(ae):
                     acts = original(ae, x)
                 elif self.takes(f"{served.__name__}.encode", ae, served, x, None):
-                    W, b = ae.encoder.weight, ae.encoder.bias
+                    W, b = self.rows.straight(ae.encoder.weight), ae.encoder.bias
                     b_dec = getattr(ae, "bias", None)
                     codes = functional.encode_threshold(x, W, b, 0.0, b_dec=b_dec)
                     acts = self.handed(ae, codes, x)
@@ -140,7 +140,7 @@ class _Threshold:
                     self.density.saw(ae, found[1] if return_gate else found)
                     return found
                 bound = -ae.gate_bias.detach()
-                W, b_dec = ae.encoder.weight, ae.decoder_bias
+                W, b_dec = self.rows.straight(ae.encoder.weight), ae.decoder_bias
                 product = functional.encode_threshold(x, W, None, bound, b_dec=b_dec)
                 by, bias, gate_bias = (
                     functional.gather_by_latent(each, product)
