@@ -42,6 +42,7 @@ class LatentRows:
 
     def straight(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [F, D] itself, contiguous: made as a transpose, it is laid anew once."""
+        self._back()
         if not weight.is_contiguous():
             with torch.inference_mode(False):
                 weight.data = weight.data.contiguous()
@@ -91,7 +92,8 @@ class LatentRows:
             return
         for group in optimizer.param_groups:
             if group.get("fused"):
-                mine = [p for p in group["params"] if p in self._turned]
+                turned = (p for p in group["params"] if p in self._turned)
+                mine = [p for p in turned if not p.is_contiguous()]
                 self._across += [(p, optimizer.state[p]) for p in mine]
         for weight, state in self._across:
             _transpose(weight, state)

@@ -276,21 +276,6 @@ def _norm(acts: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **kw
     return used(acts, torch.where(total > 0, total, 1) ** (1 / p) * (total > 0))
 
 
-@rule(T.nonzero, torch.nonzero)
-def _nonzero(acts: Any, *, as_tuple: bool = False) -> Any:
-    codes = entries_of(acts)
-    if codes is None or as_tuple:
-        return NotImplemented
-    places = codes.tokens.flatten().long() * codes.n_latents + codes.indices.flatten().long()
-    kept = places[codes.values.flatten() != 0].sort().values  # in the order of the dense tensor
-    return torch.stack(torch.unravel_index(kept, acts.shape), dim=1)
-
-
-@rule(T.cpu)
-def _cpu(acts: Any) -> Any:
-    return acts if acts.device.type == "cpu" else NotImplemented
-
-
 @rule(torch.linalg.norm)
 def _linalg_norm(acts: Any, ord: Any = None, dim: Any = None, **kwargs: Any) -> Any:
     # Without a dimension it is the norm of a matrix.
