@@ -51,8 +51,9 @@ def run(
         sae, config: settings beside the neutral ones.
     """
     torch.manual_seed(0)
-    words = {"vocab_size": WORDS, "n_positions": LENGTH}
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, **words)).to(dtype).eval()
+    config_of = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": LENGTH}
+    model: Any = GPT2LMHeadModel(GPT2Config.from_dict(config_of | {"vocab_size": WORDS}))
+    model = model.to(dtype).eval()
     tokens = torch.randint(0, WORDS, (STEPS, BATCH, LENGTH))
     if order:
         draw = torch.Generator().manual_seed(order)

@@ -43,8 +43,9 @@ def weights_of(installation: Installation, ae: Any) -> Weights:
 
 def why_not(installation: Installation, ae: Any, served: type, x: torch.Tensor) -> str | None:
     """Why a dictionary's encoder is left to the library, or None."""
-    if type(ae) is not served:
-        return f"class {type(ae).__name__}"
+    kind: type = type(ae)
+    if kind is not served:
+        return f"class {kind.__name__}"
     if any(hooked(layer) for layer in ae.children()):
         return "hooks on its layers"
     turned = ae.W_enc if hasattr(ae, "W_enc") else ae.decoder.weight

@@ -84,8 +84,9 @@ class _Threshold:
         return True
 
     def _unfit(self, ae: Any, served: type, x: torch.Tensor) -> str | None:
-        if type(ae) is not served:
-            return f"class {type(ae).__name__}"
+        kind: type = type(ae)
+        if kind is not served:
+            return f"class {kind.__name__}"
         if any(hooked(layer) for layer in ae.children()):
             return "hooks on its layers"
         turned = ae.W_enc if hasattr(ae, "W_enc") else ae.decoder.weight

@@ -52,19 +52,20 @@ def remove_radial_part(installation: Installation) -> Callable[..., Any]:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def remove(self: Any) -> None:
             if not installation.covers(self):
-                return original(self)
-            rows, grad = self.W_dec, None if self.W_dec is None else self.W_dec.grad
-            why = "no gradient" if grad is None else _not_plain(rows, grad)
-            if why:
-                installation.ledger.left(_PROJECTION, why)
-                return original(self)
+                original(self)
+                return
+            rows, grad = self.W_dec, getattr(self.W_dec, "grad", None)
+            if grad is None or _not_plain(rows, grad):
+                why = "no gradient" if grad is None else _not_plain(rows, grad)
+                installation.ledger.left(_PROJECTION, str(why))
+                original(self)
+                return
             installation.ledger.took(_PROJECTION)
             height = max(1, _PIECE * torch.get_num_threads() // rows.shape[1])
             with torch.no_grad():
                 for g, w in zip(grad.split(height), rows.split(height), strict=True):
                     radial = torch.einsum("fd,fd->f", g, w)
                     g.sub_(radial[:, None] * w)
-            return None
 
         return remove
 
