@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
+
+pytest.importorskip("sparsify", reason="needs sparsify: python -m benchmarks.peer_tests sparsify")
+
 import torch
 from datasets import Dataset
 from sparsify import SparseCoderConfig, TrainConfig, Trainer
