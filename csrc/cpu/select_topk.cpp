@@ -19,6 +19,8 @@ size_t select_topk_workspace(const SelectTopkArgs& args) {
   return visit_select(args, [](const auto& select) { return select.workspace(); });
 }
 
+bool can_screen(const CanScreenArgs&) { return Int8Product::is_fast(); }
+
 bool select_topk(const SelectTopkArgs& args) {
   return visit_select(args, [](const auto& select) { return select.run(); });
 }

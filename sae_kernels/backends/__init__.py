@@ -78,6 +78,12 @@ def candidates(
     return [Candidate(name, _reason(name, primitive, device, dtype, arguments)) for name in names]
 
 
+def note(primitive: str, backend: str, dtype: torch.dtype) -> str | None:
+    """What an implementation says about how it runs calls of this dtype, or None."""
+    says = getattr(_module(primitive, backend), "note", None)
+    return None if says is None else says(dtype)
+
+
 def requested(argument: str | None = None) -> tuple[str | None, str]:
     """The backend that was chosen explicitly, or None, and where the choice came from."""
     choice, origin = argument, "the backend argument"

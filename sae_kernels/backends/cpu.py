@@ -82,6 +82,27 @@ def code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
+# From here on a screen pays: measured on a Zen 5, docs/numerics.md.
+SCREENED_TOKENS, SCREENED_WIDTH = 64, 128
+
+
+def screens(n_tokens: int, d_in: int, dtype: torch.dtype) -> bool:
+    """Whether encoders screen the scores of such tokens by a product in 8 bits.
+
+    The result is the same, bit for bit; in fp32 and on a machine that multiplies bytes faster than
+    fp32 numbers it takes less time, unless nearly everything is selected.
+    """
+    large = n_tokens >= SCREENED_TOKENS and d_in >= SCREENED_WIDTH
+    return dtype == torch.float32 and large and can_screen(isa())
+
+
+@functools.cache
+def can_screen(variant: str) -> bool:
+    """Whether an ISA variant has, on this machine, an instruction for products of bytes."""
+    able: bool = module().can_screen(variant, 1)
+    return able
+
+
 def run(kernel: str, *arguments: Any) -> Any:
     """Runs a kernel on the variant and the threads in use.
 

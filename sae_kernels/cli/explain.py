@@ -38,6 +38,7 @@ def explain(
     candidates = backends.candidates(primitive, where, DTYPES[dtype])
     able = [c.backend for c in candidates if c.reason is None and choice in (None, c.backend)]
     runs = able[0] if able else None
+    note = None if runs is None else backends.note(primitive, runs, DTYPES[dtype])
     output = Output(as_json)
     output.record(
         {
@@ -45,6 +46,7 @@ def explain(
             "device": str(where),
             "dtype": dtype,
             "backend": runs,
+            "note": note,
             "requested": choice,
             "origin": origin,
             "candidates": [{"backend": c.backend, "reason": c.reason} for c in candidates],
@@ -55,14 +57,16 @@ def explain(
         + (f"runs on {runs}" if runs else f"cannot run on {choice or 'any backend'}")
         + f" ({origin})"
     )
-    output.table([(f"  {c.backend}", verdict(c, runs)) for c in candidates])
+    output.table([(f"  {c.backend}", verdict(c, runs, note)) for c in candidates])
 
 
-def verdict(candidate: backends.Candidate, runs: str | None) -> str:
-    """Whether a candidate backend runs, and why not."""
+def verdict(candidate: backends.Candidate, runs: str | None, note: str | None) -> str:
+    """Whether a candidate backend runs, why not, and what there is to know if it does."""
     if candidate.reason is not None:
         return f"no: {candidate.reason}"
-    return "runs" if candidate.backend == runs else "could, but is not chosen"
+    if candidate.backend != runs:
+        return "could, but is not chosen"
+    return "runs" if note is None else f"runs; {note}"
 
 
 def _check(what: str, given: str, known: tuple[str, ...]) -> None:

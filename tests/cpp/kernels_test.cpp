@@ -31,7 +31,8 @@ struct Operands {
 };
 
 template <class E>
-void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Random& random) {
+void select(const KernelTable& kernels, Shape s, bool scaled, bool screened, int threads,
+            Random& random) {
   using T = Acc<E>;
   Buffer<E> x(s.B * s.D), W(s.F * s.D);
   Buffer<T> b(s.F), scale(s.F), values(s.B * s.k);
@@ -50,6 +51,7 @@ void select(const KernelTable& kernels, Shape s, bool scaled, int threads, Rando
                       s.F,
                       s.k,
                       {},
+                      screened,
                       nullptr,
                       threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
@@ -94,6 +96,7 @@ void select_routed(const KernelTable& kernels, Shape s, int experts, int threads
   args.values = values.data(), args.indices = indices.data();
   args.B = s.B, args.D = s.D, args.F = F, args.k = s.k, args.threads = threads;
   args.routes = {tokens.data(), starts.data(), experts};
+  args.screened = experts > 1;
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
   args.workspace = workspace.data();
   check(kernels.select_topk(args), "select_topk, routed: refused", 0);
@@ -147,15 +150,16 @@ void route(const KernelTable& kernels, Shape s, int threads, Random& random) {
 
 // Bounds around `level`: nothing, a few, about half or all scores are above them.
 template <class E>
-void threshold(const KernelTable& kernels, Shape s, int level, int threads, Random& random) {
+void threshold(const KernelTable& kernels, Shape s, int level, bool screened, int threads,
+               Random& random) {
   using T = Acc<E>;
   Buffer<E> x(s.B * s.D), W(s.F * s.D);
   Buffer<T> b(s.F), bounds(s.F);
   const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
   auto bound = fill(bounds, random);
   for (int64_t f = 0; f < s.F; ++f) bounds[f] = static_cast<T>(bound[f] += level);
-  SelectThresholdArgs args{kDType<E>, x.data(), W.data(), b.data(), bounds.data(),
-                           s.B,       s.D,      s.F,      nullptr,  threads};
+  SelectThresholdArgs args{kDType<E>, x.data(), W.data(), b.data(), bounds.data(), s.B,
+                           s.D,       s.F,      screened, nullptr,  threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_threshold_workspace(args)), kAlign);
   args.workspace = workspace.data();
   const auto found = kernels.select_threshold(args);
@@ -447,13 +451,19 @@ void all(const KernelTable& kernels, const char* name) {
                     static_cast<int>(shape.k), threads);
       where = text;
       Random random(++seed);
-      for (const bool scaled : {false, true}) select<E>(kernels, shape, scaled, threads, random);
+      for (const bool scaled : {false, true}) {
+        for (const bool screened : {false, true}) {
+          select<E>(kernels, shape, scaled, screened, threads, random);
+        }
+      }
       for (const int experts : {1, 2, 5}) {
         select_routed<E>(kernels, shape, experts, threads, random);
       }
       route<E>(kernels, shape, threads, random);
       for (const int level : {-100000, 0, 20, 100000}) {
-        threshold<E>(kernels, shape, level, threads, random);
+        for (const bool screened : {false, true}) {
+          threshold<E>(kernels, shape, level, screened, threads, random);
+        }
       }
       for (const Form& form : kForms) decode<E>(kernels, shape, form, threads, random);
       rows<Acc<E>, E>(kernels, shape, threads, random);

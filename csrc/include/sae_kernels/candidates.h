@@ -102,7 +102,7 @@ SAE_INLINE Key<T> smallest(const Key<T>* keys, int64_t n) {
   return out;
 }
 
-// Candidate lists of a block of tokens. `capacity` and `limit` are multiples of the vector length.
+// Candidate lists of a block of tokens. `capacity` is a multiple of the vector length.
 template <class T, bool kScaled>
 struct Candidates {
   Key<T>* keys;                // [tokens, capacity]

@@ -33,14 +33,14 @@ struct Encoder {
   int64_t B, D, F;
   int threads;
   Routes routes = {};
-  int64_t tokens = block_tokens();  // of one block
+  int64_t tokens = block_tokens(Product::max_tokens(D));  // of one block
 
   // Experts have unlike numbers of tokens: of smaller blocks all threads get about as many.
-  int64_t block_tokens() const {
+  int64_t block_tokens(int64_t most) const {
     const int64_t step = Product::kTokenStep;
     const int64_t shares = threads * (routes.experts > 1 ? 4 : 1);
     const int64_t share = ((B + shares - 1) / shares + step - 1) / step * step;
-    return std::min(Product::max_tokens(D), std::max(share, step));
+    return std::min(most, std::max(share, step));
   }
   // As many for each expert as it has blocks if all tokens are its own; the others are empty.
   int64_t blocks() const { return routes.experts * blocks_of_expert(); }
@@ -51,8 +51,9 @@ struct Encoder {
   }
 
   // make_sink(carver) is called once a thread. A sink has start_block(block, rows, count),
-  // start_tile(f, latents), scan(scores, bias, f, latents, token, count) and
-  // finish_block(rows, count); scores are [vectors of a step][kLatents][kGroup tokens].
+  // start_tile(f, latents, bias), scan(scores, bias, f, latents, token, count) and
+  // finish_block(rows, count); scores are [vectors of a step][kLatents][kGroup tokens]. A tile
+  // whose start_tile returns false is not multiplied.
   template <class MakeSink>
   void run(void* workspace, size_t sink_bytes, const MakeSink& make_sink) const {
     if (B == 0) return;
@@ -114,7 +115,7 @@ struct Encoder {
       const int64_t latents = std::min<int64_t>(Product::kLatents, end - f);
       const auto* rows = Product::rows(w + f * D, latents, D, scratch);
       fill(bias, b, f, latents, T{0});
-      sink.start_tile(f, latents);
+      if (!sink.start_tile(f, latents, bias)) continue;
       // The next tile of W is fetched in equal shares while this one is multiplied.
       const char* ahead = reinterpret_cast<const char*>(w + (f + latents) * D);
       const int64_t next = std::min<int64_t>(Product::kLatents, end - f - latents);

@@ -59,7 +59,7 @@ class RouteTop1 {
       logits = static_cast<T*>(a.probabilities) + rows.first * a.E;
     }
 
-    void start_tile(int64_t, int64_t) {}
+    bool start_tile(int64_t, int64_t, const T*) { return true; }
 
     void scan(const T* scores, const T* bias, int64_t e, int64_t experts, int64_t token,
               int64_t count) {

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "sae_kernels/encoder.h"
+#include "sae_kernels/screen.h"
 
 namespace sae::SAE_ISA {
 
@@ -60,10 +62,14 @@ class SelectThreshold {
 
  public:
   explicit SelectThreshold(const SelectThresholdArgs& args)
-      : a(args), encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads} {}
+      : a(args),
+        encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads},
+        screened(args.screened && Screen::serves<Product>(args.D)) {
+    if (screened) encoder.tokens = encoder.block_tokens(Screen::max_tokens(a.D));
+  }
 
   size_t workspace() const {
-    return (encoder.thread_bytes() + kSinkBytes) * static_cast<size_t>(a.threads);
+    return (encoder.thread_bytes() + sink_bytes()) * static_cast<size_t>(a.threads);
   }
 
   std::unique_ptr<Selection> run() const {
@@ -71,46 +77,74 @@ class SelectThreshold {
     found->blocks.resize(static_cast<size_t>(encoder.blocks()));
     found->counts.resize(static_cast<size_t>(a.B));
     found->threads = a.threads;
-    encoder.run(a.workspace, kSinkBytes, [&](Carver& carver) {
-      return Sink{a, carver.template take<T>(kSinkBytes), *found, nullptr};
+    encoder.run(a.workspace, sink_bytes(), [&](Carver& carver) {
+      T* bound = carver.template take<T>(kBoundBytes);
+      std::optional<Screen> screen;
+      if (screened) screen.emplace(carver, encoder.tokens, a.D);
+      return Sink{a, bound, *found, screen};
     });
     return found;
   }
 
  private:
-  static constexpr size_t kSinkBytes = aligned(Product::kLatents * sizeof(T));
+  static constexpr size_t kBoundBytes = aligned(Product::kLatents * sizeof(T));
   static constexpr size_t kExpected = 48;  // entries a token; a longer list grows
 
   const SelectThresholdArgs& a;
   Encoder<Product> encoder;
+  bool screened;
+
+  size_t sink_bytes() const {
+    return kBoundBytes + (screened ? Screen::bytes(encoder.tokens, a.D) : 0);
+  }
 
   struct Sink {
     const SelectThresholdArgs& a;
     T* bound;
     List& found;
-    typename List::Block* block;
+    std::optional<Screen> screen;
+    typename List::Block* block = nullptr;
+    int64_t seen = 0;  // latents of the block's tiles so far
 
     void start_block(int64_t number, const Rows& rows, int64_t count) {
+      seen = 0;
+      if (screen) screen->start_block(static_cast<const float*>(a.x), rows, count);
       block = &found.blocks[static_cast<size_t>(number)];
       block->first = rows.first;
       block->entries.reserve(static_cast<size_t>(count) * kExpected);
     }
 
-    void start_tile(int64_t f, int64_t latents) {
+    bool start_tile(int64_t f, int64_t latents, const T* bias) {
+      seen += latents;
       Encoder<Product>::fill(bound, a.bounds, f, latents, T{0});
+      if constexpr (Screen::kServes<Product>) {
+        if (screen) {
+          return !screen->tile(
+              static_cast<const float*>(a.W) + f * a.D, latents, seen, none, tests(bias),
+              [&](int64_t, int64_t i, T score)
+                  SAE_INLINE_LAMBDA { return !(score + bias[i] <= bound[i]); },
+              adds(bias, f));
+        }
+      }
+      return true;
+    }
+
+    static int none(int64_t) { return 0; }  // nothing to compare with but the latents' own bounds
+    auto tests(const T* bias) {
+      return [this, bias](const T* at, int64_t i, int) SAE_INLINE_LAMBDA {
+        return survivors<T, true>(load_raw(at) + splat(bias[i]), splat(bound[i]));
+      };
+    }
+    auto adds(const T* bias, int64_t f) {
+      return [this, bias, f](int64_t t, int64_t i, T score) SAE_INLINE_LAMBDA {
+        block->entries.push_back(
+            {static_cast<int32_t>(t), static_cast<int32_t>(f + i), score + bias[i] + T{0}});
+      };
     }
 
     void scan(const T* scores, const T* bias, int64_t f, int64_t latents, int64_t token,
               int64_t count) {
-      scan_step<Product>(
-          scores, latents, token, count, [](int64_t) SAE_INLINE_LAMBDA { return 0; },
-          [&](const T* at, int64_t i, int) SAE_INLINE_LAMBDA {
-            return survivors<T, true>(load_raw(at) + splat(bias[i]), splat(bound[i]));
-          },
-          [&](int64_t t, int64_t i, T score) SAE_INLINE_LAMBDA {
-            block->entries.push_back(
-                {static_cast<int32_t>(t), static_cast<int32_t>(f + i), score + bias[i] + T{0}});
-          });
+      scan_step<Product>(scores, latents, token, count, none, tests(bias), adds(bias, f));
     }
 
     void finish_block(const Rows& rows, int64_t) {

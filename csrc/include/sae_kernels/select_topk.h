@@ -1,8 +1,11 @@
 // select_topk: of each tile of scores a token keeps only the entries that can still win.
 #pragma once
 
+#include <optional>
+
 #include "sae_kernels/candidates.h"
 #include "sae_kernels/encoder.h"
+#include "sae_kernels/screen.h"
 
 namespace sae::SAE_ISA {
 
@@ -15,13 +18,19 @@ class SelectTopk {
  public:
   explicit SelectTopk(const SelectTopkArgs& args)
       : a(args),
-        encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads, args.routes} {
+        encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads, args.routes},
+        screened(args.screened && Screen::serves<Product>(args.D)) {
     // Longer lists are cut less often, shorter ones tighten the threshold earlier. At first, when
     // nearly all would pass, longer ones are filled without comparing.
     limit = List::whole_vectors(a.k + std::max<int64_t>(a.k, 32));
-    capacity = std::max(limit, List::whole_vectors(std::min<int64_t>(8 * a.k, kFilled)));
+    capacity = std::max(List::whole_vectors(limit),
+                        List::whole_vectors(std::min<int64_t>(8 * a.k, kFilled)));
     int64_t& tokens = encoder.tokens;
     const int64_t step = Product::kTokenStep;
+    if (screened) {
+      tokens = encoder.block_tokens(Screen::max_tokens(a.D));
+      limit = a.k + std::max<int64_t>(a.k / 4, 8);  // a single score is dear
+    }
     while (tokens > step && List::bytes(tokens, capacity) > kListBytes) tokens -= step;
   }
 
@@ -33,7 +42,9 @@ class SelectTopk {
       T* scale = carver.template take<T>(Product::kLatents * sizeof(T));
       char* lists = carver.take(List::bytes(encoder.tokens, capacity));
       Entry* entries = carver.template take<Entry>(static_cast<size_t>(a.k) * sizeof(Entry));
-      return Sink{a, scale, List(lists, encoder.tokens, capacity, limit, a.k), entries};
+      std::optional<Screen> screen;
+      if (screened) screen.emplace(carver, encoder.tokens, a.D);
+      return Sink{a, scale, List(lists, encoder.tokens, capacity, limit, a.k), entries, screen};
     });
     return true;
   }
@@ -44,6 +55,7 @@ class SelectTopk {
 
   const SelectTopkArgs& a;
   Encoder<Product> encoder;
+  bool screened;
   int64_t limit, capacity;
 
   size_t lists_bytes() const {
@@ -68,7 +80,8 @@ class SelectTopk {
 
   size_t sink_bytes() const {
     return aligned(Product::kLatents * sizeof(T)) + aligned(List::bytes(encoder.tokens, capacity)) +
-           aligned(static_cast<size_t>(a.k) * sizeof(Entry));
+           aligned(static_cast<size_t>(a.k) * sizeof(Entry)) +
+           (screened ? Screen::bytes(encoder.tokens, a.D) : 0);
   }
 
   struct Sink {
@@ -76,35 +89,61 @@ class SelectTopk {
     T* scale;
     List list;
     Entry* entries;
+    std::optional<Screen> screen;
     int64_t seen = 0;  // latents of the block's tiles so far
     bool fills = false;
 
-    void start_block(int64_t, const Rows&, int64_t count) {
+    void start_block(int64_t, const Rows& rows, int64_t count) {
       seen = 0;
+      if (screen) screen->start_block(static_cast<const float*>(a.x), rows, count);
       list.reset((count + Product::kTokenStep - 1) / Product::kTokenStep * Product::kTokenStep);
     }
 
-    void start_tile(int64_t f, int64_t latents) {
+    bool start_tile(int64_t f, int64_t latents, const T* bias) {
       seen += latents;
       fills = seen <= list.capacity;
       if (kScaled) Encoder<Product>::fill(scale, a.rank_scale, f, latents, T{1});
+      if constexpr (Screen::kServes<Product>) {
+        if (screen && !fills) return !screen_tile(f, latents, bias);
+      }
+      return true;
+    }
+
+    // A larger score has a larger key only if it is scaled by a positive number.
+    bool screen_tile(int64_t f, int64_t latents, const T* bias) {
+      for (int64_t i = 0; kScaled && i < latents; ++i) {
+        if (!(scale[i] >= 0)) return false;
+      }
+      return screen->tile(
+          static_cast<const float*>(a.W) + f * a.D, latents, seen, thresholds(), tests(bias),
+          [&](int64_t t, int64_t i, T score)
+              SAE_INLINE_LAMBDA { return !(key_of(score + bias[i], i) < list.thresholds[t]); },
+          pushes(bias, f));
+    }
+
+    T key_of(T h, int64_t i) const { return kScaled ? h * scale[i] : h; }
+
+    auto thresholds() {
+      return [this](int64_t token) SAE_INLINE_LAMBDA { return load_raw(list.thresholds + token); };
+    }
+    auto tests(const T* bias) {
+      return [this, bias](const T* at, int64_t i, Vec<T> threshold) SAE_INLINE_LAMBDA {
+        Vec<T> key = load_raw(at) + splat(bias[i]);
+        if (kScaled) key = key * splat(scale[i]);
+        return survivors<T>(key, threshold);
+      };
+    }
+    auto pushes(const T* bias, int64_t f) {
+      return [this, bias, f](int64_t t, int64_t i, T score) SAE_INLINE_LAMBDA {
+        const T h = score + bias[i] + T{0};
+        list.push(t, key_of(h, i), static_cast<int32_t>(f + i), h);
+      };
     }
 
     void scan(const T* scores, const T* bias, int64_t f, int64_t latents, int64_t token,
               int64_t count) {
       if (fills) return fill(scores, bias, f, latents, token, count);
-      scan_step<Product>(
-          scores, latents, token, count,
-          [&](int64_t first) SAE_INLINE_LAMBDA { return load_raw(list.thresholds + first); },
-          [&](const T* at, int64_t i, Vec<T> threshold) SAE_INLINE_LAMBDA {
-            Vec<T> key = load_raw(at) + splat(bias[i]);
-            if (kScaled) key = key * splat(scale[i]);
-            return survivors<T>(key, threshold);
-          },
-          [&](int64_t t, int64_t i, T score) SAE_INLINE_LAMBDA {
-            const T h = score + bias[i] + T{0};
-            list.push(t, kScaled ? h * scale[i] : h, static_cast<int32_t>(f + i), h);
-          });
+      scan_step<Product>(scores, latents, token, count, thresholds(), tests(bias), pushes(bias, f));
     }
 
     // As long as lists have room for a whole tile nothing has to be compared.

@@ -36,6 +36,9 @@ struct Routes {
   int64_t experts = 1;
 };
 
+// `screened` is of the encoders of fp32 operands: where the ISA can, a product in 8 bits says which
+// scores are worth computing. What is selected is the same, bit for bit.
+
 // Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k].
 struct SelectTopkArgs {
   DType dtype;
@@ -44,6 +47,7 @@ struct SelectTopkArgs {
   int32_t* indices;
   int64_t B, D, F, k;
   Routes routes;
+  bool screened;
   void* workspace;
   int threads;
 };
@@ -64,7 +68,12 @@ struct SelectThresholdArgs {
   DType dtype;
   const void *x, *W, *b, *bounds;
   int64_t B, D, F;
+  bool screened;
   void* workspace;
+  int threads;
+};
+
+struct CanScreenArgs {
   int threads;
 };
 

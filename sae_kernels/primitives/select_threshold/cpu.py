@@ -9,12 +9,31 @@ from sae_kernels.primitives.checks import accumulator
 from sae_kernels.primitives.tensors import packed
 
 
+def note(dtype: torch.dtype) -> str | None:
+    """What `explain` adds about calls of this dtype."""
+    if not cpu.screens(cpu.SCREENED_TOKENS, cpu.SCREENED_WIDTH, dtype):
+        return None
+    return (
+        f"screens scores in 8 bits, same results, from {cpu.SCREENED_TOKENS} tokens "
+        f"and d_in {cpu.SCREENED_WIDTH} on"
+    )
+
+
 def run(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    bounds: torch.Tensor,
+    screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs csrc/cpu/select_threshold.cpp, then allocates as much as it found."""
+    """Runs csrc/cpu/select_threshold.cpp, then allocates as much as it found.
+
+    ``screened`` as of select_topk's.
+    """
+    if screened is None:
+        screened = cpu.screens(*x.shape, x.dtype)
     operands = [packed(t) for t in (x, W, b, bounds)]
-    sizes = (*x.shape, W.shape[0])
+    sizes = (*x.shape, W.shape[0], screened)
     found = cpu.run_with_workspace("select_threshold", cpu.code(x.dtype), *operands, *sizes)
     values = x.new_empty(found.count(), dtype=accumulator(x.dtype))
     indices = x.new_empty(found.count(), dtype=torch.int32)

@@ -23,6 +23,20 @@ class Routes(NamedTuple):
     starts: torch.Tensor
 
 
+# The first scores of a token are computed in fp32, a few hundred for each that is kept.
+_LATENTS_PER_KEPT = 192
+
+
+def note(dtype: torch.dtype) -> str | None:
+    """What `explain` adds about calls of this dtype."""
+    if not cpu.screens(cpu.SCREENED_TOKENS, cpu.SCREENED_WIDTH, dtype):
+        return None
+    return (
+        f"screens scores in 8 bits, same results, from {cpu.SCREENED_TOKENS} tokens, "
+        f"d_in {cpu.SCREENED_WIDTH} and {_LATENTS_PER_KEPT} latents for each that is kept"
+    )
+
+
 def run(
     x: torch.Tensor,
     W: torch.Tensor,
@@ -30,17 +44,26 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     routes: Routes | None = None,
+    screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs csrc/cpu/select_topk.cpp."""
+    """Runs csrc/cpu/select_topk.cpp.
+
+    Whether scores are screened by a product in 8 bits first (docs/numerics.md) makes no difference
+    to the result; None takes the screen where it is faster.
+    """
+    n_experts = 1 if routes is None else routes.starts.shape[0] - 1
+    if screened is None:
+        few = W.shape[0] // n_experts >= _LATENTS_PER_KEPT * k
+        screened = few and cpu.screens(x.shape[0] // n_experts, x.shape[1], x.dtype)
     operands = [packed(t) for t in (x, W, b, rank_scale)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
     by_expert: tuple[Any, ...] = (None, None, 1)
     if routes is not None:
-        by_expert = (*map(packed, routes), routes.starts.shape[0] - 1)
+        by_expert = (*map(packed, routes), n_experts)
     sizes = (*x.shape, W.shape[0], k)
     valid = cpu.run_with_workspace(
-        "select_topk", cpu.code(x.dtype), *operands, values, indices, *sizes, by_expert
+        "select_topk", cpu.code(x.dtype), *operands, values, indices, *sizes, by_expert, screened
     )
     if routes is not None and not valid:
         checks.routes(*routes)

@@ -1,0 +1,66 @@
+"""The certificate of the encoders' screen (docs/numerics.md), in fp64 and step by step.
+
+A product of rows in 8 bits and the lengths of what rounding them lost bound every score that the
+fp32 encoder computes. The host kernels do the same in fp32, with allowances for their own rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_LARGEST = 127
+_UNIT = 2.0**-24  # unit roundoff of fp32
+
+
+class Narrow(NamedTuple):
+    """Rows in 8 bits: ``rows`` is about ``scale * q``.
+
+    Attributes:
+        q: integers of -127 to 127 in fp64, as the rows.
+        scale: [n, 1], of a row.
+        narrow: [n, 1], the length of ``scale * q``.
+        error: [n, 1], the length of what is left.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    narrow: torch.Tensor
+    error: torch.Tensor
+
+
+class Bounds(NamedTuple):
+    """Scores by narrow rows, [B, F] in fp64, and how far those of the fp32 encoder may be off."""
+
+    score: torch.Tensor
+    error: torch.Tensor
+
+
+def narrow(rows: torch.Tensor) -> Narrow:
+    """Rounds every row to 8 bits, its largest element to 127.
+
+    Example:
+        >>> narrow(torch.tensor([[254.0, 3.0, -100.0]])).q.tolist()
+        [[127.0, 2.0, -50.0]]
+    """
+    rows = rows.double()
+    most = rows.abs().amax(1, keepdim=True)
+    scale = torch.where(most == 0, 1.0, most / _LARGEST)
+    q = (rows / scale).round()
+    length = (scale * q).norm(dim=1, keepdim=True)
+    return Narrow(q, scale, length, (rows - scale * q).norm(dim=1, keepdim=True))
+
+
+def score_bounds(x: torch.Tensor, W: torch.Tensor) -> Bounds:
+    """Bounds on the scores ``x W^T`` in fp32, of finite rows of normal numbers.
+
+    ``|s - x_q w_q| <= |x| |w - w_q| + |x - x_q| |w_q| + gamma_D |x| |w|``: Cauchy and Schwarz for
+    the two differences, and the rounding of a sum of D products in fp32.
+    """
+    token, latent = narrow(x), narrow(W)
+    score = (token.q * token.scale) @ (latent.q * latent.scale).T
+    nu = x.shape[1] * _UNIT
+    length, other = x.double().norm(dim=1, keepdim=True), W.double().norm(dim=1, keepdim=True)
+    lost = latent.error + nu / (1 - nu) * other
+    return Bounds(score, length @ lost.T + token.error @ latent.narrow.T)

@@ -1,0 +1,181 @@
+"""Screened selections on the host kernels: bit for bit those of the fp32 product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+import pytest
+import torch
+from drawn import problems
+from encoding import cases, scales
+from hypothesis import strategies as st
+
+from sae_kernels.primitives.select_threshold import cpu as select_threshold
+from sae_kernels.primitives.select_topk import cpu as select_topk
+from sae_kernels.primitives.select_topk_routed.cpu import run as select_topk_routed
+from sae_kernels.testing import Case, assert_bitwise, screening
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from drawn import Drawn
+
+# Enough latents for a few kept that the screen is taken after the first few hundred.
+LARGE = Case("large", 150, 200, 5000, 3)
+Changed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def assert_same(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+) -> None:
+    """Selects by rank and by threshold, with the screen and without."""
+    plain, screened = (select_topk.run(x, W, b, k, rank_scale, screened=s) for s in (False, True))
+    for name, came, expected in zip(("values", "indices"), screened, plain, strict=True):
+        assert_bitwise(f"{name} of the k best", came, expected)
+    ranked = plain[0][:, -1].nan_to_num(0)
+    bounds = (ranked.mean() if x.shape[0] else torch.tensor(0.0)).expand(W.shape[0]).contiguous()
+    above, found = (select_threshold.run(x, W, b, bounds, screened=s) for s in (False, True))
+    for name, came, expected in zip(("values", "indices", "offsets"), found, above, strict=True):
+        assert_bitwise(f"{name} above a bound", came, expected)
+
+
+@cases
+def test_every_case(case: Case, isa: str) -> None:
+    x, W, b = case.inputs()
+    assert_same(x, W, b, case.K)
+    assert_same(x, W, b, case.K, scales(case.F))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_large_inputs(threads: int, isa: str) -> None:
+    torch.set_num_threads(threads)
+    x, W, b = LARGE.inputs()
+    assert_same(x, W, b, LARGE.K)
+    assert_same(x, W, b, LARGE.K, torch.rand(LARGE.F))
+
+
+def special(value: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Changed]:
+    """Puts a value into a token, a latent, a bias each, far apart."""
+
+    def change(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> Changed:
+        x[7, 3], W[4000, 5], b[3000] = value, value, value
+        return x, W, b
+
+    return change
+
+
+def scaled(token: float, latent: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Changed]:
+    """Multiplies some tokens and some latents."""
+
+    def change(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> Changed:
+        x[::3] *= token
+        W[::5] *= latent
+        return x, W, b
+
+    return change
+
+
+HARD: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Changed]] = {
+    "nan": special(torch.nan),
+    "inf": special(torch.inf),
+    "minus-inf": special(-torch.inf),
+    "largest": special(torch.finfo(torch.float32).max),
+    "zeros": scaled(0.0, 0.0),
+    "minus-zeros": scaled(-0.0, -0.0),
+    "tiny": scaled(2.0**-140, 2.0**-20),
+    "at-the-least": scaled(2.0**-31, 2.0**-31),
+    "at-the-most": scaled(2.0**39, 2.0**38),
+    "overflow": scaled(2.0**100, 2.0**60),
+    "one-large-column": lambda x, W, b: (x.index_fill_(1, torch.tensor([9]), 300.0), W, b),
+    "integers": lambda x, W, b: ((3 * x).round(), (20 * W).round(), b.round()),
+    "equal-latents": lambda x, W, b: (x, W[:1].expand_as(W).contiguous(), b.zero_()),
+    "ascending": lambda x, W, b: (x.abs(), W.abs().cumsum(0) / 1000, b),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_inputs(kind: str, isa: str) -> None:
+    x, W, b = LARGE.inputs()
+    assert b is not None
+    assert_same(*HARD[kind](x, W, b), LARGE.K)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -1.0])
+def test_hard_rank_scales(value: float, isa: str) -> None:
+    x, W, b = LARGE.inputs()
+    scale = torch.rand(LARGE.F)
+    scale[[700, 3000, 4990]] = value
+    assert_same(x, W, b, LARGE.K, scale)
+
+
+@pytest.mark.parametrize("lossy", ["latents", "tokens"])
+def test_winners_whose_narrow_scores_are_as_low_as_can_be(lossy: str, isa: str) -> None:
+    # What rounding to integers takes from one row points along the other: by Cauchy and Schwarz the
+    # most that can be lost, and 99 % of the margin. The narrow scores rank the winners last.
+    D, F, k = 256, 3000, 4
+    torch.manual_seed(0)
+    signs = torch.randint(2, (D - 2,)) * 2.0 - 1
+    flat, rounded = 60 * signs, 0.49 * signs
+    rounded[:107] -= signs[:107]
+    x, W = torch.zeros(70, D), torch.zeros(F, D)
+    x[:, 0], W[:, 0] = 127.0, 127.0  # the largest: one step is 1
+    x[:, 1], W[:, 1] = 10.0, torch.randint(-100, 101, (F,)).float()
+    winners = torch.arange(F - 40, F, 10)
+    W[winners, 1] = 0.0
+    x[:, 2:], W[winners, 2:] = (flat, rounded) if lossy == "latents" else (rounded, flat)
+    narrow = screening.score_bounds(x, W).score
+    assert bool((narrow[0, winners] < narrow[0].median()).all())
+    _, indices = select_topk.run(x, W, None, k, None, screened=True)
+    assert indices.unique().tolist() == winners.tolist()
+    assert_same(x, W, None, k)
+
+
+def test_routed_tokens(isa: str) -> None:
+    x, W, b = LARGE.inputs()
+    experts = torch.randint(4, (x.shape[0],))
+    tokens = experts.argsort(stable=True).int()
+    starts = torch.nn.functional.pad(experts.bincount(minlength=4).cumsum(0), (1, 0)).int()
+    plain, screened = (
+        select_topk.run(x, W, b, 2, None, select_topk.Routes(tokens, starts), screened=s)
+        for s in (False, True)
+    )
+    for name, came, expected in zip(("values", "indices"), screened, plain, strict=True):
+        assert_bitwise(name, came, expected)
+    assert_bitwise("by the rule", select_topk_routed(x, W, b, 2, tokens, starts)[1], plain[1])
+
+
+@hypothesis.given(
+    drawn=problems(),
+    spread=st.sampled_from([0.0, 0.5, 2.0]),
+    repeated=st.integers(1, 9),
+    scaled=st.booleans(),
+)
+def test_drawn_inputs(
+    drawn: Drawn, spread: float, repeated: int, scaled: bool, enter: Any
+) -> None:
+    # Columns of unlike sizes, latents that come again and again, and more of them than are kept.
+    enter(drawn)
+    columns = torch.exp(spread * torch.randn(drawn.D))
+    x, W = torch.randn(drawn.B, drawn.D) * columns, torch.randn(drawn.F, drawn.D)
+    W = W.repeat(repeated, 1)
+    scale = torch.rand(W.shape[0]) if scaled else None
+    assert_same(drawn.place("x", x), drawn.place("W", W), None, min(drawn.k, 20), scale)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=1500)
+@hypothesis.given(
+    drawn=problems(),
+    spread=st.sampled_from([0.0, 0.5, 2.0]),
+    repeated=st.integers(1, 9),
+    scaled=st.booleans(),
+)
+def test_drawn_inputs_at_length(
+    drawn: Drawn, spread: float, repeated: int, scaled: bool, enter: Any
+) -> None:
+    test_drawn_inputs.hypothesis.inner_test(drawn, spread, repeated, scaled, enter)
