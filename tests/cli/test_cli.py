@@ -121,6 +121,17 @@ def test_explain_names_the_backend_and_each_reason(run, monkeypatch):
     assert record["backend"] is None
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_explain_says_where_scores_are_screened(run, monkeypatch, able):
+    monkeypatch.setattr("sae_kernels.backends.cpu.can_screen", lambda _: able)
+    for primitive in ("select_topk", "select_threshold"):
+        (record,) = run("explain", primitive, "--json").records()
+        assert ("in 8 bits" in (record["note"] or "")) is able
+        assert ("in 8 bits" in run("explain", primitive).out) is able
+        (record,) = run("explain", primitive, "--dtype", "bfloat16", "--json").records()
+        assert record["note"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

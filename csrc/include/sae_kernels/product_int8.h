@@ -32,11 +32,13 @@ struct Int8Product {
   static bool runs() { return kVectorBytes == 16 || is_fast(); }
 
   static int64_t quads(int64_t D) { return (D + 3) / 4; }
-  // One step of tokens: [quad][token][4 bytes], then what Token holds, [kTokenStep] each.
+  static constexpr int kApart = 4;  // columns at most that are multiplied apart, in fp32
+  // One step of tokens: [quad][token][4 bytes], then what Token holds and the columns apart,
+  // [kTokenStep] each.
   static int64_t panel_bytes(int64_t D) {
-    return kTokenStep * (quads(D) * 4 + kFields * static_cast<int64_t>(sizeof(float)));
+    return kTokenStep * (quads(D) * 4 + (kFields + kApart) * static_cast<int64_t>(sizeof(float)));
   }
-  enum Token { kScale, kLength, kError, kFields };
+  enum Token { kScale, kLength, kError, kWhole, kFields };
   static const float* fields(const void* panel, int64_t D) {
     return reinterpret_cast<const float*>(static_cast<const char*>(panel) +
                                           kTokenStep * quads(D) * 4);
@@ -46,11 +48,14 @@ struct Int8Product {
   struct Latent {
     const int8_t* q;
     int32_t start;  // of a sum, for the 128 that is added to the bytes of tokens
-    float scale, narrow, lost;
+    float scale, narrow, error, rounding;
+    float apart[kApart];
   };
 
-  // Puts a token into its place in the packed panels.
-  static void pack(const int8_t* q, const NarrowRow& row, int64_t token, int64_t D, void* packed) {
+  // Puts a token into its place in the packed panels and returns where its columns apart go, one
+  // every kTokenStep. `whole` is its length with them.
+  static float* pack(const int8_t* q, const NarrowRow& row, float whole, int64_t token, int64_t D,
+                     void* packed) {
     char* panel = static_cast<char*>(packed) + token / kTokenStep * panel_bytes(D);
     const int64_t lane = token % kTokenStep;
     uint32_t* quad = reinterpret_cast<uint32_t*>(panel) + lane;
@@ -63,30 +68,26 @@ struct Int8Product {
     field[kScale * kTokenStep] = row.scale;
     field[kLength * kTokenStep] = row.length();
     field[kError * kTokenStep] = row.error;
+    field[kWhole * kTokenStep] = whole;
+    return field + kFields * kTokenStep;
   }
 
   // bounds[kVectors][kLatents][kGroup]: none is below the score of its latent and token. Meanwhile
   // `fetch` bytes from `ahead` on are brought near.
-  static void tile(const void* panel, const Latent* latents, int64_t n, int64_t D, float* bounds,
-                   const char* ahead, int64_t fetch) {
+  __attribute__((noinline)) static void tile(const void* panel, const Latent* latents, int64_t n,
+                                             int64_t D, int apart, float* bounds, const char* ahead,
+                                             int64_t fetch) {
     const int64_t per_quad = fetch * kRows / (n * quads(D)) + 1;
     for (int64_t first = 0; first < n; first += kRows) {
-      Latent rows[kRows];
-      for (int r = 0; r < kRows; ++r) rows[r] = latents[std::min(first + r, n - 1)];
-      micro(static_cast<const int32_t*>(panel), rows, D, bounds + first * kGroup, ahead, per_quad);
+      const Latent* rows[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = latents + std::min(first + r, n - 1);
+      micro(static_cast<const int32_t*>(panel), rows, D, apart, bounds + first * kGroup, ahead,
+            per_quad);
       ahead += per_quad * quads(D);
     }
   }
 
  private:
-  SAE_INLINE static void bound(const Vec<int32_t>& sum, const Latent& latent, const float* field,
-                               float* out) {
-    const Vec<float> narrow = __builtin_convertvector(sum, Vec<float>) * splat(latent.scale) *
-                              load_raw(field + kScale * kTokenStep);
-    store(out, narrow + load_raw(field + kLength * kTokenStep) * splat(latent.lost) +
-                   load_raw(field + kError * kTokenStep) * splat(latent.narrow));
-  }
-
   // Adds to each sum four products of bytes, unsigned ones of x and signed ones of w.
   SAE_INLINE static Vec<int32_t> plus_products(Vec<int32_t> sum, Vec<int32_t> x, Vec<int32_t> w) {
     // Named to the assembler: the variant's own flags are those of machines that may not have them.
@@ -104,13 +105,15 @@ struct Int8Product {
     return sum;
   }
 
-  static void micro(const int32_t* panel, const Latent (&rows)[kRows], int64_t D, float* out,
-                    const char* ahead, int64_t per_quad) {
+  static void micro(const int32_t* panel, const Latent* const (&rows)[kRows], int64_t D, int apart,
+                    float* out, const char* ahead, int64_t per_quad) {
     const float* field = fields(panel, D);
     Vec<int32_t> sum[kRows][kVectors];
     SAE_UNROLL for (int r = 0; r < kRows; ++r) {
-      SAE_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = splat(rows[r].start);
+      SAE_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = splat(rows[r]->start);
     }
+    const int8_t* q[kRows];
+    for (int r = 0; r < kRows; ++r) q[r] = rows[r]->q;
     const int64_t n = quads(D);
     for (int64_t quad = 0; quad < n; ++quad, panel += kTokenStep) {
       __builtin_prefetch(ahead, 0, 2);
@@ -119,16 +122,39 @@ struct Int8Product {
       SAE_UNROLL for (int v = 0; v < kVectors; ++v) x[v] = load_raw(panel + v * kGroup);
       SAE_UNROLL for (int r = 0; r < kRows; ++r) {
         int32_t bytes;
-        std::memcpy(&bytes, rows[r].q + 4 * quad, sizeof(bytes));
+        std::memcpy(&bytes, q[r] + 4 * quad, sizeof(bytes));
         const Vec<int32_t> w = splat(bytes);
         SAE_UNROLL for (int v = 0; v < kVectors; ++v) {
           sum[r][v] = plus_products(sum[r][v], x[v], w);
         }
       }
     }
+    Vec<float> most[kRows][kVectors];
+    SAE_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const auto of_tokens = [&](int which) SAE_INLINE_LAMBDA {
+        return load_raw(field + which * kTokenStep + v * kGroup);
+      };
+      const Vec<float> scale = of_tokens(kScale), length = of_tokens(kLength);
+      const Vec<float> error = of_tokens(kError), whole = of_tokens(kWhole);
+      SAE_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Latent& row = *rows[r];
+        most[r][v] = __builtin_convertvector(sum[r][v], Vec<float>) * splat(row.scale) * scale +
+                     length * splat(row.error) + error * splat(row.narrow) +
+                     whole * splat(row.rounding);
+      }
+    }
+    field += kFields * kTokenStep;
+    for (int j = 0; j < apart; ++j, field += kTokenStep) {
+      SAE_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Vec<float> w = splat(rows[r]->apart[j]);
+        SAE_UNROLL for (int v = 0; v < kVectors; ++v) {
+          most[r][v] += load_raw(field + v * kGroup) * w;
+        }
+      }
+    }
     SAE_UNROLL for (int v = 0; v < kVectors; ++v) {
       SAE_UNROLL for (int r = 0; r < kRows; ++r) {
-        bound(sum[r][v], rows[r], field + v * kGroup, out + (v * kLatents + r) * kGroup);
+        store(out + (v * kLatents + r) * kGroup, most[r][v]);
       }
     }
   }

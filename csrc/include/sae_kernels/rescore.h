@@ -59,8 +59,9 @@ SAE_INLINE void load_columns(const float* const (&rows)[kLanes<float>], int64_t 
 }
 
 // The scores of as many pairs of rows as a vector has lanes.
-inline Vec<float> dot_pairs(const float* const (&x)[kLanes<float>],
-                            const float* const (&w)[kLanes<float>], int64_t D) {
+__attribute__((noinline)) inline Vec<float> dot_pairs(const float* const (&x)[kLanes<float>],
+                                                      const float* const (&w)[kLanes<float>],
+                                                      int64_t D) {
   Vec<float> sum{}, xs[kHalfLanes], ws[kHalfLanes];
   int64_t d = 0;
   for (; d + kHalfLanes <= D; d += kHalfLanes) {
@@ -91,7 +92,8 @@ SAE_INLINE Vec<float> load_whole(const int16_t* p) {
 }
 
 // Four pairs of a token in 16 bits, followed by zeros, and a latent, in whatever order is fastest.
-inline void dot_quick(const int16_t* const* x, const float* const* w, int64_t D, float (&out)[4]) {
+__attribute__((noinline)) inline void dot_quick(const int16_t* const* x, const float* const* w,
+                                                int64_t D, float (&out)[4]) {
   Vec<float> sum[4][2] = {};
   int64_t d = 0;
   for (; d + 2 * kLanes<float> <= D; d += 2 * kLanes<float>) {

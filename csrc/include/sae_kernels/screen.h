@@ -30,7 +30,8 @@ class Screen {
   static size_t bytes(int64_t tokens, int64_t D) {
     return packed_bytes(tokens, D) + narrow_bytes(D) + aligned(kBoundsBytes) +
            aligned(passed_bytes(tokens)) + aligned(short_bytes(tokens, D)) +
-           aligned(static_cast<size_t>(tokens) * sizeof(Short));
+           aligned(static_cast<size_t>(tokens) * sizeof(Short)) +
+           aligned(static_cast<size_t>(D) * sizeof(float));
   }
 
   Screen(Carver& carver, int64_t tokens_, int64_t D_)
@@ -41,10 +42,12 @@ class Screen {
         bounds(carver.take<float>(kBoundsBytes)),
         passed(carver.take<uint16_t>(passed_bytes(tokens))),
         short_rows(carver.take<int16_t>(short_bytes(tokens, D))),
-        shorts(carver.take<Short>(static_cast<size_t>(tokens) * sizeof(Short))) {}
+        shorts(carver.take<Short>(static_cast<size_t>(tokens) * sizeof(Short))),
+        scratch(carver.take<float>(static_cast<size_t>(D) * sizeof(float))) {}
 
   void start_block(const float* x_, const Rows& rows_, int64_t count_) {
     x = x_, rows = rows_, count = count_;
+    set_apart();
     resume = pack() ? 0 : kNever;
   }
 
@@ -62,7 +65,7 @@ class Screen {
     const char* ahead = reinterpret_cast<const char*>(W + latents * D);
     const int64_t share = latents * D * static_cast<int64_t>(sizeof(float)) * kTokenStep / count;
     for (int64_t token = 0; token < count; token += kTokenStep) {
-      Int8Product::tile(panel, latent, latents, D, bounds, ahead, share);
+      Int8Product::tile(panel, latent, latents, D, apart, bounds, ahead, share);
       ahead += share;
       panel += Int8Product::panel_bytes(D);
       scan_step<Wide>(bounds, latents, token, count, renew, test,
@@ -82,9 +85,12 @@ class Screen {
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   static constexpr int64_t kOneOf = 12;  // of so many pairs one may pass
 
+  static constexpr int kApart = Int8Product::kApart;
+  static constexpr float kLarge = 8;  // times the average energy: a column that is set apart
+
   // A token in 16 bits.
   struct Short {
-    float scale, length, error;
+    float scale, whole, error;
   };
 
   int64_t tokens, D;
@@ -94,9 +100,12 @@ class Screen {
   uint16_t* passed;     // [kLatents, tokens]
   int16_t* short_rows;  // [tokens, narrow_stride(D)]
   Short* shorts;        // [tokens]
+  float* scratch;       // [D]
+  int64_t columns[kApart];
+  int apart = 0;  // of these columns
   int32_t passes_of[kLatents];
   Int8Product::Latent latent[kLatents];
-  float length[kLatents];
+  float whole[kLatents];  // lengths
   const float* x = nullptr;
   Rows rows{};
   int64_t count = 0, resume = 0;
@@ -116,29 +125,67 @@ class Screen {
     return static_cast<size_t>(tokens * narrow_stride(D)) * sizeof(int16_t);
   }
 
+  // A few columns may hold most of the tokens (massive activations): they would take all the steps
+  // of a scale for themselves.
+  void set_apart() {
+    std::fill(scratch, scratch + D, 0.0f);
+    for (int64_t t = 0; t < count; ++t) {
+      const float* row = x + rows[t] * D;
+      for (int64_t d = 0; d < D; ++d) scratch[d] += row[d] * row[d];
+    }
+    float sum = 0;
+    for (int64_t d = 0; d < D; ++d) sum += scratch[d];
+    for (apart = 0; apart < kApart; ++apart) {
+      float* const most = std::max_element(scratch, scratch + D);
+      if (!(*most * static_cast<float>(D) > kLarge * sum)) break;
+      columns[apart] = most - scratch;
+      *most = 0;
+    }
+  }
+
+  // narrow_row without the columns apart; `length` is at least the whole row's.
+  template <class Q>
+  bool narrow_rest(const float* row, Q* q, NarrowRow& out, float& length) {
+    if (apart) std::copy(row, row + D, scratch);
+    float others = 0;
+    for (int j = 0; j < apart; ++j) {
+      const float magnitude = std::fabs(row[columns[j]]);
+      if (!(magnitude <= kNarrowMost)) return false;
+      others += magnitude;
+      scratch[columns[j]] = 0;
+    }
+    if (!narrow_row(apart ? scratch : row, D, q, out)) return false;
+    length = (out.length() + others) * kNarrowUp;
+    return length == 0 || length >= kNarrowLeast;
+  }
+
   // Whether all tokens of the block can be screened.
   bool pack() {
     for (int64_t t = 0; t < count; ++t) {
       const float* row = x + rows[t] * D;
       NarrowRow eight, sixteen;
-      if (!narrow_row(row, D, narrow, eight)) return false;
-      narrow_row(row, D, short_rows + t * narrow_stride(D), sixteen);
-      Int8Product::pack(narrow, eight, t, D, packed);
-      shorts[t] = {sixteen.scale, sixteen.length(), sixteen.error};
+      float length;
+      if (!narrow_rest(row, narrow, eight, length)) return false;
+      float* own = Int8Product::pack(narrow, eight, length, t, D, packed);
+      for (int j = 0; j < apart; ++j) own[j * kTokenStep] = row[columns[j]];
+      if (!narrow_rest(row, short_rows + t * narrow_stride(D), sixteen, length)) return false;
+      shorts[t] = {sixteen.scale, length, sixteen.error};
     }
     return true;
   }
 
-  // A bound on the rounding of a sum of D products and of a few operations more, by its terms' sum.
-  float rounding() const { return static_cast<float>(D + 64) * 1.01f * 0x1p-24f; }
+  // Of a sum of D products and a hundred operations more, as a share of the sum of its terms'
+  // magnitudes.
+  float rounding() const { return static_cast<float>(D + 128) * 1.01f * 0x1p-24f; }
 
-  bool narrow_tile(const float* W, int64_t latents) {
+  __attribute__((noinline)) bool narrow_tile(const float* W, int64_t latents) {
     for (int64_t i = 0; i < latents; ++i) {
       int8_t* q = narrow + i * narrow_stride(D);
+      const float* w = W + i * D;
       NarrowRow row;
-      if (!narrow_row(W + i * D, D, q, row)) return false;
-      length[i] = row.length();
-      latent[i] = {q, -128 * row.sum, row.scale, row.narrow, row.error + rounding() * row.length()};
+      if (!narrow_rest(w, q, row, whole[i])) return false;
+      latent[i] = {q, -128 * row.sum, row.scale, row.narrow, row.error, rounding() * whole[i], {}};
+      for (int j = 0; j < apart; ++j) latent[i].apart[j] = w[columns[j]];
     }
     return true;
   }
@@ -170,7 +217,8 @@ class Screen {
   };
 
   template <class Passes, class Visit>
-  SAE_INLINE void score(const float* W, int64_t latents, const Passes& passes, const Visit& visit) {
+  __attribute__((noinline)) void score(const float* W, int64_t latents, const Passes& passes,
+                                       const Visit& visit) {
     Pairs<float, kLanes<float>> last;
     const auto decide = [&] {
       last.fill();
@@ -188,9 +236,11 @@ class Screen {
       for (int j = 0; j < next.n; ++j) {
         const int64_t t = next.token[j], i = next.i[j];
         const Short& own = shorts[t];
-        const float slack = length[i] * (own.error + 2 * rounding() * own.length);
-        if (!passes(t, i, dots[j] * own.scale + slack)) continue;
-        last.add(x + rows[t] * D, next.w[j], t, i);
+        const float* row = x + rows[t] * D;
+        float most = dots[j] * own.scale + whole[i] * (own.error + 2 * rounding() * own.whole);
+        for (int c = 0; c < apart; ++c) most += row[columns[c]] * latent[i].apart[c];
+        if (!passes(t, i, most)) continue;
+        last.add(row, next.w[j], t, i);
         if (last.n == kLanes<float>) decide();
       }
       next.n = 0;

@@ -31,7 +31,7 @@ def run(
     ``screened`` as of select_topk's.
     """
     if screened is None:
-        screened = cpu.screens(*x.shape, x.dtype)
+        screened = cpu.screens(x.shape[0], x.shape[1], x.dtype)
     operands = [packed(t) for t in (x, W, b, bounds)]
     sizes = (*x.shape, W.shape[0], screened)
     found = cpu.run_with_workspace("select_threshold", cpu.code(x.dtype), *operands, *sizes)

@@ -23,8 +23,8 @@ class Routes(NamedTuple):
     starts: torch.Tensor
 
 
-# The first scores of a token are computed in fp32, a few hundred for each that is kept.
-_LATENTS_PER_KEPT = 192
+# A token's first scores are computed in fp32: some fifty for each that is kept, and a few hundred.
+_LATENTS_PER_KEPT, _LATENTS = 256, 8192
 
 
 def note(dtype: torch.dtype) -> str | None:
@@ -33,7 +33,7 @@ def note(dtype: torch.dtype) -> str | None:
         return None
     return (
         f"screens scores in 8 bits, same results, from {cpu.SCREENED_TOKENS} tokens, "
-        f"d_in {cpu.SCREENED_WIDTH} and {_LATENTS_PER_KEPT} latents for each that is kept"
+        f"d_in {cpu.SCREENED_WIDTH}, {_LATENTS} latents and {_LATENTS_PER_KEPT} for each kept on"
     )
 
 
@@ -53,8 +53,8 @@ def run(
     """
     n_experts = 1 if routes is None else routes.starts.shape[0] - 1
     if screened is None:
-        few = W.shape[0] // n_experts >= _LATENTS_PER_KEPT * k
-        screened = few and cpu.screens(x.shape[0] // n_experts, x.shape[1], x.dtype)
+        many = W.shape[0] // n_experts >= max(_LATENTS, _LATENTS_PER_KEPT * k)
+        screened = many and cpu.screens(x.shape[0] // n_experts, x.shape[1], x.dtype)
     operands = [packed(t) for t in (x, W, b, rank_scale)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
