@@ -83,17 +83,28 @@ def code(dtype: torch.dtype) -> int:
 
 
 # From here on a screen pays: measured on a Zen 5, docs/numerics.md.
-SCREENED_TOKENS, SCREENED_WIDTH = 128, 256
+SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS = 128, 256, 8192
 
 
-def screens(n_tokens: int, d_in: int, dtype: torch.dtype) -> bool:
+def screens(n_tokens: int, d_in: int, n_latents: int, dtype: torch.dtype) -> bool:
     """Whether encoders screen the scores of such tokens by a product in 8 bits.
 
     The result is the same, bit for bit; in fp32 and on a machine that multiplies bytes faster than
     fp32 numbers it takes less time, unless nearly everything is selected.
     """
-    large = n_tokens >= SCREENED_TOKENS and d_in >= SCREENED_WIDTH
-    return dtype == torch.float32 and large and can_screen(isa())
+    if n_tokens < SCREENED_TOKENS or d_in < SCREENED_WIDTH or n_latents < SCREENED_LATENTS:
+        return False
+    return dtype == torch.float32 and can_screen(isa())
+
+
+def screen_note(dtype: torch.dtype) -> str | None:
+    """What `explain` adds about encoders of this dtype."""
+    if not screens(SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS, dtype):
+        return None
+    return (
+        f"screens scores in 8 bits, with the same results, from {SCREENED_TOKENS} tokens, "
+        f"d_in {SCREENED_WIDTH} and {SCREENED_LATENTS} latents on"
+    )
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import torch
 import sae_kernels as sk
 from sae_kernels.backends import cpu
 from sae_kernels.config.optimizer import OptimizerConfig
-from sae_kernels.primitives.select_topk import cpu as select_topk
 from sae_kernels.testing import assert_bitwise
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def test_steps_are_bitwise_the_same(name: str, monkeypatch: pytest.MonkeyPatch) 
     # By the rule, at sizes for a test.
     monkeypatch.setattr(cpu, "SCREENED_TOKENS", TOKENS)
     monkeypatch.setattr(cpu, "SCREENED_WIDTH", D)
-    monkeypatch.setattr(select_topk, "_LATENTS", F)
+    monkeypatch.setattr(cpu, "SCREENED_LATENTS", F)
     directions = torch.randn(2 * D, D)
 
     def train(screens: bool) -> list[torch.Tensor]:

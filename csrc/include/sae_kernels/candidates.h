@@ -147,7 +147,7 @@ struct Candidates {
 
   SAE_INLINE void push(int64_t token, T key, int32_t latent, T value) {
     put(token, 0, key, latent, value);
-    if (++counts[token] == limit) compact(token);
+    if (++counts[token] >= limit) compact(token);
   }
 
   // Writes the entry that comes i places after the last; `counts` is the caller's to move on.

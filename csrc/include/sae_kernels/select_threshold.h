@@ -64,9 +64,7 @@ class SelectThreshold {
   explicit SelectThreshold(const SelectThresholdArgs& args)
       : a(args),
         encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads},
-        screened(args.screened && Screen::serves<Product>(args.D)) {
-    if (screened) encoder.tokens = encoder.block_tokens(Screen::max_tokens(a.D));
-  }
+        screened(args.screened && Screen::serves<Product>(args.D)) {}
 
   size_t workspace() const {
     return (encoder.thread_bytes() + sink_bytes()) * static_cast<size_t>(a.threads);

@@ -29,7 +29,6 @@ class SelectTopk {
     const int64_t step = Product::kTokenStep;
     if (screened) {
       tokens = encoder.block_tokens(Screen::max_tokens(a.D));
-      limit = a.k + std::max<int64_t>(a.k / 4, 8);  // a single score is dear
     }
     while (tokens > step && List::bytes(tokens, capacity) > kListBytes) tokens -= step;
   }
@@ -44,7 +43,8 @@ class SelectTopk {
       Entry* entries = carver.template take<Entry>(static_cast<size_t>(a.k) * sizeof(Entry));
       std::optional<Screen> screen;
       if (screened) screen.emplace(carver, encoder.tokens, a.D);
-      return Sink{a, scale, List(lists, encoder.tokens, capacity, limit, a.k), entries, screen};
+      return Sink{a,       limit, scale, List(lists, encoder.tokens, capacity, limit, a.k),
+                  entries, screen};
     });
     return true;
   }
@@ -86,6 +86,7 @@ class SelectTopk {
 
   struct Sink {
     const SelectTopkArgs& a;
+    int64_t limit;  // of lists, where tiles are multiplied
     T* scale;
     List list;
     Entry* entries;
@@ -104,7 +105,12 @@ class SelectTopk {
       fills = seen <= list.capacity;
       if (kScaled) Encoder<Product>::fill(scale, a.rank_scale, f, latents, T{1});
       if constexpr (Screen::kServes<Product>) {
-        if (screen && !fills) return !screen_tile(f, latents, bias);
+        if (screen && !fills) {
+          // A score that is computed alone is dear.
+          list.limit = a.k + std::max<int64_t>(a.k / 4, 8);
+          if (screen_tile(f, latents, bias)) return false;
+          list.limit = limit;
+        }
       }
       return true;
     }

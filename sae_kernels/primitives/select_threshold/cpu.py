@@ -11,12 +11,7 @@ from sae_kernels.primitives.tensors import packed
 
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
-    if not cpu.screens(cpu.SCREENED_TOKENS, cpu.SCREENED_WIDTH, dtype):
-        return None
-    return (
-        f"screens scores in 8 bits, same results, from {cpu.SCREENED_TOKENS} tokens "
-        f"and d_in {cpu.SCREENED_WIDTH} on"
-    )
+    return cpu.screen_note(dtype)
 
 
 def run(
@@ -31,7 +26,7 @@ def run(
     ``screened`` as of select_topk's.
     """
     if screened is None:
-        screened = cpu.screens(x.shape[0], x.shape[1], x.dtype)
+        screened = cpu.screens(x.shape[0], x.shape[1], W.shape[0], x.dtype)
     operands = [packed(t) for t in (x, W, b, bounds)]
     sizes = (*x.shape, W.shape[0], screened)
     found = cpu.run_with_workspace("select_threshold", cpu.code(x.dtype), *operands, *sizes)

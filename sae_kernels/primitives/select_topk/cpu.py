@@ -23,18 +23,14 @@ class Routes(NamedTuple):
     starts: torch.Tensor
 
 
-# A token's first scores are computed in fp32: some fifty for each that is kept, and a few hundred.
-_LATENTS_PER_KEPT, _LATENTS = 256, 8192
+# A token's first scores are computed in fp32, some fifty for each that is kept.
+_LATENTS_PER_KEPT = 256
 
 
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
-    if not cpu.screens(cpu.SCREENED_TOKENS, cpu.SCREENED_WIDTH, dtype):
-        return None
-    return (
-        f"screens scores in 8 bits, same results, from {cpu.SCREENED_TOKENS} tokens, "
-        f"d_in {cpu.SCREENED_WIDTH}, {_LATENTS} latents and {_LATENTS_PER_KEPT} for each kept on"
-    )
+    screens = cpu.screen_note(dtype)
+    return screens and f"{screens}, {_LATENTS_PER_KEPT} for each that is kept"
 
 
 def run(
@@ -53,8 +49,8 @@ def run(
     """
     n_experts = 1 if routes is None else routes.starts.shape[0] - 1
     if screened is None:
-        many = W.shape[0] // n_experts >= max(_LATENTS, _LATENTS_PER_KEPT * k)
-        screened = many and cpu.screens(x.shape[0] // n_experts, x.shape[1], x.dtype)
+        B, D, F = x.shape[0] // n_experts, x.shape[1], W.shape[0] // n_experts
+        screened = _LATENTS_PER_KEPT * k <= F and cpu.screens(B, D, F, x.dtype)
     operands = [packed(t) for t in (x, W, b, rank_scale)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
