@@ -19,14 +19,24 @@ struct NarrowRow {
   float length() const { return narrow + error; }
 };
 
+// Lanes of two vectors of 32-bit numbers by their places in both.
+template <int... kPlace, class V>
+SAE_INLINE V shuffled(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kPlace...);
+#else
+  return __builtin_shuffle(a, b, Vec<int32_t>{kPlace...});
+#endif
+}
+
 // Combines all lanes, in whatever order is fastest: halves, then halves of those.
 template <class T, class Combine, int... kLane>
 SAE_INLINE Vec<T> fold(Vec<T> v, const Combine& combine, std::integer_sequence<int, kLane...>) {
   constexpr int n = kLanes<T>;
-  if constexpr (n > 8) v = combine(v, __builtin_shufflevector(v, v, (kLane ^ 8)...));
-  if constexpr (n > 4) v = combine(v, __builtin_shufflevector(v, v, (kLane ^ 4)...));
-  v = combine(v, __builtin_shufflevector(v, v, (kLane ^ 2)...));
-  return combine(v, __builtin_shufflevector(v, v, (kLane ^ 1)...));
+  if constexpr (n > 8) v = combine(v, shuffled<(kLane ^ 8)...>(v, v));
+  if constexpr (n > 4) v = combine(v, shuffled<(kLane ^ 4)...>(v, v));
+  v = combine(v, shuffled<(kLane ^ 2)...>(v, v));
+  return combine(v, shuffled<(kLane ^ 1)...>(v, v));
 }
 template <class T, class Combine>
 SAE_INLINE T fold_lanes(Vec<T> v, const Combine& combine) {

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "sae_kernels/simd.h"
+#include "sae_kernels/narrow.h"
 
 namespace sae::SAE_ISA {
 
@@ -29,9 +29,8 @@ SAE_INLINE Vec<float> load_halves(const float* low, const float* high) {
 template <int kStep, int... kLane>
 SAE_INLINE void exchange(Vec<float>& a, Vec<float>& b, std::integer_sequence<int, kLane...>) {
   constexpr int n = kLanes<float>;
-  const Vec<float> low =
-      __builtin_shufflevector(a, b, ((kLane & kStep) ? n + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kStep) ? n + kLane : kLane + kStep)...);
+  const Vec<float> low = shuffled<((kLane & kStep) ? n + kLane - kStep : kLane)...>(a, b);
+  b = shuffled<((kLane & kStep) ? n + kLane : kLane + kStep)...>(a, b);
   a = low;
 }
 
