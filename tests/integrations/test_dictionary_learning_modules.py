@@ -16,7 +16,6 @@ pytest.importorskip(
     reason="needs dictionary_learning: python -m benchmarks.peer_tests dictionary_learning",
 )
 
-import same_runs
 import torch
 from dictionary_learning import dictionary, trainers
 from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
@@ -24,6 +23,7 @@ from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, to
 import sae_kernels as sk
 from sae_kernels.errors import AccelerationError
 from sae_kernels.integrations.lazy_codes import LazyCodes
+from tests.integrations import as_shipped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,7 @@ def nothing_stays() -> Iterator[None]:
 
 
 def batches(n: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [x.to(dtype) for x in same_runs.batches(n, B, D)]
+    return [x.to(dtype) for x in as_shipped.batches(n, B, D)]
 
 
 def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -115,7 +115,7 @@ class Run:
 
     def __init__(self, kind: str, dtype: torch.dtype, order: int = 0) -> None:
         self.trainer = made(kind, dtype)
-        there = same_runs.Order(order, B, D, GROUPS)
+        there = as_shipped.Order(order, B, D, GROUPS)
         self.start = {name: p.detach().clone() for name, p in self.trainer.ae.named_parameters()}
         # In place: a weight keeps the way that it lies in memory.
         with torch.no_grad():

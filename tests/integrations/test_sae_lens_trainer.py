@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sae_kernels as sk
 from sae_kernels.errors import AccelerationError
-from tests.integrations.same_runs import MARGIN, Order, Run, assert_same_run, batches
+from tests.integrations.as_shipped import MARGIN, Order, Run, assert_same_run, batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
