@@ -11,9 +11,13 @@ void row_grad(const RowGradArgs& args) {
 }
 
 void row_update(const RowUpdateArgs& args) {
-  if (args.dtype == DType::f64) return RowUpdate<double, double>(args).run();
-  if (args.copy_dtype == DType::f16) return RowUpdate<float, f16>(args).run();
-  return RowUpdate<float, bf16>(args).run();
+  const bool rounded = args.moment_dtype == DType::bf16;
+  if (args.param_dtype == DType::f64) return RowUpdate<double, double>(args).run();
+  if (args.param_dtype == DType::i16) {
+    return rounded ? RowUpdate<low_half, high_half>(args).run()
+                   : RowUpdate<low_half, float>(args).run();
+  }
+  return rounded ? RowUpdate<float, high_half>(args).run() : RowUpdate<float, float>(args).run();
 }
 
 }  // namespace sae::SAE_ISA

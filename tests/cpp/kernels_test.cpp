@@ -316,6 +316,42 @@ void decode(const KernelTable& kernels, Shape s, Form form, int threads, Random&
   }
 }
 
+// Updates an fp32 matrix and the same one in halves with rounded moments, which betas of 0 leave
+// without a say: squared norms and weights are equal bit for bit.
+void update_both_layouts(const KernelTable& kernels, const RowUpdateArgs& whole) {
+  const int64_t n = whole.F * whole.width;
+  float* const param = static_cast<float*>(whole.param);
+  Buffer<uint16_t> low(n), high(n), m(n), v(n);
+  Buffer<float> sqnorm(whole.F), split_sqnorm(whole.F);
+  const auto bits_of = [](float number) {
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof(bits));
+    return bits;
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    low[i] = static_cast<uint16_t>(bits_of(param[i]));
+    high[i] = static_cast<uint16_t>((bits_of(param[i]) + 0x8000) >> 16);
+    m[i] = v[i] = 0;
+  }
+  RowUpdateArgs split = whole, norms = whole, split_norms;
+  split.param_dtype = DType::i16, split.moment_dtype = DType::bf16;
+  split.param = low.data(), split.copy = high.data(), split.m = m.data(), split.v = v.data();
+  split_norms = split;
+  norms.sqnorm = sqnorm.data(), split_norms.sqnorm = split_sqnorm.data();
+  const RowUpdateArgs* const calls[] = {&norms, &split_norms, &whole, &split};
+  for (const RowUpdateArgs* args : calls) {
+    kernels.row_update(*args);
+  }
+  for (int64_t f = 0; f < whole.F; ++f) {
+    check(bits_of(sqnorm[f]) == bits_of(split_sqnorm[f]), "row_sqnorm of halves", f);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t joined = (static_cast<uint32_t>(high[i]) << 16) +
+                            static_cast<uint32_t>(static_cast<int16_t>(low[i]));
+    check(joined == bits_of(param[i]), "row_update of halves", i);
+  }
+}
+
 // transpose_codes, then row_grad and row_update over the order it gives.
 template <class T, class E>
 void rows(const KernelTable& kernels, Shape s, int threads, Random& random) {
@@ -352,21 +388,22 @@ void rows(const KernelTable& kernels, Shape s, int threads, Random& random) {
   // Adam with beta1 = beta2 = 0 and eps = 0 moves by lr times the sign of the gradient; 3 * sign
   // with integers stays exact. A latent of the dense block and the skipped rest of it come along.
   Buffer<T> param(s.F * s.D), m(s.F * s.D), v(s.F * s.D), dense(2 * s.D),
-      work(threads * s.D, kAlign), sqnorm(s.F);
+      work(threads * 2 * s.D, kAlign), sqnorm(s.F);
   Buffer<uint16_t> copy(s.F * s.D);
   Buffer<int32_t> slot(s.F);
-  Buffer<double> hyper(5);
+  Buffer<double> hyper(6);
   const auto ps = fill(param, random), ds = fill(dense, random);
   for (int64_t i = 0; i < s.F * s.D; ++i) m[i] = v[i] = T{0};
   for (int64_t f = 0; f < s.F; ++f) slot[f] = -1;
   slot[s.F - 1] = 1;
   for (int64_t d = 0; d < s.D; ++d) exact[(s.F - 1) * s.D + d] += ds[s.D + d];
-  const double settings[] = {3, 1, 1, 1, 0};
-  std::copy(settings, settings + 5, hyper.data());
-  RowUpdateArgs args{kDType<T>,   DType::bf16, param.data(), m.data(), v.data(),    copy.data(),
-                     terms,       2,           s.F,          s.D,      nullptr,     dense.data(),
-                     slot.data(), 1,           hyper.data(), 0,        0,           1e-30,
-                     Norm::none,  1,           true,         nullptr,  work.data(), threads};
+  const double settings[] = {3, 1, 1, 1, 0, 1};
+  std::copy(settings, settings + 6, hyper.data());
+  RowUpdateArgs args{kDType<T>,    kDType<T>,   DType::bf16, param.data(), m.data(), v.data(),
+                     copy.data(),  terms,       2,           s.F,          s.D,      nullptr,
+                     dense.data(), slot.data(), 1,           hyper.data(), 0,        0,
+                     1e-30,        Norm::none,  1,           true,         nullptr,  work.data(),
+                     threads};
   args.sqnorm = sqnorm.data();
   kernels.row_update(args);
   args.sqnorm = nullptr;
@@ -405,12 +442,16 @@ void rows(const KernelTable& kernels, Shape s, int threads, Random& random) {
   args.n_terms = 2;
   args.dense_grad = dense.data();
   args.dense_slot = slot.data();
-  for (const Norm norm : {Norm::unit, Norm::at_most_one}) {
+  for (const Norm norm : {Norm::unit, Norm::at_most_one, Norm::none}) {
     args.norm = norm;
     args.slices = parts;
-    args.lazy = false;
+    args.lazy = norm == Norm::none;
     args.copy_dtype = DType::f16;
-    kernels.row_update(args);
+    if constexpr (sizeof(T) == 4) {
+      update_both_layouts(kernels, args);
+    } else {
+      kernels.row_update(args);
+    }
   }
 }
 

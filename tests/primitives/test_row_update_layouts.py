@@ -6,7 +6,6 @@ import pytest
 import torch
 from rows import (
     HYPER,
-    LAYOUTS,
     ULP,
     WIDTH,
     F,
@@ -38,8 +37,8 @@ def test_a_split_master_trains_bitwise_like_a_whole_one(
 ) -> None:
     row = make_row(torch.float32, torch.bfloat16)
     row = row._replace(copy=row.param.bfloat16())
-    split = laid_out(row, moments + "split", backend)
-    row = laid_out(row, moments + "fp32", backend)
+    split = laid_out(row, moments + "split")
+    row = laid_out(row, moments + "fp32")
     for step in range(1, 6):
         gradient, _, _ = make_gradient(torch.float32, row)
         hyper = HYPER.clone()
@@ -83,7 +82,7 @@ def test_halves_are_exact_and_the_high_one_is_the_nearest(monkeypatch: pytest.Mo
 def test_an_update_keeps_all_bits_of_halves_that_it_does_not_move(backend: str) -> None:
     values = numbers_of_all_kinds().view(-1, 6 * 1024)
     zeros = torch.zeros_like(values)
-    row = laid_out(AdamMatrix(values, zeros, zeros + 1), "split", backend)
+    row = laid_out(AdamMatrix(values, zeros, zeros + 1), "split")
     before, hyper = clone(row), HYPER.clone()
     hyper[0] = 0
     row_update(row, Gradient(), hyper, backend=backend)
@@ -99,7 +98,7 @@ def test_every_backend_draws_the_same_bits(backend: str) -> None:
     # Integers and betas of one half: m and v are exact in fp32, so only the bits decide.
     width, steps = 300, 3
     zeros = torch.zeros(F, width)
-    row = laid_out(AdamMatrix(zeros, zeros, zeros), "moments", backend)
+    row = laid_out(AdamMatrix(zeros, zeros, zeros), "moments")
     other = clone(row)
     grads = [torch.randint(-2047, 2048, (F, width)).float() for _ in range(steps)]
     latents = torch.arange(F, dtype=torch.int32)
@@ -119,7 +118,7 @@ def test_every_backend_draws_the_same_bits(backend: str) -> None:
 def test_bits_differ_between_steps_columns_latents_and_moments(backend: str) -> None:
     def rounded(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         half = torch.full((64, 64), 1 + 2.0**-8)  # between 1 and the next bf16 number
-        row = laid_out(AdamMatrix(torch.zeros(64, 64), half * 0, half * 0), "moments", backend)
+        row = laid_out(AdamMatrix(torch.zeros(64, 64), half * 0, half * 0), "moments")
         hyper = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, step], dtype=torch.float64)
         latents = torch.arange(64, dtype=torch.int32)
         gradient = Gradient(dense=half, dense_latents=latents)
@@ -144,7 +143,7 @@ def test_a_second_moment_in_bf16_decays_as_it_should(backend: str) -> None:
     # Under nearest rounding it would stay at 1 for ever.
     shape, steps = (4, 1024), 50
     ones = torch.ones(shape)
-    row = laid_out(AdamMatrix(ones * 0, ones * 0, ones), "moments", backend)
+    row = laid_out(AdamMatrix(ones * 0, ones * 0, ones), "moments")
     for step in range(1, steps + 1):
         hyper = HYPER.clone()
         hyper[5] = step
@@ -159,7 +158,7 @@ def test_a_second_moment_in_bf16_decays_as_it_should(backend: str) -> None:
 def test_fifty_steps_with_moments_in_bf16_stay_within_their_roundings(backend: str) -> None:
     row = make_row(torch.float32, torch.bfloat16)
     exact = oracles.AdamState(*(t.bfloat16().double() for t in row[:3]))
-    row = laid_out(row._replace(param=exact.param.float()), "moments-split", backend)
+    row = laid_out(row._replace(param=exact.param.float()), "moments-split")
     latents = torch.arange(F, dtype=torch.int32)
     off_param = off_m = off_v = torch.zeros(F, WIDTH, dtype=torch.float64)
     for step in range(1, 51):
@@ -191,7 +190,7 @@ def test_moments_in_bf16_keep_nan_and_infinity(backend: str) -> None:
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf, -torch.nan, 3e38, 1e-42]).repeat(6, 50)
     bad.view(torch.int32)[:, ::6] = 0x7FFFFFFF  # a NaN that a carry would turn into -0
     zeros = torch.zeros_like(bad)
-    row = laid_out(AdamMatrix(zeros, zeros, zeros), "moments", backend)
+    row = laid_out(AdamMatrix(zeros, zeros, zeros), "moments")
     latents = torch.arange(6, dtype=torch.int32)
     hyper = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     gradient = Gradient(dense=bad, dense_latents=latents)
@@ -203,17 +202,3 @@ def test_moments_in_bf16_keep_nan_and_infinity(backend: str) -> None:
     assert bool((row.v[special] == torch.inf).all())
     finite = bad.isfinite()
     assert_within("m", row.m[finite], bad[finite].double(), ULP * bad[finite].abs() + 1e-40)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_without_a_kernel_for_a_layout_the_specification_runs(layout: str) -> None:
-    row = laid_out(make_row(torch.float32, torch.bfloat16), layout, "reference")
-    automatic, explicit = clone(row), clone(row)
-    row_update(automatic, Gradient(), HYPER)
-    row_update(explicit, Gradient(), HYPER, backend="reference")
-    for name, a, e, old in zip(row._fields, automatic, explicit, row, strict=True):
-        assert a is not None
-        assert e is not None
-        assert old is not None
-        assert_bitwise(name, a, e)
-        assert not torch.equal(a, old)

@@ -1,8 +1,4 @@
-"""Options that save memory: split masters, bf16 moments, no decoder copy; and what a device needs.
-
-These run on the reference backend where no host kernel knows an option: what is tested here is
-what FusedStep makes of them.
-"""
+"""Options that save memory: split masters, bf16 moments, one compute copy; what a device needs."""
 
 from __future__ import annotations
 
@@ -32,7 +28,6 @@ def variant(**settings: Any) -> Variant:
 def trained(steps: int = 5, **settings: Any) -> FusedStep:
     """A few steps of such a variant; the module has its fp32 weights back."""
     step = build(variant(**settings))
-    step.sae.backend = "reference"
     for i in range(steps):
         step(tokens(B, seed=i), lr=LR)
     step.restore_()
@@ -40,11 +35,18 @@ def trained(steps: int = 5, **settings: Any) -> FusedStep:
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["free", "clipped"])
-def test_a_split_master_trains_bit_for_bit_like_an_fp32_one(clip: float | None) -> None:
-    split, whole = (build(variant(master_weights=m, clip_norm=clip)) for m in ("split", "float32"))
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+def test_a_split_master_trains_bit_for_bit_like_an_fp32_one(
+    adam: str, moments: str, clip: float | None, either_backend: str
+) -> None:
+    split, whole = (
+        build(variant(master_weights=master, moment_dtype=moments, clip_norm=clip, adam=adam))
+        for master in ("split", "float32")
+    )
     for i in range(5):
         for step in (split, whole):
-            step.sae.backend = "reference"
+            step.sae.backend = either_backend
             step(tokens(B, seed=i), lr=LR)
         for name in ("W_enc", "W_dec"):
             # Halfway between two bf16 numbers torch rounds to the even one, halves away from zero:
@@ -76,7 +78,6 @@ def test_bf16_moments_learn_as_fp32_ones_do() -> None:
         row = step.matrices["W_dec"]
         assert row.m is not None
         assert row.m.dtype == getattr(torch, states)
-        step.sae.backend = None
         fvu.append(evaluate(step.sae, tokens(2000, seed=999)).fvu)
     assert fvu[0] < 0.7, "nothing was learnt, so nothing was compared"
     assert fvu[1] == pytest.approx(fvu[0], rel=0.02)

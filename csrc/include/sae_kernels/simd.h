@@ -114,6 +114,11 @@ SAE_INLINE void store_half_bits(void* p, Vec<uint32_t> bits) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(static_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#elif defined(__AVX2__)
+  const __m256i wide = reinterpret_cast<__m256i>(bits);
+  const __m256i packed = _mm256_packus_epi32(wide, wide);  // within each half of the vector
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
   const auto narrow =
       __builtin_convertvector(bits, typename VectorOf<uint16_t, kLanes<uint32_t>>::type);
@@ -147,6 +152,22 @@ SAE_INLINE void store(f16* p, Vec<float> value) {
   half = pick(magnitude >= 0x477ff000u, splat<uint32_t>(0x7c00u), half);
   half = pick(magnitude > 0x7f800000u, splat<uint32_t>(0x7e00u), half);
   store_half_bits(p, half | sign);
+}
+
+// A high half is a bf16 number that is rounded by whoever stores it: what is below is cut off.
+SAE_INLINE Vec<float> load(const high_half* p) {
+  return reinterpret_cast<Vec<float>>(load_half_bits(p) << 16);
+}
+SAE_INLINE void store(high_half* p, Vec<float> value) {
+  store_half_bits(p, reinterpret_cast<Vec<uint32_t>>(value) >> 16);
+}
+
+// A low half is signed and is read as the bits to add to its high half's: no number by itself.
+SAE_INLINE Vec<float> load(const low_half* p) {
+  return reinterpret_cast<Vec<float>>((load_half_bits(p) ^ 0x8000u) - 0x8000u);
+}
+SAE_INLINE void store(low_half* p, Vec<float> value) {
+  store_half_bits(p, reinterpret_cast<Vec<uint32_t>>(value) & 0xffffu);
 }
 
 // Rows whose width is no multiple of the vector end in a zero-padded copy.

@@ -7,12 +7,20 @@
 
 namespace sae {
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+// i16: the lower halves of f32 whose upper ones lie in another matrix.
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i16 = 4 };
 
 struct bf16 {
   uint16_t bits;
 };
 struct f16 {
+  uint16_t bits;
+};
+// Of the bits of a float.
+struct high_half {
+  uint16_t bits;
+};
+struct low_half {
   uint16_t bits;
 };
 
@@ -137,11 +145,11 @@ struct RowGradArgs {
   int threads;
 };
 
-// workspace: [threads, width] of the accumulator type.
-// hyper: lr, clip scale, 1 - beta1^t, 1 - beta2^t, skip (non-zero: leave everything as it is).
+// workspace: [threads, 2, width] of the accumulator type.
+// hyper: lr, clip scale, 1 - beta1^t, 1 - beta2^t, skip (non-zero: leave everything as it is), t.
 struct RowUpdateArgs {
-  DType dtype, copy_dtype;
-  void *param, *m, *v, *copy;  // [F, width]; copy may be null
+  DType param_dtype, moment_dtype, copy_dtype;
+  void *param, *m, *v, *copy;  // [F, width]; copy may be null but beside an i16 param
   const Term* terms;
   int64_t n_terms, F, width;
   const void* row_coef;       // [F, row_parts] or null

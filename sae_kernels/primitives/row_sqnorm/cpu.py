@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_kernels.primitives.row_update.cpu import launch
-from sae_kernels.primitives.rows import HYPER
+from sae_kernels.primitives.rows import HYPER, arithmetic_dtype
 from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    param: torch.Tensor, gradient: Gradient, _high: torch.Tensor | None, norm: str, slices: int
+    param: torch.Tensor, gradient: Gradient, high: torch.Tensor | None, norm: str, slices: int
 ) -> torch.Tensor:
-    """Runs the kernel (never for halves: there is no host kernel for int16)."""
-    out = param.new_empty(param.shape[0])
+    """Runs csrc/cpu/row_update.cpp."""
+    out = param.new_empty(param.shape[0], dtype=arithmetic_dtype(param))
     hyper = torch.ones(len(HYPER), dtype=torch.float64)
-    launch((packed(param), None, None, None), gradient, hyper, (0, 0, 0), norm, slices, False, out)
+    matrix = (packed(param), None, None, packed(high))
+    launch(matrix, gradient, hyper, (0, 0, 0), norm, slices, False, out)
     return out

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
-from sae_kernels.primitives.rows import NORMS
+from sae_kernels.primitives.rows import NORMS, arithmetic_dtype
 from sae_kernels.primitives.tensors import packed
 
 if TYPE_CHECKING:
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
 
     from sae_kernels.primitives.row_update import AdamMatrix
     from sae_kernels.primitives.terms import Gradient
-
-
-def refuses(matrix: AdamMatrix, *_: Any) -> str | None:
-    """Why the host kernels cannot run this call, or None."""
-    param, m = matrix.param, matrix.m
-    if m.dtype == param.dtype:
-        return None
-    return f"no kernel for m and v in {m.dtype} beside {param.dtype}, only for both in one dtype"
 
 
 def run(
@@ -54,20 +46,23 @@ def launch(
     """Calls the kernel: an update, or with ``sqnorm`` only the squared gradient norms.
 
     Args:
-        matrix: the four parts of an AdamMatrix; param alone is needed for the norms.
+        matrix: the four parts of an AdamMatrix; the norms need neither m and v nor a whole
+            param's copy.
         gradient, hyper, norm, slices, lazy: as of the update.
         adam: both betas and eps.
-        sqnorm: [F] in the dtype of param, for the norms.
+        sqnorm: [F] in the dtype of the arithmetic, for the norms.
     """
-    param, copy = matrix[0], matrix[3]
+    param, m, _, copy = matrix
     assert param is not None
-    tuples = cpu.packed_terms(gradient.terms, param.dtype)
+    dtype = arithmetic_dtype(param)
+    tuples = cpu.packed_terms(gradient.terms, dtype)
     row_coef, dense = packed(gradient.row_coef), packed(gradient.dense)
     slot = _slots(gradient.dense_latents, param.shape[0])
-    workspace = param.new_empty((cpu.threads(), param.shape[1]))
+    workspace = param.new_empty((cpu.threads(), 2, param.shape[1]), dtype=dtype)
     cpu.run(
         "row_update",
         cpu.code(param.dtype),
+        cpu.code(dtype if m is None else m.dtype),
         cpu.code(torch.bfloat16 if copy is None else copy.dtype),
         *matrix,
         tuples,
