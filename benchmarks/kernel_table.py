@@ -68,6 +68,8 @@ class KernelCase(NamedTuple):
     def call(self) -> str:
         """The case in words, unique among those of its primitive and backend."""
         words = [f"D={self.D}", f"K={self.K}", _short(self.dtype)]
+        if self._field_defaults["F"] != self.F:
+            words.append(f"F={self.F}")
         return " ".join(words + [f"{name}={_short(value)}" for name, value in self.options])
 
     @property
@@ -117,7 +119,7 @@ CASES: tuple[KernelCase, ...] = (
     *_cases("decode", _ALL, _K128, _FP32, _FORMS),
     *_cases("decode_residual", _ALL, _K64, _K128, _FP32, _FORMS),
     *_cases("decode_residual", _at(2304, groups=4, ragged=True)),
-    *_cases("pick_dead", _ONE),
+    *_cases("pick_dead", _ONE, _at(768, F=1 << 20), _at(768, F=1 << 24)),
     *_routed("route_top1"),
     *_cases("row_grad", _ALL, _FP32),
     *_cases("row_grad", _at(768, 2304, dots=True), _at(768, dtype=torch.float32, dots=True)),

@@ -70,9 +70,9 @@ def emulated(folder: Path) -> dict[tuple[str, str], str]:
     said: dict[tuple[str, str], list[str]] = {}
     for path in sorted(folder.glob("emulated-*.jsonl")):
         first, *records = (json.loads(line) for line in path.read_text().splitlines())
-        facts = first["provenance"]
-        where = f"{first['architecture']} at {facts['commit']}{' with changes' * facts['dirty']}"
         for record in records:
+            changes = " with changes" if record["dirty"] else ""
+            where = f"{first['architecture']} at {record['commit']}{changes}"
             counts = f"{record['passed']} passed, {record['failed']} failed"
             key = (record["kernel"], record["backend"])
             if record["passed"] + record["failed"]:

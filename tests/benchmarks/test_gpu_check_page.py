@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks import emulated
 from benchmarks.gpu_check import page
 from benchmarks.gpu_check.__main__ import summary
 from benchmarks.gpu_check.bars import Bar
@@ -75,10 +77,11 @@ def test_the_page_says_where_a_kernel_last_ran_and_how_a_bar_stands(tmp_path: Pa
 
 def test_the_page_says_what_passed_in_the_emulator(tmp_path: Path) -> None:
     for architecture, dirty, failed in (("sm_80", False, 0), ("sm_90", True, 2)):
-        first = {"provenance": {"commit": "abc1234", "dirty": dirty}, "architecture": architecture}
-        counts = {"backend": "triton", "passed": 7, "failed": failed, "skipped": 1}
-        none = {"kernel": "auxk", "backend": "triton", "passed": 0, "failed": 0, "skipped": 3}
-        lines = [json.dumps(line) for line in (first, {"kernel": "decode"} | counts, none)]
+        first = {"provenance": {"commit": "def5678"}, "architecture": architecture}
+        ran = {"backend": "triton", "commit": "abc1234", "dirty": dirty}
+        decode = ran | {"kernel": "decode", "passed": 7, "failed": failed, "skipped": 1}
+        none = ran | {"kernel": "auxk", "passed": 0, "failed": 0, "skipped": 3}
+        lines = [json.dumps(line) for line in (first, decode, none)]
         (tmp_path / f"emulated-{architecture}.jsonl").write_text("\n".join(lines))
     text = page.generated(tmp_path)
     assert row(text, "| decode | triton").endswith(
@@ -86,6 +89,18 @@ def test_the_page_says_what_passed_in_the_emulator(tmp_path: Path) -> None:
         "sm_90 at abc1234 with changes: 7 passed, 2 failed |"
     )
     assert row(text, "| auxk | triton").endswith("| | |  |")
+
+
+def test_emulated_runs_of_some_tests_keep_what_is_known_of_other_kernels() -> None:
+    known, ran = ("auxk", "triton"), ("decode", "triton")
+    old = emulated.merged("sm_80", {kernel: Counter(passed=5) for kernel in (known, ran)}, "")
+    first, *lines = old.splitlines()
+    earlier = [json.dumps(json.loads(line) | {"commit": "abc1234"}) for line in lines]
+    new = emulated.merged("sm_80", {ran: Counter(passed=7)}, "\n".join([first, *earlier]))
+    found = {line["kernel"]: line for line in map(json.loads, new.splitlines()[1:])}
+    assert {kernel: line["passed"] for kernel, line in found.items()} == {"auxk": 5, "decode": 7}
+    assert found["auxk"]["commit"] == "abc1234" != found["decode"]["commit"]
+    assert "auxk" not in emulated.merged("sm_80", {ran: Counter(passed=7)}, "")
 
 
 def test_a_kernel_whose_tests_were_all_skipped_has_not_run(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 from emulator import library
 from emulator.hand_written import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EXCHANGE = """
     st.shared.u32 [%r1], %r0;
@@ -147,11 +152,23 @@ def test_an_endless_loop() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    ["tanh.approx.f32 %r2, %r3;", "st.async.u32 [%rd1], %r0;", "mul24.lo.u32 %r2, %r0, %r0;"],
+    [
+        "tanh.approx.f32 %r2, %r3;",
+        "st.async.u32 [%rd1], %r0;",
+        "mul24.lo.u32 %r2, %r0, %r0;",
+        "add.cc.u32 %r2, %r0, %r0;",
+        "fma.rn.relu.bf16 %r2, %r0, %r0, %r0;",
+    ],
 )
 def test_an_unknown_instruction_is_named(body: str) -> None:
     with pytest.raises(RuntimeError, match=f"unknown instruction, line 18: {body[:8]}"):
         run(body, ints(64))
+
+
+@pytest.mark.parametrize(("name", "bound"), [("min", min), ("max", max)])
+def test_the_smaller_or_larger_or_zero(name: str, bound: Callable[[int, int], int]) -> None:
+    body = f"sub.s32 %r2, %r0, 9; {name}.relu.s32 %r3, %r2, 5; st.global.u32 [%rd1], %r3;"
+    assert run(body, ints(64)).tolist() == [max(bound(i - 9, 5), 0) for i in range(64)]
 
 
 def test_lanes_part_and_meet() -> None:

@@ -1,4 +1,4 @@
-"""How many kernels a selection launches on a GPU; each takes the host time too."""
+"""How many kernels a call launches on a GPU; each takes the host time too."""
 
 from __future__ import annotations
 
@@ -56,3 +56,9 @@ def test_select_topk_routed(
     found = launched("select_topk_routed", *operands(), K, *routes)
     assert found.total() == most
     assert found["_lay_out"] == 1
+
+
+@pytest.mark.parametrize(("n_latents", "most"), [(16384, 1), (16385, 3), (1 << 24, 3)])
+def test_pick_dead(n_latents: int, most: int, launched: Callable[..., Counter[str]]) -> None:
+    ages = torch.empty(n_latents, dtype=torch.int64, device="meta")
+    assert launched("pick_dead", ages, 1000, 4096).total() == most

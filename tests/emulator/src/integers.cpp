@@ -54,6 +54,7 @@ void Step::integers() {
       });
     }
   };
+  const auto at_least_zero = [&](auto a) { return in_.has("relu") && a < 0 ? decltype(a){0} : a; };
   const auto wide = [&](u64 a, u64 b) {
     return is_signed ? static_cast<u64>(extend(a, bits) * extend(b, bits))
                      : cut(a, bits) * cut(b, bits);
@@ -76,8 +77,8 @@ void Step::integers() {
       });
     case Op::kDiv: return typed([](auto a, auto b) { return quotient(a, b); });
     case Op::kRem: return typed([](auto a, auto b) { return remainder(a, b); });
-    case Op::kMin: return typed([](auto a, auto b) { return std::min(a, b); });
-    case Op::kMax: return typed([](auto a, auto b) { return std::max(a, b); });
+    case Op::kMin: return typed([&](auto a, auto b) { return at_least_zero(std::min(a, b)); });
+    case Op::kMax: return typed([&](auto a, auto b) { return at_least_zero(std::max(a, b)); });
     case Op::kNeg: return with([](u64 a, u64, u64) { return u64{0} - a; });
     case Op::kAbs: return typed([](auto a, auto) { return a < 0 ? decltype(a)(0) - a : a; });
     case Op::kAnd: return with([](u64 a, u64 b, u64) { return a & b; });

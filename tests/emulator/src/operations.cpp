@@ -30,6 +30,15 @@ const std::map<std::string, Op>& operations() {
 }
 // clang-format on
 
+// Of arithmetic: what is not known may change the result.
+bool known_modifier(const Instruction& in, const std::string& word) {
+  static const std::set<std::string> known = {
+      "lo",  "hi",  "wide",   "rn",   "rz",  "rm", "rp",    "rni",    "rzi",    "rmi",
+      "rpi", "ftz", "approx", "full", "NaN", "to", "param", "global", "shared", "shared-cta"};
+  if (word == "relu") return (in.op == Op::kMin || in.op == Op::kMax) && !in.type.is_float();
+  return known.count(word) != 0;
+}
+
 }  // namespace
 
 void choose_operation(Instruction* in) {
@@ -63,6 +72,13 @@ void choose_operation(Instruction* in) {
     in->op = own.at(second);
   } else {
     throw Fault("unknown instruction");
+  }
+  if (in->op <= Op::kMove && in->op != Op::kCompare) {
+    for (size_t i = 1; i < words.size(); ++i) {
+      Type type;
+      if (!parse_type(words[i], &type) && !known_modifier(*in, words[i]))
+        throw Fault("unknown instruction");
+    }
   }
   if (in->op == Op::kMul)
     in->op = in->has("wide") ? Op::kMulWide : in->has("hi") ? Op::kMulHigh : Op::kMul;
