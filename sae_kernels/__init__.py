@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sae_kernels import functional as functional
     from sae_kernels import harvest as harvest
     from sae_kernels import integrations as integrations
+    from sae_kernels import interventions as interventions
     from sae_kernels import io as io
     from sae_kernels import nn as nn
     from sae_kernels import plotting as plotting
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from sae_kernels.functional import encode_topk as encode_topk
     from sae_kernels.functional.decode import decode as decode
     from sae_kernels.integrations import accelerate as accelerate
+    from sae_kernels.interventions import intervene as intervene
+    from sae_kernels.interventions import watch as watch
     from sae_kernels.nn import BatchTopKConfig as BatchTopKConfig
     from sae_kernels.nn import BatchTopKSAE as BatchTopKSAE
     from sae_kernels.nn import GatedConfig as GatedConfig
@@ -98,6 +101,7 @@ _OFFERED: dict[str, tuple[str, ...]] = {
     ),
     "harvest": (),
     "integrations": ("accelerate",),
+    "interventions": ("intervene", "watch"),
     "io": (),
     "nn": (
         "BatchTopKConfig",

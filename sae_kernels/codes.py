@@ -64,7 +64,7 @@ class SparseCodes:
     Attributes:
         values: [..., K], fp32 (fp64 for fp64 input), in selection order: largest key first. Ragged:
             [N], by token, then by latent.
-        indices: int32, like ``values``; distinct latents per token.
+        indices: int32, like ``values``; distinct latents per token, dropped entries aside.
         n_latents: F.
         offsets: of ragged codes, int32 [tokens + 1], where each token's entries start.
         leading: of ragged codes, the shape of the batch of tokens; None stands for [tokens].
@@ -145,9 +145,10 @@ class SparseCodes:
         shape = (*self.batch_shape, self.n_latents)
         dense = self.values.new_zeros(shape)
         if self.offsets is None:
-            return dense.scatter(-1, self.indices.long(), self.values)
+            # A dropped entry may name a latent that another entry has, so values are added.
+            return dense.scatter_add(-1, self.indices.long(), self.values)
         places = self.tokens.long() * self.n_latents + self.indices.long()
-        return dense.flatten().scatter(0, places, self.values).view(shape)
+        return dense.flatten().scatter_add(0, places, self.values).view(shape)
 
     def to_torch_sparse(self) -> torch.Tensor:
         """A torch sparse COO tensor [tokens, F], leading dimensions flattened."""
@@ -216,7 +217,8 @@ class SparseCodes:
         at = column[self.indices.flatten().long()]
         # Entries of other latents go to an extra last element, which is cut off.
         where = torch.where(at < 0, n_tokens * width, self.tokens.flatten().long() * width + at)
-        dense = self.values.new_zeros(n_tokens * width + 1).scatter(0, where, self.values.flatten())
+        dense = self.values.new_zeros(n_tokens * width + 1)
+        dense = dense.scatter_add(0, where, self.values.flatten())
         return dense[:-1].view(n_tokens, width)[:, places].view(*self.batch_shape, n)
 
     def _checked(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:

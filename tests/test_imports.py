@@ -31,7 +31,7 @@ ROOMS = (
     {"data", "plotting", "runs", "testing"},
     {"harvest", "integrations"},
     {"training"},
-    {"report"},
+    {"interventions", "report"},
     {"analyze", "bench", "demo"},
     {"cli"},
     {"__main__"},
