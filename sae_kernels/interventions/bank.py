@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +10,14 @@ from torch import Tensor, nn
 from sae_kernels import functional
 from sae_kernels.harvest.splice import check_fits
 from sae_kernels.interventions.changes import Tokens, code_changes
-from sae_kernels.interventions.edits import ENDLESS, Change, Edit, Span
+from sae_kernels.interventions.edits import Change
+from sae_kernels.interventions.plan import NOWHERE, Slot, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sae_kernels.interventions.edits import Edit
     from sae_kernels.nn import SparseAutoencoder
-
-_EVERYWHERE, _NOWHERE = Span(0, 0, ENDLESS, 0), Span(0, 0, 0, 0)
-
-
-class Slot(NamedTuple):
-    """One latent's edit in one span of positions, a line of the bank."""
-
-    latent: int
-    change: Change
-    span: Span
-    when: int = -1
-    pool: Tensor | None = None
-
-
-class Plan(NamedTuple):
-    """What one request needs: slots of latents, and spans with the directions added in each."""
-
-    slots: list[Slot]
-    directions: dict[Span, Tensor]
-    keep_only: Span
 
 
 class EditBank(nn.Module):
@@ -146,11 +127,11 @@ class EditBank(nn.Module):
                     f"{name}: expected at most {getattr(self, name)} for a request, got "
                     f"{len(needed)}; make the bank with more"
                 )
-        if plan.keep_only is not _NOWHERE and not self.keeps_only:
+        if plan.keep_only is not NOWHERE and not self.keeps_only:
             raise ValueError(
                 "keep_only: expected a bank made with keeps_only=True, got one without"
             )
-        idle = Slot(-1, Change(), _NOWHERE)  # a latent that no entry has
+        idle = Slot(-1, Change(), NOWHERE)  # a latent that no entry has
         slots = [*plan.slots, *[idle] * (self.n_slots - len(plan.slots))]
         first = request * self.n_slots
         pools = [-1 if slot.pool is None else first + i for i, slot in enumerate(slots)]
@@ -166,7 +147,7 @@ class EditBank(nn.Module):
                         f"{len(slot.pool)}"
                     )
                 self.pools[place].copy_(slot.pool)
-        spans = [*plan.directions, *[_NOWHERE] * (self.n_directions - len(plan.directions))]
+        spans = [*plan.directions, *[NOWHERE] * (self.n_directions - len(plan.directions))]
         self._fill(self.direction_spans[request], spans)
         for i, vector in enumerate(plan.directions.values()):
             self.directions[request, i].copy_(vector)
@@ -213,9 +194,11 @@ class EditBank(nn.Module):
             changed = changed | on
         if self.n_slots and self.sae is not None:
             sae, codes = self.sae, self.sae.encode(hidden)
-            how = {"compute_dtype": sae.compute_dtype, "backend": sae.backend}
             for change in code_changes(codes, self, tokens):
-                difference = functional.decode(change, sae.W_dec, **how) / sae.target_scale
+                difference = functional.decode(
+                    change, sae.W_dec, compute_dtype=sae.compute_dtype, backend=sae.backend
+                )
+                difference = difference / sae.target_scale
                 moved = moved + difference
                 changed = changed | (difference != 0).any(1)
         return torch.where(changed[:, None], moved.to(hidden.dtype), hidden)
@@ -244,70 +227,3 @@ class EditBank(nn.Module):
     @staticmethod
     def _fill(line: Tensor, numbers: object) -> None:
         line.copy_(torch.tensor(numbers, dtype=line.dtype).view(line.shape))
-
-
-def plan_of(edits: Sequence[Edit], sae: SparseAutoencoder | None, width: int) -> Plan:
-    """The slots and directions of a request with these edits.
-
-    Raises:
-        ValueError: see :meth:`EditBank.write`.
-    """
-    slots: list[Slot] = []
-    directions: dict[Span, Tensor] = {}
-    keep_only = _NOWHERE
-    keeping = [edit for edit in edits if edit.keeps_only]
-    if len(keeping) > 1 or any(len(edit.spans) > 1 for edit in keeping):
-        raise ValueError("keep_only: expected one in a row, at all positions or one run of them")
-
-    def move(span: Span, vector: Tensor) -> None:
-        directions[span] = directions[span] + vector if span in directions else vector
-
-    for edit in edits:
-        for latent in (*edit.latents, *([edit.when] if edit.when >= 0 else [])):
-            known = 0 if sae is None else sae.config.n_latents
-            if not latent < known:
-                said = f"from 0 to {known - 1} (n_latents - 1)" if sae else "none without an SAE"
-                raise ValueError(f"latent: expected {said}, got {latent}")
-        if edit.vector is not None and edit.vector.shape[0] != width:
-            raise ValueError(
-                f"vector: expected a direction of width {width}, got {edit.vector.shape[0]}"
-            )
-        keep_only = edit.spans[0] if edit.keeps_only else keep_only
-        for span in edit.spans:
-            if edit.vector is not None:
-                move(span, edit.vector)
-            for i, (latent, change) in enumerate(zip(edit.latents, edit.changes, strict=True)):
-                pool = None if edit.pools is None else edit.pools[i]
-                place = _EVERYWHERE if edit.keeps_only else span
-                slots.append(Slot(latent, change, place, edit.when, pool))
-    own = [slot for slot in slots if slot.change != Change()]
-    _refuse_conflicts(own)
-    edited = {slot.latent for slot in own}
-    kept = [slot for slot in slots if slot.change == Change() and slot.latent not in edited]
-    if not keeping and sae is not None:
-        # An amount added whatever the codes are is a direction.
-        for slot in [slot for slot in own if _is_direction(slot)]:
-            row = (
-                sae.W_dec[slot.latent]
-                .detach()
-                .to(torch.promote_types(sae.W_dec.dtype, torch.float32))
-            )
-            move(slot.span, row * (slot.change.shift / sae.target_scale))
-        own = [slot for slot in own if not _is_direction(slot)]
-    return Plan(own + (kept if keeping else []), directions, keep_only)
-
-
-def _is_direction(slot: Slot) -> bool:
-    factor, _, low, high = slot.change
-    return slot.when < 0 and factor == 1 and low == -math.inf and high == math.inf
-
-
-def _refuse_conflicts(slots: list[Slot]) -> None:
-    for i, one in enumerate(slots):
-        for other in slots[:i]:
-            apart = one.span.before(other.span) or other.span.before(one.span)
-            if one.latent == other.latent and not apart:
-                raise ValueError(
-                    f"latent {one.latent}: expected one edit of it at a position, got two; make "
-                    "them one, or place them at different positions"
-                )

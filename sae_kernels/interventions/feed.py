@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sae_kernels.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Feed:
@@ -36,6 +36,7 @@ class Feed:
 
     def __init__(self) -> None:
         self.shape: tuple[int, int] | None = None
+        self._ran: set[str] = set()
         self._width = 0  # columns of the prompt
         self._generating = False
         self._copies = 1
@@ -57,7 +58,20 @@ class Feed:
                 f"{layer}: expected a layer that puts out [{self.shape[0]}, {self.shape[1]}, D], "
                 f"got {rows.shape[0]} tokens; choose a whole block of the model"
             )
+        self._ran.add(layer)
         return self.shape
+
+    def check_ran(self, layers: Iterable[str]) -> None:
+        """Checks, at the end of a forward pass, that it ran these layers.
+
+        Raises:
+            ModelError: one of them did not run.
+        """
+        for layer in layers:
+            if layer not in self._ran:
+                raise ModelError(
+                    f"{layer}: expected a layer that runs, it did not; choose a whole block"
+                )
 
     def started(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before each forward pass."""
@@ -81,6 +95,8 @@ class Feed:
             self._width = S
         places = attended.cumsum(1)
         lengths = places[:, min(self._width, past + S) - 1]
+        if self._prompt_mask is not None:  # also while the prompt comes in chunks
+            lengths = self._prompt_mask.to(fed.device).sum(1)
         copies = self._copies if B % self._copies == 0 else 1
         rows = torch.arange(B, device=fed.device) // copies
         self.rows = rows.repeat_interleave(S)
@@ -94,6 +110,7 @@ class Feed:
     def ended(self, *_: object) -> None:
         """A hook after each forward pass, also one that raised."""
         self.shape = None
+        self._ran.clear()
 
     def wrap(self, model: nn.Module, generate: Any) -> Any:
         """A model's ``generate`` that tells where its prompt ends and how many beams it has."""
@@ -129,15 +146,18 @@ def _cached(given: dict[str, Any]) -> int:
 
 
 @contextmanager
-def followed(model: nn.Module, finished: Callable[[Feed], object] | None = None) -> Iterator[Feed]:
-    """Within the block, the feed tells what the model is being fed; afterwards no hook is left.
+def followed(
+    model: nn.Module, layers: Iterable[str], finished: Callable[[Feed], object] | None = None
+) -> Iterator[Feed]:
+    """Within the block, the feed tells what a model is being fed; afterwards no hook is left.
 
-    ``finished`` is called at the end of each forward pass that did not raise.
+    Each forward pass must run the ``layers``; ``finished`` is called at its end, unless it raised.
     """
     feed = Feed()
     own = vars(model).get("generate")
 
     def finish(*_: object) -> None:
+        feed.check_ran(layers)
         if finished is not None:
             finished(feed)
 

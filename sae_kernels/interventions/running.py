@@ -12,8 +12,9 @@ from sae_kernels.config.places import activation_facts
 from sae_kernels.errors import ModelError, name_hint
 from sae_kernels.harvest.model import layer_device, resolve_layer
 from sae_kernels.harvest.splice import check_fits, frozen, splice
-from sae_kernels.interventions.bank import EditBank, plan_of
+from sae_kernels.interventions.bank import EditBank
 from sae_kernels.interventions.feed import Feed, followed
+from sae_kernels.interventions.plan import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def intervene(
         [row + 1 for some in of_layer.values() for e in some for row in e.rows or ()] or [0]
     )
     with ExitStack() as hooks:
-        feed = hooks.enter_context(followed(model))
+        feed = hooks.enter_context(followed(model, tuple(saes)))
         for layer, bank in banks.items():
             if bank.sae is not None:
                 hooks.enter_context(frozen(bank.sae))
@@ -136,7 +137,7 @@ def _at_layer(
         check_fits(bank.sae, x.shape[1], layer)
         if named > feed.n_rows:
             raise ValueError(
-                f"rows: expected edits of rows 0 to {feed.n_rows - 1} of this batch, got one of row "
+                f"rows: expected edits of rows 0 to {feed.n_rows - 1} of the batch, got one of row "
                 f"{named - 1}"
             )
         active = feed.attended & (feed.positions >= skip_first)

@@ -95,7 +95,7 @@ def watch(
             each(watched)
 
     with ExitStack() as hooks:
-        feed = hooks.enter_context(followed(model, finished))
+        feed = hooks.enter_context(followed(model, tuple(saes), finished))
         for layer, sae in saes.items():
             hooks.enter_context(frozen(sae))
             hooks.enter_context(splice(model, layer, at_layer(layer, sae, feed)))

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae_kernels.interventions import Edit
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from sae_kernels.interventions import Edit
     from sae_kernels.nn import SparseAutoencoder
 
 D, F, LAYERS, VOCABULARY = 16, 48, 3, 30
@@ -60,43 +59,44 @@ def edit_dense(codes: Tensor, edits: Sequence[Edit], place: Place) -> Tensor:
     return edited
 
 
+def edit_all(codes: Tensor, edits: Sequence[Edit], places: Sequence[Place]) -> Tensor:
+    """:func:`edit_dense` of every token of [T, F]."""
+    pairs = zip(codes, places, strict=True)
+    return torch.stack([edit_dense(row, edits, place) for row, place in pairs])
+
+
 def edit_activation(
     sae: SparseAutoencoder | None, x: Tensor, edits: Sequence[Edit], place: Place
 ) -> Tensor:
     """An activation [D] after its edits: ``x + (edited - codes) W_dec / scale + directions``."""
+    moved = x
     for edit in edits:
         if edit.vector is not None and applies(edit, place):
-            x = x + edit.vector.to(x.dtype)
+            moved = moved + edit.vector.to(x.dtype)
     if sae is None:
-        return x
-    with torch.no_grad():
-        raw = x if not any(e.vector is not None for e in edits) else None
-        assert raw is not None, "the twin reads codes before directions: give them apart"
-        codes = sae.encode(raw[None]).to_dense()[0]
-        change = edit_dense(codes, edits, place) - codes
-        return x + change @ sae.W_dec / sae.target_scale
+        return moved
+    codes = sae.encode(x[None]).to_dense()[0]
+    change = edit_dense(codes, edits, place) - codes
+    return moved + change @ sae.W_dec / sae.target_scale
 
 
 def causal_model(**changes: Any) -> Any:
-    """A random Llama in fp64 (rotary positions: left padding shifts nothing)."""
+    """A random GPT-2 in fp64: unlike Llama's, its norms and positions stay in fp64."""
     import transformers
 
     torch.manual_seed(0)
     options: dict[str, Any] = {
         "vocab_size": VOCABULARY,
-        "hidden_size": D,
-        "intermediate_size": 24,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
+        "n_embd": D,
+        "n_layer": LAYERS,
+        "n_head": 2,
+        "n_positions": 64,
         "initializer_range": 0.3,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
-        "attn_implementation": "eager",
     }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options | changes))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options | changes))
     return model.eval().double()
 
 
@@ -120,13 +120,11 @@ class Block(nn.Module):
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-def logits_by_hand(
-    ids: Tensor, functions: dict[int, Callable[[Tensor], Tensor]]
-) -> Tensor:
+def logits_by_hand(ids: Tensor, functions: dict[int, Callable[[Tensor], Tensor]]) -> Tensor:
     """Logits [S, V] of one row without padding or cache, with blocks exchanged by hand."""
     model = causal_model()
     for number, function in functions.items():
-        model.model.layers[number] = Block(model.model.layers[number], function)
+        model.transformer.h[number] = Block(model.transformer.h[number], function)
     with torch.no_grad():
         logits: Tensor = model(ids[None], use_cache=False).logits[0]
     return logits

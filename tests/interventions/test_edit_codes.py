@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from dense_edits import D, F, Place, edit_dense
+from dense_edits import D, F, Place, edit_all
 from torch import Tensor
 
 from sae_kernels import SparseCodes, functional
@@ -117,7 +117,7 @@ def test_codes_are_edited_as_dense_ones(
     edits = cases(codes)[name]
     where, rows, positions = places()
     dense = codes.to_dense()
-    want = torch.stack([edit_dense(row, edits, place) for row, place in zip(dense, where)])
+    want = edit_all(dense, edits, where)
     assert not torch.equal(want, dense), "the case changes something"
     bank = bank_for(sae, edits, 3)
     given = codes if form == "fixed" else ragged(codes)
@@ -135,9 +135,7 @@ def test_activations_move_by_the_decoded_difference(
     edits = cases(codes)[name]
     where, rows, positions = places()
     dense = codes.to_dense()
-    change = (
-        torch.stack([edit_dense(row, edits, place) for row, place in zip(dense, where)]) - dense
-    )
+    change = edit_all(dense, edits, where) - dense
     want = x + change @ sae.W_dec / sae.target_scale
     got = bank_for(sae, edits, 3)(x, rows, positions)
     # Sums of at most 12 terms in fp64, some of them 20 times a decoder row of norm 1.
@@ -154,7 +152,7 @@ def test_ragged_saes_are_edited_too(x: Tensor) -> None:
     edits = [set_to(a, 2.0, when=b), ablate(c), keep_only([a, b], at="generated")]
     where, rows, positions = places()
     dense = codes.to_dense()
-    want = torch.stack([edit_dense(row, edits, place) for row, place in zip(dense, where)])
+    want = edit_all(dense, edits, where)
     bank = bank_for(sae, edits, 3)
     assert torch.equal(edit_codes(codes, bank, rows, positions).to_dense(), want)
     moved = bank(x, rows, positions)
@@ -167,7 +165,7 @@ def test_entries_of_edited_codes(sae: TopKSAE, x: Tensor) -> None:
     a, b = often(codes.flat(), 2)
     bank = bank_for(sae, [set_to(a, 1.0), scale(b, 2.0)], 1)
     got = edit_codes(codes, bank)
-    assert got.batch_shape == (4, 6) and got.k == codes.k + bank.n_slots
+    assert (got.batch_shape, got.k) == ((4, 6), codes.k + bank.n_slots)
     assert torch.equal(got.indices[..., : codes.k], codes.indices)
     kept = got.values != 0
     assert ((got.indices == a) & kept).sum(-1).eq(1).all(), "one entry, whether it fired or not"
