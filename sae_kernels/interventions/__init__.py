@@ -2,6 +2,13 @@
 
 from sae_kernels.interventions.bank import EditBank
 from sae_kernels.interventions.changes import edit_codes
+from sae_kernels.interventions.contrast import (
+    LatentCosines,
+    closest_latents,
+    contrast,
+    load_directions,
+    save_directions,
+)
 from sae_kernels.interventions.edits import (
     Edit,
     ablate,
@@ -14,21 +21,30 @@ from sae_kernels.interventions.edits import (
     set_to,
     steer,
 )
+from sae_kernels.interventions.effects import DirectEffects, LatentEffects, latent_effects
 from sae_kernels.interventions.running import intervene
 from sae_kernels.interventions.watch import Watch, watch
 
 __all__ = [
+    "DirectEffects",
     "Edit",
     "EditBank",
+    "LatentCosines",
+    "LatentEffects",
     "Watch",
     "ablate",
     "add",
     "clamp",
+    "closest_latents",
+    "contrast",
     "edit_codes",
     "intervene",
     "keep_only",
+    "latent_effects",
+    "load_directions",
     "mean_codes",
     "resample",
+    "save_directions",
     "scale",
     "set_to",
     "steer",

@@ -38,6 +38,7 @@ class EditBank(nn.Module):
         keeps_only: whether :func:`keep_only` is among the edits: all codes may change then.
         pool_size: tokens that :func:`resample` takes values from; 0 for none.
         width: D, without an SAE.
+        dtype: of sums and directions, float32 or float64; never narrower than the SAE's weights.
 
     Raises:
         ValueError: an SAE that is no autoencoder of one layer, or neither SAE nor width.
@@ -71,6 +72,7 @@ class EditBank(nn.Module):
         keeps_only: bool = False,
         pool_size: int = 0,
         width: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if sae is None and width is None:
@@ -87,9 +89,7 @@ class EditBank(nn.Module):
         self.n_requests, self.n_slots, self.n_directions = n_requests, n_slots, n_directions
         self.keeps_only, self.pool_size = keeps_only, pool_size
         device = None if sae is None else sae.W_dec.device
-        high = torch.float32
-        if sae is not None:
-            high = torch.promote_types(sae.W_dec.dtype, high)
+        high = dtype if sae is None else torch.promote_types(sae.W_dec.dtype, dtype)
         sizes = {
             "latents": ((n_requests, n_slots, 3), torch.int64),
             "changes": ((n_requests, n_slots, 4), high),

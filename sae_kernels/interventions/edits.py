@@ -262,4 +262,10 @@ def _spans(at: At) -> tuple[Span, ...]:
     places = (at,) if isinstance(at, int) else tuple(at)
     if not places or not all(isinstance(place, int) for place in places):
         raise ValueError(f"at: expected {', '.join(_SPANS)} or positions, got {at!r}")
-    return tuple(Span(p, int(p < 0), p + 1, int(p < 0)) for p in sorted(set(places)))
+    spans: list[Span] = []
+    for p in sorted(set(places)):
+        span = Span(p, int(p < 0), p + 1, int(p < 0))
+        if spans and spans[-1][2:] == span[:2]:  # one run of positions is one span
+            span = spans.pop()._replace(stop=p + 1)
+        spans.append(span)
+    return tuple(spans)

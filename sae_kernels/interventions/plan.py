@@ -50,7 +50,10 @@ def plan_of(edits: Sequence[Edit], sae: SparseAutoencoder | None, width: int) ->
         raise ValueError("keep_only: expected one in a row, at all positions or one run of them")
 
     def move(span: Span, vector: Tensor) -> None:
-        directions[span] = directions[span] + vector if span in directions else vector
+        vector = vector.detach().to(torch.promote_types(vector.dtype, torch.float32))
+        if span in directions:
+            vector = vector + directions[span].to(vector.device)
+        directions[span] = vector
 
     for edit in edits:
         for latent in (*edit.latents, *([edit.when] if edit.when >= 0 else [])):
@@ -77,12 +80,7 @@ def plan_of(edits: Sequence[Edit], sae: SparseAutoencoder | None, width: int) ->
     if not keeping and sae is not None:
         # An amount added whatever the codes are is a direction.
         for slot in [slot for slot in own if _is_direction(slot)]:
-            row = (
-                sae.W_dec[slot.latent]
-                .detach()
-                .to(torch.promote_types(sae.W_dec.dtype, torch.float32))
-            )
-            move(slot.span, row * (slot.change.shift / sae.target_scale))
+            move(slot.span, sae.W_dec[slot.latent] * (slot.change.shift / sae.target_scale))
         own = [slot for slot in own if not _is_direction(slot)]
     return Plan(own + (kept if keeping else []), directions, keep_only)
 

@@ -116,6 +116,7 @@ def bank_of(sae: SparseAutoencoder | None, edits: Sequence[Edit]) -> EditBank:
         keeps_only=any(edit.keeps_only for edit in edits),
         pool_size=max(pools, default=0),
         width=width,
+        dtype=torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32,
     )
     for number, line in enumerate(lines):
         bank.write(number, line)

@@ -82,11 +82,12 @@ def cases(codes: SparseCodes) -> dict[str, list[Edit]]:
         "keep and scale it": [keep_only([a, b]), scale(b, 2.0), add(c, 1.0)],
         "keep in the prompt": [keep_only([a], at="prompt")],
         "keep in a row": [keep_only([a], rows=1), ablate(a, rows=0)],
+        "keep at a run of positions": [keep_only([a, b], at=[1, 2, 3])],
         "when another fires": [set_to(a, 2.0, when=b), scale(c, 0.0, when=a)],
         "add when it fires itself": [add(a, 1.0, when=a)],
         "rows": [set_to(a, 1.0, rows=0), set_to(a, 2.0, rows=[1, 2]), scale(b, 3.0, rows=2)],
         "prompt and generated": [set_to(a, 1.0, at="prompt"), scale(a, 2.0, at="generated")],
-        "positions": [set_to(a, 4.0, at=[0, 2, 5]), set_to(b, 5.0, at=-1)],
+        "positions": [set_to(a, 4.0, at=[0, 2, 3, 5]), set_to(b, 5.0, at=-1)],
     }
 
 
