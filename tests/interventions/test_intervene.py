@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sae_kernels as sk
 from sae_kernels.errors import ModelError
+from sae_kernels.harvest.splice import record
 from sae_kernels.interventions import add, keep_only, scale, set_to, steer
 from sae_kernels.nn import TopKSAE
 
@@ -322,6 +323,32 @@ def test_an_sae_of_another_layer_is_refused(model: Any) -> None:
 
 def test_another_model_than_the_one_that_runs_is_refused(model: Any) -> None:
     with sk.intervene(model, {"h.1": None}, [steer(DIRECTION)]):
+        with pytest.raises(ModelError, match="expected a call of the model that was given"):
+            model.transformer(torch.tensor([[3, 4]]))
+        model(torch.tensor([[3, 4]]))
+
+
+def test_padding_is_never_edited(
+    model: Any, saes: dict[str, Any], batch: dict[str, Tensor]
+) -> None:
+    layer, edits = "h.0", [set_to(3, 4.0), steer(DIRECTION)]
+    for ids, mask in (batch.values(), [side.flip(1) for side in batch.values()]):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        with torch.no_grad():
+            with record(model, (layer,)) as before:
+                model(**inputs)
+            with sk.intervene(model, {layer: saes[layer]}, edits), record(model, (layer,)) as after:
+                model(**inputs)
+        padding = mask == 0
+        assert torch.equal(after[layer][padding], before[layer][padding])
+        assert (after[layer] != before[layer]).any(-1)[~padding].all()
+
+
+def test_a_failed_pass_leaves_nothing_behind(model: Any) -> None:
+    """What a pass was fed is forgotten when it raises, inside of the block, too."""
+    with sk.intervene(model, {"h.1": None}, [steer(DIRECTION)]), torch.no_grad():
+        with pytest.raises(IndexError):
+            model(torch.tensor([[3, VOCABULARY]]))
         with pytest.raises(ModelError, match="expected a call of the model that was given"):
             model.transformer(torch.tensor([[3, 4]]))
         model(torch.tensor([[3, 4]]))
