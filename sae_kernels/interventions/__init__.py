@@ -23,7 +23,7 @@ from sae_kernels.interventions.edits import (
 )
 from sae_kernels.interventions.effects import DirectEffects, LatentEffects, latent_effects
 from sae_kernels.interventions.running import intervene
-from sae_kernels.interventions.watch import Watch, watch
+from sae_kernels.interventions.watching import Watch, watch
 
 __all__ = [
     "DirectEffects",
