@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,6 +43,9 @@ class Outcome:
     last: float = 0.0  # seconds of its last run
     peak_bytes: int | None = None  # the most that a run took on top of what was there, if known
     phases: dict[str, float] | None = None  # seconds by phase of one run
+    # Of an accelerated library, in its turns: how many calls the kernels took ("taken") and which
+    # were left to it ("left") or needed dense codes ("dense").
+    calls: dict[str, Counter[str]] = field(default_factory=dict)
 
     def end(self, status: str, reason: str) -> None:
         """Stops measuring the provider in this case, for a reason."""
@@ -54,6 +58,11 @@ class Outcome:
             yield
         except tuple(_STATUS) as error:
             self.end(_STATUS[type(error)], str(error))
+
+    def hear(self, calls: dict[str, dict[str, int]] | None) -> None:
+        """Adds what became of an accelerated library's calls in a turn."""
+        for kind, counts in (calls or {}).items():
+            self.calls.setdefault(kind, Counter()).update(counts)
 
     @property
     def timing(self) -> Timing | None:
@@ -94,6 +103,10 @@ def records(case: Case, outcomes: list[Outcome], told: list[Outcome]) -> list[Re
             record["speedup_of_ours_default"] = _ratio(timing, shipped)
             record |= _rates(case, provider.dtype, timing, product, times.get("copy int8"))
             record |= {"phases_ms": _phases(outcome, product)}
+        if timing is not None and provider.accelerated:
+            alone = times.get(f"{provider.module} {provider.dtype}")
+            record["speedup_of_library"] = alone and _ratio(alone, timing)
+            record["calls"] = {kind: dict(counts) for kind, counts in outcome.calls.items()}
         found.append(record)
     return found
 
@@ -122,7 +135,7 @@ def _phases(outcome: Outcome, product: Timing | None) -> Record | None:
     if outcome.phases is None:
         return None
     phases = {name: 1e3 * seconds for name, seconds in outcome.phases.items()}
-    if outcome.provider.module == "ours" and product is not None:
+    if (outcome.provider.module == "ours" or outcome.provider.accelerated) and product is not None:
         alone = min(product.median_ms, phases["product"])
         phases |= {"product": alone, "selection": phases["product"] - alone}
     return _rounded(phases)

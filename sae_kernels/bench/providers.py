@@ -11,6 +11,7 @@ from sae_kernels import machine
 from sae_kernels.bench import environments
 from sae_kernels.bench.contestants.contestant import Task
 from sae_kernels.errors import name_hint
+from sae_kernels.integrations.adapters import LEVELS
 from sae_kernels.step.base import compute_dtype
 
 if TYPE_CHECKING:
@@ -40,17 +41,18 @@ class Provider(NamedTuple):
     @property
     def python(self) -> Path | str | None:
         """The Python interpreter with its package; None if that is not installed."""
-        peer = self.name in environments.PEERS
-        return environments.python_of(self.name) if peer else sys.executable
+        peer = self.module in environments.PEERS
+        return environments.python_of(self.module) if peer else sys.executable
 
     def unable(self, case: Case, device: str) -> str | None:
         """The reason why it cannot run a case, or None."""
-        if self.python is None:
-            return f"not installed; sae-kernels bench --setup-peers {self.name} installs it"
         if device not in self.devices:
             return f"it runs on {' and '.join(self.devices)} only"
         if case.operation not in self.operations:
-            return f"it has no {case.operation}"
+            alike = "the same as at level module: the trainer level is of training steps"
+            return alike if self.accelerated else f"it has no {case.operation}"
+        if self.python is None:
+            return f"not installed; sae-kernels bench --setup-peers {self.module} installs it"
         if device == "cpu" and self.dtype == "bfloat16" and not self._own_products:
             slowdown = machine.bf16_slowdown()
             if slowdown > _MOST_SLOWDOWN:
@@ -63,7 +65,13 @@ class Provider(NamedTuple):
     @property
     def _own_products(self) -> bool:
         """Whether its products are this package's kernels and not torch's."""
-        return self.module == "ours" and self.options.get("backend") != "reference"
+        ours = self.module == "ours" and self.options.get("backend") != "reference"
+        return ours or self.accelerated
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether it is another library, of the name of its module, on our kernels."""
+        return "accelerate" in self.options
 
     def task(self, case: Case, device: str, options: dict[str, float]) -> Task:
         """The contestant's task for a case, with the options of the case's data."""
@@ -86,6 +94,18 @@ def _both(
 _OURS, _THEIRS = ("bfloat16", "float32"), ("float32", "bfloat16")  # what is shipped comes first
 _GPU: dict[str, Any] = {"devices": ("cuda",)}
 _RATE: dict[str, Any] = {"operations": ("encode", "sae", "step"), "operation": "product"}
+
+
+def _accelerated(peer: str) -> list[Provider]:
+    """A peer as it comes, and at each level of the acceleration."""
+    found = _both(peer, peer, *_THEIRS)
+    for level in LEVELS:
+        more: dict[str, Any] = {"operations": ("step",)} if level == "trainer" else {}
+        more["options"] = {"accelerate": level}
+        found += _both(f"{peer}+ours:{level}", peer, *_THEIRS, **more)
+    return found
+
+
 # In the order in which tables show them.
 GROUPS: dict[str, list[Provider]] = {
     "ours": [
@@ -99,6 +119,7 @@ GROUPS: dict[str, list[Provider]] = {
     "dense_compile": _both("dense_compile", "dense", "bfloat16", options={"compile": 1}),
     "cusparse": _both("cusparse", "cusparse", "float32", operations=("decode",), **_GPU),
     **{peer: _both(peer, peer, *_THEIRS) for peer in environments.PEERS},
+    **{f"{peer}+ours": _accelerated(peer) for peer in environments.PEERS},
 }
 
 
@@ -116,8 +137,8 @@ def chosen(against: Iterable[str], device: str) -> list[Provider]:
     shipped = {"ours": auto}
     if device == "cuda":  # where it puts its forward pass under autocast whatever it is told
         shipped["sparsify"] = "bfloat16"
-    found = [provider for group in GROUPS if group in names for provider in GROUPS[group]]
+    found = {p.key: p for group in GROUPS if group in names for p in GROUPS[group]}
     return [
         p._replace(as_shipped=not p.operation and p.dtype == shipped.get(p.module, "float32"))
-        for p in found
+        for p in found.values()
     ]

@@ -27,6 +27,7 @@ _NUMBERS = (
     *_TIMES,
     *("B", "D", "F", "K", "peak_bytes", "max_error", "error_budget", "gflops", "gbps"),
     *("of_roofline", "floor_ms", "speedup_of_ours", "speedup_of_ours_default"),
+    "speedup_of_library",
 )
 
 
@@ -166,6 +167,7 @@ def _check(found: Any, *, first: bool) -> None:
     for name, kind, words in [*kinds, ("phases_ms", dict | None, "an object or null")]:
         if not isinstance(found.get(name), kind):
             raise ValueError(f"{name}: expected {words}, got {_short(repr(found.get(name)))}")
+    _check_calls(found.get("calls"))
     numbers = {name: found.get(name) for name in _NUMBERS}
     for name, value in {**numbers, **(found.get("phases_ms") or {})}.items():
         if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
@@ -173,6 +175,16 @@ def _check(found: Any, *, first: bool) -> None:
     for name in _TIMES if found["status"] == "measured" else ():
         if not (found.get(name) or 0) > 0:
             raise ValueError(f"{name}: expected a time above 0, got {found.get(name)!r}")
+
+
+def _check_calls(calls: Any) -> None:
+    """Raises ValueError unless these are counts by kind and text, or None."""
+    counts = list(calls.values()) if isinstance(calls, dict) else [calls]
+    known = calls is None or all(
+        isinstance(one, dict) and all(type(n) is int for n in one.values()) for one in counts
+    )
+    if not known:
+        raise ValueError(f"calls: expected counts by kind or null, got {_short(repr(calls))}")
 
 
 def _short(text: str) -> str:

@@ -280,6 +280,7 @@ class BenchRun:
         answer = self._ask(outcome, do="time", untimed=untimed, times=_repeats(outcome))
         outcome.last = statistics.median(answer["seconds"])
         outcome.seconds.append(outcome.last)
+        outcome.hear(answer["calls"])
 
 
 def _repeats(outcome: Outcome) -> int:

@@ -35,7 +35,9 @@ def bench(
     against: Annotated[
         str,
         typer.Option(
-            metavar="NAME,...|all", help=f"Contestants beside ours: {', '.join(_OTHERS)}."
+            metavar="NAME,...|all",
+            help=f"Contestants beside ours: {', '.join(_OTHERS)}. A package's +ours is the package "
+            "alone and accelerated by ours, at each level.",
         ),
     ] = "dense",
     only: Annotated[

@@ -103,6 +103,8 @@ GOOD = json.dumps({"provenance": {}}) + "\n"
         (GOOD + json.dumps(record(peak_bytes=float("nan"))) + "\n", "peak_bytes: .* got nan"),
         (GOOD + json.dumps(record(mode=[1])) + "\n", r"line 2: mode: .* got \[1\]"),
         (GOOD + json.dumps(record(phases_ms=[1])) + "\n", "phases_ms: expected an object"),
+        (GOOD + json.dumps(record(calls=[1])) + "\n", "calls: expected counts by kind or null"),
+        (GOOD + json.dumps(record(calls={"left": {"a": "b"}})) + "\n", "calls: expected counts"),
         ("[" * 100_000 + "\n", "line 1: expected a JSON object"),
     ],
 )
@@ -144,6 +146,36 @@ def test_ratios_by_hand() -> None:
     assert ratios.headline([*records, product]) == ratios.headline(records)
     assert ratios.same_dtype(product, [*records, product]) is None
     assert ratios.as_shipped(product, [*records, product]) is None
+
+
+def test_an_accelerated_library_is_compared_with_itself_and_says_what_was_left() -> None:
+    calls = {
+        "taken": {"encode": 3},
+        "left": {"decode (hooks)": 2, "loss (class A)": 1},
+        "dense": {},
+    }
+    alone = [record("sae_lens", "float32", 120.0), record("sae_lens", "bfloat16", 60.0)]
+    faster = record("sae_lens+ours:trainer", "float32", 8.0, calls=calls, as_shipped=True)
+    other = record("sae_lens+ours:module", "bfloat16", 20.0, calls={"taken": {}, "left": {}})
+    dense = record(
+        "sparsify+ours:module", "float32", 9.0, calls={"taken": {"a": 1}, "dense": {"max": 4}}
+    )
+    records = [record("ours", "float32", 4.0), *alone, faster, other, dense]
+    assert str(ratios.over_library(faster, records)) == "15.0x"
+    assert str(ratios.over_library(other, records)) == "3.00x"
+    for one in (*alone, records[0], dense):  # sparsify did not run alone
+        assert ratios.over_library(one, records) is None
+    (case,) = cells.cases(Results(PROVENANCE, records))
+    assert case.remarks == [
+        "sae_lens+ours:trainer fp32 ran as shipped: 2 x decode (hooks); 1 x loss (class A)",
+        "sae_lens+ours:module bf16: nothing ran on the kernels",
+        "sparsify+ours:module fp32 made dense for: 4 x max",
+    ]
+    text = shown(Results(PROVENANCE, records), 200)
+    assert re.search(r"as alone", text)
+    assert re.search(r"sae_lens\+ours:trainer +fp32 +8\.00 .* 15\.0x", text)
+    assert case.remarks[0] in text
+    assert "as alone" not in shown(Results(PROVENANCE, alone), 200)
 
 
 def test_ratios_need_ours() -> None:

@@ -13,7 +13,7 @@ import torch
 
 import sae_kernels.bench
 from sae_kernels.bench import environments
-from sae_kernels.bench.cases import Shape, step
+from sae_kernels.bench.cases import Case, Shape, step
 from sae_kernels.bench.providers import GROUPS
 from sae_kernels.bench.run import BenchRun, BenchSettings
 from sae_kernels.testing.budgets import assert_within, rounding
@@ -195,13 +195,41 @@ def test_what_it_has_not_is_said(run: Any) -> None:
 
 
 def test_the_harness_lets_it_through_its_gate(run: Any) -> None:
+    """Alone and accelerated, and accelerated with every step on the kernels."""
     name, _ = run
-    with BenchRun(GROUPS[name], BenchSettings(threads=2, rounds=3)) as bench:
-        found = {r["dtype"]: r for r in bench.records([step(Shape(B, D, F, K), "zipf")])}
+    who = GROUPS[f"{name}+ours"]
+    assert len(who) == 6
+    with BenchRun(who, BenchSettings(threads=2, rounds=3)) as bench:
+        records = bench.records([step(Shape(B, D, F, K), "zipf")])
+        found = {(r["provider"], r["dtype"]): r for r in records}
         said = bench.libraries
-    for provider in GROUPS[name]:
-        record = found[provider.dtype]
+    for provider in who:
+        record = found[provider.name, provider.dtype]
         if provider.dtype == "bfloat16" and "times as long" in (record["reason"] or ""):
+            assert not provider.accelerated
             continue  # the CPU has no bf16 units
         assert (record["status"], record["reason"]) == ("measured", None)
         assert said[provider.key]["package"] == environments.PEERS[name].replace("==", " ")
+        assert ("speedup_of_library" in record) == provider.accelerated
+        if provider.accelerated:
+            assert f"level {provider.options['accelerate']}" in said[provider.key]["differs"]
+            calls = record["calls"]
+            assert min(calls["taken"].values()) >= record["rounds"]
+            assert not calls["left"]
+            assert not calls["dense"]  # the gate's reads came before
+            alone = found[name, provider.dtype]
+            ratio = alone["median_ms"] / record["median_ms"]
+            assert record["speedup_of_library"] == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize("run", ["sae_lens"], indirect=True)
+def test_what_was_left_as_shipped_is_counted(run: Any) -> None:
+    """Decoding a dense tensor of codes."""
+    name, _ = run
+    case = Case("decode", "inference", Shape(B, D, F, K), "zipf")
+    (who,) = (p for p in GROUPS[f"{name}+ours"] if p.key == f"{name}+ours:module float32")
+    with BenchRun([who], BenchSettings(threads=2, rounds=3)) as bench:
+        (record,) = bench.records([case])
+    assert record["status"] == "measured"
+    assert record["speedup_of_library"] is None  # it did not run alone
+    assert not record["calls"]["taken"]

@@ -74,7 +74,25 @@ def test_a_dry_run_says_who_cannot_and_why(run, monkeypatch, tmp_path):
     assert "cuda" in unable["cusparse"]
     assert unable.keys() == {"product", "copy", "dense_compile", "ours"} | {
         name for name in unable if name.startswith(("ours-", "dense", "cusparse"))
-    } | set(environments.PEERS)
+    } | set(environments.PEERS) | {
+        f"{peer}+ours:{level}" for peer in environments.PEERS for level in ("module", "trainer")
+    }
+    assert "--setup-peers sae_lens installs" in unable["sae_lens+ours:trainer"]
+
+
+def test_a_peer_with_ours_is_the_peer_alone_and_at_both_levels(run):
+    arguments = ("--preset", "tiny", "--dry-run", "--json", "--against")
+    found = run("bench", *arguments, "sae_lens,sae_lens+ours").records()
+    rows = [(r["provider"], r["dtype"]) for r in found if r["operation"] == "step"]
+    assert rows == sorted(set(rows), key=rows.index)  # though named twice
+    assert [row for row in rows if row[0].startswith("sae_lens")] == [
+        (name, dtype)
+        for name in ("sae_lens", "sae_lens+ours:module", "sae_lens+ours:trainer")
+        for dtype in ("float32", "bfloat16")
+    ]
+    other = [r for r in found if r["operation"] != "step" and r["provider"].endswith(":trainer")]
+    assert other
+    assert all("the same as at level module" in r["unable"] for r in other)
 
 
 @pytest.mark.full
@@ -95,6 +113,9 @@ def test_stored_activations_take_the_place_of_random_ones(run, tmp_path):
         (["--only", "("], "--only: expected a regular expression"),
         (["--only", "no such case"], "expected a part of the name of a case such as step-"),
         (["--against", "sae_lenz"], "sae_lens"),
+        (["--against", "sae_lenz+ours"], "did you mean 'sae_lens+ours'?"),
+        (["--against", "nobody+ours"], "no provider 'nobody+ours'"),
+        (["--against", "dense+ours"], "no provider 'dense+ours'"),
         (["--device", "tpu"], "--device: expected cpu or cuda"),
         (["--rounds", "0"], "--rounds"),
         (["--budget", "0"], "--budget"),

@@ -33,7 +33,7 @@ class Task(NamedTuple):
         dtype: "float32", or "bfloat16" for products in it with fp32 weights.
         device: "cpu" or "cuda".
         options: of the architecture: threshold, bandwidth, coefficient; of the contestant: which
-            backend of ours, whether dense passes are compiled.
+            backend of ours, whether dense passes are compiled, the level to accelerate a peer at.
     """
 
     operation: str

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+from contextlib import nullcontext
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,13 @@ from .clock import PeakMemory, Phases, clock_of
 from .contestant import Contestant, Task, Unable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from typing import TextIO
+
+    from .accelerated import Calls
+
+    Since = Callable[[], Calls | None]
 
 
 class Ended(Exception):
@@ -77,18 +83,33 @@ def _serve(module: Any, command: dict[str, Any], channel: Channel) -> None:
     device = torch.device(task.device)
     tensors = load_file(command["inputs"], device=task.device)
     x = tensors.pop("x")
-    contestant: Contestant = module.contestant(task, tensors)
-    channel.reply(
-        torch=torch.__version__,
-        package=f"{module.PACKAGE} {metadata.version(module.PACKAGE)}",
-        differs=module.DIFFERS,
-    )
-    contestant.loop(_batches(contestant, x, device, channel))
+    level = task.options.get("accelerate")
+    with _acceleration(module, level) as since:
+        contestant: Contestant = module.contestant(task, tensors)
+        channel.reply(
+            torch=torch.__version__,
+            package=f"{module.PACKAGE} {metadata.version(module.PACKAGE)}",
+            differs=f"under sk.accelerate, level {level}" if level else module.DIFFERS,
+        )
+        contestant.loop(_batches(contestant, x, device, channel, since))
     raise RuntimeError("the library's loop ended before it was told to")
 
 
+def _acceleration(module: Any, level: str | None) -> AbstractContextManager[Since]:
+    """Accelerates the module's library at a level, if there is one."""
+    if level is None:
+        return nullcontext(lambda: None)
+    from .accelerated import accelerated
+
+    return accelerated(module.__name__.rpartition(".")[2], level)
+
+
 def _batches(
-    contestant: Contestant, x: torch.Tensor, device: torch.device, channel: Channel
+    contestant: Contestant,
+    x: torch.Tensor,
+    device: torch.device,
+    channel: Channel,
+    since: Since,
 ) -> Iterator[torch.Tensor]:
     """Yields a batch whenever the parent asks to measure one."""
     clock = clock_of(device)
@@ -100,6 +121,7 @@ def _batches(
             yield from gate(contestant, x[: command["tokens"]], command["out"])
             channel.reply()
         elif command["do"] == "time":
+            since()  # what came before was not timed
             for _ in range(command["untimed"]):
                 yield x
             readings = []
@@ -107,7 +129,7 @@ def _batches(
                 clock.start()
                 yield x
                 readings.append(clock.stop())
-            channel.reply(seconds=[read() for read in readings])
+            channel.reply(seconds=[read() for read in readings], calls=since())
         else:
             of_phases, F = command["do"] == "phases", contestant.tensors["W_enc"].shape[0]
             measure = Phases(device, F) if of_phases else PeakMemory(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from sae_kernels.bench.contestants.clock import PHASES
-from sae_kernels.bench.output.ratios import as_shipped, headline, same_dtype
+from sae_kernels.bench.output.ratios import as_shipped, headline, over_library, same_dtype
 from sae_kernels.bench.results import Record, Results, measured
 from sae_kernels.plotting import tables
 from sae_kernels.plotting.tables import Column, say
@@ -39,7 +39,8 @@ class CaseTable(NamedTuple):
     who: list[Column]  # provider and dtype of each measured record; a star is at those to be quoted
     columns: list[Column]  # how long each took, how many times as fast ours is, what each used
     phases: list[Column]  # provider, dtype and milliseconds of each phase; none if none was split
-    remarks: list[str]  # those without a time and their reasons, a line each
+    # Those without a time and their reasons, then what accelerated ones left, a line each.
+    remarks: list[str]
 
 
 def cases(results: Results) -> list[CaseTable]:
@@ -54,7 +55,8 @@ def cases(results: Results) -> list[CaseTable]:
                 f"{record['provider']} {dtype(record)} {record['status']}: {_reason(record)}"
                 for record in records
                 if not measured([record])
-            ],
+            ]
+            + [remark for record in measured(records) for remark in _left(record)],
         )
         for name, records in results.cases().items()
     ]
@@ -74,6 +76,7 @@ def _columns(records: list[Record]) -> list[Column]:
         "p20 to p80": lambda r: f"{number(r['p20_ms'])} to {number(r['p80_ms'])}",
         "ours,\nsame dtype": lambda r: str(same_dtype(r, records) or ""),
         "ours,\nas shipped": lambda r: str(as_shipped(r, records) or ""),
+        "times as fast\nas alone": lambda r: str(over_library(r, records) or ""),
         "peak": lambda r: _if(r, "peak_bytes", size),
         "GB/s": lambda r: _if(r, "gbps", number),
         "GFLOP/s": lambda r: _if(r, "gflops", number),
@@ -82,6 +85,20 @@ def _columns(records: list[Record]) -> list[Column]:
     }
     columns = [Column(name, [text(r) for r in measured(records)]) for name, text in cells.items()]
     return [column for column in columns if any(column.cells)]
+
+
+def _left(record: Record) -> list[str]:
+    """What an accelerated library's turns had that did not run on the kernels."""
+    calls = record.get("calls")
+    if not calls:
+        return []
+    who = f"{record['provider']} {dtype(record)}"
+    found = [] if calls.get("taken") else [f"{who}: nothing ran on the kernels"]
+    for kind, words in (("left", "ran as shipped"), ("dense", "made dense for")):
+        if counts := calls.get(kind):
+            each = "; ".join(f"{n} x {text}" for text, n in counts.items())
+            found.append(f"{who} {words}: {each}")
+    return found
 
 
 def _phases(split: list[Record]) -> list[Column]:

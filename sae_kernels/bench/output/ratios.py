@@ -73,6 +73,16 @@ def as_shipped(record: Record, records: list[Record]) -> Ratio | None:
     return ratio(record, base) if base and shipped else None
 
 
+def over_library(record: Record, records: list[Record]) -> Ratio | None:
+    """How many times as fast an accelerated library is as the library alone, in the same dtype."""
+    library, plus, _ = record["provider"].partition("+ours")
+    alone = (
+        r for r in measured(records) if (r["provider"], r["dtype"]) == (library, record["dtype"])
+    )
+    base = next(alone, None)
+    return ratio(base, record) if plus and base else None
+
+
 def headline(records: list[Record]) -> list[Record]:
     """The record to quote for each provider.
 
