@@ -77,7 +77,7 @@ class AdoptedStep:
         weights: the trainer's parameters by our names.
         turned: names of those that it stores as [D, F].
         optimizer: its Adam, of these parameters.
-        rows: lays the turned ones latent by latent.
+        rows: lays weights row by row, the turned ones latent by latent.
         clip_norm: largest norm of all gradients.
         who: the trainer's class, for the warning.
 
@@ -143,8 +143,8 @@ class AdoptedStep:
         for name, p in self.weights.items():
             if name in self.turned:
                 self.rows.of(p)
-            elif not p.data.is_contiguous():
-                p.data = p.data.contiguous()
+            else:
+                self.rows.straight(p)
             state = self.optimizer.state[p]
             if not state:
                 state.update(self._fresh_state(p))

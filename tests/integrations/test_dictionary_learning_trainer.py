@@ -258,6 +258,43 @@ def test_activations_that_are_nan_are_skipped_with_one_warning() -> None:
             assert torch.equal(p, held[n])
 
 
+def test_a_run_gives_no_warning() -> None:
+    """torch warns of a scheduler's step before any of the optimizer's."""
+    with level("trainer"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        updates(make(), batches(2, B, D), order())
+
+
+def test_zeros_among_the_k_largest_count_as_fired_where_torch_finds_them() -> None:
+    counts = []
+    for name in (None, "module", "trainer"):
+        trainer = make()
+        with torch.no_grad():
+            trainer.ae.encoder.bias -= 5.0
+        with level(name):
+            updates(trainer, batches(3, B, D), order())
+        counts.append(trainer.num_tokens_since_fired)
+    n_positive = (trainer.ae.encode(batches(1, B, D)[0]) > 0).sum(1)
+    assert 0 < int((n_positive < K).sum()) < B
+    shipped, *ours = counts
+    assert 0 < int(shipped.count_nonzero()) < F
+    for found in ours:
+        assert torch.equal(found, shipped)
+
+
+def test_an_encoder_that_was_made_as_a_transpose_is_laid_once() -> None:
+    trainer, places = make(), []
+    weight = trainer.ae.encoder.weight
+    assert not weight.is_contiguous()
+    with level("trainer"):
+        for i, x in enumerate(batches(3, B, D)):
+            trainer.update(i, x)
+            places.append(weight.data_ptr())
+            moments = [trainer.optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")]
+            assert all(t.is_contiguous() for t in (weight, *moments))
+    assert len(set(places)) == 1
+
+
 def _adamw(trainer: Any) -> None:
     trainer.optimizer = torch.optim.AdamW(trainer.ae.parameters())
 

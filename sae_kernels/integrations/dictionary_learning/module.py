@@ -115,7 +115,7 @@ def _encode_topk(installation: Installation, served: type) -> Callable[..., Any]
             acts = _handed(installation, codes, x)
             if not return_topk:
                 return acts
-            values, indices = _winners(self, x, acts.entries or codes)
+            values, indices = winners(self, x, acts.entries or codes)
             return acts, values, indices, pre_activations(installation, self, x, weights)
 
         return encode
@@ -123,13 +123,13 @@ def _encode_topk(installation: Installation, served: type) -> Callable[..., Any]
     return make
 
 
-def _winners(ae: Any, x: torch.Tensor, codes: SparseCodes) -> tuple[torch.Tensor, torch.Tensor]:
+def winners(ae: Any, x: torch.Tensor, codes: SparseCodes) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and latents of the k winners; the trainer counts all of them as fired.
 
     Which latents of value 0 win where fewer than k are positive, is up to torch's top-k.
     """
     values, indices = codes.values, codes.indices.long()
-    short = ~(values.detach()[..., -1] > 0)
+    short = ~(values.detach() > 0).all(-1)
     if bool(short.any()):
         with torch.no_grad():
             pre = ae.encoder(x[short] - ae.b_dec).relu()

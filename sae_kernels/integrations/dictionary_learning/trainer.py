@@ -13,6 +13,7 @@ from sae_kernels.integrations.adopted import (
     why_not_adam,
     why_not_autocast,
 )
+from sae_kernels.integrations.dictionary_learning.module import winners
 from sae_kernels.nn import BatchTopKConfig, BatchTopKSAE, TopKConfig, TopKSAE
 
 if TYPE_CHECKING:
@@ -207,7 +208,8 @@ def _updated(trainer: Any, adopted: AdoptedStep, step: int, x: torch.Tensor) -> 
     # Among a token's k largest theirs counts zeros as well; in a batch's, values above 0 alone.
     trainer.num_tokens_since_fired += len(x)
     if per_token:
-        trainer.num_tokens_since_fired[done.preacts.indices.flatten().long()] = 0
+        _, latents = winners(trainer.ae, x, done.preacts.with_values(values))
+        trainer.num_tokens_since_fired[latents.flatten()] = 0
     else:
         trainer.num_tokens_since_fired[done.fired > 0] = 0
     # TopKTrainer alone leaves its figures as they are where the loss is off.
