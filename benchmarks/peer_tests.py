@@ -64,7 +64,8 @@ def run(library: str, arguments: Sequence[str], where: Path, **variables: str) -
     python = python_of(library)
     if python is None:
         raise SystemExit(
-            f"{library}: expected its environment, found none; sae-kernels bench --setup-peers"
+            f"{library}: expected its environment, found none; sae-kernels bench --setup-peers "
+            f"{library} makes it"
         )
     with borrowed() as path:
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}

@@ -139,6 +139,9 @@ def chosen(against: Iterable[str], device: str) -> list[Provider]:
         shipped["sparsify"] = "bfloat16"
     found = {p.key: p for group in GROUPS if group in names for p in GROUPS[group]}
     return [
-        p._replace(as_shipped=not p.operation and p.dtype == shipped.get(p.module, "float32"))
+        p._replace(
+            as_shipped=not (p.operation or p.accelerated)
+            and p.dtype == shipped.get(p.module, "float32")
+        )
         for p in found.values()
     ]

@@ -155,7 +155,7 @@ def test_an_accelerated_library_is_compared_with_itself_and_says_what_was_left()
         "dense": {},
     }
     alone = [record("sae_lens", "float32", 120.0), record("sae_lens", "bfloat16", 60.0)]
-    faster = record("sae_lens+ours:trainer", "float32", 8.0, calls=calls, as_shipped=True)
+    faster = record("sae_lens+ours:trainer", "float32", 8.0, calls=calls)
     other = record("sae_lens+ours:module", "bfloat16", 20.0, calls={"taken": {}, "left": {}})
     dense = record(
         "sparsify+ours:module", "float32", 9.0, calls={"taken": {"a": 1}, "dense": {"max": 4}}
@@ -176,6 +176,17 @@ def test_an_accelerated_library_is_compared_with_itself_and_says_what_was_left()
     assert re.search(r"sae_lens\+ours:trainer +fp32 +8\.00 .* 15\.0x", text)
     assert case.remarks[0] in text
     assert "as alone" not in shown(Results(PROVENANCE, alone), 200)
+
+
+def test_lines_of_an_accelerated_library_are_told_apart() -> None:
+    names = ("sae_lens", "sae_lens+ours:module", "sae_lens+ours:trainer", "ours")
+    records = [record(name, "float32", 9.0, F=F) for name in names for F in (6144, 24576)]
+    looks = [pictures._look(record(name, "float32")) for name in names]
+    assert len({(look["color"], look["marker"]) for look in looks}) == len(names)
+    assert len({look["color"] for look in looks}) == 2
+    found = {picture.name: picture for picture in pictures.draw(Results(PROVENANCE, records))}
+    assert "sae_lens+ours:trainer fp32" in found["speed-F"].alt
+    assert "sae_lens+ours:trainer fp32" in found["headline"].alt
 
 
 def test_ratios_need_ours() -> None:

@@ -189,8 +189,13 @@ def _spread(record: Record, value: Value) -> Spread:
 
 
 def _look(record: Record) -> dict[str, Any]:
-    """Colour and marker of a provider; fp32 has hollow marks and dashes."""
-    colour, marker = _LOOKS.get(record["provider"], (MUTED, "h"))
+    """Colour and marker of a provider; fp32 has hollow marks and dashes.
+
+    An accelerated library has its own colour and a mark of its level.
+    """
+    library, _, level = record["provider"].partition("+ours:")
+    colour, marker = _LOOKS.get(library, (MUTED, "h"))
+    marker = {"module": "p", "trainer": "o"}.get(level, marker)
     ours, hollow = record["provider"] == "ours", record["dtype"] == "float32"
     return {
         "color": colour,
