@@ -215,7 +215,9 @@ def test_the_harness_lets_it_through_its_gate(run: Any) -> None:
             assert f"level {provider.options['accelerate']}" in said[provider.key]["differs"]
             calls = record["calls"]
             assert min(calls["taken"].values()) >= record["rounds"]
-            assert not calls["left"]
+            # Zeros among the k largest are sparsify's own; they come up as its weights drift.
+            short = {"encode (tokens with fewer than k positive pre-activations, alone)"}
+            assert set(calls["left"]) <= (short if name == "sparsify" else set())
             assert not calls["dense"]  # the gate's reads came before
             alone = found[name, provider.dtype]
             ratio = alone["median_ms"] / record["median_ms"]
