@@ -1,4 +1,5 @@
 // select_topk on the host.
+#include "sae_kernels/few_topk.h"
 #include "sae_kernels/select_topk.h"
 
 #include "products.h"
@@ -10,6 +11,12 @@ template <class Visit>
 static auto visit_select(const SelectTopkArgs& args, const Visit& visit) {
   return visit_product(args.dtype, [&](auto product) {
     using Product = decltype(product);
+    using E = typename Product::Element;
+    if constexpr (FewTokens<E>::template kServes<Product>) {
+      if (args.B <= FewTokens<E>::kMost && !args.screened) {
+        return args.rank_scale ? visit(FewTopk<E, true>(args)) : visit(FewTopk<E, false>(args));
+      }
+    }
     return args.rank_scale ? visit(SelectTopk<Product, true>(args))
                            : visit(SelectTopk<Product, false>(args));
   });

@@ -284,10 +284,23 @@ struct Candidates {
       }
       return;
     }
-    for (int64_t j = 0; j < k; ++j) {
+    take(token, entries);
+    write(entries, k, out_values, out_latents);
+  }
+
+  // Copies the entries of a token, of more than k the best, and returns where they end.
+  Entry* take(int64_t token, Entry* entries) {
+    if (counts[token] > k) compact(token);
+    const int64_t at = token * capacity;
+    for (int64_t j = 0; j < counts[token]; ++j) {
       const Key<T> key = keys[at + j];
-      entries[j] = {key, latents[at + j], kScaled ? values[at + j] : value_of_key<T>(key)};
+      *entries++ = {key, latents[at + j], kScaled ? values[at + j] : value_of_key<T>(key)};
     }
+    return entries;
+  }
+
+  // Writes k entries in selection order.
+  static void write(Entry* entries, int64_t k, T* out_values, int32_t* out_latents) {
     std::sort(entries, entries + k);
     for (int64_t j = 0; j < k; ++j) {
       out_values[j] = entries[j].value;

@@ -8,65 +8,84 @@
 
 namespace sae::SAE_ISA {
 
-constexpr int kHalfLanes = kLanes<float> / 2;
-
-// A vector of two rows' halves.
-SAE_INLINE Vec<float> load_halves(const float* low, const float* high) {
+// Sixteen bytes of every fourth row, as many as fill a vector.
+template <class E>
+SAE_INLINE Vec<float> load_pieces(const E* const* rows, int64_t d) {
+  const auto piece = [=](int i) SAE_INLINE_LAMBDA {
+    return reinterpret_cast<const float*>(rows[4 * i] + d);
+  };
 #if defined(__AVX512F__)
+  const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(piece(0))),
+                                        _mm_loadu_ps(piece(1)), 1);
+  const __m512 three =
+      _mm512_mask_broadcast_f32x4(low, 0x0f00, _mm_loadu_ps(piece(2)));
   return reinterpret_cast<Vec<float>>(
-      _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Vec<float>>(
-      _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1));
+      _mm512_mask_broadcast_f32x4(three, 0xf000, _mm_loadu_ps(piece(3))));
 #else
   Vec<float> out;
-  std::memcpy(&out, low, sizeof(out) / 2);
-  std::memcpy(reinterpret_cast<float*>(&out) + kHalfLanes, high, sizeof(out) / 2);
+#if defined(__AVX2__)
+  out = reinterpret_cast<Vec<float>>(_mm256_insertf128_ps(
+      _mm256_castps128_ps256(_mm_loadu_ps(piece(0))), _mm_loadu_ps(piece(1)), 1));
+#else
+  std::memcpy(&out, piece(0), sizeof(out));
+#endif
   return out;
 #endif
 }
 
-template <int kStep, int... kLane>
-SAE_INLINE void exchange(Vec<float>& a, Vec<float>& b, std::integer_sequence<int, kLane...>) {
-  constexpr int n = kLanes<float>;
-  const Vec<float> low = shuffled<((kLane & kStep) ? n + kLane - kStep : kLane)...>(a, b);
-  b = shuffled<((kLane & kStep) ? n + kLane : kLane + kStep)...>(a, b);
-  a = low;
+// Of every four lanes the first, or the last, two of a and those of b: in turns, or as pairs.
+template <bool kLast, int... kLane>
+SAE_INLINE Vec<float> in_turns(Vec<float> a, Vec<float> b, std::integer_sequence<int, kLane...>) {
+  constexpr int n = kLanes<float>, first = kLast ? 2 : 0;
+  return shuffled<(kLane / 4 * 4 + kLane % 4 / 2 + first + (kLane % 2 ? n : 0))...>(a, b);
+}
+template <bool kLast, int... kLane>
+SAE_INLINE Vec<float> as_pairs(Vec<float> a, Vec<float> b, std::integer_sequence<int, kLane...>) {
+  constexpr int n = kLanes<float>, first = kLast ? 2 : 0;
+  return shuffled<(kLane / 4 * 4 + kLane % 2 + first + (kLane % 4 / 2 ? n : 0))...>(a, b);
 }
 
-// Transposes the two square halves of `columns`: halves of theirs change places, then halves of
-// those, down to neighbours.
-template <int kStep = kHalfLanes / 2>
-SAE_INLINE void transpose_halves(Vec<float> (&columns)[kHalfLanes]) {
-  if constexpr (kStep > 0) {
-    SAE_UNROLL for (int i = 0; i < kHalfLanes; ++i) {
-      if (i & kStep) continue;
-      exchange<kStep>(columns[i], columns[i + kStep],
-                      std::make_integer_sequence<int, kLanes<float>>{});
+template <class E>
+constexpr int kColumns = 16 / static_cast<int>(sizeof(E));
+
+// Columns d to d + kColumns<E> - 1 of as many rows as a vector has lanes. Four lanes are four rows:
+// each four of them are transposed where they are, numbers of 16 bits as pairs.
+template <class E>
+SAE_INLINE void load_columns(const E* const (&rows)[kLanes<float>], int64_t d,
+                             Vec<float> (&columns)[kColumns<E>]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>{};
+  Vec<float> a[4], out[4];
+  SAE_UNROLL for (int i = 0; i < 4; ++i) a[i] = load_pieces(rows + i, d);
+  const Vec<float> first_low = in_turns<false>(a[0], a[1], lanes);
+  const Vec<float> last_low = in_turns<false>(a[2], a[3], lanes);
+  const Vec<float> first_high = in_turns<true>(a[0], a[1], lanes);
+  const Vec<float> last_high = in_turns<true>(a[2], a[3], lanes);
+  out[0] = as_pairs<false>(first_low, last_low, lanes);
+  out[1] = as_pairs<true>(first_low, last_low, lanes);
+  out[2] = as_pairs<false>(first_high, last_high, lanes);
+  out[3] = as_pairs<true>(first_high, last_high, lanes);
+  SAE_UNROLL for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(E) == sizeof(float)) {
+      columns[i] = out[i];
+    } else {
+      const auto pairs = reinterpret_cast<Vec<uint32_t>>(out[i]);
+      columns[2 * i] = widen(rows[0], pairs & 0xffffu);
+      columns[2 * i + 1] = widen(rows[0], pairs >> 16);
     }
-    transpose_halves<kStep / 2>(columns);
   }
-}
-
-// Columns d to d + kHalfLanes - 1 of as many rows as a vector has lanes.
-SAE_INLINE void load_columns(const float* const (&rows)[kLanes<float>], int64_t d,
-                             Vec<float> (&columns)[kHalfLanes]) {
-  SAE_UNROLL for (int i = 0; i < kHalfLanes; ++i) {
-    columns[i] = load_halves(rows[i] + d, rows[i + kHalfLanes] + d);
-  }
-  transpose_halves(columns);
 }
 
 // The scores of as many pairs of rows as a vector has lanes.
 __attribute__((noinline)) inline Vec<float> dot_pairs(const float* const (&x)[kLanes<float>],
                                                       const float* const (&w)[kLanes<float>],
                                                       int64_t D) {
-  Vec<float> sum{}, xs[kHalfLanes], ws[kHalfLanes];
+  constexpr int n = kColumns<float>;
+  Vec<float> sum{}, xs[n], ws[n];
   int64_t d = 0;
-  for (; d + kHalfLanes <= D; d += kHalfLanes) {
+  for (; d + n <= D; d += n) {
     load_columns(x, d, xs);
     load_columns(w, d, ws);
-    SAE_UNROLL for (int i = 0; i < kHalfLanes; ++i) sum += ws[i] * xs[i];
+    SAE_UNROLL for (int i = 0; i < n; ++i) sum += ws[i] * xs[i];
   }
   for (; d < D; ++d) {
     Vec<float> xs_d, ws_d;

@@ -36,7 +36,10 @@ class SelectTopk {
   size_t workspace() const { return lists_bytes() + aligned(static_cast<size_t>(a.B)); }
 
   bool run() const {
-    if (a.routes.tokens && !each_token_once()) return false;
+    if (a.routes.tokens &&
+        !each_token_once(a.routes, a.B, static_cast<char*>(a.workspace) + lists_bytes())) {
+      return false;
+    }
     encoder.run(a.workspace, sink_bytes(), [&](Carver& carver) {
       T* scale = carver.template take<T>(Product::kLatents * sizeof(T));
       char* lists = carver.take(List::bytes(encoder.tokens, capacity));
@@ -60,22 +63,6 @@ class SelectTopk {
 
   size_t lists_bytes() const {
     return (encoder.thread_bytes() + sink_bytes()) * static_cast<size_t>(a.threads);
-  }
-
-  // Whether the experts' parts of the list of tokens join, and every token is in it.
-  bool each_token_once() const {
-    const auto [tokens, starts, experts] = a.routes;
-    if (starts[0] != 0 || starts[experts] != a.B) return false;
-    for (int64_t e = 0; e < experts; ++e) {
-      if (starts[e] > starts[e + 1]) return false;
-    }
-    char* seen = static_cast<char*>(a.workspace) + lists_bytes();
-    std::memset(seen, 0, static_cast<size_t>(a.B));
-    for (int64_t i = 0; i < a.B; ++i) {
-      if (tokens[i] < 0 || tokens[i] >= a.B || seen[tokens[i]]) return false;
-      seen[tokens[i]] = 1;
-    }
-    return true;
   }
 
   size_t sink_bytes() const {

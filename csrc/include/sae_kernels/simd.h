@@ -91,14 +91,13 @@ SAE_INLINE Vec<uint32_t> load_half_bits(const void* p) {
 #endif
 }
 
-SAE_INLINE Vec<float> load(const bf16* p) {
-  return reinterpret_cast<Vec<float>>(load_half_bits(p) << 16);
+SAE_INLINE Vec<float> widen(const bf16*, Vec<uint32_t> bits) {
+  return reinterpret_cast<Vec<float>>(bits << 16);
 }
 
 // Half to float without a table: shifting the fields over and multiplying by 2^112 rebiases the
 // exponent and renormalises subnormals at once; infinities and NaN need their exponent filled.
-SAE_INLINE Vec<float> load(const f16* p) {
-  const Vec<uint32_t> half = load_half_bits(p);
+SAE_INLINE Vec<float> widen(const f16*, Vec<uint32_t> half) {
   const Vec<uint32_t> magnitude = (half & 0x7fffu) << 13;
   const Vec<uint32_t> sign = (half & 0x8000u) << 16;
   const Vec<float> scaled = reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f;
@@ -106,6 +105,9 @@ SAE_INLINE Vec<float> load(const f16* p) {
       reinterpret_cast<Vec<uint32_t>>(magnitude >= 0x0f800000u) & 0x7f800000u;
   return reinterpret_cast<Vec<float>>(reinterpret_cast<Vec<uint32_t>>(scaled) | special | sign);
 }
+
+SAE_INLINE Vec<float> load(const bf16* p) { return widen(p, load_half_bits(p)); }
+SAE_INLINE Vec<float> load(const f16* p) { return widen(p, load_half_bits(p)); }
 
 SAE_INLINE void store(float* p, Vec<float> value) { std::memcpy(p, &value, sizeof(value)); }
 SAE_INLINE void store(double* p, Vec<double> value) { std::memcpy(p, &value, sizeof(value)); }
