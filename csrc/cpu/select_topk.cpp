@@ -1,19 +1,19 @@
 // select_topk on the host.
-#include "sae_kernels/few_topk.h"
 #include "sae_kernels/select_topk.h"
 
 #include "products.h"
+#include "sae_kernels/few_topk.h"
 #include "tables.h"
 
 namespace sae::SAE_ISA {
 
 template <class Visit>
-static auto visit_select(const SelectTopkArgs& args, const Visit& visit) {
+static auto visit_topk(const SelectTopkArgs& args, const Visit& visit) {
   return visit_product(args.dtype, [&](auto product) {
     using Product = decltype(product);
     using E = typename Product::Element;
     if constexpr (FewTokens<E>::template kServes<Product>) {
-      if (args.B <= FewTokens<E>::kMost && !args.screened) {
+      if (FewTokens<E>::pays(args.B, args.screened)) {
         return args.rank_scale ? visit(FewTopk<E, true>(args)) : visit(FewTopk<E, false>(args));
       }
     }
@@ -23,13 +23,13 @@ static auto visit_select(const SelectTopkArgs& args, const Visit& visit) {
 }
 
 size_t select_topk_workspace(const SelectTopkArgs& args) {
-  return visit_select(args, [](const auto& select) { return select.workspace(); });
+  return visit_topk(args, [](const auto& select) { return select.workspace(); });
 }
 
 bool can_screen(const CanScreenArgs&) { return Int8Product::is_fast(); }
 
 bool select_topk(const SelectTopkArgs& args) {
-  return visit_select(args, [](const auto& select) { return select.run(); });
+  return visit_topk(args, [](const auto& select) { return select.run(); });
 }
 
 }  // namespace sae::SAE_ISA

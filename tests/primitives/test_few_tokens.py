@@ -9,6 +9,7 @@ import torch
 from encoding import DTYPES, cases, dtypes, scales
 from test_screen import HARD, LARGE
 
+from sae_kernels.primitives.select_threshold import cpu as select_threshold
 from sae_kernels.primitives.select_topk import cpu as select_topk
 from sae_kernels.testing import Case, assert_bitwise
 
@@ -34,6 +35,20 @@ def assert_same(
         few = select_topk.run(x[:n], W, b, k, rank_scale)
         for name, came, expected in zip(("values", "indices"), few, block, strict=True):
             assert_bitwise(f"{name} of {n} tokens", came, expected[:n])
+    ranked = block[0][:, -1].nan_to_num(0)
+    bounds = (ranked.mean() * torch.ones(W.shape[0], dtype=ranked.dtype)).contiguous()
+    bounds[::5] -= 0.5
+    values, indices, offsets = select_threshold.run(x, W, b, bounds, screened=False)
+    for n in counts:
+        found = select_threshold.run(x[:n], W, b, bounds)
+        end = int(offsets[n])
+        for name, came, expected in zip(
+            ("values", "indices", "offsets"),
+            found,
+            (values[:end], indices[:end], offsets[: n + 1]),
+            strict=True,
+        ):
+            assert_bitwise(f"{name} above bounds of {n} tokens", came, expected)
 
 
 @cases

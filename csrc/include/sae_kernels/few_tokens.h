@@ -1,6 +1,6 @@
-// The encoder product for fewer tokens than fill a block's vectors: lanes are latents. Threads share
-// the tiles of latents instead of the tokens, so all of them read W, once. Sums are those of
-// FmaProduct, one accumulator over d = 0 .. D-1, so scores are bit for bit a block's.
+// The encoder product for few tokens, which would not fill a block's vectors: lanes are latents.
+// Threads share the tiles of latents instead of the tokens, so all of them read W, once. Sums are
+// those of FmaProduct, one accumulator over d = 0 .. D-1, so scores are bit for bit a block's.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +18,12 @@ struct FewTokens {
   static constexpr int kLatents = kLanes<float>;  // of one tile
   static constexpr int64_t kMost = 16;            // tokens
 
-  // Of products with the sums that are made here.
+  // Whether a product's sums are those that are made here.
   template <class Product>
   static constexpr bool kServes = std::is_same<Product, FmaProduct<E>>::value &&
                                   std::is_same<typename Product::T, float>::value;
+  // Whether a call that could be served should be.
+  static bool pays(int64_t B, bool screened) { return B <= kMost && !screened; }
 
   const void *x, *W, *b;
   int64_t B, D, F;
@@ -104,8 +106,9 @@ struct FewTokens {
     // pieces; past the last tile those of this one are.
     const E* ahead = w + (following < tiles() ? latent(following) : f) * D;
     const float* bias = static_cast<const float*>(b) + f;
-    const Vec<float> added =
-        !b ? Vec<float>{} : latents == kLatents ? load(bias) : load_tail(bias, latents);
+    const Vec<float> added = !b                    ? Vec<float>{}
+                             : latents == kLatents ? load(bias)
+                                                   : load_tail(bias, latents);
     const uint32_t live = (uint32_t{1} << latents) - 1;
     sink.start_tile(f, latents);
     for (int64_t t = start(expert); t < end(expert); t += kWidest, ahead = nullptr) {
@@ -133,7 +136,8 @@ struct FewTokens {
     int64_t d = 0;
     for (; d + n <= D; d += n) {
       if (ahead) {
-        SAE_UNROLL for (int i = 0; i < kLatents * n; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
+        SAE_UNROLL for (int i = 0; i < kLatents * n; i += kLine)
+            __builtin_prefetch(ahead + i, 0, 3);
         ahead += kLatents * n;
       }
       Vec<float> columns[n];

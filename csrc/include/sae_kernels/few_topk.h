@@ -20,9 +20,7 @@ class FewTopk {
         list_bytes(aligned(List::bytes(a.B, limit))),
         merge_bytes(aligned(static_cast<size_t>(encoder.threads() * a.k) * sizeof(Entry))) {}
 
-  size_t workspace() const {
-    return bytes_before_seen() + aligned(static_cast<size_t>(a.B));
-  }
+  size_t workspace() const { return bytes_before_seen() + aligned(static_cast<size_t>(a.B)); }
 
   bool run() const {
     char* memory = static_cast<char*>(a.workspace);

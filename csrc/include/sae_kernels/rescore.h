@@ -15,10 +15,9 @@ SAE_INLINE Vec<float> load_pieces(const E* const* rows, int64_t d) {
     return reinterpret_cast<const float*>(rows[4 * i] + d);
   };
 #if defined(__AVX512F__)
-  const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(piece(0))),
-                                        _mm_loadu_ps(piece(1)), 1);
-  const __m512 three =
-      _mm512_mask_broadcast_f32x4(low, 0x0f00, _mm_loadu_ps(piece(2)));
+  const __m512 low =
+      _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(piece(0))), _mm_loadu_ps(piece(1)), 1);
+  const __m512 three = _mm512_mask_broadcast_f32x4(low, 0x0f00, _mm_loadu_ps(piece(2)));
   return reinterpret_cast<Vec<float>>(
       _mm512_mask_broadcast_f32x4(three, 0xf000, _mm_loadu_ps(piece(3))));
 #else
