@@ -279,7 +279,7 @@ struct Candidates {
       for (int64_t j = 0; j < k; ++j) {
         // Those above j's key and its ties, of which the earlier rank first.
         for (int64_t i = j + 1; has_ties && i < k; ++i) rank[j] -= key[i] == key[j];
-        out_values[rank[j]] = kScaled ? values[at + j] : value_of_key<T>(key[j]);
+        out_values[rank[j]] = kScaled ? with_one_nan(values[at + j]) : value_of_key<T>(key[j]);
         out_latents[rank[j]] = latents[at + j];
       }
       return;
@@ -294,7 +294,8 @@ struct Candidates {
     const int64_t at = token * capacity;
     for (int64_t j = 0; j < counts[token]; ++j) {
       const Key<T> key = keys[at + j];
-      *entries++ = {key, latents[at + j], kScaled ? values[at + j] : value_of_key<T>(key)};
+      *entries++ = {key, latents[at + j],
+                    kScaled ? with_one_nan(values[at + j]) : value_of_key<T>(key)};
     }
     return entries;
   }

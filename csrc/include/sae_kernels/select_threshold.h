@@ -48,7 +48,7 @@ class Found final : public Selection {
       const Block& block = blocks[static_cast<size_t>(i)];
       for (const Entry& entry : block.entries) {
         const int32_t place = places[static_cast<size_t>(block.first + entry.token)].n++;
-        static_cast<T*>(values)[place] = entry.value;
+        static_cast<T*>(values)[place] = with_one_nan(entry.value);
         indices[place] = entry.latent;
       }
     });

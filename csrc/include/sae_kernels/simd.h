@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -224,6 +225,12 @@ SAE_INLINE Vec<T> square_root(Vec<T> x) {
   for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
   return x;
 #endif
+}
+
+// Of two NaN an operation keeps the payload of one, and which is left to the compiler.
+template <class T>
+SAE_INLINE T with_one_nan(T value) {
+  return value != value ? std::numeric_limits<T>::quiet_NaN() : value;
 }
 
 // Bit i: lane i is NOT below the threshold (kStrict: nor at it). Written so that NaN survives.
