@@ -83,7 +83,8 @@ def test_memory_does_not_grow(model: Any, saes: dict[str, Any]) -> None:
 
         def each(_: Watch) -> None:
             gc.collect()
-            tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+            # Not the fakes that a compiler has left, whose shapes are questions.
+            tensors = [t for t in gc.get_objects() if type(t) is Tensor]
             counts.append(sum(t.shape[-1:] == (5,) for t in tensors))
 
         with sk.watch(model, {"h.0": saes["h.0"]}, each):
