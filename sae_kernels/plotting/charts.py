@@ -140,6 +140,7 @@ def roofline(
     if slope and roofs:
         low = min(low, 0.5 * min(roofs.values()) / slope)
         high = max(high, 3 * max(roofs.values()) / slope)
+    high = max(high, *(1.5 * x for each in points for x in each.x))
     for name, roof in roofs.items():
         ridge = roof / slope if slope else low
         axes.plot([max(ridge, low), high], [roof] * 2, color=INK, linewidth=1.0)
@@ -152,5 +153,15 @@ def roofline(
     axes.set_ylim(bottom, top)
     log_ticks(axes.xaxis)
     log_ticks(axes.yaxis)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    _legend_below(figure, [each.name for each in points])
     return axes
+
+
+def _legend_below(figure: Figure, names: Sequence[str]) -> None:
+    """Adds a legend under the axes, in as many columns as fit; the figure grows with its rows."""
+    width, height = figure.get_size_inches()
+    letters = max(map(len, names), default=0)
+    columns = max(1, min(3, int(width / (0.5 + 0.063 * letters))))  # inches, at this font size
+    rows = -(-len(names) // columns)
+    figure.set_size_inches(width, height + 0.18 * max(0, rows - 4))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

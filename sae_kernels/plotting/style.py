@@ -31,6 +31,8 @@ STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
+    "figure.titlesize": 10.5,
+    "figure.titleweight": "bold",
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,

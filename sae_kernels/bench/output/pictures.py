@@ -74,11 +74,16 @@ def headline(records: list[Record]) -> Drawing:
         axes = charts.bars(figure, names, values, texts, colours, bold=records.index(base))
         axes.set_xlabel("milliseconds: median, whiskers from p20 to p80\n"
                         f"2x: twice the time of {label(base)}")  # fmt: skip
-        axes.set_title(title(records[0]))
+        _head(figure, title(records[0]))
 
     said = "; ".join(f"{label(r)} {t}" for r, t in zip(records, texts, strict=True))
     caption = f"{records[0]['case']}. Ours is {label(base)} unless it is told otherwise."
     return Drawing("headline", draw, f"Time of a case by library: {said}.", caption)
+
+
+def _head(figure: Figure, text: str) -> None:
+    """Puts a title over the labels too; an axes' own would not fit beside long ones."""
+    figure.suptitle(text, x=0.01, horizontalalignment="left")
 
 
 def phases(records: list[Record]) -> Drawing:
@@ -89,7 +94,7 @@ def phases(records: list[Record]) -> Drawing:
         parts = {p: [float(r["phases_ms"].get(p) or 0) for r in records] for p in PHASES}
         axes = charts.shares(figure, names, parts, _PHASE_COLOURS, [_time(r) for r in records])
         axes.set_xlabel("share of the time, %")
-        axes.set_title(f"Where the time goes\n{title(records[0])}")
+        _head(figure, f"Where the time goes\n{title(records[0])}")
 
     alt = f"Phases of {records[0]['case']} for {', '.join(names)}."
     return Drawing("phases", draw, alt, f"{records[0]['case']}.")
