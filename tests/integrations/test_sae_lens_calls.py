@@ -96,6 +96,30 @@ def test_half_precision_weights_hand_out_their_dtype() -> None:
     assert (out - exact).norm() <= (expected - exact).norm()
 
 
+def test_inside_of_a_hooked_transformer() -> None:
+    from sae_lens import HookedSAETransformer
+    from transformer_lens import HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=8, d_head=D // 2, d_vocab=13, act_fn="relu", n_heads=2, seed=0
+    )
+    model, sae = HookedSAETransformer(config), at_inference("topk")
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    point = f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post"
+    tokens = torch.arange(24).reshape(3, 8) % 13
+    with torch.no_grad():
+        expected, cached = model.run_with_cache_with_saes(tokens, saes=[sae])
+        with sk.accelerate("sae_lens") as run:
+            logits = model.run_with_saes(tokens, saes=[sae])
+            again, found = model.run_with_cache_with_saes(tokens, saes=[sae], names_filter=[point])
+    assert run.report().taken == {"TopKSAE.encode": 2, "TopKSAE.decode": 2}
+    assert run.report().left == ()
+    assert isinstance(found[point], LazyCodes)
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(again, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(found[point] + 0, cached[point], atol=2e-5, rtol=1e-4)
+
+
 # What is left to SAELens, and why.
 
 
