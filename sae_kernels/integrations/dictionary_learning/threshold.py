@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sae_kernels import functional
 from sae_kernels.functional.recording import autocast_dtype
 from sae_kernels.integrations.density import Density
+from sae_kernels.integrations.dictionary_learning.module import why_not
 from sae_kernels.integrations.lazy_codes import LazyCodes
 from sae_kernels.integrations.lazy_rules import by_token
-from sae_kernels.integrations.patching import hooked, unfit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,7 @@ class _Threshold:
 
     def takes(self, what: str, ae: Any, served: type, x: torch.Tensor, why: str | None) -> bool:
         """Whether a call runs on the kernels; counts it either way."""
-        why = why or self._unfit(ae, served, x)
+        why = why or why_not(self.installation, ae, served, x)
         if why:
             self.ledger.left(what, why)
             return False
@@ -82,15 +82,6 @@ class _Threshold:
             return False
         self.ledger.took(what)
         return True
-
-    def _unfit(self, ae: Any, served: type, x: torch.Tensor) -> str | None:
-        kind: type = type(ae)
-        if kind is not served:
-            return f"class {kind.__name__}"
-        if any(hooked(layer) for layer in ae.children()):
-            return "hooks on its layers"
-        turned = ae.W_enc if hasattr(ae, "W_enc") else ae.decoder.weight
-        return unfit(x, *ae.parameters()) or self.rows.why_not(turned)
 
     def handed(self, ae: Any, codes: SparseCodes, x: torch.Tensor) -> LazyCodes:
         """Codes as ``encode`` returns them, in its dtype."""
