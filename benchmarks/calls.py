@@ -64,7 +64,7 @@ def arguments(
             makers["count"] = lambda: torch.full((), dead, dtype=torch.int32)
             makers["latents"] = lambda: torch.arange(dead, dtype=torch.int32) * (F // dead)
         if primitive == "row_grad" and not options.get("dots"):
-            makers["W"] = makers["dots"]  # neither
+            makers["W"] = lambda: None
         names = inspect.signature(_operator(primitive)).parameters
         made = tuple(makers[name]() for name in names if name != "backend")
     return _left_out(primitive, made, without) if any(without) else made
@@ -83,7 +83,6 @@ PRESENT: dict[str, dict[str, Any]] = {
     "high": {"split": True},
     "variance": {"variance": True},
     "W": {"dots": True},
-    "dots": {"dots": True},
 }
 ABSENT = dict.fromkeys(("dense", "dense_latents"), "dense,dense_latents")
 
@@ -210,7 +209,6 @@ def _makers(
         "x": lambda: torch.randn(B, D, dtype=dtype),
         **dict.fromkeys(("W", "W_enc", "W_dec"), lambda: unit_rows(F, D, dtype)),
         **dict.fromkeys(("b", "b_enc"), lambda: torch.randn(F) / 8),
-        "dots": lambda: torch.empty(B * K) if dots else None,
         "dtype": lambda: None,
         "rank_scale": lambda: torch.rand(F) + 0.5 if ranked else None,
         "start": lambda: _bound(shape),

@@ -105,6 +105,7 @@ def architecture() -> int:
     return int(driver.active.get_current_target().arch)
 
 
+@functools.cache
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, and at least 1."""
     return 1 << max(0, n - 1).bit_length()

@@ -104,8 +104,8 @@ class _Decode(torch.autograd.Function):
         rows = W.to(ctx.dtype) if needs_values else None
         if needs_W:
             codes = SparseCodes(values.to(accumulator), indices, W.shape[0], offsets)
-            dvalues = None if rows is None else torch.zeros_like(codes.values)
-            dW = _decoder_grad(codes, grad, group_ends, W.dtype, rows, dvalues, ctx.backend)
+            dW, products = _decoder_grad(codes, grad, group_ends, W.dtype, rows, ctx.backend)
+            dvalues = None if rows is None else products.view(values.shape)
         elif rows is not None:
             grad = grad.to(accumulator)
             dvalues = code_grad(grad, indices, rows, group_ends, offsets, backend=ctx.backend)
@@ -119,12 +119,11 @@ def _decoder_grad(
     group_ends: torch.Tensor | None,
     dtype: torch.dtype,
     rows: torch.Tensor | None,
-    dvalues: torch.Tensor | None,
     backend: str | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """dL/dW_dec [F, D] from dL/dx_hat [B, D], or [G, B, D] of prefix reconstructions.
 
-    Given the decoder's rows, one reading of dL/dx_hat fills dL/dvalues too. An entry of value 0 has
+    Given the decoder's rows, one reading of dL/dx_hat gives dL/dvalues too. An entry of value 0 has
     such a gradient, so all are listed then.
     """
     order = codes.latent_order(drop_zeros=rows is None, backend=backend)
@@ -132,5 +131,4 @@ def _decoder_grad(
         order = order.by_group(codes.indices, group_ends, grad.shape[1])
     source = grad.reshape(-1, grad.shape[-1])
     term, shape = order.term(codes.values, source), (codes.n_latents, source.shape[1])
-    dots = None if dvalues is None else dvalues.flatten()
-    return row_grad([term], *shape, dtype=dtype, W=rows, dots=dots, backend=backend)
+    return row_grad([term], *shape, dtype=dtype, W=rows, backend=backend)

@@ -343,9 +343,9 @@ class _Encode(torch.autograd.Function):
             order = codes.latent_order(drop_zeros=ctx.drops, backend=backend)
             if needs_W:
                 term = order.term(dh, x.to(dtype))
-                dW = row_grad([term], *W.shape, backend=backend).to(W.dtype)
+                dW = row_grad([term], *W.shape, backend=backend)[0].to(W.dtype)
             if needs_b:
-                db = row_grad([order.term(dh, None)], W.shape[0], 1, backend=backend)
+                db = row_grad([order.term(dh, None)], W.shape[0], 1, backend=backend)[0]
                 db = db.flatten().to(ctx.b_dtype)
         if needs_x:
             rows_of_W = W.to(dtype)

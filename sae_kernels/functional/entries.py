@@ -105,7 +105,7 @@ class _GatherByLatent(torch.autograd.Function):
         # Entries of gradient 0 are dropped: few of them lie in a kernel's window.
         codes = SparseCodes(grad, indices, ctx.n_latents, offsets)
         order = codes.latent_order(backend=ctx.backend)
-        total = row_grad([order.term(grad, None)], ctx.n_latents, 1, backend=ctx.backend)
+        total = row_grad([order.term(grad, None)], ctx.n_latents, 1, backend=ctx.backend)[0]
         return total.flatten().to(ctx.dtype), None, None, None
 
 

@@ -134,7 +134,7 @@ class _ScaleProblem:
 
     def by_latent(self, entries: torch.Tensor) -> torch.Tensor:
         term = self.order.term(entries, None)
-        return row_grad([term], self.codes.n_latents, 1, backend=self.sae.backend).flatten()
+        return row_grad([term], self.codes.n_latents, 1, backend=self.sae.backend)[0].flatten()
 
 
 @torch.no_grad()

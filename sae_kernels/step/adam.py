@@ -231,7 +231,7 @@ def _rows(terms: Sequence[Term], latents: slice, backend: str | None) -> torch.T
     source = terms[0].source
     width = 1 if source is None else source.shape[1]
     some = [term._replace(offsets=term.offsets[latents.start : latents.stop + 1]) for term in terms]
-    return row_grad(some, latents.stop - latents.start, width, backend=backend)
+    return row_grad(some, latents.stop - latents.start, width, backend=backend)[0]
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:

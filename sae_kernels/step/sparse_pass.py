@@ -184,7 +184,7 @@ def _encoder_gradients(
     gradients = {"W_enc": Gradient(terms), **vector_gradients(sae, grads, Gradient(biases))}
     if not sae.config.subtract_b_dec:
         return gradients, grads["h"].new_zeros(F)
-    return gradients, row_grad(biases, F, 1, backend=sae.backend).flatten()
+    return gradients, row_grad(biases, F, 1, backend=sae.backend)[0].flatten()
 
 
 def total_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:

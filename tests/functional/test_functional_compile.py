@@ -336,9 +336,8 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         yield ops.code_grad, (e, indices, W, None, None, backend)
         yield ops.code_grad, (both, ragged[1], W, ends, ragged[2], backend)
         yield ops.transpose_codes, (indices, values, None, case.F, backend)
-        yield ops.row_grad, (*columns, case.F, case.D, None, None, None, backend)
-        dots = torch.zeros_like(columns[3][0])
-        yield ops.row_grad, (*columns, case.F, case.D, W.dtype, W, dots, backend)
+        yield ops.row_grad, (*columns, case.F, case.D, None, None, backend)
+        yield ops.row_grad, (*columns, case.F, case.D, W.dtype, W, backend)
         for coef in (row_coef, parts):
             part = ([], [], [], [], [], coef, None, None)
             yield ops.row_sqnorm, (param, *part, None, "unit", 1, backend)

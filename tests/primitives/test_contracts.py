@@ -95,8 +95,8 @@ def transpose(**changes: Any) -> None:
     transpose_codes(*args.values())
 
 
-def weights(W: Any = None, dots: Any = None, n_terms: int = 1, **changes: Any) -> None:
-    row_grad([term._replace(**changes)] * n_terms, F, D, W=W, dots=dots)
+def weights(W: Any = None, n_terms: int = 1, **changes: Any) -> None:
+    row_grad([term._replace(**changes)] * n_terms, F, D, W=W)
 
 
 def update(gradient: Gradient | None = None, hyper: torch.Tensor = hyper, **changes: Any) -> None:
@@ -376,11 +376,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "term-coef-2d": (lambda: weights(coef=values), ValueError, r"\.coef: .*\[6\].* got \[3, 2\]"),
     "term-rows": (lambda: weights(rows=t(6)), TypeError, r"terms\[0\]\.rows: .*int32, got float32"),
     "term-source": (lambda: weights(source=t(B, 5)), ValueError, r"source: .*\[R, 4\].*\[3, 5\]"),
-    "dots-alone": (lambda: weights(dots=t(B * K)), ValueError, "W and dots: .*both or neither"),
-    "dots-of-terms": (lambda: weights(W, t(B * K), 2), ValueError, "W: .*one term.*got 2"),
-    "dots-W": (lambda: weights(t(F, 5), t(B * K)), ValueError, r"W: .*\[6, 4\].* got \[6, 5\]"),
-    "dots-shape": (lambda: weights(W, t(5)), ValueError, r"dots: .*\[6\].* got \[5\]"),
-    "dots-dtype": (lambda: weights(W, t(B * K, dtype=f64)), TypeError, "dots: .*float32.*float64"),
+    "products-of-terms": (lambda: weights(W, 2), ValueError, "W: .*one term.*got 2"),
+    "products-W": (lambda: weights(t(F, 5)), ValueError, r"W: .*\[6, 4\].* got \[6, 5\]"),
     "term-device": (
         lambda: weights(offsets=t(F + 1, dtype=i32, device="meta")),
         ValueError,

@@ -64,7 +64,7 @@ def test_row_grad(
 ) -> None:
     needs("row_grad", high, backend)
     term, dense, magnitude = make_term(shape, high, source)
-    out = row_grad([term], shape[2], shape[3], backend=backend)
+    out = row_grad([term], shape[2], shape[3], backend=backend)[0]
     assert out.dtype == high
     n = shape[0] * shape[1] + 1  # and one for rounding the source, if it is wider
     assert_within("gradient", out, dense, rounding(n, magnitude, high))
@@ -75,18 +75,18 @@ def test_some_latents_are_rows_of_all(shape: tuple[int, int, int, int], backend:
     """A slice of the offsets is the same term for some latents: micro-batches add up by such."""
     term, _, _ = make_term(shape, torch.float32, torch.float32)
     _, _, F, width = shape
-    whole = row_grad([term], F, width, backend=backend)
+    whole = row_grad([term], F, width, backend=backend)[0]
     for first in range(0, F, 4):
         last = min(first + 4, F)
         some = term._replace(offsets=term.offsets[first : last + 1])
-        out = row_grad([some], last - first, width, backend=backend)
+        out = row_grad([some], last - first, width, backend=backend)[0]
         assert_bitwise("rows", out, whole[first:last])
 
 
 def test_terms_of_several_sources_add_up(backend: str) -> None:
     shape = (15, 4, 11, 33)
     made = [make_term(shape, torch.float32, source) for source in SOURCES]
-    out = row_grad([term for term, _, _ in made], 11, 33, backend=backend)
+    out = row_grad([term for term, _, _ in made], 11, 33, backend=backend)[0]
     magnitude = torch.stack([m for _, _, m in made]).sum(0)
     expected = torch.stack([dense for _, dense, _ in made]).sum(0)
     assert_within("gradient", out, expected, rounding(15 * 4 * 5 + 1, magnitude, torch.float32))
@@ -96,8 +96,8 @@ def test_integer_terms_add_up_exactly(backend: str) -> None:
     term, _, _ = make_term((300, 3, 7, 19), torch.float32, torch.float32)
     assert term.source is not None
     term = term._replace(coef=(term.coef * 3).round(), source=(term.source * 3).round())
-    expected = row_grad([term._replace(coef=term.coef.double())], 7, 19, backend="reference")
-    assert_within("gradient", row_grad([term], 7, 19, backend=backend), expected, 0.0)
+    expected = row_grad([term._replace(coef=term.coef.double())], 7, 19, backend="reference")[0]
+    assert_within("gradient", row_grad([term], 7, 19, backend=backend)[0], expected, 0.0)
 
 
 def test_strided_coefficients_and_sources(backend: str) -> None:
@@ -107,7 +107,7 @@ def test_strided_coefficients_and_sources(backend: str) -> None:
         coef=torch.stack([term.coef, torch.full_like(term.coef, torch.nan)], 1)[:, 0],
         source=term.source.T.contiguous().T,
     )
-    out = row_grad([strided], 6, 30, backend=backend)
+    out = row_grad([strided], 6, 30, backend=backend)[0]
     assert_within("gradient", out, dense, rounding(81, magnitude, torch.float32))
 
 
@@ -118,7 +118,7 @@ def test_a_hot_latent_with_a_segment_of_70000_entries(backend: str) -> None:
     indices = torch.ones(n, 1, dtype=torch.int32)
     coef, source = torch.randint(-2, 3, (n,)).float(), torch.randint(-2, 3, (n, 3)).float()
     order = LatentOrder(*transpose_codes(indices, None, None, 3, backend="reference"))
-    out = row_grad([order.term(coef, source)], 3, 3, backend=backend)
+    out = row_grad([order.term(coef, source)], 3, 3, backend=backend)[0]
     expected = torch.zeros(3, 3)
     expected[1] = coef @ source  # integers below 2^24: exact in any order
     assert torch.equal(out, expected)
@@ -145,7 +145,7 @@ def uneven_term(width: int, source: bool = True) -> tuple[Term, torch.Tensor]:
 @pytest.mark.parametrize("width", [1, 5, 300], ids=lambda width: f"width-{width}")
 def test_latents_of_very_different_popularity(width: int, backend: str) -> None:
     made = [uneven_term(width), uneven_term(width, source=False)]
-    out = row_grad([term for term, _ in made], len(COUNTS), width, backend=backend)
+    out = row_grad([term for term, _ in made], len(COUNTS), width, backend=backend)[0]
     assert torch.equal(out, made[0][1] + made[1][1])
 
 
@@ -157,7 +157,7 @@ def test_a_long_list_has_longer_chunks(backend: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton, "_MOST_CHUNKS", 7)
     term, grad = uneven_term(5)
     assert triton.packed_terms([term], 5)[1]["CHUNK"] == 512
-    assert torch.equal(row_grad([term], len(COUNTS), 5, backend=backend), grad)
+    assert torch.equal(row_grad([term], len(COUNTS), 5, backend=backend)[0], grad)
 
 
 @shapes
@@ -169,8 +169,7 @@ def test_products_with_a_matrix(
     term, dense, magnitude = make_term(shape, torch.float32, source)
     assert term.source is not None
     (B, K, F, width), W = shape, torch.randn(shape[2], shape[3]).to(dtype)
-    dots = torch.full((B * K,), 7.0)
-    out = row_grad([term], F, width, W=W, dots=dots, backend=backend)
+    out, dots = row_grad([term], F, width, W=W, backend=backend)
     assert_within("gradient", out, dense, rounding(B * K, magnitude, torch.float32))
     latents = torch.arange(F).repeat_interleave(term.offsets.diff().long())
     products = W[latents].double() * term.source[term.rows.long()].double()
@@ -184,12 +183,11 @@ def test_products_of_popular_latents(width: int, backend: str) -> None:
     """Each entry's product is written once, whether a chunk, a row or nobody has it."""
     term, grad = uneven_term(width)
     assert term.source is not None
-    W, dots = torch.randint(-2, 3, grad.shape).bfloat16(), torch.full(term.coef.shape, 0.5)
-    expected = dots.clone()
+    W, expected = torch.randint(-2, 3, grad.shape).bfloat16(), torch.zeros(term.coef.shape)
     latents = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     listed, rows = (t[:-100].long() for t in (term.entries, term.rows))
     expected[listed] = (W.float()[latents] * term.source[rows]).sum(1)
-    out = row_grad([term], *grad.shape, W=W, dots=dots, backend=backend)
+    out, dots = row_grad([term], *grad.shape, W=W, backend=backend)
     assert torch.equal(out, grad)
     assert torch.equal(dots, expected)
 
@@ -198,8 +196,8 @@ def test_an_entry_of_coefficient_zero_adds_nothing_and_has_its_product(backend: 
     indices = torch.tensor([[0], [0], [1]], dtype=torch.int32)
     order = LatentOrder(*transpose_codes(indices, None, None, 2, backend="reference"))
     source = torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [torch.inf, 3.0]])
-    term, dots = order.term(torch.tensor([2.0, 0.0, 0.0]), source), torch.zeros(3)
-    out = row_grad([term], 2, 2, W=torch.ones(2, 2), dots=dots, backend=backend)
+    term = order.term(torch.tensor([2.0, 0.0, 0.0]), source)
+    out, dots = row_grad([term], 2, 2, W=torch.ones(2, 2), backend=backend)
     assert out.tolist() == [[2.0, 4.0], [0.0, 0.0]]
     assert dots.isnan().tolist() == [False, True, False]
     assert dots[[0, 2]].tolist() == [3.0, torch.inf]
@@ -208,8 +206,8 @@ def test_an_entry_of_coefficient_zero_adds_nothing_and_has_its_product(backend: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_gradient_is_rounded_once(dtype: torch.dtype, backend: str) -> None:
     term, _, _ = make_term((200, 4, 9, 20), torch.float32, torch.bfloat16)
-    whole = row_grad([term], 9, 20, backend=backend)
-    out = row_grad([term], 9, 20, dtype=dtype, backend=backend)
+    whole = row_grad([term], 9, 20, backend=backend)[0]
+    out = row_grad([term], 9, 20, dtype=dtype, backend=backend)[0]
     assert_bitwise("gradient", out, whole.to(dtype))
 
 
@@ -218,24 +216,24 @@ def test_repeats_are_bitwise_equal(backend: str) -> None:
         pytest.skip("Triton's interpreter runs programs one after the other")
     term, _ = uneven_term(40)
     term = term._replace(coef=torch.randn_like(term.coef))
-    first, again = (row_grad([term], len(COUNTS), 40, backend=backend) for _ in range(2))
+    first, again = (row_grad([term], len(COUNTS), 40, backend=backend)[0] for _ in range(2))
     assert_bitwise("gradient", again, first)
 
 
 def test_a_latent_without_entries_has_a_zero_gradient(backend: str) -> None:
     indices = torch.tensor([[2]], dtype=torch.int32)
     order = LatentOrder(*transpose_codes(indices, None, None, 4, backend="reference"))
-    out = row_grad([order.term(torch.ones(1), torch.ones(1, 3))], 4, 3, backend=backend)
+    out = row_grad([order.term(torch.ones(1), torch.ones(1, 3))], 4, 3, backend=backend)[0]
     assert out.tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 3]
 
 
 @pytest.mark.parametrize("source", SOURCES[:3], ids=str)
 def test_repeats_and_thread_counts_are_bitwise_equal(source: torch.dtype, isa: str) -> None:
     term, _, _ = make_term((150, 5, 300, 41), torch.float32, source)
-    first = row_grad([term], 300, 41, backend="cpu")
+    first = row_grad([term], 300, 41, backend="cpu")[0]
     for repeat in range(20):
         torch.set_num_threads((1, 2, 4)[repeat % 3])
-        assert_bitwise(f"repeat {repeat}", row_grad([term], 300, 41, backend="cpu"), first)
+        assert_bitwise(f"repeat {repeat}", row_grad([term], 300, 41, backend="cpu")[0], first)
 
 
 @highs

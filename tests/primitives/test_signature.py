@@ -133,6 +133,5 @@ def test_a_call_looks_like_its_function() -> None:
         "width",
         "dtype",
         "W",
-        "dots",
         "backend",
     ]

@@ -20,21 +20,21 @@ def run(
     width: int,
     dtype: torch.dtype | None = None,
     W: torch.Tensor | None = None,
-    dots: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds every entry's weighted row to its latent's."""
     out = terms[0].coef.new_zeros((n_latents, width))
-    if W is not None and dots is not None:
+    products = out.new_zeros(0 if W is None else terms[0].coef.shape[0])
+    if W is not None:
         (term,) = terms
         assert term.source is not None
         listed, latents = listed_entries(term)
         own, rows = (t.to(out.dtype) for t in (W, term.source))
-        products = own[latents] * rows[term.rows[listed].long()]
-        dots.flatten()[term.entries[listed].long()] = products.sum(1)
+        each = own[latents] * rows[term.rows[listed].long()]
+        products[term.entries[listed].long()] = each.sum(1)
         terms = [without_zeros(term)]
     for term in terms:
         add_term(out, term)
-    return out.to(dtype or out.dtype)
+    return out.to(dtype or out.dtype), products
 
 
 def add_term(out: torch.Tensor, term: Term) -> None:

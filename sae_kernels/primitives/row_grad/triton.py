@@ -353,13 +353,12 @@ def run(
     width: int,
     dtype: torch.dtype | None = None,
     W: torch.Tensor | None = None,
-    dots: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gathers every row's block of columns."""
     offsets, entries, *_ = terms[0]
     tile = blocks(width) if W is None else beside_products(width)
     n, parts = entries.numel(), triton.cdiv(width, tile.columns)
-    against = None
+    against, products = None, terms[0].coef.new_zeros(0 if W is None else terms[0].coef.shape[0])
     if W is not None:
         against = (W.contiguous(), W.new_empty((parts, n), dtype=torch.float32), n)
     packed, constants = packed_terms(terms, width, tile, against)
@@ -369,7 +368,7 @@ def run(
     _row_grad[grid](out, packed, against, n_latents, width, **constants, **tile.constants())
     if against is not None and n:
         _add_products[(triton.cdiv(n, 256),)](
-            dots, against[1], offsets.contiguous(), entries.contiguous(), n_latents, n,
+            products, against[1], offsets.contiguous(), entries.contiguous(), n_latents, n,
             PARTS=parts, BLOCK=256,
         )  # fmt: skip
-    return out.to(dtype or stored)
+    return out.to(dtype or stored), products
