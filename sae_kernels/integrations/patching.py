@@ -121,6 +121,14 @@ class Ledger:
                 "error instead; change that, or accelerate without strict"
             )
 
+    def takes(self, what: str, why: str | None) -> bool:
+        """Counts a call as taken, or as left if there is a reason; whether it was taken."""
+        if why:
+            self.left(what, why)
+            return False
+        self.took(what)
+        return True
+
     def made_dense(self, by: str) -> None:
         """Counts an operation that needed a dense tensor in place of entries."""
         self.dense[by] += 1

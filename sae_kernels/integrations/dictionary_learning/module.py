@@ -103,10 +103,8 @@ def _encode_topk(installation: Installation, served: type) -> Callable[..., Any]
             why = why_not(installation, self, served, x)
             if use_threshold and return_topk:
                 why = "a threshold and the k largest in one"
-            if why:
-                ledger.left(what, why)
+            if not ledger.takes(what, why):
                 return original(self, x, return_topk, use_threshold)
-            ledger.took(what)
             weights = weights_of(installation, self)
             if use_threshold:
                 return _above_threshold(installation, self, x, weights)
@@ -154,10 +152,8 @@ def _encode_batch_topk(installation: Installation, served: type) -> Callable[...
                 why = f"a batch of {x.dim()} dimensions"
             if why is None and not _all_groups(self):
                 why = "groups that are not active"
-            if why:
-                ledger.left(what, why)
+            if not ledger.takes(what, why):
                 return original(self, x, return_active, use_threshold)
-            ledger.took(what)
             weights = weights_of(installation, self)
             if use_threshold:
                 acts = _above_threshold(installation, self, x, weights)
@@ -257,10 +253,8 @@ def _nested_loss(installation: Installation) -> Callable[..., Any]:
             why = why_not(installation, self.ae, served, x)
             if why is None and not (x.dim() == 2 and _all_groups(self.ae)):
                 why = "its encoder is left to the library"
-            if why:
-                installation.ledger.left(what, why)
+            if not installation.ledger.takes(what, why):
                 return original(self, x, step, logging)
-            installation.ledger.took(what)
             f, active, late = self.ae.encode(x, return_active=True, use_threshold=False)
             if step > self.threshold_start_step:
                 self.update_threshold(f)

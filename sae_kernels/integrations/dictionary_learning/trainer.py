@@ -101,11 +101,9 @@ def _replacement(kind: Kind, installation: Installation) -> Callable[..., Any]:
                 result: float = original(self, step, x)
                 return result
             why = _why_not(self, kind, x) or _why_not_laid(self.ae, installation)
-            if why:
-                installation.ledger.left(what, why)
+            if not installation.ledger.takes(what, why):
                 result = original(self, step, x)
                 return result
-            installation.ledger.took(what)
             if step == 0:
                 self.ae.b_dec.data = kind.median(x).to(self.ae.b_dec.dtype)
             adopted = steps.get(self)

@@ -75,29 +75,16 @@ def install(installation: Installation) -> None:
         acts.note = _Unscaled(unscaled, sae.W_dec)
         return sae.hook_sae_acts_post(acts), late
 
-    def training(original: Any) -> Any:
-        def encode_with_hidden_pre(self: Any, x: torch.Tensor) -> Any:
-            if not installation.covers(self):
-                return original(self, x)
-            why = refused(self, x)
-            if why:
-                ledger.left(f"{type(self).__name__}.encode_with_hidden_pre", why)
-                return original(self, x)
-            ledger.took(f"{type(self).__name__}.encode_with_hidden_pre")
-            return encoded(self, x)
+    def encoding(original: Any) -> Any:
+        trains = original.__name__ == "encode_with_hidden_pre"  # it returns both
 
-        return encode_with_hidden_pre
-
-    def inference(original: Any) -> Any:
         def encode(self: Any, x: torch.Tensor) -> Any:
             if not installation.covers(self):
                 return original(self, x)
-            why = refused(self, x)
-            if why:
-                ledger.left(f"{type(self).__name__}.encode", why)
+            if not ledger.takes(f"{type(self).__name__}.{original.__name__}", refused(self, x)):
                 return original(self, x)
-            ledger.took(f"{type(self).__name__}.encode")
-            return encoded(self, x)[0]
+            acts, late = encoded(self, x)
+            return (acts, late) if trains else acts
 
         return encode
 
@@ -163,9 +150,9 @@ def install(installation: Installation) -> None:
 
         return _iterable_decode
 
-    replace(topk_sae.TopKSAE, "encode", inference)
+    replace(topk_sae.TopKSAE, "encode", encoding)
     replace(topk_sae.TopKSAE, "decode", decoding)
-    replace(topk_sae.TopKTrainingSAE, "encode_with_hidden_pre", training)
+    replace(topk_sae.TopKTrainingSAE, "encode_with_hidden_pre", encoding)
     replace(topk_sae.TopKTrainingSAE, "decode", decoding)
     replace(topk_sae.TopKTrainingSAE, "calculate_topk_aux_loss", auxiliary)
     replace(matryoshka, "_iterable_decode", prefixes)

@@ -59,10 +59,8 @@ def install(installation: Installation) -> None:
                 return original(self, sae, sae_in)
             with self.autocast_if_enabled:
                 why = _why_not(self, sae, sae_in) or installation.rows.why_not(sae.W_enc)
-            if why:
-                ledger.left(WHAT, why)
+            if not ledger.takes(WHAT, why):
                 return original(self, sae, sae_in)
-            ledger.took(WHAT)
             step = steps.get(self)
             if step is None or not step.serves(self.optimizer):
                 step = steps[self] = _adopt(self, installation)

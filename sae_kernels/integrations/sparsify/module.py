@@ -43,10 +43,8 @@ def fused_encoder(installation: Installation) -> Callable[..., Any]:
             if not _serves(installation, "encoder.weight", weight):
                 return original(input, weight, bias, k, activation)
             why = _why_not(input, weight, bias, k, activation)
-            if why:
-                ledger.left("encode", why)
+            if not ledger.takes("encode", why):
                 return original(input, weight, bias, k, activation)
-            ledger.took("encode")
             codes = functional.encode_topk(input, weight, bias, k)
             values, indices = codes.values, codes.indices.long()
             values = values.to(autocast_dtype(input) or weight.dtype)
@@ -76,10 +74,8 @@ def decoder_impl(installation: Installation) -> Callable[..., Any]:
             if not _serves(installation, "W_dec", rows):
                 return original(top_indices, top_acts, W_dec)
             why = unfit(top_acts, rows) or (None if top_indices.dim() == 2 else "not [N, k]")
-            if why:
-                ledger.left("decode", why)
+            if not ledger.takes("decode", why):
                 return original(top_indices, top_acts, W_dec)
-            ledger.took("decode")
             codes = SparseCodes(top_acts, top_indices.to(torch.int32), rows.shape[0])
             return functional.decode(codes, rows).to(autocast_dtype(rows) or rows.dtype)
 

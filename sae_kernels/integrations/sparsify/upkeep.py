@@ -32,11 +32,8 @@ def schedule_free_step(installation: Installation, sign_descent: type) -> Callab
         def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
             if type(self.base) is not sign_descent:
                 return original(self, closure)  # another library's optimizer, as like as not
-            why = _why_not_the_step(self, closure)
-            if why:
-                installation.ledger.left(_OPTIMIZER, why)
+            if not installation.ledger.takes(_OPTIMIZER, _why_not_the_step(self, closure)):
                 return original(self, closure)
-            installation.ledger.took(_OPTIMIZER)
             for group in self.param_groups:
                 _descend(self, group)
             return None
