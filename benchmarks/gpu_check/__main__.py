@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
 
 
 def where(commit: str | None, dry: bool) -> Record:
-    """What runs where, the first line of the results; it asks nothing of what is built later."""
+    """Provenance of a run, the first line of its results; needs nothing that is built later."""
     checkout, dirty = machine.checkout()
     return {
         "cpu": machine.cpu_model(),
@@ -52,7 +52,7 @@ def where(commit: str | None, dry: bool) -> Record:
 
 
 def summary(records: list[Record], dry: bool) -> str:
-    """What comes last: outcomes, failures, the kernels' cache and the bars."""
+    """The text at the end of a run: outcomes, failures, hits of the kernel cache, bars."""
     counts = outcomes(records)
     lines = ["", ", ".join(f"{counts[name]} {name}" for name in counts) or "nothing ran"]
     for record in records:

@@ -1,4 +1,4 @@
-"""What measurements share: the device, shapes, backends, times, records and rates."""
+"""Common to all measurements: the device, shapes, backends, times, records and rates."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Bench(NamedTuple):
         return {name: Times(*timing, host[name]) for name, timing in found.items()}
 
     def _host_ms(self, run: Callable[[], object], runs: int) -> float:
-        """What queueing a run takes the host, with an idle device and an empty queue."""
+        """Median milliseconds in which the host queues a run, on an idle device; 0 on the CPU."""
         taken = [0.0] if not self._on_gpu else []
         for _ in range(runs if self._on_gpu else 0):
             torch.cuda.synchronize()

@@ -19,7 +19,7 @@ _NAME, _LEAST_S = "bench", 60
 
 
 def bench(place: Place) -> Iterator[Record]:
-    """What failed; the results are a file of their own, DIR/bench.jsonl: the bench command's."""
+    """Runs the bench command into DIR/bench.jsonl; the records here say only what failed."""
     for name in place.todo([_NAME]):
         if place.dry:
             yield journal.done(name, "not available", 0, "its providers need a GPU")

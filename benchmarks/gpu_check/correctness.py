@@ -10,12 +10,12 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.gpu_check import journal, outcomes
 from benchmarks.gpu_check.dry_run import TESTS
-from benchmarks.gpu_check.processes import end, said
+from benchmarks.gpu_check.processes import end, polled, said
 from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Module(NamedTuple):
 
 
 def modules(dry: bool) -> list[Module]:
-    """What is tested: what only a GPU can decide, then what every backend is held to."""
+    """The test modules to run: those for GPUs alone first, then those of every backend."""
     found = [_name(path) for room in ("gpu", "primitives") for path in _tests(room)]
     if dry:
         return [Module(name, {}, ("--emulate", "sm_90")) for name in _DRY]
@@ -69,20 +69,14 @@ def tests(place: Place) -> Iterator[Record]:
     """A record per failed test, then one per module and kernel, as far as the time goes."""
     every = {module.name: module for module in modules(place.dry)}
     side_by_side = max(1, (os.cpu_count() or 1) // 2)
-    waiting, running = deque(place.todo(list(every))), list[_Running]()
-    while waiting or running:
-        while waiting and len(running) < side_by_side:
-            name = waiting.popleft()
-            if place.left() < _LEAST_S:
-                yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
-            else:
-                running.append(_Running(every[name], place))
-        for each in list(running):
-            for record in each.poll():
-                if record["kind"] == "done":
-                    running.remove(each)
-                yield record
-        time.sleep(_POLL_S)
+    return polled(
+        list(every),
+        place,
+        side_by_side,
+        lambda _: _LEAST_S,
+        lambda name: _Running(every[name], place),
+        _POLL_S,
+    )
 
 
 class _Running:

@@ -66,7 +66,7 @@ def done(task: str, outcome: str, seconds: float, why: str = "") -> Record:
 
 
 def outcomes(records: list[Record]) -> Counter[str]:
-    """How many tasks ended how."""
+    """The number of finished tasks by outcome."""
     return Counter(record["outcome"] for record in records if record["kind"] == "done")
 
 

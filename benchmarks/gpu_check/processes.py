@@ -11,14 +11,14 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from benchmarks.gpu_check import journal
 from benchmarks.gpu_check.tasks import TASKS
 from sae_kernels.bench.processes import tied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from benchmarks.gpu_check.bench import Record
@@ -60,7 +60,7 @@ class Place:
         return self.deadline - time.monotonic()
 
     def todo(self, names: Sequence[str]) -> list[str]:
-        """Those that are wanted and not finished."""
+        """The tasks that are wanted and not finished."""
         wanted = [n for n in names if not self.only or any(o in n for o in self.only)]
         return [name for name in wanted if name not in self.finished]
 
@@ -114,6 +114,13 @@ class Crew:
         """Ends those that wait."""
         for process, _ in self._ready:
             end(process)
+
+
+class Running(Protocol):
+    """Something under way in a process of its own."""
+
+    def poll(self) -> Iterator[Record]:
+        """The records since the last time; the last one of all is of kind "done"."""
 
 
 class _Running:
@@ -170,20 +177,43 @@ class _Running:
 
 def run(names: Sequence[str], place: Place, side_by_side: int = 1) -> Iterator[Record]:
     """The records of tasks in their order, so many at once; each ends with one of kind "done"."""
-    waiting, running = deque(place.todo(names)), list[_Running]()
+    return polled(
+        names, place, side_by_side, lambda name: TASKS[name].least_s, lambda n: _Running(n, place)
+    )
+
+
+def polled(
+    names: Sequence[str],
+    place: Place,
+    side_by_side: int,
+    least_s: Callable[[str], float],
+    start: Callable[[str], Running],
+    poll_s: float = _POLL_S,
+) -> Iterator[Record]:
+    """Starts what is wanted and not finished, so many at once, and hands on what it says.
+
+    Args:
+        names: in the order to start them.
+        place: where.
+        side_by_side: how many at once.
+        least_s: seconds that must be left for one to be started.
+        start: starts one.
+        poll_s: seconds between looks at what runs.
+    """
+    waiting, running = deque(place.todo(names)), list[Running]()
     while waiting or running:
         while waiting and len(running) < side_by_side:
             name = waiting.popleft()
-            if place.left() < TASKS[name].least_s:
+            if place.left() < least_s(name):
                 yield journal.done(name, "no time", 0, f"{place.left():.0f} s are left")
             else:
-                running.append(_Running(name, place))
+                running.append(start(name))
         for each in list(running):
             for record in each.poll():
                 if record["kind"] == "done":
                     running.remove(each)
                 yield record
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
 
 
 def end(process: subprocess.Popen[str]) -> None:
