@@ -169,9 +169,9 @@ class OutsideGradient(NamedTuple):
         Raises:
             ValueError: no parameter of this name, or a gradient of another shape.
         """
-        total = dict(own)
+        total, parameters = dict(own), dict(sae.named_parameters())
         for name, gradient in self.gradients.items():
-            parameter = dict(sae.named_parameters()).get(name)
+            parameter = parameters.get(name)
             if parameter is None:
                 raise ValueError(f"gradients: expected names of parameters, got {name!r}")
             by_latent = len(parameter) == sae.config.n_latents and name not in (

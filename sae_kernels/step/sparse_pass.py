@@ -203,7 +203,9 @@ def vector_gradients(
         db_enc: b_enc's part from the encoder product, as terms only.
     """
     result = {"b_enc": db_enc}
-    for name in latent_vectors(sae) if grads.keys() - {"h"} else ():
+    if grads.keys() <= {"h"}:  # most SAEs: the walk through all parameters is spared
+        return result
+    for name in latent_vectors(sae):
         if name in grads:
             terms = result.get(name, Gradient()).terms
             result[name] = Gradient.whole(grads[name][:, None])._replace(terms=terms)
