@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sae_kernels import codes as codes
     from sae_kernels import config as config
     from sae_kernels import data as data
+    from sae_kernels import distributed as distributed
     from sae_kernels import errors as errors
     from sae_kernels import formats as formats
     from sae_kernels import functional as functional
@@ -90,6 +91,7 @@ _OFFERED: dict[str, tuple[str, ...]] = {
     "codes": ("SparseCodes",),
     "config": ("OptimizerConfig", "TrainConfig"),
     "data": (),
+    "distributed": (),
     "errors": (),
     "formats": ("load",),
     "functional": (

@@ -124,6 +124,20 @@ class SparseCodes:
         indices = self.indices if indices is None else indices
         return dataclasses.replace(self, values=values, indices=indices)
 
+    def first(self, counts: torch.Tensor) -> SparseCodes:
+        """The first entries of every token, of codes [B, K]: ragged ones, ``counts`` [B] each.
+
+        Example:
+            >>> codes = SparseCodes.from_dense(torch.tensor([[1.0, 3.0], [4.0, 2.0]]), k=2)
+            >>> some = codes.first(torch.tensor([0, 1]))
+            >>> some.values.tolist(), some.offsets.tolist()
+            ([4.0], [0, 0, 1])
+        """
+        kept = torch.arange(self.k, device=counts.device) < counts[:, None]
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        codes = self.with_values(self.values[kept], self.indices[kept])
+        return dataclasses.replace(codes, offsets=offsets)
+
     @classmethod
     def from_dense(cls, dense: torch.Tensor, k: int) -> SparseCodes:
         """Keeps the k largest entries of each row of [..., F], ties to the lower latent.

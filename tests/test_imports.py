@@ -29,7 +29,7 @@ ROOMS = (
     {"nn"},
     {"formats", "step"},
     {"data", "plotting", "runs", "testing"},
-    {"harvest", "integrations"},
+    {"distributed", "harvest", "integrations"},
     {"training"},
     {"interventions", "report"},
     {"analyze", "bench", "demo"},
@@ -180,6 +180,13 @@ def test_the_reference_stands_on_torch_alone(path: Path) -> None:
         )
         assert allowed or name == "sae_kernels.primitives.checks", f"{path} imports {name}"
         assert "backends" not in name.split("."), f"{path} imports {name}"
+
+
+def test_processes_talk_in_one_room_alone() -> None:
+    for path in MODULES:
+        if room(path) != "distributed":
+            found = [name for name in imports(path) if name.startswith("torch.distributed")]
+            assert not found, f"{path} imports {found}: exchanges belong to distributed/"
 
 
 def test_every_primitive_has_a_contract_and_a_reference() -> None:

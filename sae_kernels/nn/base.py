@@ -54,10 +54,13 @@ class SparseAutoencoder(Upkeep):
             default: the autocast dtype inside autocast, else the dtype of the weights.
         backend: which kernels run, see :mod:`sae_kernels.backends`; default: the best available.
         device: where the weights are created.
+        latents: the consecutive latents whose rows this module has, where an SAE is spread over
+            processes; default: all. They are the same rows that the whole SAE would have.
         settings: fields of the configuration's class by name, if ``config`` is d_in.
 
     Attributes:
-        config: the configuration.
+        config: the configuration, of the whole SAE.
+        latents: the latents whose rows are here.
         metadata: provenance as plain JSON values (model, layer, tokens, figures, the tool that
             wrote it); saved and loaded with the SAE.
         is_fresh: whether the weights are still the initial ones: neither loaded nor trained.
@@ -77,6 +80,8 @@ class SparseAutoencoder(Upkeep):
     non_latent_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
     # Whether x_hat is b_dec plus the codes times rows of W_dec, which FusedStep differentiates.
     decodes_by_rows: ClassVar[bool] = True
+    # Whether select_in() selects among latents that are spread over ranks.
+    spreads: ClassVar[bool] = False
     keeps_fixed_number: ClassVar[bool] = False  # entries for each token; if not, the host waits
 
     config: Any
@@ -90,18 +95,20 @@ class SparseAutoencoder(Upkeep):
         compute_dtype: torch.dtype | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
+        latents: range | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         config = self._configured(config, n_latents, settings)
         self.config = config
+        self.latents = range(config.n_latents) if latents is None else latents
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.metadata: dict[str, Any] = {}
         self.is_fresh = True
-        W_enc, W_dec = initial_weights(config, seed, device)
+        W_enc, W_dec = initial_weights(config, seed, device, self.latents)
         self.W_enc = nn.Parameter(W_enc)
-        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(len(self.latents), device=device))
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(config.output_width, device=device))
         if config.skip:
@@ -391,6 +398,11 @@ class SparseAutoencoder(Upkeep):
         kinds = {"joint": joint, "sum": total, "mixed": joint + total / 10}
         norm: torch.Tensor = kinds[self.config.decoder_norm]
         return norm
+
+    def has_row_per_latent(self, name: str) -> bool:
+        """Whether a parameter has a row, or a number, for each latent."""
+        rows = len(self.get_parameter(name)) == len(self.latents)
+        return rows and name not in (*self.non_latent_vectors, "W_skip")
 
     def rank_scale(self) -> torch.Tensor | None:
         """The factor of values when latents are ranked: decoder norms [F], or None."""

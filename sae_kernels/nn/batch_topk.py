@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, SurveyContext
+    from sae_kernels.step.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,7 @@ class BatchTopKSAE(SparseAutoencoder):
         ),
     }
     keeps_dtype = ("threshold", "last_key")
+    spreads: ClassVar[bool] = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -188,11 +190,9 @@ class BatchTopKSAE(SparseAutoencoder):
     def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> KeyCut:
         """The batch's smallest kept key; encodes every token."""
         count, scale = int(context.k * context.n_tokens), self.rank_scale()
-        guess = float(self.last_key)
-        if not 0 < guess < torch.inf:  # no batch before: the first micro-batch alone
-            first = self.select(next(iter(micro_batches)), W_enc=context.W_enc, k=context.k)
-            guess = float(_keys(first, scale).min()) if first.values.numel() else 0.0
-        for bound in (0.9 * guess, guess / 2, guess / 4, 0.0) if count else (torch.inf,):
+        if not 0 < float(self.last_key) < torch.inf:  # no batch before: the first micro-batch alone
+            self.select(next(iter(micro_batches)), W_enc=context.W_enc, k=context.k)
+        for bound in self._guesses(count):
             found, largest = [], self.b_enc.new_empty(0)
             for x in micro_batches:
                 bounds = _bounds(self.last_key.new_tensor(bound), scale)
@@ -213,6 +213,8 @@ class BatchTopKSAE(SparseAutoencoder):
 
     def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
         """The batch's int(k B) largest pre-activations, those that lie in these rows."""
+        if context.ranks is not None:
+            return self._select_among(context.ranks, context, W_enc)
         if context.survey is None:
             return super().select_in(context, W_enc)
         cut: KeyCut = context.survey
@@ -222,6 +224,31 @@ class BatchTopKSAE(SparseAutoencoder):
             preacts = self._above(context.x, W_enc, _bounds(cut.key * (1 - _SLACK), scale))
         kept = cut.keep(_keys(preacts, scale))
         return preacts.with_values(torch.where(kept, preacts.values, 0))
+
+    def _guesses(self, count: int) -> tuple[float, ...]:
+        """Bounds to try in turn, above which ``count`` keys of a batch may lie; 0 is the last."""
+        guess = float(self.last_key)
+        guess = guess if 0 < guess < torch.inf else 0.0
+        return (0.9 * guess, guess / 2, guess / 4, 0.0) if count else (torch.inf,)
+
+    def _select_among(
+        self, ranks: Ranks, context: Context, W_enc: torch.Tensor | None
+    ) -> SparseCodes:
+        """The batch's int(k B) largest pre-activations of all ranks, those of these latents."""
+        count, scale = int(context.k * context.n_tokens), self.rank_scale()
+        if not 0 < float(self.last_key) < torch.inf:  # the same on all ranks
+            self.select(context.x, W_enc=W_enc, k=min(context.k / ranks.size, len(self.latents)))
+            _set_(self.last_key, ranks.least(self.last_key))
+        for bound in self._guesses(count):
+            bounds = _bounds(self.last_key.new_tensor(bound), scale)
+            codes = self._above(context.x, W_enc, bounds)
+            codes = _where(codes, ~(_keys(codes, scale) <= bound * (1 + _SLACK)))
+            keys = _keys(codes, scale)
+            kept, found = ranks.largest_of_batch(codes, keys, count)
+            if int(found) >= count:
+                break
+        _set_(self.last_key, ranks.least(pad(keys[kept], (0, 1), value=torch.inf).amin().double()))
+        return _where(codes, kept)
 
     @torch.no_grad()
     def _note(self, preacts: SparseCodes, scale: torch.Tensor | None) -> None:

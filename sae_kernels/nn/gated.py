@@ -61,6 +61,7 @@ class GatedSAE(SparseAutoencoder):
     config: GatedConfig
     config_class = GatedConfig
     objective_class = PenalisedObjective
+    spreads: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
         "gated": Preset("a gate decides which latents fire, L1 on the gate")
     }

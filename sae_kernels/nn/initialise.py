@@ -56,43 +56,58 @@ def geometric_median(
 
 
 def unit_rows(
-    n_latents: int, d_in: int, generator: torch.Generator, device: torch.device | str | None = None
+    n: int,
+    d_in: int,
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+    kept: range | None = None,
 ) -> torch.Tensor:
-    """Random directions, uniform on the sphere: [n_latents, d_in] with rows of norm 1.
+    """Random directions, uniform on the sphere: [n, d_in] with rows of norm 1.
 
     They are drawn on the CPU, a few at a time: the same on every device, with no second matrix.
+    All are drawn where only the ``kept`` ones are returned, so that these are the same.
     """
-    rows = torch.empty(n_latents, d_in, device=device)
+    kept = range(n) if kept is None else kept
+    rows = torch.empty(len(kept), d_in, device=device)
     if rows.is_meta:  # the weights will come from a file
         return rows
     # torch draws normal numbers by sixteens; whole ones give the same numbers as one draw.
-    for part in rows.split(max(16, _DRAWN_AT_ONCE // d_in // 16 * 16)):
-        drawn = torch.randn(part.shape, generator=generator, device="cpu")
-        part.copy_(torch.nn.functional.normalize(drawn, dim=1, out=drawn))
+    width = max(16, _DRAWN_AT_ONCE // d_in // 16 * 16)
+    for first in range(0, n, width):
+        drawn = torch.randn(min(width, n - first), d_in, generator=generator, device="cpu")
+        some = slice(max(kept.start, first), max(kept.start, min(kept.stop, first + width)))
+        part = drawn[some.start - first : some.stop - first]
+        torch.nn.functional.normalize(part, dim=1, out=part)
+        rows[some.start - kept.start : some.stop - kept.start] = part
     return rows
 
 
 def initial_weights(
-    config: SAEConfig, seed: int, device: torch.device | str | None
+    config: SAEConfig, seed: int, device: torch.device | str | None, latents: range
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W_enc and W_dec at the start of training.
 
     The decoder has random unit rows (a unit row for each layer where those are kept at unit norm),
     and the encoder is a copy of it. A transcoder's decoder cannot be its encoder: it starts at zero
     (sparsify), or, where rows are kept at unit norm, at random ones of its own.
+
+    Args:
+        config, seed, device: of the SAE.
+        latents: those whose rows are returned.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    F, width, layers = config.n_latents, config.input_width, config.n_layers
-    if config.transcodes:
-        W_enc = unit_rows(F, width, generator, device)
-        W_dec = torch.zeros(F, config.output_width, device=device)
-        if not config.unit_norm_decoder:
-            return W_enc, W_dec
-        return W_enc, unit_rows(F * layers, config.output_width // layers, generator, device).view(
-            F, -1
-        )
+
+    def rows(width: int, parts: int = 1) -> torch.Tensor:
+        """A row of ``width`` numbers for each latent, made of ``parts`` unit vectors."""
+        kept = range(latents.start * parts, latents.stop * parts)
+        n = config.n_latents * parts
+        return unit_rows(n, width // parts, generator, device, kept).view(len(latents), width)
+
+    layers = config.n_layers if config.unit_norm_decoder else 1
+    if not config.transcodes:
+        W_dec = rows(config.input_width, layers)
+        return W_dec.clone(), W_dec
+    W_enc = rows(config.input_width)
     if config.unit_norm_decoder:
-        W_dec = unit_rows(F * layers, width // layers, generator, device).view(F, -1)
-    else:
-        W_dec = unit_rows(F, width, generator, device)
-    return W_dec.clone(), W_dec
+        return W_enc, rows(config.output_width, layers)
+    return W_enc, torch.zeros(len(latents), config.output_width, device=device)

@@ -14,7 +14,6 @@ from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, setting
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
-from sae_kernels.nn.objective import total
 from sae_kernels.nn.registry import Preset, register
 
 if TYPE_CHECKING:
@@ -111,6 +110,7 @@ class JumpReLUSAE(SparseAutoencoder):
     config: JumpReLUConfig
     config_class = JumpReLUConfig
     objective_class = JumpReLUObjective
+    spreads: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
         "jumprelu": Preset(
             "a learned threshold per latent, L0 held at a target",
@@ -183,7 +183,7 @@ class JumpReLUSAE(SparseAutoencoder):
         objective = context.objective
         if objective.sparsity not in ("l0", "target_l0"):
             return super().sparsity(preacts, parts, context)
-        l0 = self._count(preacts) / context.batch_tokens
+        l0 = context.summed(self._fires(preacts)) / context.batch_tokens
         if objective.sparsity == "l0":
             return l0
         target: float = objective.target_l0
@@ -198,15 +198,13 @@ class JumpReLUSAE(SparseAutoencoder):
         """The batch's L0, which the penalty target_l0 is a function of; encodes every token."""
         if context.objective.sparsity != "target_l0":
             return None
-        counts = [self._count(self.select(x, W_enc=context.W_enc)) for x in micro_batches]
+        counts = [self._fires(self.select(x, W_enc=context.W_enc)).sum() for x in micro_batches]
         return torch.stack(counts).sum() / context.n_tokens
 
-    def _count(self, preacts: SparseCodes) -> torch.Tensor:
-        """Number of entries above their threshold, differentiable in the thresholds."""
-        return total(
-            functional.heaviside_ste(
-                preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
-            )
+    def _fires(self, preacts: SparseCodes) -> torch.Tensor:
+        """1 for entries above their threshold, else 0; differentiable in the thresholds."""
+        return functional.heaviside_ste(
+            preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
         )
 
     def _preact(self, preacts: SparseCodes, context: Context) -> torch.Tensor:
@@ -223,4 +221,4 @@ class JumpReLUSAE(SparseAutoencoder):
         entry = functional.gather_by_latent(thresholds, preacts, backend=self.backend)
         over = (preacts.values - entry).relu()
         above = (over * functional.gather_by_latent(weights, preacts, backend=self.backend)).sum()
-        return (below + above) / context.batch_tokens
+        return context.summed(below + above) / context.batch_tokens

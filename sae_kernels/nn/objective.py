@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.base import SparseAutoencoder
+    from sae_kernels.step.ranks import Ranks
 
 
 # Group sizes of the presets: each is n_latents over this, the last takes the rest.
@@ -81,6 +82,7 @@ class Context:
         total_tokens: of a micro-batch, the tokens of its whole batch; None: these are the batch.
         survey: of a micro-batch, what :meth:`~sae_kernels.nn.SparseAutoencoder.survey` found in
             all of them; else None.
+        ranks: the processes that the latents are spread over; None: this one has all.
     """
 
     sae: SparseAutoencoder
@@ -98,6 +100,7 @@ class Context:
     leaves: dict[str, torch.Tensor] | None = None
     total_tokens: int | None = None
     survey: Any = None
+    ranks: Ranks | None = None
     # functools.cached_property has a lock before Python 3.12, at which a compiled graph breaks.
     _known: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, init=False)
 
@@ -110,6 +113,11 @@ class Context:
     def batch_tokens(self) -> int:
         """Tokens of the whole batch, over which losses are averaged."""
         return self.n_tokens if self.total_tokens is None else self.total_tokens
+
+    def summed(self, entries: torch.Tensor) -> torch.Tensor:
+        """The sum over all latents' entries, in fp32 at least: a dense tile's may be bf16."""
+        own = entries.sum(dtype=torch.promote_types(entries.dtype, torch.float32))
+        return own if self.ranks is None else self.ranks.total(own)
 
     @property
     def norms(self) -> torch.Tensor:
@@ -169,12 +177,7 @@ def sparsity_penalty(codes: SparseCodes, context: Context) -> torch.Tensor:
     if objective.sparsity_norm_weighted:
         weights = sae.latent_norms(context.norms)
         values = values * functional.gather_by_latent(weights, codes, backend=sae.backend)
-    return total(PENALTIES[objective.sparsity](values, context)) / context.batch_tokens
-
-
-def total(entries: torch.Tensor) -> torch.Tensor:
-    """The sum in fp32 at least: a dense tile's entries may be bf16."""
-    return entries.sum(dtype=torch.promote_types(entries.dtype, torch.float32))
+    return context.summed(PENALTIES[objective.sparsity](values, context)) / context.batch_tokens
 
 
 def l1(codes: torch.Tensor, context: Context) -> torch.Tensor:

@@ -69,6 +69,7 @@ class ReLUSAE(SparseAutoencoder):
     config: ReLUConfig
     config_class = ReLUConfig
     objective_class = ReLUObjective
+    spreads: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
         "relu": Preset("ReLU and an L1 penalty"),
         "relu_april": Preset(

@@ -92,6 +92,7 @@ class TopKSAE(SparseAutoencoder):
     config_class = TopKConfig
     objective_class = TopKObjective
     keeps_fixed_number: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
         "topk": Preset("the k largest latents of every token"),
         "multi_topk": Preset(
@@ -123,6 +124,19 @@ class TopKSAE(SparseAutoencoder):
             backend=self.backend,
         )
 
+    def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
+        """:meth:`select` for a training step; of latents over ranks those that win among all."""
+        if context.ranks is None:
+            return super().select_in(context, W_enc)
+        k = int(self.kept_per_token(context.k, context.objective))
+        preacts = self.select(context.x, W_enc=W_enc, k=min(k, len(self.latents)))
+        return preacts.first(context.ranks.winners(preacts, self._keys(preacts), k))
+
+    def _keys(self, preacts: SparseCodes) -> torch.Tensor:
+        """What ranks the entries, like their values."""
+        values, scale = preacts.values.detach(), self.rank_scale()
+        return values if scale is None else values * scale[preacts.indices.long()]
+
     def activate(self, preacts: SparseCodes) -> SparseCodes:
         """ReLU, or the pre-activations themselves with ``relu="none"``."""
         return super().activate(preacts) if self.drops_zeros else preacts
@@ -138,6 +152,9 @@ class TopKSAE(SparseAutoencoder):
         assert isinstance(objective, TopKObjective)
         if objective.multi_topk and (objective.random_prefixes or self.config.groups):
             raise ValueError("multi_topk: expected false with prefixes of latents, got true")
+        spread = len(self.latents) < self.config.n_latents
+        if objective.multi_topk and spread and not self.drops_zeros:
+            raise ValueError("multi_topk: expected false with relu 'none' over ranks, got true")
 
     def kept_per_token(self, k: float, objective: TopKObjective) -> float:
         """Latents selected per token: k, or 4 k for multi-TopK."""
@@ -148,15 +165,25 @@ class TopKSAE(SparseAutoencoder):
         (whole,) = super().reconstructions(preacts, context)
         if not context.objective.multi_topk:
             return [whole]
-        first = torch.arange(preacts.k, device=whole.values.device) < context.k
+        first = self._among_k(preacts, context)
         main = whole._replace(values=torch.where(first, whole.values, 0))
         return [main, whole._replace(weight=_MULTI_WEIGHT)]
+
+    def _among_k(self, preacts: SparseCodes, context: Context) -> torch.Tensor:
+        """Which of the 4 k entries are among a token's k largest, like the values or [4 k]."""
+        if context.ranks is None:
+            return torch.arange(preacts.k, device=preacts.values.device) < context.k
+        assert preacts.offsets is not None
+        counts = context.ranks.winners(preacts, self._keys(preacts), int(context.k))
+        tokens = preacts.tokens.long()
+        place = torch.arange(len(tokens), device=tokens.device) - preacts.offsets[tokens]
+        return place < counts[tokens]
 
     def main_codes(
         self, preacts: SparseCodes, values: torch.Tensor, k: float, objective: TopKObjective
     ) -> SparseCodes:
         """The k largest entries, without multi-TopK's further ones."""
-        if not objective.multi_topk:
+        if not objective.multi_topk or preacts.offsets is not None:
             return preacts.with_values(values)
         first = slice(None), slice(int(k))
         return preacts.with_values(values[first], preacts.indices[first])

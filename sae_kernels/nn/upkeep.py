@@ -24,6 +24,7 @@ class Upkeep(nn.Module):
     """Methods of every SAE that are not its function; safetensors is imported when they need it."""
 
     config: Any
+    latents: range
     metadata: dict[str, Any]
     is_fresh: bool
     compute_dtype: torch.dtype | None
@@ -116,7 +117,8 @@ class Upkeep(nn.Module):
         """A copy that shares no memory with this module."""
         with torch.device("meta"):
             make: Any = type(self)
-            copy: _SAE = make(self.config, compute_dtype=self.compute_dtype, backend=self.backend)
+            options = {"compute_dtype": self.compute_dtype, "backend": self.backend}
+            copy: _SAE = make(self.config, **options, latents=self.latents)
         weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
         copy.metadata, copy.is_fresh = dict(self.metadata), self.is_fresh

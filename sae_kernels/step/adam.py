@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.optimizer import OptimizerConfig
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.primitives.terms import Term
+    from sae_kernels.step.ranks import Ranks
 
     Moments = tuple[torch.Tensor, torch.Tensor]
 
@@ -35,6 +36,7 @@ class FusedAdam:
         dtype: dtype of the compute copies.
         moments: somebody else's moments by parameter name, trained where they lie; the others
             begin as zeros.
+        ranks: the processes that have the other latents; None: all are here.
 
     Attributes:
         matrices: matrix view, Adam moments and compute copy of each parameter, by name.
@@ -47,8 +49,9 @@ class FusedAdam:
         config: OptimizerConfig,
         dtype: torch.dtype,
         moments: Mapping[str, Moments],
+        ranks: Ranks | None = None,
     ) -> None:
-        self.sae, self.config = sae, config
+        self.sae, self.config, self.ranks = sae, config, ranks
         self.matrices = {
             name: _adam_matrix(
                 name, parameter, dtype, config, name in sae.non_latent_vectors, moments.get(name)
@@ -130,11 +133,17 @@ class FusedAdam:
             rows = row_sqnorm(
                 row.param, gradient, high=high, norm=norm, slices=slices, backend=backend
             )
-            squares.append(rows.sum())
+            squares.append(self._sum(name, rows))
         length = torch.stack(squares).sum().sqrt()
         # torch.nn.utils.clip_grad_norm_'s formula, its 1e-6 included.
         clip = (self.config.clip_norm / (length + 1e-6)).clamp(max=1.0)
         return clip, _finite(loss) & _finite(length)
+
+    def _sum(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of a number per row of a parameter, over the rows of all ranks."""
+        if self.ranks is None or not self.sae.has_row_per_latent(name):
+            return rows.sum()
+        return self.ranks.over_latents(lambda some: rows[some].sum())
 
     def _hyper(
         self, lr: float | torch.Tensor, clip: torch.Tensor | None, finite: torch.Tensor
@@ -174,10 +183,7 @@ class OutsideGradient(NamedTuple):
             parameter = parameters.get(name)
             if parameter is None:
                 raise ValueError(f"gradients: expected names of parameters, got {name!r}")
-            by_latent = len(parameter) == sae.config.n_latents and name not in (
-                *sae.non_latent_vectors,
-                "W_skip",
-            )
+            by_latent = sae.has_row_per_latent(name)
             shape, latents = list(parameter.shape), self.latents
             if by_latent and latents is not None:
                 shape[0] = len(latents)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.step.ranks import Ranks
 
     Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -198,9 +199,11 @@ class StepBase:
         optimizer: Adam's settings and precisions; None: the defaults.
         steps: length of the run, over which the sparsity schedule unfolds.
         seed: seed of a Matryoshka SAE's random prefixes.
+        ranks: the processes that train the SAE together, which has some of its latents here; None:
+            this one has all.
 
     Attributes:
-        sae, objective, optimizer: as given, or the defaults.
+        sae, objective, optimizer, ranks: as given, or the defaults.
         dtype: dtype of the kernels' operands.
         dead: the dead-latent counters.
         schedule: coefficient and exponent of the sparsity penalty.
@@ -215,18 +218,21 @@ class StepBase:
         *,
         steps: int = 1000,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         objective = sae.objective_class() if objective is None else objective
         sae.check_objective(objective)
-        self.sae, self.objective, self.seed = sae, objective, seed
+        self.sae, self.objective, self.seed, self.ranks = sae, objective, seed, ranks
         self._reads, self._writes = sae.config.input_width, sae.config.output_width
         self._transcodes = sae.config.transcodes
         self.optimizer = OptimizerConfig() if optimizer is None else optimizer
         device = sae.W_enc.device
         self.dtype = compute_dtype(self.optimizer.compute, device)
         self._check_settings()
+        if ranks is not None:
+            ranks.check(self)
         self._dtype_before, sae.compute_dtype = sae.compute_dtype, self.dtype
-        self.dead = DeadLatents(sae.config.n_latents, objective.dead_after_tokens, device)
+        self.dead = DeadLatents(len(sae.latents), objective.dead_after_tokens, device)
         self.schedule = SparsitySchedule(objective, steps)
         self.k_aux = objective.k_aux or max(1, sae.config.input_width // 2)
 
@@ -267,6 +273,8 @@ class StepBase:
         sae, n_tokens = self.sae, inputs.micro_batches.n_tokens
         if len(inputs.micro_batches) == 1:
             return None
+        if self.ranks is not None:
+            raise ValueError("x: expected whole batches with latents over ranks, got micro-batches")
         kept = sae.kept_per_token(self._k(k), self.objective)
         with torch.no_grad():
             return sae.survey(inputs, SurveyContext(self.objective, n_tokens, kept, W_enc))
@@ -287,7 +295,10 @@ class StepBase:
         leaves: dict[str, torch.Tensor] | None = None,
     ) -> Context:
         """The objective's context of a batch at this step; :class:`Context` has the arguments."""
-        sae, schedule = self.sae, self.schedule
+        sae, schedule, ranks = self.sae, self.schedule, self.ranks
+        prefixes = sae.prefixes(self.objective, schedule.step, self.seed)
+        if prefixes is not None and ranks is not None:
+            prefixes = ranks.prefixes(prefixes, sae.latents)
         return Context(
             sae=sae,
             objective=self.objective,
@@ -301,9 +312,10 @@ class StepBase:
             dead_mask=self.dead.mask,
             total_tokens=total_tokens,
             survey=survey,
-            prefixes=sae.prefixes(self.objective, schedule.step, self.seed),
+            prefixes=prefixes,
             skip_input=skip_input,
             leaves=leaves,
+            ranks=ranks,
         )
 
     def advance(
@@ -318,7 +330,9 @@ class StepBase:
         A step that was not ``finite`` only moves the schedule on.
         """
         self.sae.is_fresh = False
-        l0 = fired.sum() / n_tokens if l0 is None else l0
+        if l0 is None:
+            kept = fired.sum()
+            l0 = (kept if self.ranks is None else self.ranks.total(kept)) / n_tokens
         self.dead.update(fired, n_tokens, ~finite)
         self.schedule.advance(l0)
         self.sae.after_step_(finite)

@@ -52,7 +52,7 @@ class _TiledPass:
         # fp16 operands are rounded to fp16 and multiplied in fp32.
         self.x = context.x.to(self.product)
         self.W_enc, self.W_dec = (W.to(dtype).to(self.product) for W in (W_enc, W_dec))
-        F = self.sae.config.n_latents
+        F = len(self.sae.latents)
         width = max(1, min(F, _TILE_BYTES // (4 * context.n_tokens)))
         self.tiles = [slice(first, min(first + width, F)) for first in range(0, F, width)]
         self.every = torch.arange(F, dtype=torch.int32, device=context.x.device)
@@ -62,7 +62,7 @@ class _TiledPass:
         sae = self.sae
         bias = sae.b_enc.detach()[latents].to(self.product)
         h = torch.nn.functional.linear(self.x, self.W_enc[latents], bias)
-        preacts = SparseCodes(h, self.every[latents].expand(h.shape), sae.config.n_latents)
+        preacts = SparseCodes(h, self.every[latents].expand(h.shape), len(self.every))
         with torch.enable_grad():
             entries, leaves = with_leaves(sae, preacts)
             parts, penalty = objective_of(entries, self.context)
@@ -93,7 +93,7 @@ class _TiledPass:
         self, reconstructed: list[_Output]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Second pass: gradients of W_enc, W_dec and the leaves by name ("h": summed over B)."""
-        F, target = self.sae.config.n_latents, self.context.target
+        F, target = len(self.every), self.context.target
         dW_enc = target.new_empty(F, self.x.shape[1])
         dW_dec = target.new_empty(F, target.shape[1])
         dx_hats = [(out.factor * out.residual).to(self.product) for out in reconstructed]

@@ -11,6 +11,7 @@ from sae_kernels.step.adam import FusedAdam, added, with_rows
 from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance
 from sae_kernels.step.dense_pass import dense_pass
 from sae_kernels.step.sparse_pass import PassResult, rows_weighted, sparse_pass
+from sae_kernels.step.state import DeadRows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,11 +110,12 @@ class FusedStep(StepBase):
         **options: Any,
     ) -> None:
         super().__init__(sae, *arguments, **options)
-        self.adam = FusedAdam(sae, self.optimizer, self.dtype, moments or {})
+        self.adam = FusedAdam(sae, self.optimizer, self.dtype, moments or {}, self.ranks)
         self.matrices, self.n_updates = self.adam.matrices, self.adam.n_updates
         # Lazy Adam skips latents that did not fire; a dense gradient has a row for every latent.
         dense_adam = self.optimizer.adam == "dense"
-        self.can_be_dense = dense_adam and sae.sums_over_entries(self.objective)
+        sums = self.ranks is None and sae.sums_over_entries(self.objective)
+        self.can_be_dense = dense_adam and sums
         # ReLU-like SAEs start dense.
         self.dense_next = self.can_be_dense
         self._scratch: torch.Tensor | None = None
@@ -210,7 +212,7 @@ class FusedStep(StepBase):
         gradients = total.gradients
         # The input's gradient and AuxK read the weights from before the update.
         if sae.config.subtract_b_dec:
-            through_input = rows_weighted(W_enc, total.dh_sum, sae.backend)
+            through_input = self._through_input(W_enc, total.dh_sum)
             gradients["b_dec"] = _minus(gradients["b_dec"], through_input)
         aux_loss = aux.finish(gradients)
         return Differentiated(
@@ -250,10 +252,17 @@ class FusedStep(StepBase):
         finite = self.adam.update(gradients, loss, lr)
         l0 = self.advance(done.fired, done.n_tokens, finite)
         if self.can_be_dense:
-            entries = done.n_tokens * self.sae.config.n_latents
+            entries = done.n_tokens * len(self.sae.latents)
             self.dense_next = done.n_kept > DENSE_FROM * entries
         error = done.errors if done.errors.dim() == 0 else done.errors[-1]
         return StepResult(loss, error / done.variance, l0, aux_loss, ~finite, done.fired)
+
+    def _through_input(self, W_enc: torch.Tensor, dh_sum: torch.Tensor) -> torch.Tensor:
+        """``W_enc^T dh_sum`` over all latents, the gradient of x summed over tokens."""
+        backend, ranks = self.sae.backend, self.ranks
+        if ranks is None:
+            return rows_weighted(W_enc, dh_sum, backend)
+        return ranks.over_latents(lambda some: rows_weighted(W_enc[some], dh_sum[some], backend))
 
     def _encoder_input(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens in the compute dtype, centred where that is the variant; valid until the next."""
@@ -339,32 +348,37 @@ class AuxK:
         self._sums: tuple[torch.Tensor, ...] | None = None
         if step.objective.auxk_alpha:
             sae, most = step.sae, step.objective.auxk_latents
-            self.latents, self.count = step.dead.pick(most, sae.backend)
+            latents, count = step.dead.pick(most, sae.backend)
+            W_enc, W_dec = step.adam.operand("W_enc"), step.adam.operand("W_dec")
+            self.rows = DeadRows(W_enc, sae.b_enc, W_dec, latents, count, own=latents)
+            if step.ranks is not None:
+                ages = step.dead.since_fired
+                self.rows = step.ranks.longest_dead(self.rows, ages, most)
 
     @property
     def _is_on(self) -> bool:
         # On the CPU alone the number of dead latents is known.
-        return bool(self.step.objective.auxk_alpha) and self.latents.numel() > 0
+        return bool(self.step.objective.auxk_alpha) and self.rows.latents.numel() > 0
 
     def add(self, residual: torch.Tensor, context: Context) -> None:
         """Takes in the rows of a batch or micro-batch, given the main residual."""
         if not self._is_on:
             return
-        step, sae = self.step, self.step.sae
+        step, rows = self.step, self.rows
         if self.variance is not None:
             self.variance.add(residual)
         parts = auxk(
             context.x,
             residual,
-            step.adam.operand("W_enc"),
-            sae.b_enc,
-            step.adam.operand("W_dec"),
-            self.latents,
-            self.count,
+            rows.W_enc,
+            rows.b_enc,
+            rows.W_dec,
+            rows.latents,
+            rows.number,
             step.k_aux,
             step.objective.auxk_alpha,
             None if self.variance is None else residual.new_ones(()),
-            backend=sae.backend,
+            backend=step.sae.backend,
         )
         before = self._sums
         pairs = [] if before is None else zip(before, parts, strict=True)
@@ -376,9 +390,9 @@ class AuxK:
             return self.step.dead.since_fired.new_zeros((), dtype=torch.float32)
         sums = self._sums
         if self.variance is not None:  # with no dead latent all is 0, whatever the variance
-            weight = torch.where(self.count > 0, 1 / self.variance.total, 0)
+            weight = torch.where(self.rows.number > 0, 1 / self.variance.total, 0)
             sums = tuple(weight * each for each in sums)
         loss, dW_enc, db_enc, dW_dec = sums
         for name, block in (("W_enc", dW_enc), ("b_enc", db_enc[:, None]), ("W_dec", dW_dec)):
-            gradients[name] = with_rows(gradients[name], block, self.latents)
+            gradients[name] = with_rows(gradients[name], block, self.rows.own)
         return loss

@@ -132,7 +132,8 @@ def _decode(
     W_dec: torch.Tensor, preacts: SparseCodes, part: Reconstruction, context: Context
 ) -> _Decoded:
     sae, prefixes, values = context.sae, context.prefixes, part.values.detach()
-    residual, squares, grad = decode_residual(
+    decoded = decode_residual if context.ranks is None else context.ranks.decode_residual
+    residual, squares, grad = decoded(
         values,
         preacts.indices,
         W_dec,
@@ -175,7 +176,7 @@ def _encoder_gradients(
     order: LatentOrder, grads: dict[str, torch.Tensor], context: Context
 ) -> tuple[dict[str, Gradient], torch.Tensor]:
     """Gradients of W_enc and the per-latent vectors, plus the summed dL/dh."""
-    sae, F = context.sae, context.sae.config.n_latents
+    sae, F = context.sae, len(context.sae.latents)
     terms, biases = [order.term(grads["h"], context.x)], [order.term(grads["h"], None)]
     if "preact_sums" in grads:
         by_sum = grads["preact_sums"]

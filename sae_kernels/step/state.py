@@ -104,6 +104,24 @@ class DeadLatents:
         return latents[: int(count)].long()
 
 
+class DeadRows(NamedTuple):
+    """The latents that are dead longest, and what AuxK reads of them.
+
+    Attributes:
+        W_enc, b_enc, W_dec: hold their rows, at ``latents``.
+        latents: int32 [A], -1 is padding.
+        number: scalar, how many there are.
+        own: int32 [A], the number of each in this process; -1: another has it.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    latents: torch.Tensor
+    number: torch.Tensor
+    own: torch.Tensor
+
+
 class SparsitySchedule:
     """Schedule of the sparsity penalty: its coefficient and its exponent p at each step.
 

@@ -1,0 +1,1 @@
+"""Training on several processes: latents over ranks. It alone imports torch.distributed."""

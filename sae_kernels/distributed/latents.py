@@ -1,0 +1,201 @@
+"""Latents over ranks: each has the rows of some latents, and sees all tokens.
+
+Each token has an owner among the ranks. Its winners are found exactly, by counts: every rank sends
+the owner the keys of its k best entries, and gets back how many of them are among the k best of
+all. These are the first of its sorted list, and rank order is latent order, so that ties go to the
+lower latent as on one device. The owners add up partial reconstructions, and the residuals are
+gathered; all else is local. With gathered activations of s bytes a number a rank sends
+``(G - 1) / G B (D (s + 8) + 4 K + 4)`` bytes a step, whatever F is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+from sae_kernels.distributed.batch_topk import largest
+from sae_kernels.distributed.collectives import Collectives, added, share
+from sae_kernels.primitives.code_grad import code_grad
+from sae_kernels.primitives.decode import decode
+from sae_kernels.step import FusedStep
+from sae_kernels.step.state import DeadRows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed import ProcessGroup
+
+    from sae_kernels.codes import SparseCodes
+    from sae_kernels.nn.objective import Prefixes
+    from sae_kernels.step.base import StepBase
+
+
+class LatentRanks:
+    """:class:`~sae_kernels.step.ranks.Ranks` over a process group.
+
+    Args:
+        group: the processes; None: this one alone.
+        n_latents: of the whole SAE.
+        blocks: every sum over latents is made of this many blocks' sums, added up in the order of a
+            binary tree: runs on all numbers of ranks agree bit for bit for which each has a power
+            of two of them. 0: as it is fastest.
+
+    Attributes:
+        rank, size: of the group.
+        n_latents: as given.
+        latents: those of this rank.
+        collectives: the exchanges, which count the bytes they send.
+
+    Raises:
+        ValueError: fewer latents than ranks, or blocks that do not divide the latents.
+    """
+
+    def __init__(self, group: ProcessGroup | None, n_latents: int, *, blocks: int = 0) -> None:
+        self.collectives = Collectives(group)
+        self.rank, self.size = self.collectives.rank, self.collectives.size
+        shares = [share(n_latents, rank, self.size) for rank in range(self.size)]
+        if not shares[-1]:
+            raise ValueError(
+                f"n_latents: expected latents for each of {self.size} ranks, got {n_latents}, of "
+                f"which the first ranks take {len(shares[0])} each; use fewer ranks"
+            )
+        if blocks and n_latents % blocks:
+            raise ValueError(f"blocks: expected a divisor of n_latents = {n_latents}, got {blocks}")
+        self.n_latents, self.latents = n_latents, shares[self.rank]
+        self._largest_share = len(shares[0])
+        f = len(self.latents)
+        n_blocks = max(1, blocks // self.size) if blocks % self.size == 0 else 1
+        self._blocks = [slice(i * f // n_blocks, (i + 1) * f // n_blocks) for i in range(n_blocks)]
+
+    def check(self, step: StepBase) -> None:
+        """Raises ValueError for what cannot be trained with latents spread over ranks."""
+        sae = step.sae
+        if sae.latents != self.latents:
+            raise ValueError(
+                f"latents: expected those of rank {self.rank}, {self.latents}, got {sae.latents}"
+            )
+        if not isinstance(step, FusedStep):
+            raise ValueError("route: expected 'fused' with latents over ranks, got another step")
+        if not sae.spreads:
+            raise ValueError(
+                "latents over ranks: expected an architecture whose selection goes over them, got "
+                f"{type(sae).__name__}; train it in one process"
+            )
+        if step.objective.sparsity == "lp":
+            raise ValueError("sparsity: expected another than 'lp' with latents over ranks")
+        if sae.rows_to_finish(step.objective):
+            raise ValueError("fix_shrinkage: expected false with latents over ranks, got true")
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a small tensor over ranks; its gradient reaches this rank's own part."""
+        own = x.detach()
+        return self.collectives.total(own) + (x - own)
+
+    def over_latents(self, part: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """The sum over all latents, given the one over some of this rank's."""
+        return self.collectives.total(added([part(block) for block in self._blocks]))
+
+    def winners(self, codes: SparseCodes, keys: torch.Tensor, k: int) -> torch.Tensor:
+        """How many of each token's entries are among its k largest of all ranks, [B]."""
+        width = min(k, self._largest_share)
+        # A smaller share is the last rank's: what is padded comes after all that are equal to it.
+        if codes.offsets is None:
+            sent = pad(keys[:, :k], (0, width - min(k, keys.shape[1])), value=-torch.inf)
+        else:
+            tokens = codes.tokens.long()
+            place = torch.arange(len(tokens), device=tokens.device) - codes.offsets[tokens]
+            sent = keys.new_full((len(codes.offsets) - 1, width), -torch.inf)
+            first = place < width
+            sent[tokens[first], place[first]] = keys[first]
+        every = self.collectives.to_owners(sent, "candidates")
+        every = every.transpose(0, 1).flatten(1)
+        best = (every + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :k] // width
+        counts = best.new_zeros((self.size, len(best)), dtype=torch.int32)
+        counts.T.scatter_add_(1, best, torch.ones_like(best, dtype=torch.int32))
+        return self.collectives.exchange(counts, "counts").flatten()[: len(sent)]
+
+    def largest_of_batch(
+        self, codes: SparseCodes, keys: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which entries are among the ``count`` largest of all ranks, and how many all have."""
+        places = codes.tokens.long() * self.n_latents + codes.indices + self.latents.start
+        return largest(keys, places, count, self.collectives)
+
+    def least(self, x: torch.Tensor) -> torch.Tensor:
+        """The smallest of a scalar over ranks."""
+        return self.collectives.gather(x, "sums").amin(0)
+
+    def decode_residual(
+        self,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        W: torch.Tensor,
+        b_dec: torch.Tensor,
+        target: torch.Tensor,
+        drop_zeros: bool,
+        group_ends: torch.Tensor | None = None,
+        group_weights: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        *,
+        backend: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The primitive of this name, with x_hat the sum of the rows of all ranks' entries."""
+        n, own = len(target), self.collectives.share(len(target))
+
+        def sums(block: slice) -> torch.Tensor:
+            inside = values
+            if len(self._blocks) > 1:
+                here = (indices >= block.start) & (indices < block.stop)
+                inside = torch.where(here, values, 0)
+            return decode(inside, indices, W, None, group_ends, offsets, backend=backend)
+
+        # Prefixes [G, B, D] are exchanged as [B, G, D].
+        partial = added([sums(block) for block in self._blocks])
+        by_token = partial if group_ends is None else partial.transpose(0, 1)
+        mine = added(list(self.collectives.to_owners(by_token, "partial sums").unbind()))
+        shift = b_dec - target[own]
+        mine = mine[: len(shift)] + (shift if group_ends is None else shift[:, None])
+        e = self.collectives.gather_rows(mine, n, "residuals")
+        if group_ends is not None:
+            e = e.transpose(0, 1).contiguous()
+        squares = e.square().sum(-1)
+        if group_weights is not None:
+            e = e * group_weights[:, None, None]
+        if group_ends is not None:
+            e = e.flip(0).cumsum(0).flip(0)
+        grad = code_grad(e, indices, W, group_ends, offsets, backend=backend)
+        if drop_zeros:
+            grad = torch.where(values == 0, 0, grad)
+        return e, squares, grad
+
+    def prefixes(self, whole: Prefixes, latents: range) -> Prefixes:
+        """Prefixes of all latents as prefixes of those in this process."""
+        ends = (whole.ends - latents.start).clamp(0, len(latents))
+        return whole._replace(ends=ends.to(torch.int32))
+
+    def longest_dead(self, own: DeadRows, ages: torch.Tensor, at_most: int) -> DeadRows:
+        """The latents of all ranks that are dead longest, given this rank's and their ages."""
+        latents, device = own.latents, ages.device
+        found = pad(latents, (0, at_most - len(latents)), value=-1).long()
+        known = torch.where(found >= 0, ages[found.clamp(min=0)], -1)
+        every = self.collectives.gather(known, "ages").flatten()
+        order = every.sort(descending=True, stable=True).indices[:at_most]
+        count = (every[order] >= 0).sum(dtype=torch.int32)
+        chosen = torch.where(every[order] >= 0, order, every.numel()).sort().values
+        if device.type == "cpu":  # here alone the host knows how many there are
+            chosen = chosen[: int(count)]
+        place = chosen - self.rank * at_most
+        mine = (place >= 0) & (place < at_most)
+        local = torch.where(mine, found[place.clamp(0, at_most - 1)], -1)
+
+        def rows(of: torch.Tensor) -> torch.Tensor:
+            picked = of.detach()[local.clamp(min=0)]
+            picked[~mine] = 0
+            # Each row is one rank's, and zeros elsewhere: sums of its bytes are its bytes.
+            return self.collectives.counted(picked.view(torch.uint8), "dead rows").view(of.dtype)
+
+        W_enc, W_dec, b_enc = rows(own.W_enc), rows(own.W_dec), rows(own.b_enc[:, None])
+        every_row = torch.arange(len(chosen), dtype=torch.int32, device=device)
+        return DeadRows(W_enc, b_enc[:, 0], W_dec, every_row, count, local.to(torch.int32))

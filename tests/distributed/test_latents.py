@@ -1,0 +1,164 @@
+"""Latents over ranks: the same kept entries as one process, and the same training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.distributed.problems import batch_winners, joined, kept_sets, trained
+from tests.distributed.world import on_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+
+CLIPPED = {"compute": "float32", "clip_norm": 0.05}
+TRANSCODER = {"skip": True, "d_out": 12, "subtract_b_dec": False}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"optimizer": CLIPPED},
+    "auxk": {
+        "objective": {"dead_after_tokens": 150, "auxk_latents": 16},
+        "optimizer": CLIPPED,
+    },
+    "lazy": {"optimizer": {"compute": "float32", "adam": "lazy"}},
+    "bf16": {"optimizer": {"compute": "bfloat16", "master_weights": "split"}},
+    "by_norm": {"config": {"rank_by_decoder_norm": True, "unit_norm_decoder": False}},
+    "negative": {"config": {"relu": "none"}},
+    "k_above_a_share": {"config": {"n_latents": 13}},
+    "matryoshka": {"config": {"groups": (10, 20, 69)}},
+    "random_prefixes": {"objective": {"random_prefixes": 4}},
+    "skip": {"config": TRANSCODER},
+    "multi": {"objective": {"multi_topk": True}},
+    "multi_by_norm": {"config": {"rank_by_decoder_norm": True}, "objective": {"multi_topk": True}},
+    "batch": {"kind": "batchtopk", "optimizer": CLIPPED},
+    "batch_by_norm": {
+        "kind": "batchtopk",
+        "config": {"k": 5.5, "rank_by_decoder_norm": True, "groups": (10, 20, 69)},
+    },
+    "jumprelu": {"kind": "jumprelu", "objective": {"target_l0": 6.0}},
+    "jumprelu_revived": {
+        "kind": "jumprelu",
+        "objective": {"preact_coefficient": 0.1, "dead_after_tokens": 150, "sparsity": "tanh"},
+    },
+    "relu": {"kind": "relu", "objective": {"sparsity_norm_weighted": True}},
+    "gated": {"kind": "gated"},
+}
+SIZES = [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4))]
+LR = 1e-3
+
+
+def problem(name: str) -> dict[str, Any]:
+    changed, kind = CASES[name], CASES[name].get("kind", "topk")
+    config = {"d_in": 16, "n_latents": 99}
+    if kind in ("topk", "batchtopk"):
+        config["k"] = 6
+    return {
+        "kind": kind,
+        "config": config | changed.get("config", {}),
+        "objective": changed.get("objective", {}),
+        "optimizer": changed.get("optimizer", {"compute": "float32"}),
+    }
+
+
+def all_trained(group: ProcessGroup, names: Sequence[str], steps: int) -> dict[str, Any]:
+    return {name: trained(group, problem(name), steps) for name in names}
+
+
+def check_together(found: list[dict[str, Any]], one: dict[str, Any], steps: int) -> None:
+    """Ranks have the same figures, and those and the weights of one process within rounding."""
+    assert all(each["lines"] == found[0]["lines"] for each in found)
+    lines, expected = torch.tensor(found[0]["lines"]), torch.tensor(one["lines"])
+    torch.testing.assert_close(lines, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(lines[:, 2], expected[:, 2]), "an entry more or less was kept"
+    weights = joined([each["weights"] for each in found], one["weights"])
+    state = joined([each["state"] for each in found], one["state"])
+    assert torch.equal(state["dead.since_fired"], one["state"]["dead.since_fired"])
+    for name, weight in weights.items():
+        # A step moves a weight by up to LR: a wrong gradient would show in that order.
+        away = float((weight - one["weights"][name]).abs().max())
+        assert away < 1e-3 * steps * LR, f"{name} is {away} away"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kept_set_is_that_of_one_process(size: int) -> None:
+    for differing in on_ranks(size, kept_sets, 20, 60):
+        assert not differing, "\n".join(differing)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_batch_keeps_what_one_process_would(size: int) -> None:
+    for differing in on_ranks(size, batch_winners, 20):
+        assert not differing, "\n".join(differing)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_kept_set_of_very_many_tokens(size: int) -> None:
+    assert on_ranks(size, kept_sets, 10, 10_000) == [[]] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_training_is_that_of_one_process(size: int) -> None:
+    steps = 6
+    found = on_ranks(size, all_trained, list(CASES), steps)
+    for name in CASES:
+        one = trained(None, problem(name), steps, spread=False)
+        check_together([each[name] for each in found], one, steps)
+        if name == "auxk":
+            assert one["lines"][-1][3] > 0, "no latent was dead"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_training_stays_that_of_one_process(size: int) -> None:
+    steps = 200
+    one = trained(None, problem("auxk"), steps, spread=False)
+    found = on_ranks(size, trained, problem("auxk"), steps)
+    check_together(found, one, steps)
+
+
+def volume(group: ProcessGroup, n_tokens: int) -> dict[str, int]:
+    found = trained(group, problem("plain"), 1, n_tokens)["sent"]
+    return {"sent": sum(found.values()), "sums": found.pop("sums")}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_rank_sends(size: int) -> None:
+    """(G - 1) / G B (8 D + 4 K + 4) bytes, and sums of the size of b_dec."""
+    B, D, K = 96, 16, 6
+    for sent in on_ranks(size, volume, B):
+        expected = (size - 1) / size * B * (8 * D + 4 * K + 4)
+        assert sent["sent"] - sent["sums"] == pytest.approx(expected, rel=1e-9)
+        assert sent["sums"] <= (size - 1) * (4 * D + 8)
+
+
+REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
+    ("topk", 5, {}, "n_latents: expected latents for each of 4 ranks, got 5"),
+    ("relu", 64, {"sparsity": "lp"}, "sparsity: expected another than 'lp'"),
+    ("relu", 64, {"fix_shrinkage": True}, "fix_shrinkage: expected false"),
+    ("switch", 512, {}, "latents over ranks: expected an architecture"),
+]
+
+
+def refusals(group: ProcessGroup) -> list[str]:
+    messages = []
+    for kind, n_latents, objective, _ in REFUSED:
+        config = {"d_in": 16, "n_latents": n_latents}
+        wanted = {"kind": kind, "config": config, "objective": objective, "optimizer": {}}
+        try:
+            trained(group, wanted, 1)
+            messages.append("trained")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_what_cannot_be_spread_is_refused() -> None:
+    for messages in on_ranks(4, refusals):
+        for message, (*_, words) in zip(messages, REFUSED, strict=True):
+            assert words in message
