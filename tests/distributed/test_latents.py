@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sae_kernels.distributed.latents import LatentRanks
 from tests.distributed.problems import batch_winners, joined, kept_sets, trained
 from tests.distributed.world import on_ranks
 
@@ -119,6 +120,36 @@ def test_training_stays_that_of_one_process(size: int) -> None:
     one = trained(None, problem("auxk"), steps, spread=False)
     found = on_ranks(size, trained, problem("auxk"), steps)
     check_together(found, one, steps)
+
+
+def blocks_trained(group: ProcessGroup | None, names: Sequence[str], blocks: int) -> dict[str, Any]:
+    return {name: trained(group, blocky(name), 6, blocks=blocks) for name in names}
+
+
+def blocky(name: str) -> dict[str, Any]:
+    """A problem whose latents blocks divide."""
+    wanted = problem(name)
+    return {**wanted, "config": wanted["config"] | {"n_latents": 96}}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_blocks_give_the_same_bits_on_any_ranks(size: int) -> None:
+    """On those of which each has a power of two of the blocks."""
+    names, blocks = ["auxk", "by_norm", "multi", "batch"], 4 * size
+    one = blocks_trained(None, names, blocks)
+    found = on_ranks(size, blocks_trained, names, blocks)
+    for name in names:
+        each = [results[name] for results in found]
+        assert each[0]["lines"] == one[name]["lines"]
+        for kind in ("weights", "state"):
+            whole = joined([part[kind] for part in each], one[name][kind])
+            for what, tensor in whole.items():
+                assert torch.equal(tensor, one[name][kind][what]), f"{name}: {what}"
+
+
+def test_blocks_divide_the_latents() -> None:
+    with pytest.raises(ValueError, match="blocks: expected a divisor of n_latents = 99, got 8"):
+        LatentRanks(None, 99, blocks=8)
 
 
 def volume(group: ProcessGroup, n_tokens: int) -> dict[str, int]:
