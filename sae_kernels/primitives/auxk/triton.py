@@ -243,7 +243,7 @@ def run(
         return residual.new_zeros(()), *gradients
     if variance is None:
         # Eight columns of fp32 are the 32 bytes that memory is read by: as many programs as can be.
-        n_parts = triton.cdiv(D, 8)
+        n_parts = -(-D // 8)
         variance = residual.new_empty(n_parts)
         _variance[(n_parts,)](residual, count, variance, B, D, BM=256, BN=8, num_warps=4)
     places = latents
@@ -284,7 +284,7 @@ def _teach(
     grad = torch.empty_like(x, dtype=product)
 
     def grid(rows: int, columns: int, tiles: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(rows, tiles["BM"]), triton.cdiv(columns, tiles["BN"])
+        return -(-rows // tiles["BM"]), -(-columns // tiles["BN"])
 
     _scores[grid(T, A, encode)](
         x, dead.W_enc, dead.b_enc, dead.latents, count, scores, T, D, A, WIDEN=upcast, **encode

@@ -104,7 +104,7 @@ def run(
     rows, columns, warps = gather_tile(K, D)
     # Past the last offset nothing is an entry: zero, so that nobody reads what memory held.
     out = grad.new_empty(indices.shape) if offsets is None else grad.new_zeros(indices.shape)
-    programs = B if offsets is not None else B * triton.cdiv(K, rows)
+    programs = B if offsets is not None else B * -(-K // rows)
     _code_grad_kernel[(programs,)](
         grad.contiguous(),
         indices.contiguous(),

@@ -156,7 +156,7 @@ def run(
     groups = 1 if group_ends is None else group_ends.shape[0]
     rows, columns, warps = gather_tile(K, D)
     out = values.new_empty((groups, B, D))
-    _decode_kernel[(B * triton.cdiv(D, columns),)](
+    _decode_kernel[(B * -(-D // columns),)](
         values.contiguous(),
         indices.contiguous(),
         W.contiguous(),

@@ -149,8 +149,8 @@ def run(since_fired: torch.Tensor, after: int, at_most: int) -> tuple[torch.Tens
             since_fired, latents, count, n_latents, after, at_most, BLOCK=_BLOCK, num_warps=_WARPS
         )
         return latents, count
-    chunk = max(_CHUNK, gpu.next_power_of_two(triton.cdiv(n_latents, _MOST_CHUNKS)))
-    n_chunks = triton.cdiv(n_latents, chunk)
+    chunk = max(_CHUNK, gpu.next_power_of_two(-(-n_latents // _MOST_CHUNKS)))
+    n_chunks = -(-n_latents // chunk)
     lanes = gpu.next_power_of_two(n_chunks)
     warps = min(chunk // _CHUNK * _CHUNK_WARPS, 16)
     ages = torch.empty(n_chunks * chunk, dtype=torch.int64, device=device)

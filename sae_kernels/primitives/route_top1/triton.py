@@ -70,7 +70,7 @@ def run(
     columns = max(_FEWEST, gpu.next_power_of_two(E))
     rows = max(_FEWEST, min(_MOST_TOKENS, _LOGITS // columns))
     if B:
-        _route[(triton.cdiv(B, rows),)](
+        _route[(-(-B // rows),)](
             x,
             W,
             b,

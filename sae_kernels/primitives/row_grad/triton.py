@@ -99,7 +99,7 @@ def packed_terms(
 ) -> tuple[tuple[tuple[Any, ...], ...], dict[str, int]]:
     """Terms as the kernels take them, with the sums of their chunks, and the constants of both."""
     longest = max((term.entries.numel() for term in terms), default=0)
-    chunk = max(_SHORTEST_CHUNK, gpu.next_power_of_two(triton.cdiv(longest, _MOST_CHUNKS)))
+    chunk = max(_SHORTEST_CHUNK, gpu.next_power_of_two(-(-longest // _MOST_CHUNKS)))
     constants = {"TERMS": len(terms), "CHUNK": chunk}  # len() in a kernel fails on a None inside
     tile = tile or blocks(width)
     return tuple(_packed_term(term, width, chunk, tile, against) for term in terms), constants
@@ -117,7 +117,7 @@ def _packed_term(
     if chunks == 0:
         return (*common, None)
     sums = coef.new_empty((chunks, width))
-    _sum_chunks[(chunks, triton.cdiv(width, tile.columns))](
+    _sum_chunks[(chunks, -(-width // tile.columns))](
         (*common, None),
         sums,
         against,
@@ -357,17 +357,17 @@ def run(
     """Gathers every row's block of columns."""
     offsets, entries, *_ = terms[0]
     tile = blocks(width) if W is None else beside_products(width)
-    n, parts = entries.numel(), triton.cdiv(width, tile.columns)
+    n, parts = entries.numel(), -(-width // tile.columns)
     against, products = None, terms[0].coef.new_zeros(0 if W is None else terms[0].coef.shape[0])
     if W is not None:
         against = (W.contiguous(), W.new_empty((parts, n), dtype=torch.float32), n)
     packed, constants = packed_terms(terms, width, tile, against)
     stored = torch.float32 if gpu.interpreted() else dtype or torch.float32  # it would cut bf16
     out = terms[0].coef.new_empty((n_latents, width), dtype=stored)
-    grid = (triton.cdiv(n_latents, tile.latents), parts)
+    grid = (-(-n_latents // tile.latents), parts)
     _row_grad[grid](out, packed, against, n_latents, width, **constants, **tile.constants())
     if against is not None and n:
-        _add_products[(triton.cdiv(n, 256),)](
+        _add_products[(-(-n // 256),)](
             products, against[1], offsets.contiguous(), entries.contiguous(), n_latents, n,
             PARTS=parts, BLOCK=256,
         )  # fmt: skip

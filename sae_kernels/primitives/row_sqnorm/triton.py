@@ -75,9 +75,9 @@ def run(
     high = packed(high)
     parts, constants = packed_parts(gradient, param, high)
     tile, part = tile_of(width, norm, slices)
-    count = triton.cdiv(width, part)
+    count = -(-width // part)
     out = torch.empty((count, F), dtype=torch.float32, device=param.device)
-    _row_sqnorm[(triton.cdiv(F, tile.latents), count)](
+    _row_sqnorm[(-(-F // tile.latents), count)](
         out, param, high, parts, F, width, part, NORM=norm, **constants, **tile.constants()
     )
     return out.sum(0)

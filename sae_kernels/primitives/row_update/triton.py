@@ -313,7 +313,7 @@ def packed_parts(
         split, tile = (S, width // S) if S > 1 else None, blocks(width // S)
         row_coef = gradient.row_coef.contiguous()
         norms = torch.empty_like(row_coef)
-        _row_norms[(triton.cdiv(F * S, tile.latents),)](
+        _row_norms[(-(-(F * S) // tile.latents),)](
             norms,
             param,
             high,
@@ -326,9 +326,7 @@ def packed_parts(
     if gradient.dense is not None and gradient.dense_latents is not None:
         dense, latents = gradient.dense.contiguous(), gradient.dense_latents.contiguous()
         slots = latents.new_full((F + 2,), -1)
-        _fill_slots[(triton.cdiv(latents.numel(), 256),)](
-            slots, latents, F, latents.numel(), BLOCK=256
-        )
+        _fill_slots[(-(-latents.numel() // 256),)](slots, latents, F, latents.numel(), BLOCK=256)
     return (terms, row_coef, norms, split, dense, slots), constants
 
 
@@ -347,7 +345,7 @@ def run(
     F, width = param.shape
     parts, constants = packed_parts(gradient, param, copy)
     tile, part = tile_of(width, norm, slices)
-    _row_update[(triton.cdiv(F, tile.latents), triton.cdiv(width, part))](
+    _row_update[(-(-F // tile.latents), -(-width // part))](
         param,
         m,
         v,

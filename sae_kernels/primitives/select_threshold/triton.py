@@ -197,8 +197,8 @@ def run(
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
     operands = (x.contiguous(), W.contiguous(), in_order(b))
     tile = _tile(*operands[:2])
-    n_tiles = triton.cdiv(F, tile.columns)
-    padded = triton.cdiv(B, tile.rows) * tile.rows
+    n_tiles = -(-F // tile.columns)
+    padded = -(-B // tile.rows) * tile.rows
     counts, ends = x.new_empty((2, padded * n_tiles), dtype=torch.int32)
     runs, room = (counts, ends), min(B, 1 << 21) * _ROOM
     entries, found = _find_all(operands, bounds.contiguous(), runs, tile, room)
@@ -209,7 +209,7 @@ def run(
     places = counts[: B * n_tiles].cumsum(0, dtype=torch.int32)
     values = x.new_empty(n, dtype=torch.float32)
     indices = x.new_empty(n, dtype=torch.int32)
-    _put_in_order[(triton.cdiv(B * n_tiles, _RUNS),)](
+    _put_in_order[(-(-(B * n_tiles) // _RUNS),)](
         *runs, places, entries, values, indices, B * n_tiles, RUNS=_RUNS, STEP=_STEP, num_warps=4
     )
     offsets[1:] = places[n_tiles - 1 :: n_tiles]
@@ -231,9 +231,9 @@ def _find_all(
 ) -> tuple[torch.Tensor, list[int]]:
     """The lists, in one tensor and as far as there is room, and the number of entries of each."""
     x, W, b = operands
-    n_tiles = triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(W.shape[0], tile.columns)
+    n_tiles = -(-x.shape[0] // tile.rows) * -(-W.shape[0] // tile.columns)
     blocks = min(n_tiles, gpu.multiprocessors(x.device))
-    capacity = triton.cdiv(room, blocks)
+    capacity = -(-room // blocks)
     if capacity * blocks > _MOST:
         raise ValueError(f"bounds: expected fewer scores above them than {room}; take fewer tokens")
     entries = x.new_empty(blocks * capacity, dtype=torch.int64)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
 
 from sae_kernels import gpu
 from sae_kernels.primitives import candidate_lists, schedule
@@ -107,9 +106,9 @@ def select(
     values = x.new_empty((n_tokens, k), dtype=torch.float32)
     indices = x.new_empty((n_tokens, k), dtype=torch.int32)
     # Rows that only fill tiles have no part in how many lists the cache holds.
-    n_parts = triton.cdiv(n_tokens, schedule.rows_at_once(schedule.capacity(k)))
-    flags = triton.cdiv(x.shape[0], _SAMPLE_ROWS)
-    at_once = max(1, triton.cdiv(flags, max(1, n_parts))) * _SAMPLE_ROWS
+    n_parts = -(-n_tokens // schedule.rows_at_once(schedule.capacity(k)))
+    flags = -(-x.shape[0] // _SAMPLE_ROWS)
+    at_once = max(1, -(-flags // max(1, n_parts))) * _SAMPLE_ROWS
     for start in range(0, x.shape[0], at_once):
         part = slice(start, start + at_once)
         if listed.tokens is None or listed.firsts is None:
@@ -134,7 +133,7 @@ def _select_rows(
     B, k = x.shape[0], values.shape[1]
     capacity = schedule.capacity(k)
     n_sampled, at_once = min(operands.n_latents, capacity), _rows_a_block(capacity)
-    flags = triton.cdiv(B, _SAMPLE_ROWS)
+    flags = -(-B // _SAMPLE_ROWS)
     padded = flags * _SAMPLE_ROWS
     counts, incomplete = x.new_empty((2, padded), dtype=torch.int32)
     lists = CandidateLists(
@@ -148,7 +147,7 @@ def _select_rows(
 
     def keep_best(purpose: Any) -> None:
         # Its number: as a constant each purpose would be a kernel of its own.
-        candidate_lists.keep_best[(triton.cdiv(B, at_once),)](
+        candidate_lists.keep_best[(-(-B // at_once),)](
             *lists, incomplete, pending, rank_scale, *listed[:2], operands.n_latents, B, k,
             purpose.value, capacity, at_once, num_warps=4,
         )  # fmt: skip
@@ -158,7 +157,7 @@ def _select_rows(
         keep_best(OF_A_PASS)
     else:
         keep_best(OF_THE_SAMPLE)
-        n_tiles = triton.cdiv(operands.n_latents, tile.columns)
+        n_tiles = -(-operands.n_latents // tile.columns)
         stride = schedule.stride(n_tiles)
         for start, stop in schedule.column_passes(n_tiles, tile.columns, k, capacity):
             encode_pass(operands, lists, ColumnPass(pending[0], start, stop, stride), tile)
@@ -211,7 +210,7 @@ def _write(
     results = (values, indices, overflow.n, overflow.rows)
     step = min(best, max(1, 4 * _ENTRIES // (at_once * best)))
     sizes = {"CAPACITY": capacity, "BEST": best, "STEP": step}
-    candidate_lists.write_complete[(triton.cdiv(B, at_once),)](
+    candidate_lists.write_complete[(-(-B // at_once),)](
         lists.counts,
         lists.candidates,
         overflow.incomplete,

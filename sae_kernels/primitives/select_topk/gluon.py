@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -81,7 +80,7 @@ def encode_pass(
     """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale, _ = operands
     (B, D), F = x.shape, W.shape[0]
-    n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
+    n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
     _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         _described(x, tile.rows, tile),
         _described(W, tile.columns, tile),

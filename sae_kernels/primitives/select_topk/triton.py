@@ -59,7 +59,7 @@ def encode_pass(
     """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale, listed = operands
     (B, D), F = x.shape, W.shape[0]
-    n_tiles = triton.cdiv(B, tile.rows) * (columns.stop - columns.start)
+    n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
     matrices, constants = tiled(x, W, tile)
     _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         *matrices,

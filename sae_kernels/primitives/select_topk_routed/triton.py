@@ -123,12 +123,12 @@ def _laid_out(
 ) -> tuple[torch.Tensor, ListRows]:
     """The tokens by expert in whole tiles, and whose rows they are."""
     (B, D), n_experts = x.shape, starts.shape[0] - 1
-    n_tiles = triton.cdiv(B, _ROWS) + n_experts if B else 0
+    n_tiles = -(-B // _ROWS) + n_experts if B else 0
     laid_out = x.new_empty((n_tiles * _ROWS, D))
     token_of = tokens.new_empty(n_tiles * _ROWS)
     firsts = tokens.new_empty(n_tiles)
     if B:
-        _lay_out[(n_tiles, triton.cdiv(D, _COPIED))](
+        _lay_out[(n_tiles, -(-D // _COPIED))](
             x,
             tokens,
             starts,

@@ -67,7 +67,7 @@ def run(
     if values is not None:
         kept &= values != 0
     latents, order = torch.where(kept, indices, n_latents).flatten().sort(stable=True)
-    _index_codes[(triton.cdiv(max(n, n_latents + 1), _BLOCK),)](
+    _index_codes[(-(-max(n, n_latents + 1) // _BLOCK),)](
         latents,
         order,
         packed(row_ids),
