@@ -115,6 +115,7 @@ def test_a_choice_of_several_takes_the_first_that_can() -> None:
 def test_the_automatic_choice_takes_the_first_in_order_that_can(
     primitive: str, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("triton", reason="the first of two of these orders is written in it")
     found = backends.candidates(primitive, CPU, torch.bfloat16)
     assert [candidate.backend for candidate in found] == order
     for module in backends._BACKENDS.values():
