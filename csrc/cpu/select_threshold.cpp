@@ -13,7 +13,12 @@ static auto visit_threshold(const SelectThresholdArgs& args, const Visit& visit)
     using Product = decltype(product);
     using E = typename Product::Element;
     if constexpr (FewTokens<E>::template kServes<Product>) {
-      if (FewTokens<E>::pays(args.B, args.screened)) return visit(FewThreshold<E>(args));
+      if (args.narrow && FewNarrow<E>::pays(args.B, args.D)) {
+        return visit(FewThreshold<E, FewNarrow<E>>(args));
+      }
+      if (FewTokens<E>::pays(args.B, args.screened)) {
+        return visit(FewThreshold<E, FewTokens<E>>(args));
+      }
     }
     return visit(SelectThreshold<Product>(args));
   });

@@ -2,6 +2,7 @@
 #include "sae_kernels/select_topk.h"
 
 #include "products.h"
+#include "sae_kernels/few_narrow_topk.h"
 #include "sae_kernels/few_topk.h"
 #include "tables.h"
 
@@ -13,6 +14,10 @@ static auto visit_topk(const SelectTopkArgs& args, const Visit& visit) {
     using Product = decltype(product);
     using E = typename Product::Element;
     if constexpr (FewTokens<E>::template kServes<Product>) {
+      if (args.narrow && FewNarrow<E>::pays(args.B, args.D)) {
+        return args.rank_scale ? visit(FewNarrowTopk<E, true>(args))
+                               : visit(FewNarrowTopk<E, false>(args));
+      }
       if (FewTokens<E>::pays(args.B, args.screened)) {
         return args.rank_scale ? visit(FewTopk<E, true>(args)) : visit(FewTopk<E, false>(args));
       }

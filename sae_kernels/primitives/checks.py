@@ -98,6 +98,42 @@ def encoder(
         raise ValueError(f"x: expected at least one input (D >= 1), got shape {list(x.shape)}")
 
 
+def narrow_shape(n_latents: int, width: int) -> list[int]:
+    """The shape of rows in 8 bits: D numbers, zeros up to whole 32, four fp32 numbers."""
+    return [n_latents, -(-width // 32) * 32 + 16]
+
+
+def narrow(rows: torch.Tensor | None, W: torch.Tensor) -> None:
+    """Raises unless the rows can be an encoder's in 8 bits."""
+    if rows is not None:
+        shape("narrow", rows, narrow_shape(*W.shape), "narrowed(W)")
+        dtype("narrow", rows, (torch.int8,))
+        same_device(W=W, narrow=rows)
+
+
+def latents(given: Sequence[int] | torch.Tensor, n_latents: int) -> torch.Tensor:
+    """Checks a list of latents from 0 to n_latents - 1; returns it as int64 [n].
+
+    Raises:
+        TypeError: not a list of integers.
+        ValueError: an index outside [0, n_latents).
+    """
+    chosen = torch.as_tensor(given)
+    chosen = chosen.long() if chosen.numel() == 0 else chosen
+    if chosen.dim() != 1 or chosen.dtype in (torch.bool, *OPERAND_DTYPES):
+        raise TypeError(
+            f"latents: expected a list of whole numbers, got {chosen.dtype} of shape "
+            f"{list(chosen.shape)}; of a mask give mask.nonzero().flatten()"
+        )
+    wrong = chosen[(chosen < 0) | (chosen >= n_latents)]
+    if wrong.numel():
+        raise ValueError(
+            f"latents: expected numbers from 0 to {n_latents - 1} (n_latents - 1), got "
+            f"{int(wrong[0])}"
+        )
+    return chosen.long()
+
+
 def latents_in_range(
     indices: torch.Tensor, n_latents: int, name: str = "codes", lowest: int = 0
 ) -> None:

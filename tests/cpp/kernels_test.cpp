@@ -3,6 +3,7 @@
 // Usage: kernels_test <isa>; exit code 77 where this machine cannot run the variant.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "buffers.h"
@@ -30,8 +31,30 @@ struct Operands {
   }
 };
 
+// How an encoder rules out scores before it computes them.
+enum class RuledOut { none, screened, narrow };
+constexpr RuledOut kRuledOut[] = {RuledOut::none, RuledOut::screened, RuledOut::narrow};
+
+// Rows of small integers in 8 bits as few_narrow.h has them: nothing is lost by a scale of 1.
+int64_t narrow_bytes(Shape s) { return s.F * ((s.D + 31) / 32 * 32 + 16); }
+void narrow_rows(const std::vector<int>& W, Shape s, Buffer<int8_t>& rows) {
+  const int64_t bytes = narrow_bytes(s) / s.F, stride = bytes - 16;
+  for (int64_t f = 0; f < s.F; ++f) {
+    int8_t* row = &rows[f * bytes];
+    std::fill(row, row + bytes, int8_t{0});
+    int64_t squares = 0;
+    for (int64_t d = 0; d < s.D; ++d) {
+      row[d] = static_cast<int8_t>(W[f * s.D + d]);
+      squares += row[d] * row[d];
+    }
+    const float fields[2] = {1,
+                             static_cast<float>(std::sqrt(static_cast<double>(squares)) * 1.001)};
+    std::memcpy(row + stride, fields, sizeof(fields));
+  }
+}
+
 template <class E>
-void select(const KernelTable& kernels, Shape s, bool scaled, bool screened, int threads,
+void select(const KernelTable& kernels, Shape s, bool scaled, RuledOut how, int threads,
             Random& random) {
   using T = Acc<E>;
   Buffer<E> x(s.B * s.D), W(s.F * s.D);
@@ -39,11 +62,14 @@ void select(const KernelTable& kernels, Shape s, bool scaled, bool screened, int
   Buffer<int32_t> indices(s.B * s.k);
   const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
   const auto scales = fill(scale, random);
+  Buffer<int8_t> narrow(narrow_bytes(s));
+  narrow_rows(operands.W, s, narrow);
   SelectTopkArgs args{kDType<E>,
                       x.data(),
                       W.data(),
                       b.data(),
                       scaled ? scale.data() : nullptr,
+                      how == RuledOut::narrow ? narrow.data() : nullptr,
                       values.data(),
                       indices.data(),
                       s.B,
@@ -51,7 +77,7 @@ void select(const KernelTable& kernels, Shape s, bool scaled, bool screened, int
                       s.F,
                       s.k,
                       {},
-                      screened,
+                      how == RuledOut::screened,
                       nullptr,
                       threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
@@ -75,7 +101,8 @@ void select(const KernelTable& kernels, Shape s, bool scaled, bool screened, int
 // Tokens that go to experts at random, the last of which has none where there are others; inside an
 // expert they come in any order. Every expert has the shape's latents.
 template <class E>
-void select_routed(const KernelTable& kernels, Shape s, int experts, int threads, Random& random) {
+void select_routed(const KernelTable& kernels, Shape s, int experts, RuledOut how, int threads,
+                   Random& random) {
   using T = Acc<E>;
   const int64_t F = experts * s.F;
   Buffer<E> x(s.B * s.D), W(F * s.D);
@@ -96,7 +123,11 @@ void select_routed(const KernelTable& kernels, Shape s, int experts, int threads
   args.values = values.data(), args.indices = indices.data();
   args.B = s.B, args.D = s.D, args.F = F, args.k = s.k, args.threads = threads;
   args.routes = {tokens.data(), starts.data(), experts};
-  args.screened = experts > 1;
+  const Shape whole{s.B, s.D, F, s.k};
+  Buffer<int8_t> narrow(narrow_bytes(whole));
+  narrow_rows(operands.W, whole, narrow);
+  args.narrow = how == RuledOut::narrow ? narrow.data() : nullptr;
+  args.screened = how == RuledOut::screened;
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
   args.workspace = workspace.data();
   check(kernels.select_topk(args), "select_topk, routed: refused", 0);
@@ -150,7 +181,7 @@ void route(const KernelTable& kernels, Shape s, int threads, Random& random) {
 
 // Bounds around `level`: nothing, a few, about half or all scores are above them.
 template <class E>
-void threshold(const KernelTable& kernels, Shape s, int level, bool screened, int threads,
+void threshold(const KernelTable& kernels, Shape s, int level, RuledOut how, int threads,
                Random& random) {
   using T = Acc<E>;
   Buffer<E> x(s.B * s.D), W(s.F * s.D);
@@ -158,8 +189,14 @@ void threshold(const KernelTable& kernels, Shape s, int level, bool screened, in
   const Operands operands{fill(x, random), fill(W, random), fill(b, random)};
   auto bound = fill(bounds, random);
   for (int64_t f = 0; f < s.F; ++f) bounds[f] = static_cast<T>(bound[f] += level);
-  SelectThresholdArgs args{kDType<E>, x.data(), W.data(), b.data(), bounds.data(), s.B,
-                           s.D,       s.F,      screened, nullptr,  threads};
+  Buffer<int8_t> narrow(narrow_bytes(s));
+  narrow_rows(operands.W, s, narrow);
+  SelectThresholdArgs args{kDType<E>,     x.data(),
+                           W.data(),      b.data(),
+                           bounds.data(), how == RuledOut::narrow ? narrow.data() : nullptr,
+                           s.B,           s.D,
+                           s.F,           how == RuledOut::screened,
+                           nullptr,       threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_threshold_workspace(args)), kAlign);
   args.workspace = workspace.data();
   const auto found = kernels.select_threshold(args);
@@ -493,17 +530,19 @@ void all(const KernelTable& kernels, const char* name) {
       where = text;
       Random random(++seed);
       for (const bool scaled : {false, true}) {
-        for (const bool screened : {false, true}) {
-          select<E>(kernels, shape, scaled, screened, threads, random);
+        for (const RuledOut how : kRuledOut) {
+          select<E>(kernels, shape, scaled, how, threads, random);
         }
       }
       for (const int experts : {1, 2, 5}) {
-        select_routed<E>(kernels, shape, experts, threads, random);
+        for (const RuledOut how : kRuledOut) {
+          select_routed<E>(kernels, shape, experts, how, threads, random);
+        }
       }
       route<E>(kernels, shape, threads, random);
       for (const int level : {-100000, 0, 20, 100000}) {
-        for (const bool screened : {false, true}) {
-          threshold<E>(kernels, shape, level, screened, threads, random);
+        for (const RuledOut how : kRuledOut) {
+          threshold<E>(kernels, shape, level, how, threads, random);
         }
       }
       for (const Form& form : kForms) decode<E>(kernels, shape, form, threads, random);

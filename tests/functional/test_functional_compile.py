@@ -18,6 +18,7 @@ from sae_kernels.functional import (
     heaviside_ste,
     jumprelu,
 )
+from sae_kernels.primitives.narrow import narrowed
 from sae_kernels.testing import CASES, Case, assert_bitwise, assert_within, oracles
 from tests.torch_versions import one_graph
 
@@ -296,7 +297,7 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     x, W, b = (None if t is None else t.nan_to_num(0, 1, -1) for t in case.inputs())
     assert x is not None
     assert W is not None
-    values, indices = ops.select_topk(x, W, b, case.K, None, "")
+    values, indices = ops.select_topk(x, W, b, case.K, None, None, "")
     e = torch.randn(case.B, case.D, dtype=values.dtype)
     bias = torch.randn(case.D, dtype=values.dtype)
     ends = torch.tensor([case.F // 2, case.F], dtype=torch.int32)
@@ -310,17 +311,17 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     since_fired = torch.arange(case.F)
     latents, count = ops.pick_dead(since_fired, max(1, case.F // 2), case.F, "")
     dead = (W, row_coef, param.to(W.dtype), latents, count, 3, 1 / 32)
-    ragged = ops.select_threshold(x, W, b, row_coef, "")
+    ragged = ops.select_threshold(x, W, b, row_coef, None, "")
     parts = param[:, : next(n for n in (3, 2, 1) if case.D % n == 0)].contiguous()
     both, weights = torch.stack([e, e]), torch.rand(2, dtype=values.dtype)
     n_experts = next(n for n in (3, 2, 1) if case.F % n == 0)
     routes = oracles.routes(torch.arange(case.B) % n_experts, n_experts)
     k_routed = min(case.K, case.F // n_experts)
-    for backend in ("cpu", "reference"):
-        yield ops.select_topk, (x, W, b, case.K, None, backend)
+    for backend, rows in (("cpu", None), ("cpu", narrowed(W)), ("reference", None)):
+        yield ops.select_topk, (x, W, b, case.K, None, rows, backend)
         yield ops.route_top1, (x, W, b, backend)
-        yield ops.select_topk_routed, (x, W, b, k_routed, *routes, backend)
-        yield ops.select_threshold, (x, W, b, row_coef, backend)
+        yield ops.select_topk_routed, (x, W, b, k_routed, *routes, rows, backend)
+        yield ops.select_threshold, (x, W, b, row_coef, rows, backend)
         yield ops.select_batch_topk, (x, W, b, case.B * case.K, None, None, backend)
         guess = torch.ones((), dtype=values.dtype)
         yield ops.select_batch_topk, (x, W, b, case.B, row_coef.abs(), guess, backend)

@@ -5,24 +5,25 @@
 #include <memory>
 #include <vector>
 
+#include "sae_kernels/few_narrow.h"
 #include "sae_kernels/few_tokens.h"
 #include "sae_kernels/select_threshold.h"
 
 namespace sae::SAE_ISA {
 
-template <class E>
+// The encoder is FewTokens, or FewNarrow: then what it lets through is scored in the end.
+template <class E, class Few>
 class FewThreshold {
   using List = Found<float>;
   using Entry = typename List::Entry;
 
  public:
-  explicit FewThreshold(const SelectThresholdArgs& args)
-      : a(args), encoder{a.x, a.W, a.b, a.B, a.D, a.F, a.threads} {}
+  explicit FewThreshold(const SelectThresholdArgs& args) : a(args), encoder(a) {}
 
   size_t workspace() const { return encoder.workspace(); }
 
   std::unique_ptr<Selection> run() const {
-    std::vector<Notes> notes(static_cast<size_t>(encoder.threads()));
+    std::vector<Notes> notes(static_cast<size_t>(encoder.tiles.threads()));
     encoder.run(a.workspace,
                 [&](int thread) { return Sink{a, notes[static_cast<size_t>(thread)]}; });
     std::vector<Tile> tiles;
@@ -45,13 +46,14 @@ class FewThreshold {
     for (const Tile& tile : tiles) {
       entries.insert(entries.end(), tile.entries + tile.begin, tile.entries + tile.end);
     }
+    if (!Few::kExact) score(entries);
     for (const Entry& entry : entries) ++found->counts[static_cast<size_t>(entry.token)].n;
     return found;
   }
 
  private:
   const SelectThresholdArgs& a;
-  FewTokens<E> encoder;
+  Few encoder;
 
   struct Tile {
     int64_t f;
@@ -64,6 +66,25 @@ class FewThreshold {
     std::vector<Tile> tiles;
   };
 
+  // Scores the entries and leaves those that are above their bound.
+  void score(std::vector<Entry>& entries) const {
+    const float *b = static_cast<const float*>(a.b), *bounds = static_cast<const float*>(a.bounds);
+    const int64_t n = static_cast<int64_t>(entries.size());
+    parallel_for(n, kLanes<float>, encoder.tiles.threads(), [&](int64_t begin, int64_t end, int) {
+      Entry* own = entries.data() + begin;
+      score_pairs<E>(
+          end - begin, a.D,
+          [&](int64_t i) {
+            return PairOfRows<E>{static_cast<const E*>(a.x) + own[i].token * a.D,
+                                 static_cast<const E*>(a.W) + own[i].latent * a.D};
+          },
+          [&](int64_t i, float dot) { own[i].value = dot + (b ? b[own[i].latent] : 0.0f) + 0.0f; });
+    });
+    entries.erase(std::remove_if(entries.begin(), entries.end(),
+                                 [=](const Entry& own) { return own.value <= bounds[own.latent]; }),
+                  entries.end());
+  }
+
   struct Sink {
     const SelectThresholdArgs& a;
     Notes& notes;
@@ -72,7 +93,7 @@ class FewThreshold {
 
     void start_tile(int64_t f, int64_t latents) {
       first = f;
-      bound = load_tail(static_cast<const float*>(a.bounds) + f, latents);
+      bound = of_tile(a.bounds, f, latents);
       notes.tiles.push_back({f, notes.entries.size(), 0, nullptr});
     }
 
@@ -83,6 +104,9 @@ class FewThreshold {
         notes.entries.push_back(
             {static_cast<int32_t>(token), static_cast<int32_t>(first + lane), h[lane]});
       }
+    }
+    void scan(int64_t token, Vec<float>, Vec<float> most, uint32_t live) {
+      scan(token, most, live);
     }
   };
 };

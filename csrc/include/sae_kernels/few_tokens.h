@@ -13,46 +13,47 @@
 
 namespace sae::SAE_ISA {
 
-template <class E>
-struct FewTokens {
+// The tiles of latents of a call with few tokens, which all its threads take from.
+struct FewTiles {
   static constexpr int kLatents = kLanes<float>;  // of one tile
   static constexpr int64_t kMost = 16;            // tokens
 
-  // Whether a product's sums are those that are made here.
-  template <class Product>
-  static constexpr bool kServes = std::is_same<Product, FmaProduct<E>>::value &&
-                                  std::is_same<typename Product::T, float>::value;
-  // Whether a call that could be served should be.
-  static bool pays(int64_t B, bool screened) { return B <= kMost && !screened; }
-
-  const void *x, *W, *b;
-  int64_t B, D, F;
+  int64_t B, D, F, row_bytes;  // of what is read of a latent
   int most_threads;
-  Routes routes = {};
+  Routes routes;
 
   // As many as have something to read.
   int threads() const {
-    const int64_t bytes = F * D * static_cast<int64_t>(sizeof(E));
-    return static_cast<int>(
-        std::max<int64_t>(1, std::min<int64_t>({most_threads, tiles(), bytes / kThreadBytes})));
+    return static_cast<int>(std::max<int64_t>(
+        1, std::min<int64_t>({most_threads, count(), F * row_bytes / kThreadBytes})));
   }
+  int64_t count() const { return routes.experts * of_expert(); }
+  int64_t expert(int64_t tile) const { return tile / of_expert(); }
+  int64_t latent(int64_t tile) const {
+    return expert(tile) * width() + tile % of_expert() * kLatents;
+  }
+  int64_t latents(int64_t tile) const {
+    return std::min<int64_t>(kLatents, (expert(tile) + 1) * width() - latent(tile));
+  }
+  // The first latent of the tile that a thread takes next; past the last one the tile's own.
+  int64_t ahead(int64_t tile, int64_t following) const {
+    return latent(following < count() ? following : tile);
+  }
+  // Of an expert's tokens, by their places among the rows.
+  int64_t start(int64_t expert) const { return routes.starts ? routes.starts[expert] : 0; }
+  int64_t end(int64_t expert) const { return routes.starts ? routes.starts[expert + 1] : B; }
+  Rows rows() const { return {routes.tokens, 0}; }
 
-  size_t workspace() const { return aligned(static_cast<size_t>(2 * B * D) * sizeof(float)); }
-
-  // make_sink(thread) is called once a thread. A sink has start_tile(f, latents), whose latents
-  // ascend, and then scan(token, h, live) for each token, by its place among the rows: the scores
-  // with their bias of the tile's latents, of which the bits of live are there.
-  template <class MakeSink>
-  void run(void* workspace, const MakeSink& make_sink) const {
-    if (B == 0) return;
-    float* packed = static_cast<float*>(workspace);
-    for (int64_t e = 0; e < routes.experts; ++e) pack(e, packed);
+  // encode(tile, following, sink) is called for the tiles that have tokens, ascending for a thread;
+  // make_sink(thread) once a thread.
+  template <class MakeSink, class Encode>
+  void run(const MakeSink& make_sink, const Encode& encode) const {
     std::atomic<int64_t> next{0};
     on_threads(threads(), [&](int thread) {
       auto sink = make_sink(thread);
-      for (int64_t tile = next.fetch_add(1); tile < tiles();) {
-        const int64_t following = next.fetch_add(1);
-        encode_tile(tile, following, packed, sink);
+      for (int64_t tile = next.fetch_add(1); tile < count();) {
+        const int64_t following = next.fetch_add(1), e = expert(tile);
+        if (start(e) < end(e)) encode(tile, following, sink);
         tile = following;
       }
     });
@@ -60,16 +61,60 @@ struct FewTokens {
 
  private:
   static constexpr int64_t kThreadBytes = 1 << 16;
-  static constexpr int kWidest = kVectorBytes == 64 ? 16 : 8;  // tokens whose sums fit registers
 
   int64_t width() const { return F / routes.experts; }
-  int64_t tiles_of_expert() const { return (width() + kLatents - 1) / kLatents; }
-  int64_t tiles() const { return routes.experts * tiles_of_expert(); }
-  int64_t latent(int64_t tile) const {
-    return tile / tiles_of_expert() * width() + tile % tiles_of_expert() * kLatents;
+  int64_t of_expert() const { return (width() + kLatents - 1) / kLatents; }
+};
+
+// A vector per latent, of a tile's latents; zeros where there is none.
+SAE_INLINE Vec<float> of_tile(const void* vector, int64_t f, int64_t latents) {
+  const float* from = static_cast<const float*>(vector) + f;
+  if (!vector) return Vec<float>{};
+  return latents == kLanes<float> ? load(from) : load_tail(from, latents);
+}
+
+template <class E>
+struct FewTokens {
+  static constexpr int kLatents = FewTiles::kLatents;
+  static constexpr bool kExact = true;  // scans are given scores, not bounds
+
+  // Whether a product's sums are those that are made here.
+  template <class Product>
+  static constexpr bool kServes = std::is_same<Product, FmaProduct<E>>::value &&
+                                  std::is_same<typename Product::T, float>::value;
+  // Whether a call that could be served should be.
+  static bool pays(int64_t B, bool screened) { return B <= FewTiles::kMost && !screened; }
+
+  template <class Args>
+  explicit FewTokens(const Args& args, const Routes& routes = {})
+      : x(static_cast<const E*>(args.x)),
+        W(static_cast<const E*>(args.W)),
+        b(args.b),
+        D(args.D),
+        tiles{args.B,       args.D, args.F, args.D * static_cast<int64_t>(sizeof(E)),
+              args.threads, routes} {}
+
+  const E *x, *W;
+  const void* b;
+  int64_t D;
+  FewTiles tiles;
+
+  size_t workspace() const { return aligned(static_cast<size_t>(2 * tiles.B * D) * sizeof(float)); }
+
+  // A sink has start_tile(f, latents), whose latents ascend, and then scan(token, h, live) for each
+  // token, by its place among the rows: the scores with their bias of the tile's latents, of which
+  // the bits of live are there.
+  template <class MakeSink>
+  void run(void* workspace, const MakeSink& make_sink) const {
+    float* packed = static_cast<float*>(workspace);
+    for (int64_t e = 0; e < tiles.routes.experts; ++e) pack(e, packed);
+    tiles.run(make_sink, [&](int64_t tile, int64_t following, auto& sink) {
+      encode_tile(tile, following, packed, sink);
+    });
   }
-  int64_t start(int64_t expert) const { return routes.starts ? routes.starts[expert] : 0; }
-  int64_t end(int64_t expert) const { return routes.starts ? routes.starts[expert + 1] : B; }
+
+ private:
+  static constexpr int kWidest = kVectorBytes == 64 ? 16 : 8;  // tokens whose sums fit registers
 
   // Tokens go by 1, 2, 4 .. kWidest, [D, as many]: at most twice as many as there are, so those
   // from the i-th on find room at 2 i. A missing one repeats the last.
@@ -80,12 +125,13 @@ struct FewTokens {
   }
 
   void pack(int64_t expert, float* packed) const {
-    const Rows rows = {routes.tokens, 0};
-    for (int64_t t = start(expert); t < end(expert); t += kWidest) {
-      const int64_t count = std::min<int64_t>(kWidest, end(expert) - t), n = group(count);
+    const Rows rows = tiles.rows();
+    const int64_t end = tiles.end(expert);
+    for (int64_t t = tiles.start(expert); t < end; t += kWidest) {
+      const int64_t count = std::min<int64_t>(kWidest, end - t), n = group(count);
       float* out = packed + 2 * t * D;
       for (int64_t i = 0; i < n; ++i) {
-        const E* row = static_cast<const E*>(x) + rows[t + std::min(i, count - 1)] * D;
+        const E* row = x + rows[t + std::min(i, count - 1)] * D;
         for (int64_t d = 0; d < D; d += kLatents) {
           const int64_t there = std::min<int64_t>(kLatents, D - d);
           const Vec<float> some = there == kLatents ? load(row + d) : load_tail(row + d, there);
@@ -97,25 +143,21 @@ struct FewTokens {
 
   template <class Sink>
   void encode_tile(int64_t tile, int64_t following, const float* packed, Sink& sink) const {
-    const int64_t expert = tile / tiles_of_expert(), f = latent(tile);
-    if (start(expert) == end(expert)) return;
-    const int64_t latents = std::min<int64_t>(kLatents, (expert + 1) * width() - f);
-    const E *w = static_cast<const E*>(W), *rows[kLatents];
-    for (int64_t i = 0; i < kLatents; ++i) rows[i] = w + (f + std::min(i, latents - 1)) * D;
+    const int64_t expert = tiles.expert(tile), f = tiles.latent(tile);
+    const int64_t latents = tiles.latents(tile), end = tiles.end(expert);
+    const E* rows[kLatents];
+    for (int64_t i = 0; i < kLatents; ++i) rows[i] = W + (f + std::min(i, latents - 1)) * D;
     // This thread's next rows are fetched as they lie, which memory likes better than many rows'
-    // pieces; past the last tile those of this one are.
-    const E* ahead = w + (following < tiles() ? latent(following) : f) * D;
-    const float* bias = static_cast<const float*>(b) + f;
-    const Vec<float> added = !b                    ? Vec<float>{}
-                             : latents == kLatents ? load(bias)
-                                                   : load_tail(bias, latents);
+    // pieces.
+    const E* ahead = W + tiles.ahead(tile, following) * D;
+    const Vec<float> bias = of_tile(b, f, latents);
     const uint32_t live = (uint32_t{1} << latents) - 1;
     sink.start_tile(f, latents);
-    for (int64_t t = start(expert); t < end(expert); t += kWidest, ahead = nullptr) {
-      const int64_t count = std::min<int64_t>(kWidest, end(expert) - t);
+    for (int64_t t = tiles.start(expert); t < end; t += kWidest, ahead = nullptr) {
+      const int64_t count = std::min<int64_t>(kWidest, end - t);
       Vec<float> scores[kWidest];
       dots<kWidest>(group(count), packed + 2 * t * D, rows, ahead, scores);
-      for (int64_t i = 0; i < count; ++i) sink.scan(t + i, scores[i] + added + 0.0f, live);
+      for (int64_t i = 0; i < count; ++i) sink.scan(t + i, scores[i] + bias + 0.0f, live);
     }
   }
 
@@ -154,8 +196,6 @@ struct FewTokens {
     }
     SAE_UNROLL for (int t = 0; t < kTokens; ++t) out[t] = sum[t];
   }
-
-  static float widened(E value) { return load_tail(&value, 1)[0]; }
 };
 
 }  // namespace sae::SAE_ISA

@@ -15,10 +15,10 @@ class FewTopk {
  public:
   explicit FewTopk(const SelectTopkArgs& args)
       : a(args),
-        encoder{a.x, a.W, a.b, a.B, a.D, a.F, a.threads, a.routes},
+        encoder(a, a.routes),
         limit(List::whole_vectors(a.k + std::max<int64_t>(a.k, 32))),
         list_bytes(aligned(List::bytes(a.B, limit))),
-        merge_bytes(aligned(static_cast<size_t>(encoder.threads() * a.k) * sizeof(Entry))) {}
+        merge_bytes(aligned(static_cast<size_t>(encoder.tiles.threads() * a.k) * sizeof(Entry))) {}
 
   size_t workspace() const { return bytes_before_seen() + aligned(static_cast<size_t>(a.B)); }
 
@@ -37,11 +37,11 @@ class FewTopk {
       return sink;
     });
     const Rows rows = {a.routes.tokens, 0};
-    char* merged = lists + static_cast<size_t>(encoder.threads()) * list_bytes;
-    parallel_for(a.B, 1, encoder.threads(), [&](int64_t t, int64_t, int thread) {
+    char* merged = lists + static_cast<size_t>(encoder.tiles.threads()) * list_bytes;
+    parallel_for(a.B, 1, encoder.tiles.threads(), [&](int64_t t, int64_t, int thread) {
       Entry* entries = reinterpret_cast<Entry*>(merged + static_cast<size_t>(thread) * merge_bytes);
       Entry* end = entries;
-      for (int64_t i = 0; i < encoder.threads(); ++i) end = list(i).take(t, end);
+      for (int64_t i = 0; i < encoder.tiles.threads(); ++i) end = list(i).take(t, end);
       std::nth_element(entries, entries + a.k - 1, end);
       const int64_t at = rows[t] * a.k;
       List::write(entries, a.k, static_cast<float*>(a.values) + at, a.indices + at);
@@ -57,7 +57,7 @@ class FewTopk {
 
   size_t bytes_before_seen() const {
     return encoder.workspace() +
-           static_cast<size_t>(encoder.threads()) * (list_bytes + merge_bytes);
+           static_cast<size_t>(encoder.tiles.threads()) * (list_bytes + merge_bytes);
   }
 
   struct Sink {
@@ -68,7 +68,7 @@ class FewTopk {
 
     void start_tile(int64_t f, int64_t latents) {
       first = f;
-      if (kScaled) scale = load_tail(static_cast<const float*>(a.rank_scale) + f, latents);
+      if (kScaled) scale = of_tile(a.rank_scale, f, latents);
     }
 
     void scan(int64_t token, Vec<float> h, uint32_t live) {

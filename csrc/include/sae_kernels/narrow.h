@@ -71,15 +71,16 @@ SAE_INLINE float largest_magnitude(const float* row, int64_t D) {
   return out;
 }
 
-// Writes q and returns whether the row can be screened: not if an element is NaN, infinite or huge,
-// or all of them are tiny and not all zero. Zeros follow q up to narrow_stride(D).
+// Writes q, numbers of at most `steps`, and returns whether the row can be screened: not if an
+// element is NaN, infinite or huge, or all of them are tiny and not all zero. Zeros follow q up to
+// narrow_stride(D).
 template <class Q>
-SAE_INLINE bool narrow_row(const float* row, int64_t D, Q* q, NarrowRow& out) {
-  constexpr float kMost = std::numeric_limits<Q>::max();
+SAE_INLINE bool narrow_row(const float* row, int64_t D, Q* q, NarrowRow& out,
+                           float steps = std::numeric_limits<Q>::max()) {
   const float most = largest_magnitude(row, D);
   if (!(most <= kNarrowMost) || (most < kNarrowLeast && most != 0)) return false;
-  out.scale = most == 0 ? 1.0f : most / kMost;
-  const Vec<float> inverse = splat(most == 0 ? 1.0f : kMost / most), scale = splat(out.scale);
+  out.scale = most == 0 ? 1.0f : most / steps;
+  const Vec<float> inverse = splat(most == 0 ? 1.0f : steps / most), scale = splat(out.scale);
   const Vec<float> shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec<float> squares{}, lost{};
   Vec<int32_t> sum{};

@@ -1,5 +1,5 @@
-// Scores of single pairs of a token and a latent, in the very order of sums of FmaProduct<float>:
-// one accumulator over d = 0 .. D-1. A vector's lanes are pairs.
+// Scores of single pairs of a token and a latent, in the very order of sums of FmaProduct: one
+// accumulator over d = 0 .. D-1. A vector's lanes are pairs.
 #pragma once
 
 #include <utility>
@@ -74,11 +74,16 @@ SAE_INLINE void load_columns(const E* const (&rows)[kLanes<float>], int64_t d,
   }
 }
 
+template <class E>
+SAE_INLINE float widened(E value) {
+  return load_tail(&value, 1)[0];
+}
+
 // The scores of as many pairs of rows as a vector has lanes.
-__attribute__((noinline)) inline Vec<float> dot_pairs(const float* const (&x)[kLanes<float>],
-                                                      const float* const (&w)[kLanes<float>],
-                                                      int64_t D) {
-  constexpr int n = kColumns<float>;
+template <class E>
+__attribute__((noinline)) Vec<float> dot_pairs(const E* const (&x)[kLanes<float>],
+                                               const E* const (&w)[kLanes<float>], int64_t D) {
+  constexpr int n = kColumns<E>;
   Vec<float> sum{}, xs[n], ws[n];
   int64_t d = 0;
   for (; d + n <= D; d += n) {
@@ -87,9 +92,9 @@ __attribute__((noinline)) inline Vec<float> dot_pairs(const float* const (&x)[kL
     SAE_UNROLL for (int i = 0; i < n; ++i) sum += ws[i] * xs[i];
   }
   for (; d < D; ++d) {
-    Vec<float> xs_d, ws_d;
-    for (int i = 0; i < kLanes<float>; ++i) xs_d[i] = x[i][d], ws_d[i] = w[i][d];
-    sum += ws_d * xs_d;
+    float xs_d[kLanes<float>], ws_d[kLanes<float>];
+    for (int i = 0; i < kLanes<float>; ++i) xs_d[i] = widened(x[i][d]), ws_d[i] = widened(w[i][d]);
+    sum += load_raw(ws_d) * load_raw(xs_d);
   }
   return sum;
 }

@@ -45,12 +45,14 @@ struct Routes {
 };
 
 // `screened` is of the encoders of fp32 operands: where the ISA can, a product in 8 bits says which
-// scores are worth computing. What is selected is the same, bit for bit.
+// scores are worth computing. `narrow`, the rows of W in 8 bits as few_narrow.h reads them or null,
+// says so for few tokens. What is selected is the same, bit for bit.
 
 // Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k].
 struct SelectTopkArgs {
   DType dtype;
   const void *x, *W, *b, *rank_scale;
+  const int8_t* narrow;
   void* values;
   int32_t* indices;
   int64_t B, D, F, k;
@@ -75,6 +77,7 @@ struct RouteTop1Args {
 struct SelectThresholdArgs {
   DType dtype;
   const void *x, *W, *b, *bounds;
+  const int8_t* narrow;
   int64_t B, D, F;
   bool screened;
   void* workspace;

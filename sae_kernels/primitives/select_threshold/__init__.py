@@ -12,6 +12,7 @@ def select_threshold(
     W: torch.Tensor,
     b: torch.Tensor | None,
     bounds: torch.Tensor,
+    narrow: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,6 +28,7 @@ def select_threshold(
         W: encoder [F, D] in the dtype of x.
         b: bias [F] in the accumulator dtype, or None.
         bounds: [F] in the accumulator dtype.
+        narrow: as of :func:`~sae_kernels.primitives.select_topk.select_topk`.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -34,6 +36,7 @@ def select_threshold(
         entries ``offsets[t]`` to ``offsets[t + 1]`` are token t's, in latent order.
     """
     checks.encoder(x, W, b, bounds=bounds)
+    checks.narrow(narrow, W)
     found = [None]
     values, indices = result(found, checks.accumulator(x.dtype)), result(found, torch.int32)
     return values, indices, result([x.shape[0] + 1], torch.int32)

@@ -19,6 +19,7 @@ def run(
     W: torch.Tensor,
     b: torch.Tensor | None,
     bounds: torch.Tensor,
+    narrow: torch.Tensor | None = None,
     screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/select_threshold.cpp, then allocates as much as it found.
@@ -27,7 +28,7 @@ def run(
     """
     if screened is None:
         screened = cpu.screens(x.shape[0], x.shape[1], W.shape[0], x.dtype)
-    operands = [packed(t) for t in (x, W, b, bounds)]
+    operands = [packed(t) for t in (x, W, b, bounds, narrow)]
     sizes = (*x.shape, W.shape[0], screened)
     found = cpu.run_with_workspace("select_threshold", cpu.code(x.dtype), *operands, *sizes)
     values = x.new_empty(found.count(), dtype=accumulator(x.dtype))

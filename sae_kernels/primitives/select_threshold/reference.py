@@ -10,7 +10,11 @@ _SCORES_AT_ONCE = 1 << 22
 
 
 def run(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    bounds: torch.Tensor,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compares all scores of a row; waits for the device, which alone knows how many pass."""
     dtype = accumulator(x.dtype)

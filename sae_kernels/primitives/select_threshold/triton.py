@@ -188,7 +188,11 @@ def _put_in_order(
 
 
 def run(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    bounds: torch.Tensor,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Finds all entries, waits for their number and puts them in order."""
     B, F = x.shape[0], W.shape[0]

@@ -13,6 +13,7 @@ def select_topk(
     b: torch.Tensor | None,
     k: int,
     rank_scale: torch.Tensor | None = None,
+    narrow: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +29,9 @@ def select_topk(
         b: bias [F] in the accumulator dtype, or None.
         k: latents to keep, 1 to F.
         rank_scale: [F] in the accumulator dtype, or None for ones.
+        narrow: :func:`~sae_kernels.primitives.narrow.narrowed` of W, or None. The CPU then reads it
+            in W's place for 16 tokens or fewer, and of W only rows that it does not rule out; the
+            result is the same, bit for bit. Other backends do not read it.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -35,6 +39,7 @@ def select_topk(
         in ranked order.
     """
     checks.encoder(x, W, b, rank_scale=rank_scale)
+    checks.narrow(narrow, W)
     if not 1 <= k <= W.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= n_latents = {W.shape[0]}, got {k}")
     kept = (x.shape[0], k)

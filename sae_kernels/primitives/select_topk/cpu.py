@@ -39,6 +39,7 @@ def run(
     b: torch.Tensor | None,
     k: int,
     rank_scale: torch.Tensor | None,
+    narrow: torch.Tensor | None = None,
     routes: Routes | None = None,
     screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +52,7 @@ def run(
     if screened is None:
         B, D, F = x.shape[0] // n_experts, x.shape[1], W.shape[0] // n_experts
         screened = _LATENTS_PER_KEPT * k <= F and cpu.screens(B, D, F, x.dtype)
-    operands = [packed(t) for t in (x, W, b, rank_scale)]
+    operands = [packed(t) for t in (x, W, b, rank_scale, narrow)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
     by_expert: tuple[Any, ...] = (None, None, 1)

@@ -49,6 +49,7 @@ def run(
     b: torch.Tensor | None,
     k: int,
     rank_scale: torch.Tensor | None,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cuda/select_tile.cu, a chunk of rows and a tile of latents at a time."""
     x, W = x.contiguous(), W.contiguous()

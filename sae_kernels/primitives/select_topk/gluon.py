@@ -63,6 +63,7 @@ def run(
     b: torch.Tensor | None,
     k: int,
     rank_scale: torch.Tensor | None,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects in passes over the columns, each scored by ``_encode_pass``."""
     operands = EncoderOperands(x, W, b, rank_scale)

@@ -15,6 +15,7 @@ def run(
     b: torch.Tensor | None,
     k: int,
     rank_scale: torch.Tensor | None,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts all scores of a row; a stable sort keeps equal keys in latent order."""
     dtype = accumulator(x.dtype)

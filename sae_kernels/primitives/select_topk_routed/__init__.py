@@ -14,6 +14,7 @@ def select_topk_routed(
     k: int,
     tokens: torch.Tensor,
     starts: torch.Tensor,
+    narrow: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,6 +31,7 @@ def select_topk_routed(
         k: latents to keep, 1 to F / E.
         tokens: int32 [B], every token once, by expert.
         starts: int32 [E + 1]; expert e's tokens are ``tokens[starts[e]:starts[e + 1]]``.
+        narrow: as of :func:`~sae_kernels.primitives.select_topk.select_topk`.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -37,6 +39,7 @@ def select_topk_routed(
         both in ranked order.
     """
     checks.encoder(x, W, b)
+    checks.narrow(narrow, W)
     checks.shape("tokens", tokens, [x.shape[0]], "every token once, by expert")
     checks.shape("starts", starts, ["E + 1"], "where each expert's tokens start")
     for name, tensor in (("tokens", tokens), ("starts", starts)):

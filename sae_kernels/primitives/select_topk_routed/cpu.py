@@ -17,6 +17,7 @@ def run(
     k: int,
     tokens: torch.Tensor,
     starts: torch.Tensor,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the kernel of the selection among all latents on blocks of one expert each."""
-    return cpu.run(x, W, b, k, None, cpu.Routes(tokens, starts))
+    return cpu.run(x, W, b, k, None, narrow, cpu.Routes(tokens, starts))

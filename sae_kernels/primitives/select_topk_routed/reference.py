@@ -17,6 +17,7 @@ def run(
     k: int,
     tokens: torch.Tensor,
     starts: torch.Tensor,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects for one expert after the other by the reference of the plain selection."""
     checks.routes(tokens, starts)

@@ -92,6 +92,7 @@ def refuses(
     k: int,
     tokens: torch.Tensor,
     starts: torch.Tensor,
+    *_: object,
 ) -> str | None:
     """Why this call cannot run, or None."""
     if k > schedule.LARGEST_K:
@@ -108,6 +109,7 @@ def run(
     k: int,
     tokens: torch.Tensor,
     starts: torch.Tensor,
+    narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lays the tokens out by expert and selects in passes over the experts' columns."""
     n_experts = starts.shape[0] - 1
