@@ -114,7 +114,7 @@ class SparseCodes:
             return self if self.leading is None else dataclasses.replace(self, leading=None)
         if self.values.dim() == 2:
             return self
-        shape = (-1, self.k)
+        shape = (-1, self.k) if self.k else (math.prod(self.batch_shape), 0)
         return self.with_values(self.values.reshape(shape), self.indices.reshape(shape))
 
     def with_values(
@@ -222,7 +222,7 @@ class SparseCodes:
             >>> codes.columns([3, 0]).tolist()
             [[1.0, 0.0]]
         """
-        wanted = self._checked(latents)
+        wanted = checks.latents(latents, self.n_latents).to(self.indices.device)
         n, n_tokens = wanted.shape[0], math.prod(self.batch_shape)
         distinct, places = wanted.unique(return_inverse=True)
         width = distinct.shape[0]
@@ -234,23 +234,6 @@ class SparseCodes:
         dense = self.values.new_zeros(n_tokens * width + 1)
         dense = dense.scatter_add(0, where, self.values.flatten())
         return dense[:-1].view(n_tokens, width)[:, places].view(*self.batch_shape, n)
-
-    def _checked(self, latents: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Checks latent indices; returns int64 [n] on the device of the codes."""
-        given = torch.as_tensor(latents)
-        given = given.long() if given.numel() == 0 else given
-        if given.dim() != 1 or given.dtype in (torch.bool, *checks.OPERAND_DTYPES):
-            raise TypeError(
-                f"latents: expected a list of whole numbers, got {given.dtype} of shape "
-                f"{list(given.shape)}; of a mask give mask.nonzero().flatten()"
-            )
-        wrong = given[(given < 0) | (given >= self.n_latents)]
-        if wrong.numel():
-            raise ValueError(
-                f"latents: expected numbers from 0 to {self.n_latents - 1} (n_latents - 1), got "
-                f"{int(wrong[0])}"
-            )
-        return given.to(self.indices.device, torch.int64)
 
     def latent_order(self, *, drop_zeros: bool = True, backend: str | None = None) -> LatentOrder:
         """Sorts the entries by latent; ``drop_zeros`` leaves out entries whose value is 0."""

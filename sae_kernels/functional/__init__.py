@@ -12,6 +12,7 @@ from sae_kernels.functional.encode import (
     encode_topk,
 )
 from sae_kernels.functional.entries import gather_by_latent, heaviside_ste, jumprelu
+from sae_kernels.functional.latents import preactivations
 from sae_kernels.functional.route import RoutedCodes, Routing, load_balance, route_top1
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "heaviside_ste",
     "jumprelu",
     "load_balance",
+    "preactivations",
     "route_top1",
 ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sae_kernels.interventions.edits import Edit
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.inference import AnySAE
 
 
 class EditBank(nn.Module):
@@ -64,7 +64,7 @@ class EditBank(nn.Module):
 
     def __init__(
         self,
-        sae: SparseAutoencoder | None,
+        sae: AnySAE | None,
         n_requests: int,
         n_slots: int = 8,
         n_directions: int = 1,

@@ -19,7 +19,7 @@ from sae_kernels.io.tensor_files import read_safetensors
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.inference import AnySAE
 
 
 class LatentCosines(NamedTuple):
@@ -120,7 +120,7 @@ def load_directions(path: str | Path) -> dict[str, Tensor]:
     return directions
 
 
-def closest_latents(sae: SparseAutoencoder, vector: Tensor, k: int = 10) -> LatentCosines:
+def closest_latents(sae: AnySAE, vector: Tensor, k: int = 10) -> LatentCosines:
     """The latents whose decoder rows have the largest cosines with a direction [D].
 
     Raises:

@@ -12,7 +12,7 @@ from sae_kernels.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.inference import AnySAE
 
 _BLOCK = 1 << 24  # effects in a block of [latents, V]
 
@@ -33,7 +33,7 @@ class LatentEffects(NamedTuple):
 
 
 def latent_effects(
-    sae: SparseAutoencoder,
+    sae: AnySAE,
     model: nn.Module,
     latents: Sequence[int] | Tensor | None = None,
     *,
@@ -107,7 +107,7 @@ class DirectEffects:
 
     def __init__(
         self,
-        sae: SparseAutoencoder,
+        sae: AnySAE,
         model: nn.Module,
         latents: Sequence[int] | Tensor,
         strengths: Tensor,
@@ -132,14 +132,14 @@ class DirectEffects:
         return scores + added.to(scores.dtype)
 
 
-def _effects(rows: Tensor, W_U: Tensor, sae: SparseAutoencoder) -> Tensor:
+def _effects(rows: Tensor, W_U: Tensor, sae: AnySAE) -> Tensor:
     """Effects [n, V] of latents' decoder rows [n, D], each less its mean."""
     high = torch.promote_types(rows.dtype, torch.float32)
     effects = (rows.to(high) / sae.target_scale) @ W_U.to(rows.device, high).T
     return effects - effects.mean(1, keepdim=True)
 
 
-def _unembedding(model: nn.Module, sae: SparseAutoencoder) -> Tensor:
+def _unembedding(model: nn.Module, sae: AnySAE) -> Tensor:
     """The weight [V, D] of a model's head."""
     get = getattr(model, "get_output_embeddings", None)
     weight = getattr(get() if get is not None else None, "weight", None)

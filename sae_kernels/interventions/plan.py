@@ -13,7 +13,7 @@ from sae_kernels.interventions.edits import ENDLESS, Change, Edit, Span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.inference import AnySAE
 
 _EVERYWHERE, NOWHERE = Span(0, 0, ENDLESS, 0), Span(0, 0, 0, 0)
 
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     keep_only: Span
 
 
-def plan_of(edits: Sequence[Edit], sae: SparseAutoencoder | None, width: int) -> Plan:
+def plan_of(edits: Sequence[Edit], sae: AnySAE | None, width: int) -> Plan:
     """The slots and directions of a request with these edits.
 
     Raises:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sae_kernels.interventions.edits import Edit
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.inference import AnySAE
 
 
 @contextmanager
 def intervene(
     model: nn.Module,
-    saes: Mapping[str, SparseAutoencoder | None],
+    saes: Mapping[str, AnySAE | None],
     edits: Sequence[Edit] | Mapping[str, Sequence[Edit]],
     *,
     skip_first: int = 0,
@@ -91,7 +91,7 @@ def intervene(
         yield banks
 
 
-def bank_of(sae: SparseAutoencoder | None, edits: Sequence[Edit]) -> EditBank:
+def bank_of(sae: AnySAE | None, edits: Sequence[Edit]) -> EditBank:
     """A bank just large enough for these edits: a line for each row that they name, one for all."""
     named = max([row + 1 for edit in edits for row in edit.rows or ()] or [0])
     lines = [
@@ -163,7 +163,7 @@ def _at_layer(
 
 
 def _by_layer(
-    saes: Mapping[str, SparseAutoencoder | None],
+    saes: Mapping[str, AnySAE | None],
     edits: Sequence[Edit] | Mapping[str, Sequence[Edit]],
 ) -> Mapping[str, Sequence[Edit]]:
     if isinstance(edits, Mapping):
@@ -181,7 +181,7 @@ def _by_layer(
     return {next(iter(saes)): edits}
 
 
-def _check_place(model: nn.Module, layer: str, sae: SparseAutoencoder | None) -> None:
+def _check_place(model: nn.Module, layer: str, sae: AnySAE | None) -> None:
     """Checks that the SAE's record of where it was trained is of this layer, if it is of any."""
     module = resolve_layer(model, layer)
     recorded = activation_facts(getattr(sae, "metadata", {})).get("layer")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.interventions.feed import Feed
-    from sae_kernels.nn import SparseAutoencoder
+    from sae_kernels.nn.inference import AnySAE
 
 
 class Watch:
@@ -43,7 +43,7 @@ class Watch:
 @contextmanager
 def watch(
     model: nn.Module,
-    saes: Mapping[str, SparseAutoencoder],
+    saes: Mapping[str, AnySAE],
     each: Callable[[Watch], object] | None = None,
 ) -> Iterator[Watch]:
     """Within the block, a model's layers are read as sparse codes at every forward pass.
@@ -76,7 +76,7 @@ def watch(
     """
     watched = Watch()
 
-    def at_layer(layer: str, sae: SparseAutoencoder, feed: Feed) -> Callable[[Tensor], Tensor]:
+    def at_layer(layer: str, sae: AnySAE, feed: Feed) -> Callable[[Tensor], Tensor]:
         def read(x: Tensor) -> Tensor:
             B, S = feed.expect(x, layer)
             check_fits(sae, x.shape[1], layer)

@@ -16,8 +16,8 @@ from sae_kernels import functional
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.initialise import initial_weights
+from sae_kernels.nn.latents import SingleLatents
 from sae_kernels.nn.objective import Reconstruction, sparsity_penalty
-from sae_kernels.nn.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,7 +40,7 @@ class SAEOutput(NamedTuple):
     codes: SparseCodes
 
 
-class SparseAutoencoder(Upkeep):
+class SparseAutoencoder(SingleLatents):
     """Base class of all sparse autoencoders.
 
     Weights are latents-first: W_enc [F, input width], W_dec [F, output width], b_enc [F], b_dec
@@ -85,6 +85,8 @@ class SparseAutoencoder(Upkeep):
     keeps_fixed_number: ClassVar[bool] = False  # entries for each token; if not, the host waits
 
     config: Any
+    narrow: torch.Tensor | None
+    kept_rank_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -114,6 +116,9 @@ class SparseAutoencoder(Upkeep):
         if config.skip:
             skip = torch.zeros(config.output_width, config.input_width, device=device)
             self.W_skip = nn.Parameter(skip)
+        # Of weights that stay as they are, see InferenceSAE.
+        self.register_buffer("narrow", None, persistent=False)
+        self.register_buffer("kept_rank_scale", None, persistent=False)
 
     @classmethod
     def _configured(
@@ -139,12 +144,17 @@ class SparseAutoencoder(Upkeep):
     ) -> SparseCodes:
         """Selects each token's latents and returns them with their pre-activations.
 
+        By default those above their :meth:`bounds`.
+
         Args:
             x_centred: [..., input width], in the scale of training, from :meth:`centred`.
             W_enc: read instead of the parameter (the optimizer's compute copy), [F, input width].
             k: replaces the configuration's k, in architectures that have one.
         """
-        raise NotImplementedError
+        bounds = self.bounds()
+        if bounds is None:
+            raise NotImplementedError(f"{type(self).__name__}: expected select() or bounds()")
+        return self._above(x_centred, W_enc, bounds)
 
     def _above(
         self, x_centred: torch.Tensor, W_enc: torch.Tensor | None, bounds: torch.Tensor | float
@@ -155,6 +165,7 @@ class SparseAutoencoder(Upkeep):
             self.W_enc if W_enc is None else W_enc,
             self.b_enc,
             bounds,
+            narrow=self.narrow,
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )
@@ -294,10 +305,7 @@ class SparseAutoencoder(Upkeep):
             >>> TopKSAE(8, 32, k=4).encode(torch.randn(5, 8)).values.shape
             torch.Size([5, 4])
         """
-        scale = self.config.activation_scale
-        if scale != 1:  # in fp32 at least: a scaled bf16 or fp16 number is rounded, or infinite
-            x = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-        return self.encode_scaled(x, k=k)
+        return self.encode_scaled(self.scaled(x), k=k)
 
     def encode_scaled(self, x: torch.Tensor, *, k: float | None = None) -> SparseCodes:
         """:meth:`encode` for activations that already carry the activation scale."""
@@ -328,9 +336,7 @@ class SparseAutoencoder(Upkeep):
             >>> sae.decode(sae.encode(torch.randn(5, 8))).shape
             torch.Size([5, 8])
         """
-        if x is not None and self.config.activation_scale != 1:
-            x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.activation_scale
-        return self.decode_scaled(codes, x) / self.target_scale
+        return self.decode_scaled(codes, None if x is None else self.scaled(x)) / self.target_scale
 
     def decode_scaled(
         self,
@@ -379,33 +385,9 @@ class SparseAutoencoder(Upkeep):
         config = self.config
         return float(config.target_scale if config.transcodes else config.activation_scale)
 
-    def latent_experts(self) -> torch.Tensor | None:
-        """The expert of each latent, int64 [F]; None where the architecture has no experts."""
-        return None
-
-    def decoder_norms(self) -> torch.Tensor:
-        """The norm of each layer's part of the decoder rows, fp32 [F, n_layers], differentiable."""
-        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
-        parts = self.W_dec.unflatten(1, (self.config.n_layers, -1))
-        norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=2, dtype=dtype)
-        return norms
-
-    def latent_norms(self, norms: torch.Tensor) -> torch.Tensor:
-        """One norm per latent, [F], from those of its layers; see ``config.decoder_norm``."""
-        if self.config.n_layers == 1:
-            return norms[:, 0]
-        joint, total = norms.norm(dim=1), norms.sum(1)
-        kinds = {"joint": joint, "sum": total, "mixed": joint + total / 10}
-        norm: torch.Tensor = kinds[self.config.decoder_norm]
-        return norm
-
-    def has_row_per_latent(self, name: str) -> bool:
-        """Whether a parameter has a row, or a number, for each latent."""
-        rows = len(self.get_parameter(name)) == len(self.latents)
-        return rows and name not in (*self.non_latent_vectors, "W_skip")
-
     def rank_scale(self) -> torch.Tensor | None:
         """The factor of values when latents are ranked: decoder norms [F], or None."""
-        if not getattr(self.config, "rank_by_decoder_norm", False):
-            return None
+        kept = self.kept_rank_scale
+        if kept is not None or not getattr(self.config, "rank_by_decoder_norm", False):
+            return kept
         return self.latent_norms(self.decoder_norms().detach())

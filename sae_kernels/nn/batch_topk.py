@@ -166,17 +166,20 @@ class BatchTopKSAE(SparseAutoencoder):
         if self.last_key.is_meta:  # it is not saved, so nothing has taken its place
             self.last_key = torch.full_like(self.threshold, torch.nan)
 
+    def bounds(self) -> torch.Tensor | None:
+        """The least pre-activation above the threshold in evaluation; None in training."""
+        return None if self.training else _bounds(self.threshold, self.rank_scale())
+
     def select(
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The batch's int(k B) largest pre-activations; in evaluation those above the threshold."""
-        W_enc = self.W_enc if W_enc is None else W_enc
-        scale = self.rank_scale()
         if not self.training:
-            return self._above(x_centred, W_enc, _bounds(self.threshold, scale))
+            return super().select(x_centred, W_enc=W_enc)
+        scale = self.rank_scale()
         preacts = functional.encode_batch_topk(
             x_centred,
-            W_enc,
+            self.W_enc if W_enc is None else W_enc,
             self.b_enc,
             self.config.k if k is None else k,
             rank_scale=scale,

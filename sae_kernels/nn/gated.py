@@ -71,11 +71,9 @@ class GatedSAE(SparseAutoencoder):
         self.r_mag = nn.Parameter(torch.zeros_like(self.b_enc))
         self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
 
-    def select(
-        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
-    ) -> SparseCodes:
-        """The latents of each token whose gate pre-activation is positive."""
-        return self._above(x_centred, W_enc, 0.0)
+    def bounds(self) -> float:
+        """0: latents are kept whose gate's pre-activation is positive."""
+        return 0.0
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
         """Magnitudes ``relu(exp(r_mag) a + b_mag)`` of the latents whose gate is open."""
@@ -107,6 +105,11 @@ class GatedSAE(SparseAutoencoder):
     def sums_over_entries(self, objective: PenalisedObjective) -> bool:
         """True: a latent's code depends on its own pre-activation only."""
         return True
+
+    def shift_preacts_(self, shift: torch.Tensor) -> None:
+        """Adds the shift to the gate and, as it was multiplied, to the magnitude."""
+        super().shift_preacts_(shift)
+        self.b_mag.add_(self.r_mag.exp() * shift)
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides both biases, b_enc and b_mag, by the scale."""

@@ -137,12 +137,10 @@ class JumpReLUSAE(SparseAutoencoder):
         never = parameter.detach().exp() == torch.inf  # its gradient would be 0 * inf
         return torch.where(never, torch.inf, torch.where(never, 0, parameter).exp())
 
-    def select(
-        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
-    ) -> SparseCodes:
-        """The latents above their threshold; in training from half a bandwidth below it."""
+    def bounds(self) -> torch.Tensor:
+        """The thresholds, [F]; in training half a bandwidth below them."""
         below = self.config.bandwidth / 2 if self.training else 0.0
-        return self._above(x_centred, W_enc, self.thresholds().detach() - below)
+        return self.thresholds().detach() - below
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
         """JumpReLU with its straight-through gradient: ``h`` above the threshold, else 0."""

@@ -89,11 +89,9 @@ class ReLUSAE(SparseAutoencoder):
         ),
     }
 
-    def select(
-        self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
-    ) -> SparseCodes:
-        """The latents of each token whose pre-activation is positive."""
-        return self._above(x_centred, W_enc, 0.0)
+    def bounds(self) -> float:
+        """0: positive latents are kept."""
+        return 0.0
 
     def sums_over_entries(self, objective: ReLUObjective) -> bool:
         """True: a latent's code depends on its own pre-activation only."""

@@ -181,12 +181,22 @@ class SwitchSAE(SparseAutoencoder):
             "backend": self.backend,
         }
         first = self.config.expert_width if self.config.shared_expert else 0
+        shared_narrow = routed_narrow = self.narrow
+        if self.narrow is not None:
+            shared_narrow, routed_narrow = self.narrow[:first], self.narrow[first:]
         routed = functional.encode_topk(
-            x_centred, W_enc[first:], self.b_enc[first:], routing=routing, **options
+            x_centred,
+            W_enc[first:],
+            self.b_enc[first:],
+            routing=routing,
+            narrow=routed_narrow,
+            **options,
         )
         if not first:
             return routed
-        shared = functional.encode_topk(x_centred, W_enc[:first], self.b_enc[:first], **options)
+        shared = functional.encode_topk(
+            x_centred, W_enc[:first], self.b_enc[:first], narrow=shared_narrow, **options
+        )
         return self._largest(shared, routed)
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -113,13 +113,15 @@ class TopKSAE(SparseAutoencoder):
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
         """The k largest pre-activations of each token, largest first."""
+        kept: Any = self.config.k if k is None else k
         return functional.encode_topk(
             x_centred,
             self.W_enc if W_enc is None else W_enc,
             self.b_enc,
-            self.config.k if k is None else k,  # type: ignore[arg-type]
+            kept,
             relu=False,
             rank_scale=self.rank_scale(),
+            narrow=self.narrow,
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sae_kernels.nn.base import SparseAutoencoder
+    from sae_kernels.nn.inference import InferenceSAE
 
 _SAE = TypeVar("_SAE", bound="Upkeep")
+_ROWS_AT_ONCE = 4096
 
 
 class Upkeep(nn.Module):
@@ -82,6 +84,14 @@ class Upkeep(nn.Module):
         grad, rows = self.W_dec.grad.unflatten(1, shape), self.W_dec.unflatten(1, shape)
         grad.addcmul_((grad * rows).sum(2, keepdim=True), rows, value=-1)
 
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations times the activation scale, as the SAE is trained on them."""
+        scale: float = self.config.activation_scale
+        if scale == 1:
+            return x
+        # In fp32 at least: a scaled bf16 or fp16 number is rounded, or infinite.
+        return x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+
     def folded(self: _SAE) -> _SAE:
         """A copy with both scales folded into the weights: the same function, scales of 1."""
         return self.rescaled(1.0, 1.0)
@@ -112,6 +122,36 @@ class Upkeep(nn.Module):
             self.W_dec.mul_(scale / change)
             if config.skip:
                 self.W_skip.mul_(scale / change)
+
+    @torch.no_grad()
+    def fold_b_dec_(self: Any) -> None:
+        """Folds the subtraction of b_dec before the encoder into its bias: the same function."""
+        if not self.config.subtract_b_dec:
+            return
+        parts = [rows.double() @ self.b_dec.double() for rows in self.W_enc.split(_ROWS_AT_ONCE)]
+        self.config = dataclasses.replace(self.config, subtract_b_dec=False)
+        self.shift_preacts_(-torch.cat(parts))
+
+    def shift_preacts_(self: Any, shift: torch.Tensor) -> None:
+        """Adds a shift [F] to what the product with W_enc gives, in every vector it goes into."""
+        self.b_enc.add_(shift)
+
+    def for_inference(
+        self, dtype: torch.dtype | None = None, *, rows: torch.dtype | None = None
+    ) -> InferenceSAE:
+        """A frozen copy for running inside a model; see :class:`InferenceSAE` for the arguments.
+
+        Example:
+            >>> import torch
+            >>> from sae_kernels.nn import TopKSAE
+            >>> sae = TopKSAE(8, 32, k=4)
+            >>> small, x = sae.for_inference(torch.int8), torch.randn(1, 8)
+            >>> small.encode(x).indices.tolist() == sae.encode(x).indices.tolist()
+            True
+        """
+        from sae_kernels.nn.inference import InferenceSAE
+
+        return InferenceSAE(cast("SparseAutoencoder", self), dtype, rows=rows)
 
     def _copied(self: _SAE) -> _SAE:
         """A copy that shares no memory with this module."""

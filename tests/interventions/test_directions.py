@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from dense_edits import VOCABULARY, D, F, causal_model
+from dense_edits import VOCABULARY, D, F
 from torch import Tensor, nn
 
 import sae_kernels as sk
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return causal_model()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from dense_edits import (
     D,
     F,
     Place,
-    causal_model,
     edit_activation,
     logits_by_hand,
 )
@@ -34,11 +33,6 @@ NEW = 4
 # of about 1 by some hundred roundings.
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-11}
 DIRECTION = torch.linspace(-1, 1, D, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return causal_model()
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +336,20 @@ def test_padding_is_never_edited(
         padding = mask == 0
         assert torch.equal(after[layer][padding], before[layer][padding])
         assert (after[layer] != before[layer]).any(-1)[~padding].all()
+
+
+@pytest.mark.parametrize("name", [name for name in EDITS if "steer" not in name])
+def test_an_inference_sae_is_edited_as_its_sae_is(
+    model: Any, saes: dict[str, Any], batch: dict[str, Tensor], name: str
+) -> None:
+    logits = []
+    for make in (lambda sae: sae.folded(), lambda sae: sae.for_inference()):
+        mine = {layer: make(saes[layer]) for layer in EDITS[name]}
+        with sk.intervene(model, mine, EDITS[name]), torch.no_grad():
+            logits.append(model(**batch).logits[batch["attention_mask"].bool()])
+    torch.testing.assert_close(*logits, **CLOSE)
+    with torch.no_grad():
+        assert not torch.equal(logits[0], model(**batch).logits[batch["attention_mask"].bool()])
 
 
 def test_a_failed_pass_leaves_nothing_behind(model: Any) -> None:

@@ -21,7 +21,7 @@ def test_the_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     scope: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), scope)

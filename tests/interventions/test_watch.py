@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from dense_edits import VOCABULARY, D, F, causal_model
+from dense_edits import VOCABULARY, D, F
 from torch import Tensor
 
 import sae_kernels as sk
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 
 NEW = 4
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return causal_model()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +67,24 @@ def test_every_decoded_token_is_read(
             want = sae.encode(outputs[layer][0]).to_dense()
             # Another order of sums through the model; which latents are kept does not hang on it.
             torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8], ids=["float64", "int8"])
+def test_an_inference_sae_is_watched_as_its_sae_is(
+    model: Any, saes: dict[str, Any], batch: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    if dtype == torch.int8:
+        saes = {name: sae.folded().float() for name, sae in saes.items()}
+    frozen = {name: sae.for_inference(dtype) for name, sae in saes.items()}
+    seen: list[list[Tensor]] = []
+    for each in (saes, frozen):
+        with sk.watch(model, each) as watched:
+            model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        seen.append([codes.to_dense() for codes in watched.codes.values()])
+    close = 1e-12 if dtype == torch.float64 else 1e-4  # b_dec's part is added in another order
+    for came, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(came, wanted, rtol=0, atol=close)
+        assert bool(came.any())
 
 
 def test_memory_does_not_grow(model: Any, saes: dict[str, Any]) -> None:
