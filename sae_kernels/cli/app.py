@@ -22,6 +22,7 @@ from sae_kernels.cli.explain import explain
 from sae_kernels.cli.harvest import harvest
 from sae_kernels.cli.inspect import inspect
 from sae_kernels.cli.options import Debug
+from sae_kernels.cli.output import is_first
 from sae_kernels.cli.plan import plan
 from sae_kernels.cli.report import report
 from sae_kernels.cli.resume import resume
@@ -94,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = _verdict(error)
+        if code == 2 and not is_first():
+            return code  # the first rank has it too, and says it once
         print(f"sae-kernels: {' '.join(message.split())}", file=sys.stderr)
         return code
 

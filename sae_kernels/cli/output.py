@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ _REFRESHES = 4  # of a terminal, a second
 _ROOM = 110  # columns that a bar and a note need
 
 
+def is_first() -> bool:
+    """Whether this process speaks for those that torchrun started: it is the first, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Progress(Protocol):
     """A function that shows how far a stage is, with a short note."""
 
@@ -25,19 +31,23 @@ class Progress(Protocol):
 
 
 class Output:
-    """Writes results to standard output, either as JSON lines or as text."""
+    """Writes results to standard output, either as JSON lines or as text; of ranks only the first.
+
+    Args:
+        as_json: whether as JSON lines.
+    """
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Prints a JSON object on one line if JSON was asked for; NaN and infinity become null."""
-        if self.as_json:
+        if self.as_json and is_first():
             print(json.dumps(jsonable(values), allow_nan=False), flush=True)
 
     def text(self, *lines: str) -> None:
         """Prints lines unless JSON was asked for."""
-        if not self.as_json:
+        if not self.as_json and is_first():
             print(*lines, sep="\n")
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
@@ -54,7 +64,7 @@ class Output:
 
         Bars on a terminal, an occasional line elsewhere, nothing with JSON.
         """
-        if self.as_json:
+        if self.as_json or not is_first():
             yield lambda stage, done, total, note="": None
         elif sys.stderr.isatty():
             with _bars() as show:

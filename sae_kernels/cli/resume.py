@@ -1,5 +1,6 @@
 """Command ``sae-kernels resume``: continues a run from its newest checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,4 +40,6 @@ def resume(
             f"{run}: expected a run that knows its data, it was given them in Python; go on with "
             "it there, train(..., folder=..., resume=True)"
         )
+    # However many processes there were, it goes on with those that are here.
+    tables.setdefault("parallel", {})["latents_over"] = int(os.environ.get("WORLD_SIZE", "1"))
     start(tables, run, Output(as_json), resume=True, verify=verify)

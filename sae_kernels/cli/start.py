@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import typer
 
 from sae_kernels.cli.data import check_data, opener
+from sae_kernels.cli.files import check_free
+from sae_kernels.cli.output import is_first
 from sae_kernels.cli.progress import follow, summarise
 from sae_kernels.training.run_config import RunConfig, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    from torch.distributed.device_mesh import DeviceMesh
 
     from sae_kernels.cli.data import RunData
     from sae_kernels.cli.output import Output
@@ -59,9 +65,16 @@ def start(
     from sae_kernels import training
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
-    with interruptible(again, out), output.progress() as show:
-        open_data = opener(data_config(tables), tables, show, verify=verify)
-        config, data = opened(tables, open_data)
+    with (
+        processes(tables) as (mesh, together),
+        interruptible(again, out),
+        output.progress() as show,
+    ):
+        with together():
+            if not resume and is_first():
+                check_free(out, overwrite)
+            open_data = opener(data_config(tables), tables, show, verify=verify)
+            config, data = opened(tables, open_data)
         result = training.train(
             config.sae,
             data.source,
@@ -72,10 +85,33 @@ def start(
             resume=resume,
             overwrite=overwrite,
             on_step=follow(output, show, config.train.steps),
+            mesh=mesh,
+            blocks=config.parallel.blocks,
         )
     summarise(output, result, out, METRICS)
     if left_out := getattr(data.source, "left_out", 0):
         output.text(f"{left_out:,} rows left out, their norm above the bound of max_norm_multiple")
+
+
+@contextmanager
+def processes(
+    tables: Tables,
+) -> Iterator[tuple[DeviceMesh | None, Callable[[], AbstractContextManager[None]]]]:
+    """The mesh of the processes that torchrun started for a run; None: there is this one alone.
+
+    With it comes a context in which an error on one of them is an error on all.
+    """
+    from sae_kernels.config.parallel import ParallelConfig
+
+    parallel = ParallelConfig(**tables.get("parallel", {}))
+    if parallel.latents_over == 1 and "WORLD_SIZE" not in os.environ:
+        yield None, nullcontext
+        return
+    from sae_kernels.distributed.launch import launched
+    from sae_kernels.distributed.team import Team
+
+    with launched(parallel, tables.get("train", {}).get("device", "auto")) as mesh:
+        yield mesh, Team(mesh).together
 
 
 @contextmanager

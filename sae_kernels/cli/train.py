@@ -6,13 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from sae_kernels.cli.data import absolute
-from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Json, Overwrite, Resume, Verify
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import arch_help, given, with_flags
 from sae_kernels.cli.start import start
 
-_TABLES = ("data", "sae", "objective", "optimizer", "train", "output")
+_TABLES = ("data", "sae", "objective", "optimizer", "train", "output", "parallel")
 
 
 @with_flags(*_TABLES)
@@ -41,6 +40,4 @@ def train(
     if data:
         tables["data"]["folders"] = [str(folder) for folder in data]
     tables["data"] = absolute(tables["data"])
-    if not resume:
-        check_free(out, overwrite)
     start(tables, out, Output(as_json), resume=resume, overwrite=overwrite, verify=verify)

@@ -43,6 +43,8 @@ class ShuffledBatches:
         block_rows, window_blocks: a window is `block_rows * window_blocks` rows.
         reuse: write every batch to the memory of the one before it, which then no longer holds.
             Allocating afresh costs more than copying the rows.
+        share: this process's number and how many there are: of every batch only its consecutive
+            part of ``ceil(batch_size / processes)`` rows is handed out.
 
     Attributes:
         position: batches yielded or skipped so far.
@@ -70,6 +72,7 @@ class ShuffledBatches:
         block_rows: int = 4096,
         window_blocks: int = 16,
         reuse: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         for name, given, least in (
             ("batch_size", batch_size, 1),
@@ -90,7 +93,7 @@ class ShuffledBatches:
                 f"expected at least one batch of {batch_size} rows, got {n} rows; "
                 "use a smaller batch, drop_last=False or more data"
             )
-        self._reuse = reuse
+        self._reuse, self._share = reuse, share
         self._kept: Tensor | None = None
         self._order = RowOrder(n, seed, block_rows, window_blocks)
         self._reader: WindowReader = (
@@ -108,6 +111,9 @@ class ShuffledBatches:
             raise StopIteration
         start = batch * self.batch_size
         stop = min(start + self.batch_size, self.source.n_tokens)
+        rank, size = self._share
+        width = -(-(stop - start) // size)
+        start, stop = min(start + rank * width, stop), min(start + (rank + 1) * width, stop)
         window = self._order.at(epoch, start)
         following = self._following(window)
         if following is not None:

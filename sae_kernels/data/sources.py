@@ -69,14 +69,20 @@ def open_source(source: Any) -> RowSource | Stream:
 
 
 def batches_of(
-    source: RowSource | Stream, batch_size: int, seed: int, *, reuse: bool = False
+    source: RowSource | Stream,
+    batch_size: int,
+    seed: int,
+    *,
+    reuse: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Batches:
     """The batches of a source: rows shuffled by `seed`, a stream as it comes.
 
-    ``batch_size``, ``seed`` and ``reuse`` are those of ShuffledBatches; a stream ignores them.
+    ``batch_size``, ``seed``, ``reuse`` and ``share`` are those of ShuffledBatches; a stream ignores
+    them.
     """
     if is_rows(source):
-        return ShuffledBatches(source, batch_size, seed=seed, reuse=reuse)
+        return ShuffledBatches(source, batch_size, seed=seed, reuse=reuse, share=share)
     return source
 
 

@@ -75,8 +75,7 @@ class Collectives:
         if self.size == 1:
             return x[None]
         out = x.new_empty((self.size, *x.shape))
-        _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
-        self.sent[what] += x.numel() * x.element_size() * (self.size - 1)
+        self._gather(x, out, what)
         return out
 
     def gather_rows(
@@ -90,16 +89,20 @@ class Collectives:
             out = x.new_empty((width * self.size, *x.shape[1:]))
         if len(x) < width:
             x = torch.cat([x, x.new_zeros((width - len(x), *x.shape[1:]))])
-        _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
-        self.sent[what] += x.numel() * x.element_size() * (self.size - 1)
+        self._gather(x, out, what)
         return out[:n]
+
+    def _gather(self, x: torch.Tensor, out: torch.Tensor, what: str) -> None:
+        # As bytes: gloo does not know every dtype.
+        _all_gather(_bytes(out), _bytes(x.contiguous()), group=self.group)
+        self.sent[what] += x.numel() * x.element_size() * (self.size - 1)
 
     def exchange(self, x: torch.Tensor, what: str) -> torch.Tensor:
         """Sends x[r] to rank r, [size, ...]; returns what came, by sender."""
         if self.size == 1:
             return x
         out = torch.empty_like(x)
-        dist.all_to_all_single(out.view(-1), x.view(-1), group=self.group)
+        dist.all_to_all_single(_bytes(out), _bytes(x), group=self.group)
         self.sent[what] += x.numel() * x.element_size() // self.size * (self.size - 1)
         return out
 
@@ -123,3 +126,7 @@ class Collectives:
             dist.all_reduce(x, group=self.group)
             self.sent[what] += 2 * x.numel() * x.element_size() * (self.size - 1) // self.size
         return x
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1).view(torch.uint8)

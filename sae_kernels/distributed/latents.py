@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from sae_kernels.distributed.batch_topk import largest
+from sae_kernels.distributed.batches import GatheredBatches
 from sae_kernels.distributed.collectives import Collectives, added, share
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from sae_kernels.codes import SparseCodes
+    from sae_kernels.data.batches import Batches
     from sae_kernels.nn.objective import Prefixes
     from sae_kernels.step.base import StepBase
 
@@ -44,7 +46,7 @@ class LatentRanks:
 
     Attributes:
         rank, size: of the group.
-        n_latents: as given.
+        n_latents, blocks: as given.
         latents: those of this rank.
         collectives: the exchanges, which count the bytes they send.
 
@@ -63,11 +65,15 @@ class LatentRanks:
             )
         if blocks and n_latents % blocks:
             raise ValueError(f"blocks: expected a divisor of n_latents = {n_latents}, got {blocks}")
-        self.n_latents, self.latents = n_latents, shares[self.rank]
+        self.n_latents, self.blocks, self.latents = n_latents, blocks, shares[self.rank]
         self._largest_share = len(shares[0])
         f = len(self.latents)
         n_blocks = max(1, blocks // self.size) if blocks % self.size == 0 else 1
         self._blocks = [slice(i * f // n_blocks, (i + 1) * f // n_blocks) for i in range(n_blocks)]
+
+    def gathered(self, batches: Batches, batch_size: int) -> GatheredBatches:
+        """Whole batches of ``batch_size`` rows, given this rank's shares of them."""
+        return GatheredBatches(batches, batch_size, self.collectives)
 
     def check(self, step: StepBase) -> None:
         """Raises ValueError for what cannot be trained with latents spread over ranks."""

@@ -42,7 +42,12 @@ class Described(NamedTuple):
     metadata: dict[str, Any]
 
 
-def save(sae: SparseAutoencoder, folder: str | Path, name: str | None = None) -> None:
+def save(
+    sae: SparseAutoencoder,
+    folder: str | Path,
+    name: str | None = None,
+    write_weights: Callable[[Path], object] | None = None,
+) -> None:
     """Writes all files, each complete or not at all: a failed save leaves what was there.
 
     A README.md that is there and is not a card of ours stays.
@@ -51,10 +56,13 @@ def save(sae: SparseAutoencoder, folder: str | Path, name: str | None = None) ->
         sae: what to save, as it is.
         folder: made when missing.
         name: how the card says to load it; None is the folder's name.
+        write_weights: writes the file of the weights; None: from this module, which has all.
     """
-    weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+    if write_weights is None:
+        weights = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+        write_weights = functools.partial(save_file, weights)
     files: dict[str, Callable[[Path], object]] = {
-        WEIGHTS_FILE: functools.partial(save_file, weights),
+        WEIGHTS_FILE: write_weights,
         CONFIG_FILE: json_writer(config_values(sae.config, sae.metadata)),
     }
     if _is_ours(Path(folder, CARD_FILE)):

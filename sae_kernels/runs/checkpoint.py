@@ -18,16 +18,17 @@ from sae_kernels.io.tensor_files import read_safetensors
 from sae_kernels.runs.staging import Staging, Written
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
+SHARD = "shard-"  # starts the names of files that hold some rows, from a run on several processes
 FORMAT, VERSION = "sae_kernels.checkpoint", 1
 _NAME = re.compile(r"step_(\d{8,})")
-_FILES_LIMIT = 64
+_FILES_LIMIT = 4096  # a file a process, and a few
 
 
 class Contents(NamedTuple):
@@ -63,14 +64,22 @@ def steps(parent: Path) -> list[int]:
 
 
 def write(
-    parent: Path, step: int, staged: Mapping[str, Staging], values: Mapping[str, Mapping[str, Any]]
+    parent: Path,
+    step: int,
+    staged: Mapping[str, Staging],
+    values: Mapping[str, Mapping[str, Any]],
+    others: Callable[[Path], Mapping[str, Written]] = lambda partial: {},
 ) -> Path:
-    """Writes a checkpoint of staged tensors and JSON objects, replacing one of the same step."""
+    """Writes a checkpoint of staged tensors and JSON objects, replacing one of the same step.
+
+    ``others`` writes further files into the folder that it is given, and returns them by name.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     path = path_of(parent, step)
     with replacing(path) as partial:
         partial.mkdir()
         files = {name: staging.write(partial / name) for name, staging in staged.items()}
+        files |= others(partial)
         for name, record in values.items():
             files[name] = _write_json(partial / name, record)
         listed = {name: file._asdict() for name, file in files.items()}
@@ -107,9 +116,16 @@ def read(path: Path) -> Contents:
 
     Raises:
         DataError: as :func:`verify`.
+        ValueError: a checkpoint of several processes.
     """
     tensors, values = {}, {}
-    for name in verify(path).files:
+    files = verify(path).files
+    if any(name.startswith(SHARD) for name in files):
+        raise ValueError(
+            f"{path}: expected a checkpoint of one process, it is of several; resume it by "
+            "torchrun, on however many (docs/distributed.md)"
+        )
+    for name in files:
         if name.endswith(".safetensors"):
             tensors[name] = read_safetensors(path / name)
         else:
@@ -117,8 +133,22 @@ def read(path: Path) -> Contents:
     return Contents(tensors, values)
 
 
-def newest(parent: Path) -> tuple[Path, Contents] | None:
+def read_values(path: Path) -> Contents:
+    """Verifies a checkpoint and loads its JSON values alone.
+
+    Raises:
+        DataError: as :func:`verify`.
+    """
+    names = [name for name in verify(path).files if not name.endswith(".safetensors")]
+    return Contents({}, {name: read_json(path / name) for name in names})
+
+
+def newest(parent: Path, read: Callable[[Path], Contents] = read) -> tuple[Path, Contents] | None:
     """Path and contents of the newest undamaged checkpoint, with a warning for each damaged one.
+
+    Args:
+        parent: the folder of the checkpoints.
+        read: verifies and reads one.
 
     Raises:
         DataError: there are checkpoints and all of them are damaged.

@@ -15,18 +15,20 @@ from sae_kernels.config.toml import changes, plain, read_tables, write_tables
 from sae_kernels.errors import DataError
 from sae_kernels.io.files import json_writer, publish, remove_stale
 from sae_kernels.io.lock import locked
+from sae_kernels.nn import pretrained
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.loggers import TENSORBOARD_FOLDER, WANDB_ID_FILE, open_loggers
 from sae_kernels.runs.metrics import MetricLog, jsonable, read_metrics
 from sae_kernels.runs.saver import Saver
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from typing_extensions import Self
 
     from sae_kernels.config.output import OutputConfig
     from sae_kernels.config.toml import Tables
+    from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.runs.checkpoint import Contents
 
 RUN_FILE, METRICS_FILE, RESULT_FILE = "run.toml", "metrics.jsonl", "result.json"
@@ -43,6 +45,7 @@ _FREE = (
     "train.device",
     "train.on_nonfinite",
     "train.cuda_graph",
+    "parallel.latents_over",
 )
 
 
@@ -57,6 +60,8 @@ class RunFolder:
             otherwise the folder must not hold a run.
         overwrite: delete the run that the folder holds.
         defaults: values of settings that an older version did not write: ``{"train.lr": None}``.
+        saver: makes the saver of its checkpoints, a :class:`~sae_kernels.runs.saver.Saver`.
+        read: verifies and reads a checkpoint.
 
     Attributes:
         path: the folder.
@@ -78,10 +83,13 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         defaults: Mapping[str, Any] | None = None,
+        saver: Callable[[Path, int, int | None], Saver] = Saver,
+        read: Callable[[Path], Contents] = checkpoint.read,
     ) -> None:
         self.path, self.options = Path(path), options
         self.tables: Tables = plain(tables)
         self._resume, self._overwrite = resume, overwrite
+        self._make_saver, self._read = saver, read
         self._defaults = plain(dict(defaults or {}))
         self.checkpoint: Path | None = None
         self.step = 0
@@ -103,7 +111,9 @@ class RunFolder:
             self._log = stack.enter_context(MetricLog(self.path / METRICS_FILE, until=self.step))
             self.lines = read_metrics(self.path / METRICS_FILE)
             self._saver = stack.enter_context(
-                Saver(self._checkpoints, self.options.keep_checkpoints, self.step or None)
+                self._make_saver(
+                    self._checkpoints, self.options.keep_checkpoints, self.step or None
+                )
             )
             self._stack = stack.pop_all()
         return self
@@ -150,6 +160,15 @@ class RunFolder:
         """Bytes of memory that hold the copy of the last checkpoint."""
         return self._saver.nbytes
 
+    def load_sae(self) -> SparseAutoencoder:
+        """The SAE of the checkpoint to continue from, on the CPU."""
+        assert self.checkpoint is not None
+        return pretrained.load(self.checkpoint)
+
+    def save_sae(self, sae: SparseAutoencoder) -> None:
+        """Saves the SAE in the folder."""
+        sae.save_pretrained(self.path / SAE_FOLDER)
+
     def finish(self, result: dict[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
         self._saver.wait()
@@ -163,7 +182,7 @@ class RunFolder:
                     f"{self.path}: expected a run that is to go on, it has made all its steps; "
                     "choose another folder for a new one"
                 )
-            found = checkpoint.newest(self._checkpoints)
+            found = checkpoint.newest(self._checkpoints, self._read)
             if found is not None:
                 self.checkpoint, self._contents = found
                 self.step = checkpoint.step_of(self.checkpoint)

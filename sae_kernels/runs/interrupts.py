@@ -50,8 +50,7 @@ class Interrupts:
             signal.signal(each, signal.SIG_DFL)
 
     def raise_received(self, message: str) -> None:
-        """Raises KeyboardInterrupt or SystemExit for the signal received, if there was one."""
+        """Raises KeyboardInterrupt or SystemExit for the signal that this or another rank got."""
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt(message)
-        if self.received is not None:
-            raise SystemExit(128 + self.received)
+        raise SystemExit(128 + (self.received or signal.SIGTERM))  # or another rank's

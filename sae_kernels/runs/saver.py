@@ -72,11 +72,14 @@ class Saver:
     def _write(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
         try:
             _lower_priority()
-            checkpoint.write(self.parent, step, self._staged, values)
+            self._publish(step, values)
             self.last = step
-            checkpoint.retain(self.parent, step, self.keep)
         except BaseException as error:
             self._error = error
+
+    def _publish(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
+        checkpoint.write(self.parent, step, self._staged, values)
+        checkpoint.retain(self.parent, step, self.keep)
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from sae_kernels.io.tensor_files import STORED_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _BLOCK = 4 << 20
@@ -30,6 +31,32 @@ class Written(NamedTuple):
 
     bytes: int
     sha256: str
+
+
+def layout(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+) -> tuple[bytes, dict[str, slice]]:
+    """The header of a safetensors file, and the place of each tensor in the file, in bytes.
+
+    Args:
+        tensors: dtype and shape of each by name.
+    """
+    header, places, end = {}, {}, 0
+    # Widest dtype first, so that each tensor is aligned to its element size.
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        places[name] = slice(start, end)
+        header[name] = {
+            "dtype": STORED_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    moved = {n: slice(len(head) + p.start, len(head) + p.stop) for n, p in places.items()}
+    return head, moved
 
 
 class Staging:
@@ -59,27 +86,12 @@ class Staging:
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies the tensors to the buffer, which grows as needed; they may change afterwards."""
-        # Widest dtype first, so that each tensor is aligned to its element size.
-        order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-        header, places, end = {}, {}, 0
-        for name in order:
-            tensor = tensors[name]
-            start, end = end, end + tensor.numel() * tensor.element_size()
-            places[name] = (start, end)
-            header[name] = {
-                "dtype": STORED_DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        head = len(text).to_bytes(8, "little") + text
-        self._filled = len(head) + end
+        head, places = layout({name: (t.dtype, t.shape) for name, t in tensors.items()})
+        self._filled = max((place.stop for place in places.values()), default=len(head))
         self._reserve(self._filled, any(tensor.is_cuda for tensor in tensors.values()))
         self._buffer[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        for name, (start, end) in places.items():
-            tensor = tensors[name]
-            place = self._buffer[len(head) + start : len(head) + end]
+        for name, place_of in places.items():
+            tensor, place = tensors[name], self._buffer[place_of]
             place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def write(self, path: Path) -> Written:

@@ -61,9 +61,13 @@ class Samples:
         self._sample: torch.Tensor | None = None
 
     def prepared(
-        self, sae: SAEConfig | SparseAutoencoder, config: TrainConfig, share: Share | None = None
+        self,
+        sae: SAEConfig | SparseAutoencoder,
+        config: TrainConfig,
+        share: Share | None = None,
+        latents: range | None = None,
     ) -> SparseAutoencoder:
-        """An SAE prepared on the sample, or on its share of the sample's columns.
+        """An SAE, or some of its latents, prepared on the sample or its share of the columns.
 
         All SAEs here share one order of the data.
         """
@@ -75,7 +79,7 @@ class Samples:
             self._sample = self._read(config)
             warn_of_few_rows(self._sample)
         own = self._sample if share is None else share.rows(self._sample)
-        return fitted(own, sae, config, device)
+        return fitted(own, sae, config, device, latents)
 
     def _check_batch(self, config: TrainConfig) -> None:
         source = self.source
@@ -102,6 +106,7 @@ def fitted(
     sae: SAEConfig | SparseAutoencoder,
     config: TrainConfig,
     device: torch.device,
+    latents: range | None = None,
 ) -> SparseAutoencoder:
     """Estimates scales and b_dec on raw rows, as the settings say.
 
@@ -113,6 +118,7 @@ def fitted(
         sae: a configuration, or a module that is changed in place.
         config: the settings of training.
         device: device of the SAE.
+        latents: those that an SAE made of a configuration has here; None: all.
 
     Raises:
         ValueError: rows of another width than the SAE's, a k_start that does not fit.
@@ -142,7 +148,8 @@ def fitted(
         if target is not None:
             scales["target_scale"] = estimate_scale(target, target.shape[0])
     if not isinstance(sae, SparseAutoencoder):
-        sae = build(dataclasses.replace(sae_config, **scales), seed=config.seed, device=device)
+        whole = dataclasses.replace(sae_config, **scales)
+        sae = build(whole, seed=config.seed, device=device, latents=latents)
     elif sae.is_fresh:
         sae.to(device).config = dataclasses.replace(sae_config, **scales)
     else:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from sae_kernels._version import __version__
 from sae_kernels.errors import NonFiniteError
-from sae_kernels.runs.folder import SAE_FOLDER
 from sae_kernels.runs.interrupts import Interrupts
 from sae_kernels.training.origin import record
 from sae_kernels.training.trainable import Batch
@@ -152,7 +151,7 @@ class TrainingRun(Generic[Batch]):
         """Restores the SAE's own weights and saves it."""
         self.training.close()
         if self.folder is not None:
-            self.training.sae.save_pretrained(self.folder.path / SAE_FOLDER)
+            self.folder.save_sae(self.training.sae)
 
     def _provenance(self) -> dict[str, Any]:
         """Metadata of the saved SAE about its training, without times, which a resume changes."""
@@ -177,7 +176,7 @@ class TrainingRun(Generic[Batch]):
             "tokens": self.training.tokens,
             "seconds": result.seconds,
             "skipped": result.skipped,
-            "dead_fraction": float(result.dead.float().mean()),
+            "dead_fraction": self.training.dead_fraction,
             "activation_scale": config.activation_scale,
             "target_scale": config.target_scale,
             **self.training.launching,
@@ -191,11 +190,21 @@ class TrainingRun(Generic[Batch]):
             self.folder.log(line)
 
 
-def drive(runs: Sequence[TrainingRun[Batch]], batches: Resumable[Batch]) -> None:
+def drive(
+    runs: Sequence[TrainingRun[Batch]],
+    batches: Resumable[Batch],
+    on_any_rank: Callable[[bool], bool] = bool,
+) -> None:
     """Trains all runs on one stream of batches until each has made its steps.
 
     With folders, SIGINT and SIGTERM take effect after the step: checkpoints are saved, then
     KeyboardInterrupt or SystemExit is raised. A second signal ends the process at once.
+
+    Args:
+        runs: all on these batches.
+        batches: one for each step.
+        on_any_rank: whether something is true on one of the ranks that train together, which
+            stop after the same step.
 
     Raises:
         ValueError: the batches end before the steps do.
@@ -221,7 +230,7 @@ def drive(runs: Sequence[TrainingRun[Batch]], batches: Resumable[Batch]) -> None
                     run.result()
             position += 1
             unfinished = [run for run in saving if run.active]
-            if interrupts.received and unfinished:
+            if unfinished and on_any_rank(interrupts.received is not None):
                 for run in unfinished:
                     run.save(batches, wait=True)
                 interrupts.raise_received(

@@ -11,6 +11,7 @@ from sae_kernels.config.base import declared
 from sae_kernels.config.data import DataConfig
 from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.config.output import OutputConfig
+from sae_kernels.config.parallel import ParallelConfig
 from sae_kernels.config.toml import read_tables, write_tables
 from sae_kernels.config.train import TrainConfig
 from sae_kernels.errors import name_hint
@@ -43,6 +44,7 @@ def setting_classes() -> dict[str, list[type[Settings]]]:
         "optimizer": [OptimizerConfig],
         "train": [TrainConfig],
         "output": [OutputConfig],
+        "parallel": [ParallelConfig],
     }
 
 
@@ -74,6 +76,7 @@ class RunConfig:
         train: settings of the training, with objective and optimizer.
         data: settings of the activations.
         output: settings of checkpoints and loggers.
+        parallel: how several processes share it.
 
     Example:
         >>> config = RunConfig.from_tables({"sae": {"d_in": 8, "n_latents": 32, "k": 4}})
@@ -85,6 +88,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
     @classmethod
     def read(cls, path: Path, widths: Widths | None = None) -> RunConfig:
@@ -102,7 +106,7 @@ class RunConfig:
 
     def to_tables(self) -> Tables:
         """All settings as TOML tables."""
-        return run_tables(self.sae, self.train, self.data.to_table(), self.output)
+        return run_tables(self.sae, self.train, self.data.to_table(), self.output, self.parallel)
 
     @classmethod
     def from_tables(cls, tables: Tables, widths: Widths | None = None) -> RunConfig:
@@ -124,6 +128,7 @@ class RunConfig:
             train_config(tables, train),
             DataConfig(**tables.get("data", {})),
             OutputConfig(**tables.get("output", {})),
+            ParallelConfig(**tables.get("parallel", {})),
         )
 
 
@@ -146,7 +151,11 @@ def train_config(tables: Tables, train: Mapping[str, Any] | None = None) -> Trai
 
 
 def run_tables(
-    sae: SAEConfig, train: TrainConfig, data: Mapping[str, Any], output: OutputConfig
+    sae: SAEConfig,
+    train: TrainConfig,
+    data: Mapping[str, Any],
+    output: OutputConfig,
+    parallel: ParallelConfig,
 ) -> Tables:
     """The TOML tables with every setting that repeats a run."""
     objective = train.objective or architecture(sae.architecture).objective_class()
@@ -158,6 +167,7 @@ def run_tables(
         "optimizer": train.optimizer.to_table(),
         "train": train.to_table(),
         "output": output.to_table(),
+        "parallel": parallel.to_table(),
     }
 
 
@@ -168,6 +178,7 @@ def run_defaults(sae: SAEConfig) -> dict[str, Any]:
         "objective": architecture(sae.architecture).objective_class,
         "optimizer": OptimizerConfig,
         "train": TrainConfig,
+        "parallel": ParallelConfig,
     }
     return {
         f"{table}.{field.name}": field.default

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from sae_kernels.config.parallel import ParallelConfig
 from sae_kernels.data.sources import is_rows
 from sae_kernels.errors import DataError
 from sae_kernels.gpu import training_device
-from sae_kernels.nn import SparseAutoencoder, build, pretrained
+from sae_kernels.nn import SparseAutoencoder, build
 from sae_kernels.runs.folder import RunFolder, holds_run
 from sae_kernels.step import AutogradStep, FusedStep
 from sae_kernels.training.fresh import Samples
@@ -23,18 +27,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import ExitStack
 
-    import torch
-
     from sae_kernels.config.output import OutputConfig
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
     from sae_kernels.data.rows import RowSource
     from sae_kernels.data.shared import Share
     from sae_kernels.data.sources import Stream
+    from sae_kernels.distributed.latents import LatentRanks
+    from sae_kernels.distributed.team import Team
     from sae_kernels.step import TrainingStep
     from sae_kernels.training.run import OnStep
 
-    MakeStep = Callable[[SparseAutoencoder, TrainConfig], TrainingStep]
+    MakeStep = Callable[..., TrainingStep]
 
 
 class Planned(NamedTuple):
@@ -45,6 +49,7 @@ class Planned(NamedTuple):
         data: description of the activations for run.toml.
         share: its columns, if several runs read their layers together.
         fitted: whether the SAE has its scales already, so that none are estimated.
+        ranks: the processes that the SAE's latents are spread over; None: this one alone.
     """
 
     sae: SAEConfig | SparseAutoencoder
@@ -52,6 +57,18 @@ class Planned(NamedTuple):
     data: Mapping[str, Any] = {}
     share: Share | None = None
     fitted: bool = False
+    ranks: LatentRanks | None = None
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How the processes share the run."""
+        ranks = self.ranks
+        return ParallelConfig() if ranks is None else ParallelConfig(ranks.size, ranks.blocks)
+
+    @property
+    def latents(self) -> range | None:
+        """The latents that are here; None: all."""
+        return None if self.ranks is None else self.ranks.latents
 
     @property
     def sae_config(self) -> SAEConfig:
@@ -71,6 +88,7 @@ class RunLocation:
     output: OutputConfig
     resume: bool
     overwrite: bool
+    team: Team | None = None
 
     def holds(self, name: str) -> bool:
         """Whether the folder has a run of this name."""
@@ -80,9 +98,16 @@ class RunLocation:
         """Opens a run's folder until the stack closes; ``more`` tables go into its run.toml."""
         if self.folder is None:
             return None
-        folder = RunFolder(
+        make: Callable[..., RunFolder] = RunFolder
+        if self.team is not None:
+            from sae_kernels.distributed.folder import TeamFolder
+
+            with torch.device("meta"):
+                like = build(plan.sae_config, latents=plan.latents)
+            make = functools.partial(TeamFolder, self.team, like)
+        folder = make(
             Path(self.folder, name),
-            run_tables(plan.sae_config, plan.config, plan.data, self.output) | more,
+            run_tables(plan.sae_config, plan.config, plan.data, self.output, plan.parallel) | more,
             self.output,
             resume=self.resume,
             overwrite=self.overwrite,
@@ -91,13 +116,42 @@ class RunLocation:
         return stack.enter_context(folder)
 
 
-def make_step(sae: SparseAutoencoder, config: TrainConfig) -> TrainingStep:
-    """The training step of the configured route, replayed as a CUDA graph where it can be."""
+def make_step(
+    sae: SparseAutoencoder, config: TrainConfig, ranks: LatentRanks | None = None
+) -> TrainingStep:
+    """The training step of the configured route, replayed as a CUDA graph where it can be.
+
+    Args:
+        sae: in training.
+        config: the settings.
+        ranks: the processes that have the SAE's other latents; None: all are here.
+    """
     route = FusedStep if config.route == "fused" else AutogradStep
-    step = route(sae, config.objective, config.optimizer, steps=config.steps, seed=config.seed)
+    step = route(
+        sae,
+        config.objective,
+        config.optimizer,
+        steps=config.steps,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    if ranks is not None:
+        return step
     if isinstance(step, FusedStep) and config.cuda_graph and eager_reason(step) is None:
         return GraphedStep(step)
     return step
+
+
+def check_spread(plan: Planned, source: RowSource | Stream, step: MakeStep) -> None:
+    """Raises ValueError for a run that several processes cannot share."""
+    for what, fits, expected in (
+        ("sae", not isinstance(plan.sae, SparseAutoencoder), "a configuration, got a module"),
+        ("activations", is_rows(source), "stored ones, got a stream"),
+        ("micro_batch_size", plan.config.micro_batch_size is None, "none, got one"),
+        ("step", step is make_step, "the package's own, got another"),
+    ):
+        if not fits:
+            raise ValueError(f"{what}: with latents over processes expected {expected}")
 
 
 class TrainerFactory:
@@ -112,13 +166,15 @@ class TrainerFactory:
         """The training of a run, with an SAE prepared on the source unless one is given."""
         plan = self.runs[name]
         if sae is None:
-            sae = self._samples.prepared(plan.sae, plan.config, plan.share)
+            sae = self._samples.prepared(plan.sae, plan.config, plan.share, plan.latents)
             joint = self._samples.source
             facts = getattr(joint, "facts", {}) if plan.share is None else plan.share.facts(joint)
             record(sae.metadata, facts)
         source = self._samples.source if plan.share is None else plan.share.own
         rows = source if is_rows(source) else None
-        return ActivationTraining(self._make_step(sae, plan.config), plan.config, rows, plan.share)
+        others = {} if plan.ranks is None else {"ranks": plan.ranks}
+        step = self._make_step(sae, plan.config, **others)
+        return ActivationTraining(step, plan.config, rows, plan.share)
 
 
 def start_run(
@@ -132,18 +188,18 @@ def start_run(
     """A fresh run, or one restored from its folder's checkpoint."""
     if folder is None or folder.checkpoint is None:
         return TrainingRun(fresh or make(name), folder, on_step, place)
-    sae = restored(folder.checkpoint, make.runs[name])
+    sae = restored(folder, make.runs[name])
     run = TrainingRun(make(name, sae), folder, on_step, place)
     run.load()
     return run
 
 
-def restored(path: Path, plan: Planned) -> SparseAutoencoder:
-    """The SAE of a checkpoint, loaded into the given module or a new one."""
-    loaded, wanted = pretrained.load(path), plan.sae_config.architecture
+def restored(folder: RunFolder, plan: Planned) -> SparseAutoencoder:
+    """The SAE of a folder's checkpoint, loaded into the given module or a new one."""
+    loaded, wanted = folder.load_sae(), plan.sae_config.architecture
     if loaded.config.architecture != wanted:
         raise DataError(
-            f"{path}: expected an SAE of architecture {wanted!r}, got "
+            f"{folder.checkpoint}: expected an SAE of architecture {wanted!r}, got "
             f"{loaded.config.architecture!r}"
         )
     device = training_device(plan.config.device)
@@ -151,7 +207,7 @@ def restored(path: Path, plan: Planned) -> SparseAutoencoder:
         sae = plan.sae.to(device)
         sae.config = loaded.config
     else:
-        sae = build(loaded.config, device=device)
+        sae = build(loaded.config, device=device, latents=plan.latents)
     sae.load_state_dict(loaded.state_dict())
     sae.metadata = loaded.metadata
     return sae

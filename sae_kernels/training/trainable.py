@@ -93,13 +93,22 @@ class Trainable(ABC, Generic[Batch]):
             "step": self.made,
             "tokens": self.tokens,
             **self.measured(),
-            "dead_fraction": float(self.training_step.dead.mask().float().mean()),
+            "dead_fraction": self.dead_fraction,
             "lr": self.learning_rate(self.made - 1),
             **({} if k is None else {"k": k}),
             "skipped": self.skipped,
             "tokens_per_second": self.tokens / seconds,
             **({"cuda_graph": self.eager_reason is None} if self._on_gpu else {}),
         }
+
+    @property
+    def dead_fraction(self) -> float:
+        """The fraction of all latents that are dead; of latents over ranks all must ask."""
+        dead = self.training_step.dead.mask().float()
+        ranks = getattr(self.training_step, "ranks", None)
+        if ranks is None:
+            return float(dead.mean())
+        return float(ranks.total(dead.sum()) / self.sae.config.n_latents)
 
     @property
     def launching(self) -> dict[str, str]:

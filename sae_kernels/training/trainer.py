@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,21 @@ from sae_kernels.nn import SparseAutoencoder, architecture
 from sae_kernels.runs.folder import is_finished
 from sae_kernels.training.origin import origin
 from sae_kernels.training.run import TrainingResult, drive
-from sae_kernels.training.start import Planned, RunLocation, TrainerFactory, make_step, start_run
+from sae_kernels.training.run_config import run_tables
+from sae_kernels.training.start import (
+    Planned,
+    RunLocation,
+    TrainerFactory,
+    check_spread,
+    make_step,
+    start_run,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.data.rows import RowSource
@@ -50,6 +59,8 @@ def train(
     overwrite: bool = False,
     on_step: OnStep | None = None,
     step: MakeStep = make_step,
+    mesh: DeviceMesh | None = None,
+    blocks: int = 0,
     **settings: Any,
 ) -> TrainingResult:
     """Trains an SAE of any architecture on activations.
@@ -72,6 +83,10 @@ def train(
         overwrite: delete a run in the folder.
         on_step: called after every step with the 0-based step and its metric line or None.
         step: makes the training step from the SAE and the settings, to use your own.
+        mesh: the processes that the SAE's latents are spread over, a
+            :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension; all call this with
+            the same arguments, and ``sae`` is a configuration (docs/distributed.md).
+        blocks: with a mesh, of :class:`~sae_kernels.config.parallel.ParallelConfig`.
         settings: fields of :class:`~sae_kernels.config.TrainConfig`, OptimizerConfig and the
             architecture's objective, by name.
 
@@ -79,10 +94,11 @@ def train(
     the process at once.
 
     Returns:
-        The trained SAE, the metric lines and counters.
+        The trained SAE (with a mesh, this process's latents of it), the metric lines and counters.
 
     Raises:
-        ValueError: settings, data and SAE that do not fit together.
+        ValueError: settings, data and SAE that do not fit together; with a mesh, processes that do
+            not have the same.
         NonFiniteError: a loss or gradient norm was not finite and ``on_nonfinite`` is "stop". The
             weights are those before that step, and are saved.
         DataError: the folder is in use, or holds another run.
@@ -103,10 +119,20 @@ def train(
         raise ValueError(f"expected config or settings by name, got both ({', '.join(settings)})")
     if isinstance(opened_source, IterableStream):  # the batches are as large as they come
         config = dataclasses.replace(config, batch_size=opened_source.batch_size)
-    location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
+    plan, team = Planned(sae, config, dict(data or {})), None
+    if mesh is not None:
+        from sae_kernels.distributed.team import Team
+
+        team = Team(mesh)
+        with team.together():
+            check_spread(plan, opened_source, step)
+            plan = plan._replace(ranks=team.ranks(plan.sae_config.n_latents, blocks))
+        data_there = getattr(opened_source, "fingerprint", None)
+        settings_there = run_tables(plan.sae_config, config, {}, OutputConfig(), plan.parallel)
+        team.expect_same({**settings_there, "activations": data_there})
+    location = RunLocation(folder, output or OutputConfig(), resume, overwrite, team)
     watch = {} if on_step is None else {"": on_step}
-    runs = {"": Planned(sae, config, dict(data or {}))}
-    result = _train(opened_source, runs, target, location, watch, step)[""]
+    result = _train(opened_source, {"": plan}, target, location, watch, step)[""]
     if result.error is not None:
         raise result.error
     return result
@@ -221,16 +247,18 @@ def _train(
     runs = {name: _with_objective(plan) for name, plan in runs.items()}
     make = TrainerFactory(source, runs, step)
     # Fresh runs are made before folders, so that wrong settings leave no folder behind.
-    fresh = {name: make(name) for name in runs if not (location.resume and location.holds(name))}
+    team = location.team
+    with nullcontext() if team is None else team.together():
+        waits = [name for name in runs if location.resume and location.holds(name)]
+        fresh = {name: make(name) for name in runs if name not in waits}
     with ExitStack() as stack:
         started = {}
         for name, plan in runs.items():
             folder = location.open(stack, name, plan)
             own = given if plan.share is None else plan.share.own
             place = origin(own, target, plan.sae_config.transcodes, location.output)
-            started[name] = stack.enter_context(
-                start_run(make, name, fresh.pop(name, None), folder, on_step.get(name), place)
-            )
+            run = start_run(make, name, fresh.pop(name, None), folder, on_step.get(name), place)
+            started[name] = stack.enter_context(run)
         waiting = [run for run in started.values() if run.active]
         if waiting:
             behind = min(waiting, key=lambda run: run.training.made)
@@ -238,12 +266,18 @@ def _train(
             # Prefetching batches from a model on the CPU would only take cores from the step.
             stored = is_rows(source) and not isinstance(source, TensorRows)
             ahead = stored or device.type != "cpu"
-            batches = batches_of(source, config.batch_size, config.order_seed, reuse=not ahead)
+            ranks = runs[""].ranks if "" in runs else None
+            share = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+            batches = batches_of(
+                source, config.batch_size, config.order_seed, reuse=not ahead, share=share
+            )
             if behind.cursor:
                 batches.load_state_dict(behind.cursor)
             if ahead:
                 batches = stack.enter_context(Prefetched(batches, device))
-            drive(list(started.values()), batches)
+            if ranks is not None:
+                batches = ranks.gathered(batches, config.batch_size)
+            drive(list(started.values()), batches, bool if team is None else team.any)
         return {name: run.result() for name, run in started.items()}
 
 

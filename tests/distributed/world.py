@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["sae_kernels.step", "sae_kernels.distributed.latents", __name__])
+FORKED.set_forkserver_preload(
+    ["sae_kernels.training", "sae_kernels.distributed.folder", "tests.distributed.runs", __name__]
+)
 TIMEOUT = 120  # seconds, on a busy machine
 
 

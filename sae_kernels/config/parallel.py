@@ -1,0 +1,31 @@
+"""Settings of a run on several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sae_kernels.config.base import NATURAL, POSITIVE_INTEGER, Settings, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig(Settings):
+    """How the processes that torchrun starts share a run (docs/distributed.md).
+
+    Example:
+        >>> ParallelConfig(latents_over=4).blocks
+        0
+    """
+
+    table = "parallel"
+
+    latents_over: int = setting(
+        1,
+        "processes that the latents are spread over, those of torchrun",
+        POSITIVE_INTEGER,
+    )
+    blocks: int = setting(
+        0,
+        "blocks of latents whose sums are added in one order, a divisor of n_latents: runs on as "
+        "many processes as leave each a power of two of them have the same bits; 0 is the fastest",
+        NATURAL,
+    )

@@ -1,0 +1,164 @@
+"""The processes of a run: what they agree on, and the files that they write together."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sae_kernels.distributed.latents import LatentRanks
+from sae_kernels.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch.distributed import ProcessGroup
+
+
+_Made = TypeVar("_Made")
+_USER_ERRORS = (DataError, ValueError, TypeError, OSError, ImportError)
+
+
+class Team:
+    """The processes of a mesh that train one SAE, each with some of its latents.
+
+    Made by all of them at once, as it makes process groups.
+
+    Args:
+        mesh: of one dimension.
+
+    Attributes:
+        mesh, group: as given, and its process group.
+        rank, size: of the group.
+        saving, saving_mesh: a group on the CPU for the thread that saves checkpoints alone.
+
+    Raises:
+        ValueError: a mesh of several dimensions.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        if mesh.ndim != 1:
+            raise ValueError(f"mesh: expected one of one dimension, got {mesh.ndim}")
+        self.mesh, self.group = mesh, mesh.get_group()
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        members = dist.get_process_group_ranks(self.group)
+        # On the CPU, so that no kernel waits behind what the host asks.
+        self._control = dist.new_group(members, backend="gloo")
+        self.saving = dist.new_group(members, backend="gloo")
+        self.saving_mesh = DeviceMesh.from_group(self.saving, "cpu")
+
+    def ranks(self, n_latents: int, blocks: int = 0) -> LatentRanks:
+        """What a step of an SAE of so many latents asks of the others."""
+        return LatentRanks(self.group, n_latents, blocks=blocks)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank."""
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
+        return bool(flags)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's plain value."""
+        return _broadcast(value, self._control)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If the block raises on one rank it raises on all: the first one's error, by its rank."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        self._raise_first(error, self._control)
+
+    def expect_same(self, facts: Mapping[str, Any]) -> None:
+        """Raises ValueError on all ranks unless all have the same facts; it names the first other.
+
+        Args:
+            facts: settings and fingerprints by name, plain values.
+        """
+        others = _gathered({n: repr(v) for n, v in facts.items()}, self._control)
+        for rank, other in enumerate(others):
+            for name, value in others[0].items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"{name}: expected the same on all ranks, rank 0 has {value:.200}, rank "
+                        f"{rank} has {other.get(name, 'nothing'):.200}"
+                    )
+
+    def write(
+        self,
+        own: Callable[[Path], _Made],
+        lead: Callable[[Callable[[Path], list[_Made]]], object],
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """Writes a file or folder together, which rank 0 makes and publishes.
+
+        Args:
+            own: writes this rank's part of what is at a path.
+            lead: run by rank 0; calls its argument with the path, once, which runs ``own`` on all
+                ranks and returns their results.
+            group: to talk over, from a thread of its own.
+
+        Raises:
+            DataError: another rank failed.
+            OSError: this one did.
+        """
+        group = group or self._control
+        asked = False
+
+        def everywhere(path: Path | None) -> list[_Made]:
+            nonlocal asked
+            asked = True
+            said = _broadcast(None if path is None else str(path), group)
+            made, error = None, None
+            if said is not None:
+                try:
+                    made = own(Path(said))
+                except Exception as raised:
+                    error = raised
+            self._raise_first(error, group)
+            results: list[_Made] = _gathered(made, group)
+            return results
+
+        error: Exception | None = None
+        try:
+            if self.rank == 0:
+                lead(everywhere)
+        except Exception as raised:
+            error = raised
+        if not asked:
+            try:
+                everywhere(None)
+            except Exception as raised:
+                error = error or raised
+        self._raise_first(error, group)
+
+    def _raise_first(self, error: Exception | None, group: ProcessGroup) -> None:
+        """Raises this rank's error, or one that names the first rank with one."""
+        mine = None if error is None else (isinstance(error, _USER_ERRORS), str(error))
+        found = _gathered(mine, group)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(found):
+            if other is not None:
+                kind: type[Exception] = DataError if other[0] else RuntimeError
+                raise kind(f"rank {rank}: {other[1]}")
+
+
+def _gathered(value: Any, group: ProcessGroup) -> list[Any]:
+    """A plain value of every rank."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _broadcast(value: Any, group: ProcessGroup) -> Any:
+    """A plain value of rank 0."""
+    values = [value]
+    dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group=group)
+    return values[0]

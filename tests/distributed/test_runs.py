@@ -1,0 +1,142 @@
+"""A run of several ranks: its files, its end, and how it goes on with other numbers of ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_kernels.data import ShardWriter
+from sae_kernels.nn import SparseAutoencoder
+from sae_kernels.runs import checkpoint
+from sae_kernels.runs.metrics import read_metrics
+from tests.distributed import runs
+from tests.distributed.problems import joined
+from tests.distributed.world import on_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "sae" / "sae.safetensors")
+
+
+def without_time(folder: Path) -> list[dict[str, Any]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{n: v for n, v in line.items() if n != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.full)])
+def test_a_run_leaves_what_one_process_leaves(tmp_path: Path, kind: str) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    alone = runs.run(None, str(one), kind=kind, n_latents=99)
+    parts = on_ranks_run(3, many, kind=kind, n_latents=99)
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in many.iterdir())
+    for line, expected in zip(without_time(many), alone["lines"], strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    whole, expected = saved(many), saved(one)
+    assert whole.keys() == expected.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
+    # The file holds exactly what the ranks have, in the scale of raw activations.
+    folded = SparseAutoencoder.from_pretrained(many / "sae")
+    assert torch.equal(
+        folded.W_enc, joined([p["weights"] for p in parts], alone["weights"])["W_enc"]
+    )
+
+
+def on_ranks_run(size: int, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    return on_ranks(size, run_with, str(folder), options)
+
+
+def run_with(group: Any, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    return runs.run(group, folder, **options)
+
+
+RESUMED = [(4, 2), *(pytest.param(*sizes, marks=pytest.mark.full) for sizes in ((2, 4), (2, 1)))]
+
+
+@pytest.mark.parametrize(("first", "then"), RESUMED)
+def test_a_run_goes_on_with_other_ranks_with_the_same_bits(
+    tmp_path: Path, first: int, then: int
+) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    on_ranks_run(1, straight, blocks=8)
+    on_ranks_run(first, folder, blocks=8, stop_after=6)
+    newest = checkpoint.path_of(folder / "checkpoints", 4)
+    assert len(list(newest.glob("shard-*"))) == first
+    checkpoint.verify(newest)
+    on_ranks_run(then, folder, blocks=8, resume=True)
+    assert without_time(folder) == without_time(straight)
+    for name, tensor in saved(folder).items():
+        assert torch.equal(tensor, saved(straight)[name]), name
+
+
+@pytest.mark.full
+def test_ranks_go_on_with_the_run_of_one_process(tmp_path: Path) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    runs.run(None, str(straight))
+    runs.run(None, str(folder), stop_after=6)
+    on_ranks_run(3, folder, resume=True)
+    for name, tensor in saved(folder).items():
+        torch.testing.assert_close(tensor, saved(straight)[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.full
+def test_one_process_says_how_to_go_on_with_a_run_of_ranks(tmp_path: Path) -> None:
+    on_ranks_run(2, tmp_path, stop_after=6)
+    with pytest.raises(ValueError, match="it is of several; resume it by torchrun"):
+        runs.run(None, str(tmp_path), resume=True)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"differs": True}, "train: expected the same on all ranks"),
+    ({"n_latents": 4, "k": 2}, "n_latents: expected latents for each of 3 ranks, got 4"),
+    ({"blocks": 7}, "blocks: expected a divisor of n_latents = 96, got 7"),
+    ({"micro_batch_size": 10}, "micro_batch_size: with latents over processes expected none"),
+    ({"route": "autograd"}, "route: expected 'fused'"),
+]
+
+
+def refusals(group: Any, folder: str) -> list[str]:
+    return [runs.refused(group, folder, **options) for options, _ in REFUSED]
+
+
+def test_bad_input_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    for messages in on_ranks(3, refusals, str(tmp_path / "run")):
+        for message, (_, words) in zip(messages, REFUSED, strict=True):
+            assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    command += ["-m", "sae_kernels", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+
+
+@pytest.mark.full
+def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+    acts, out = str(tmp_path / "acts"), tmp_path / "run"
+    with ShardWriter(acts, 16) as writer:
+        writer.write(runs.activations())
+    flags = ["--n-latents", "96", "--k", "6", "--steps", "9", "--batch-size", "64"]
+    done = torchrun(2, "train", acts, "--out", str(out), "--latents-over", "2", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fvu") == 1, "one process speaks"
+    assert "latents_over = 2" in (out / "run.toml").read_text()
+    again = torchrun(2, "train", acts, "--out", str(out), "--latents-over", "2", *flags)
+    assert again.returncode != 0
+    assert again.stderr.count("expected a new or an empty folder") == 1
+    assert again.stderr.count("exitcode  : 2") == 2, again.stderr
+    other = torchrun(2, "train", acts, "--out", str(out), "--latents-over", "3", *flags)
+    assert other.stderr.count("latents_over: expected the number of processes") == 1
