@@ -49,6 +49,8 @@ def sweep(
         open_data = opener(data_config(first), first, show, verify=verify)
         each = {name: opened(tables, open_data) for name, tables in runs.items()}
         configs = {name: config for name, (config, _) in each.items()}
+        for config in configs.values():
+            config.expect_one_process()
         results = training.train_many(
             {name: (config.sae, config.train) for name, config in configs.items()},
             {name: data.source for name, (_, data) in each.items()},

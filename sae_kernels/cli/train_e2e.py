@@ -103,6 +103,7 @@ def train_e2e(
             )
         widths = Widths([layer_width(loaded, layer, weights)])
         settings = RunConfig.from_tables(tables, widths)
+        settings.expect_one_process()
         sae_config, train_config = settings.sae, settings.train
         _check_layers(sae_config)
         options = {

@@ -90,6 +90,14 @@ class RunConfig:
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
+    def expect_one_process(self) -> None:
+        """Raises ValueError for settings of a run on several processes."""
+        if self.parallel != ParallelConfig():
+            raise ValueError(
+                "[parallel]: expected none, only `train` on stored activations runs on several "
+                f"processes, got {self.parallel.to_table()}"
+            )
+
     @classmethod
     def read(cls, path: Path, widths: Widths | None = None) -> RunConfig:
         """Reads the settings from a TOML file.

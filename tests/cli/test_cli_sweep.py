@@ -171,6 +171,7 @@ def test_what_is_there_is_kept(run: Any, file: Path, tmp_path: Path, contents: A
         ('"sae.k" = [2, 4]', '"sae.k" = []', "sae.k: expected a list of values, got []"),
         ('"sae.k" = [2, 4]', '"sae.k" = [2, 2]', "expected names that differ, got 'k2' twice"),
         ('"sae.k" = [2, 4]', '"sae.kk" = [2]', "[sweep]: [sae]: unknown key 'kk'"),
+        ("[output]", "[parallel]\nlatents_over = 2\n[output]", "[parallel]: expected none, only"),
         ('"sae.k" = [2, 4]', '"sae.k" = [2, 99]', "k: expected at most n_latents = 32, got 99"),
         ('"sae.k" = [2, 4]', '"train.batch_size" = [2, 4]', "batch_size: expected the same in all"),
         ('"sae.k" = [2, 4]', '"train.data_seed" = [2, 4]', "data_seed: expected the same in all"),

@@ -198,7 +198,7 @@ def _fifo(path: Path) -> None:
         (_manifest(lambda r: r.update(step=8)), "expected the step of step_00000007, got 8"),
         (_manifest(lambda r: r.update(step="7")), "got '7'"),
         (_manifest(lambda r: r.update(files=[])), r"the files of a checkpoint, got \[\]"),
-        (_manifest(lambda r: r.update(files={str(i): {} for i in range(99)})), "the files of"),
+        (_manifest(lambda r: r.update(files={str(i): {} for i in range(9999)})), "the files of"),
         (_manifest(lambda r: r["files"].update({"../x": {"bytes": 1, "sha256": ""}})), "got ../x"),
         (_manifest(lambda r: r["files"].update({"/etc/x": {"bytes": 1, "sha256": ""}})), "/etc/x"),
         (_manifest(lambda r: r["files"].update({"x": 3})), "size and SHA-256, got x"),

@@ -81,6 +81,7 @@ def test_a_run_leaves_a_folder(tmp_path: Path) -> None:
         "optimizer",
         "train",
         "output",
+        "parallel",
     ]
     left = json.loads((folder / "result.json").read_text())
     assert (left["steps"], left["tokens"], left["skipped"]) == (25, 25 * 64, 0)
