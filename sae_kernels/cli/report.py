@@ -1,12 +1,18 @@
 """Command ``sae-kernels report``: draws the page of a run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sae_kernels.interventions import LatentEffects
+    from sae_kernels.nn import SparseAutoencoder
 
 
 def report(
@@ -30,22 +36,55 @@ def report(
         str | None,
         typer.Option(help="Model folder or hub name whose tokenizer shows latents in context."),
     ] = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="Make latents.html too, to search all latents.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Causal model, by folder or hub name, whose tokens the latents promote and "
+            "suppress; for the browser."
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw the page of a run: curves, latents, measures of its SAE."""
     from sae_kernels.report import write_report
+    from sae_kernels.report.page import BROWSER
     from sae_kernels.report.run import run_report
 
     output = Output(as_json)
     with output.progress() as show:
         show("measure", 0, None)
         made = run_report(
-            run, data or (), target=target, max_tokens=max_tokens, tokenizer=tokenizer
+            run,
+            data or (),
+            target=target,
+            max_tokens=max_tokens,
+            tokenizer=tokenizer or model,
+            browser=browser or model is not None,
+            effects=None if model is None else _effects_in(model),
         )
     page = write_report(made, run if out is None else out)
+    latents = None if made.latents is None else page.with_name(BROWSER)
     measured = made.measured_on if made.latent_density is not None else None
     output.record(
-        {"report": page, "measured_on": measured, "title": made.title, "metrics": made.metrics}
+        {
+            "report": page,
+            "latents": latents,
+            "measured_on": measured,
+            "title": made.title,
+            "metrics": made.metrics,
+        }
     )
-    output.text(str(page), made.subtitle)
+    output.text(str(page), *([str(latents)] if latents else []), made.subtitle)
+
+
+def _effects_in(model: str) -> "Callable[[SparseAutoencoder], LatentEffects]":
+    """What an SAE's latents promote and suppress in a causal model."""
+    from sae_kernels.harvest import load_causal_model
+    from sae_kernels.interventions import latent_effects
+
+    loaded, _ = load_causal_model(model)
+    return lambda sae: latent_effects(sae, loaded, k=5)

@@ -9,6 +9,7 @@ import torch
 from sae_kernels import machine
 from sae_kernels.report import RunReport
 from sae_kernels.report.examples import decoder_cosine, latent_examples
+from sae_kernels.report.latent_table import latent_table
 from sae_kernels.report.run import training_curve
 from sae_kernels.report.run_data import to_text
 from sae_kernels.report.run_facts import dead_rule
@@ -67,4 +68,5 @@ def describe(
         examples=latent_examples(sae, sides["held_out"], to_text(tokenizer)),
         command=f"sae-kernels demo --steps {config.steps} --seed {config.seed}",
         dead_rule=dead_rule(seen, config.objective.dead_after_tokens),
+        latents=latent_table(sae, sides["held_out"], to_text(tokenizer)),
     )

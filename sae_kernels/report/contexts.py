@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .data import LatentExamples, TokenContext
 
 _VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "⇥"})
+# How tokenizers write the space before a word and the end of a line.
+_SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
 
 
 class Token(NamedTuple):
@@ -60,14 +62,14 @@ def peak_word(context: TokenContext) -> str:
         first -= 1
     while last < len(context.tokens) and _continues(context.tokens[last]):
         last += 1
-    return "".join(text for _, text in _pieces(context.tokens[first:last])).strip()
+    return "".join(text for _, text in text_pieces(context.tokens[first:last])).strip()
 
 
 def _line(context: TokenContext, scale: float) -> ContextLine:
     tokens = [
         Token(gap, text, a, None if a == 0 and i != context.peak else _strength(a, scale))
         for i, ((gap, text), a) in enumerate(
-            zip(_pieces(context.tokens), context.activations, strict=True)
+            zip(text_pieces(context.tokens), context.activations, strict=True)
         )
     ]
     return ContextLine(tokens[: context.peak], tokens[context.peak], tokens[context.peak + 1 :])
@@ -82,8 +84,9 @@ def _continues(token: str) -> bool:
     return token.startswith("##") and len(token) > 2
 
 
-def _pieces(tokens: list[str]) -> list[tuple[str, str]]:
+def text_pieces(tokens: list[str]) -> list[tuple[str, str]]:
     """Splits each token into the space before it and its visible text."""
+    tokens = [token.translate(_SPACES) for token in tokens]
     # Tokenisers that keep the space inside the token need none added between tokens.
     spaced = not any(token.startswith(" ") for token in tokens)
     pieces = []

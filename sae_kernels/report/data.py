@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .latent_table import LatentTable
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -88,6 +90,7 @@ class RunReport:
         command: shell command that repeats the run, if there is one.
         dead_rule: what ``metrics["dead_fraction"]`` counts, to follow "12 of 3,072 latents".
         measured_on: which tokens all this was measured on: "held-out", "training", ...
+        latents: all latents, for a browser of them beside the page; None for no browser.
 
     Raises:
         ValueError: the two tensors are not vectors of one length.
@@ -105,6 +108,7 @@ class RunReport:
     command: str | None = None
     dead_rule: str = "never fired on held-out tokens"
     measured_on: str = "held-out"
+    latents: LatentTable | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         cosine = tuple(self.decoder_cosine.shape)

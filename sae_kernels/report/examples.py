@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .by_latent import CodesByLatent, codes_by_latent
 from .contexts import peak_word
 from .data import LatentExamples, TokenContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sae_kernels.data.rows import Rows, RowSource
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SparseAutoencoder
 
-_BATCH = 4096
 _COSINES = 1 << 22  # held at once
 
 
@@ -73,7 +73,7 @@ def latent_examples(
     rows = source.rows(0, source.n_tokens)
     if rows.tokens is None or rows.documents is None:
         raise ValueError("expected rows with their tokens and documents, harvest writes both")
-    codes = _encode(sae, rows)
+    codes = codes_by_latent(sae, rows)
     text = to_tokens(rows.tokens.tolist())
     shares = codes.counts / source.n_tokens
     shown: dict[str, LatentExamples] = {}
@@ -109,60 +109,8 @@ def _clarity(example: LatentExamples) -> tuple[bool, int, float]:
     return worded and 2 <= len(stems) <= 4, again, weakest
 
 
-class _CodesByLatent(NamedTuple):
-    """The codes of all rows, with their entries sorted by latent and then by strength."""
-
-    values: Tensor  # [N], row after row
-    indices: Tensor  # [N]
-    rows: Tensor  # int64 [N], ascending
-    entries: Tensor  # int64, positions in the codes
-    counts: Tensor  # int64 [F], entries that fired
-    ends: Tensor  # int64 [F]
-
-    def top(self, latent: int) -> tuple[Tensor, Tensor]:
-        """The values and rows of a latent's entries, strongest first."""
-        end, count = int(self.ends[latent]), int(self.counts[latent])
-        entries = self.entries[end - count : end]
-        return self.values[entries], self.rows[entries]
-
-    def activations(self, latent: int, first: int, last: int) -> list[float]:
-        """A latent's activations on the rows from ``first`` up to ``last``."""
-        start, stop = torch.searchsorted(self.rows, torch.tensor([first, last])).tolist()
-        here = self.indices[start:stop] == latent
-        result = torch.zeros(last - first)
-        result[self.rows[start:stop][here] - first] = self.values[start:stop][here].float()
-        return result.tolist()
-
-    def peaks(self, latent: int, documents: Tensor, n: int) -> list[int]:
-        """The rows where a latent fires most strongly, one per document."""
-        peaks: dict[int, int] = {}
-        rows = self.top(latent)[1]
-        for row, document in zip(rows.tolist(), documents[rows].tolist(), strict=True):
-            peaks.setdefault(document, row)
-            if len(peaks) == n:
-                break
-        return list(peaks.values())
-
-
-@torch.inference_mode()
-def _encode(sae: SparseAutoencoder, rows: Rows) -> _CodesByLatent:
-    device = sae.W_enc.device
-    parts = [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
-    values = torch.cat([part.values.flatten().cpu() for part in parts])
-    indices = torch.cat([part.indices.flatten().cpu() for part in parts])
-    tokens = torch.cat(
-        [part.tokens.flatten().long().cpu() + i * _BATCH for i, part in enumerate(parts)]
-    )
-    fired = (values != 0).nonzero().flatten()
-    by_value = fired[values[fired].argsort(descending=True, stable=True)]
-    latents = indices[by_value]
-    entries = by_value[latents.argsort(stable=True)]
-    counts = torch.bincount(latents, minlength=sae.config.n_latents)
-    return _CodesByLatent(values, indices, tokens, entries, counts, counts.cumsum(0))
-
-
 def _context(
-    codes: _CodesByLatent, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
+    codes: CodesByLatent, text: list[str], documents: Tensor, latent: int, peak: int, radius: int
 ) -> TokenContext:
     """The context of a row: the tokens of its document around it."""
     start, stop = max(0, peak - radius), peak + radius + 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sae_kernels.plotting import figure, page
 from sae_kernels.plotting.units import duration, number, parse, percent, rate
 
+from .browser import write_browser
 from .contexts import card
 from .plots import drawings
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from .data import RunReport
 
+BROWSER = "latents.html"
 _METRICS = {
     "fvu": ("FVU", "fraction of variance unexplained, 0 is perfect"),
     "explained_variance": ("Explained variance", "1 minus FVU"),
@@ -34,8 +36,9 @@ _FORMATS = {"seconds": duration, "tokens_per_second": rate, "explained_variance"
 def write_report(report: RunReport, folder: str | Path) -> Path:
     """Writes ``report.html`` and the figures' PNG files into ``folder``, made if missing.
 
-    The page needs no other file and no network. Each file appears whole or not at all, so a
-    page that is already there stays readable until the new one replaces it.
+    A report with a table of all latents gets a second page, ``latents.html``, to search them. The
+    pages need no other file and no network. Each file appears whole or not at all, so a page
+    that is already there stays readable until the new one replaces it.
 
     Args:
         report: what to show.
@@ -49,6 +52,10 @@ def write_report(report: RunReport, folder: str | Path) -> Path:
         OSError: the folder cannot be made or written.
     """
     figures = draw_figures(report)
+    if report.latents is not None:
+        path = Path(folder) / BROWSER
+        subtitle = f"{report.n_latents:,} latents. {report.title}: {report.subtitle}"
+        write_browser(report.latents, path, title="Latents", subtitle=subtitle)
     return page.write(Path(folder) / "report.html", render_page(report, figures), figures)
 
 
@@ -72,6 +79,8 @@ def render_page(report: RunReport, figures: list[Picture]) -> str:
         subtitle=report.subtitle,
         tiles=_tiles(report),
         figures=figures,
+        browser=None if report.latents is None else BROWSER,
+        n_latents=report.n_latents,
         cards=None if report.examples is None else [card(e) for e in report.examples],
         results_title=f"{report.measured_on.capitalize()} results" if measured else "Results",
         metrics=[_metric(report, *item) for item in report.metrics.items()],

@@ -19,11 +19,14 @@ from sae_kernels.training.evaluate import evaluate
 
 from .data import CurvePoint, RunReport
 from .examples import decoder_cosine, latent_examples
+from .latent_table import latent_table
 from .run_data import FirstRows, opened, tokens_of
 from .run_facts import dead_rule, facts, results, subtitle, training_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .latent_table import Effects
 
 MAX_TOKENS = 65536
 _MAX_CODES = 1 << 25  # held in memory while examples are chosen
@@ -36,6 +39,8 @@ def run_report(
     target: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
     tokenizer: str | Path | None = None,
+    browser: bool = False,
+    effects: Callable[[SparseAutoencoder], Effects] | None = None,
 ) -> RunReport:
     """Makes the report of a run, finished or not.
 
@@ -49,6 +54,9 @@ def run_report(
         max_tokens: at most so many tokens are measured, the first ones.
         tokenizer: whose tokens the activations belong to, for latents in context: a folder, or a
             name on the hub. None: the local model folder that the activations came from, if any.
+        browser: collect all latents too, for a page to search them.
+        effects: for that page, what an SAE's latents promote and suppress, five tokens each, as
+            :func:`sae_kernels.interventions.latent_effects` says.
 
     Raises:
         DataError: no run, an SAE that is not there yet, damaged or missing data.
@@ -67,7 +75,7 @@ def run_report(
     path = newest_sae(folder)
     sae = SparseAutoencoder.from_pretrained(path)
     activations = opened(data, target, tables)
-    measured = examples = None
+    measured = examples = latents = None
     if activations is not None:
         source = FirstRows(activations.source(), max_tokens)
         goal = activations.target
@@ -76,6 +84,13 @@ def run_report(
         if to_tokens is not None:
             few = FirstRows(source, max(1, int(_MAX_CODES / max(1.0, measured.l0))))
             examples = latent_examples(sae, few, to_tokens)
+            if browser:
+                latents = latent_table(sae, few, to_tokens, effects and effects(sae))
+    if browser and latents is None:
+        raise DataError(
+            "the latent browser: expected activations with their tokens (`sae-kernels harvest` "
+            "stores them) and a tokenizer, got none; name them by --data and --tokenizer"
+        )
     training = activations is not None and activations.training
     settings = training_settings(tables)
     return RunReport(
@@ -91,6 +106,7 @@ def run_report(
         command=repeat_command(folder / RUN_FILE, tables),
         dead_rule=dead_rule(last.get("tokens"), settings.get("dead_after_tokens")),
         measured_on="training" if training else "evaluation",
+        latents=latents,
     )
 
 

@@ -74,3 +74,10 @@ def test_options_that_do_not_fit(run, trained, options, expected):
 
 def test_what_is_no_run(run, data):
     assert "expected the folder of a run, it has no run.toml" in run("report", data).err
+
+
+def test_the_browser_of_latents_needs_tokens_and_a_tokenizer(run, trained):
+    refused = run("report", trained, "--browser")
+    assert refused.code == 2
+    assert "expected activations with their tokens" in refused.err
+    assert not (trained / "report.html").exists()

@@ -1,4 +1,4 @@
-"""A small report whose numbers are known exactly, for the tests to change one field of."""
+"""A small report and a small SAE whose numbers are known exactly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sae_kernels.data import ShardDataset, ShardWriter
+from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.report import CurvePoint, LatentExamples, RunReport, TokenContext
 
 if TYPE_CHECKING:
@@ -38,3 +40,36 @@ def make_report() -> Callable[..., RunReport]:
         return RunReport(**{**fields, **changes})
 
     return make
+
+
+SUBJECTS = {0: ["cat", "kitten"], 1: ["dog"], 2: ["=", "!"]}
+
+
+@pytest.fixture
+def sae():
+    """Latent f is input f: activations are the codes."""
+    config = TopKConfig(6, 6, k=2)
+    sae = TopKSAE(config)
+    for parameter in (sae.W_enc, sae.W_dec):
+        parameter.data = torch.eye(6)
+    return sae
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Twenty documents of ten tokens; in each, latents 0 to 2 fire once on one of their words."""
+    x, tokens = torch.zeros(20, 10, 6), torch.full((20, 10), 9)
+    for document in range(20):
+        for latent in SUBJECTS:
+            x[document, 3 * latent, latent] = 1 + document / 10 + latent
+            tokens[document, 3 * latent] = 10 * latent + document % len(SUBJECTS[latent])
+    with ShardWriter(tmp_path, 6) as writer:
+        writer.write(x.flatten(0, 1), tokens.flatten(), torch.arange(20).repeat_interleave(10))
+    return ShardDataset(tmp_path)
+
+
+@pytest.fixture
+def to_tokens():
+    """The words by id: ten times the latent and its place in SUBJECTS; any other is "and"."""
+    words = {10 * latent + i: w for latent, ws in SUBJECTS.items() for i, w in enumerate(ws)}
+    return lambda ids: [words.get(i, "and") for i in ids]

@@ -6,41 +6,10 @@ import pytest
 import torch
 
 from sae_kernels.data import ShardDataset, ShardWriter
-from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.report.examples import decoder_cosine, latent_examples
 
-SUBJECTS = {0: ["cat", "kitten"], 1: ["dog"], 2: ["=", "!"]}
 
-
-@pytest.fixture
-def sae():
-    """Latent f is input f: activations are the codes."""
-    config = TopKConfig(6, 6, k=2)
-    sae = TopKSAE(config)
-    for parameter in (sae.W_enc, sae.W_dec):
-        parameter.data = torch.eye(6)
-    return sae
-
-
-@pytest.fixture
-def source(tmp_path):
-    """Twenty documents of ten tokens; in each, latents 0 to 2 fire once on one of their words."""
-    x, tokens = torch.zeros(20, 10, 6), torch.full((20, 10), 9)
-    for document in range(20):
-        for latent in SUBJECTS:
-            x[document, 3 * latent, latent] = 1 + document / 10 + latent
-            tokens[document, 3 * latent] = 10 * latent + document % len(SUBJECTS[latent])
-    with ShardWriter(tmp_path, 6) as writer:
-        writer.write(x.flatten(0, 1), tokens.flatten(), torch.arange(20).repeat_interleave(10))
-    return ShardDataset(tmp_path)
-
-
-def to_tokens(ids):
-    words = {10 * latent + i: w for latent, ws in SUBJECTS.items() for i, w in enumerate(ws)}
-    return [words.get(i, "and") for i in ids]
-
-
-def test_contexts_are_the_strongest_tokens_of_different_documents(sae, source):
+def test_contexts_are_the_strongest_tokens_of_different_documents(sae, source, to_tokens):
     shown = latent_examples(sae, source, to_tokens, density=(0.05, 0.5), n_latents=1)
     (example,) = shown
     assert example.latent == 0  # two words beat one, whatever its strength, and signs are no words
@@ -53,12 +22,12 @@ def test_contexts_are_the_strongest_tokens_of_different_documents(sae, source):
     assert all(c.peak == 0 and len(c.tokens) == 10 for c in example.contexts)
 
 
-def test_latents_too_rare_or_too_frequent_are_not_shown(sae, source):
+def test_latents_too_rare_or_too_frequent_are_not_shown(sae, source, to_tokens):
     assert latent_examples(sae, source, to_tokens, density=(0.2, 0.5)) == []
     assert latent_examples(sae, source, to_tokens, density=(0.05, 0.5), n_contexts=21) == []
 
 
-def test_rows_without_text_are_refused(sae, tmp_path):
+def test_rows_without_text_are_refused(sae, to_tokens, tmp_path):
     with ShardWriter(tmp_path, 6) as writer:
         writer.write(torch.ones(3, 6))
     with pytest.raises(ValueError, match="with their tokens and documents"):
