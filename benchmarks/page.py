@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from benchmarks import study
 from benchmarks.study import DOCS, RESULTS, Record, commit
-from sae_kernels.bench.output import cells, pictures
+from sae_kernels.bench.output import cells, pictures, race
 from sae_kernels.bench.results import read
 from sae_kernels.plotting.tables import Column, markdown, rows
+from sae_kernels.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,6 +69,18 @@ def bench_section(path: Path) -> str:
     return "\n\n".join(filter(None, blocks))
 
 
+def race_section(path: Path, pictures_folder: Path = PICTURES) -> str:
+    """A file that ``sae-kernels bench --race`` wrote, as Markdown; draws its picture."""
+    lines = read_metrics(path)
+    facts = {k: v for line in lines for k, v in line.get("provenance", {}).items()}
+    records = [line for line in lines if "provenance" not in line]
+    head, *rows = race.table(records)
+    race.draw(records, pictures_folder / f"{path.stem}.png")
+    about = f"{cells.machine(facts)}, {str(facts.get('time'))[:10]}: `{facts.get('command')}`"
+    picture = f"![{path.stem}]({pictures_folder.name}/{path.stem}.png)"
+    return "\n\n".join([f"## {path.stem}", about, picture, markdown(head, rows, words=2)])
+
+
 def _markdown(columns: list[Column]) -> str:
     plain = [[_plain(cell.strip()) for cell in row] for row in rows(columns)]
     heads = [" ".join(column.heading.split()) for column in columns]
@@ -83,7 +96,8 @@ def _plain(words: str) -> str:
 
 def text(folder: Path, pictures_folder: Path = PICTURES) -> str:
     """The page, from the results on CPUs in a folder; those on GPUs have a page of their own."""
-    sections = [bench_section(path) for path in _bench_files(folder)]
+    sections = [race_section(path, pictures_folder) for path in sorted(folder.glob("race-*.jsonl"))]
+    sections += [bench_section(path) for path in _bench_files(folder)]
     sections += [section(path) for path in sorted(folder.glob("cpu-*.jsonl"))]
     shown = (
         f"![{path.stem.removeprefix('bench-')}]({pictures_folder.name}/{path.name})"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.bench.cases import Case
     from sae_kernels.bench.providers import Provider
-    from sae_kernels.bench.results import Results
+    from sae_kernels.bench.results import Record, Results
     from sae_kernels.bench.run import BenchSettings
 
 _DEFAULT = {"cpu": "cpu-small", "cuda": "gpu-small"}
@@ -59,6 +59,13 @@ def bench(
     compare: Annotated[
         Path | None, typer.Option(help="Compare with the results in this .jsonl file.")
     ] = None,
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race",
+            help="Train all for equal shares of the budget and compare FVU on held-out tokens.",
+        ),
+    ] = False,
     listed: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be measured, what not and why.")
@@ -97,6 +104,8 @@ def bench(
     _check_places(out, plot, overwrite)
     number = {} if threads is None else {"threads": threads}
     settings = run.BenchSettings(device, rounds=rounds, budget_s=budget, data=source, **number)
+    if race:
+        return _race(chosen, who, settings, out, plot, output)
     _measure(chosen, who, settings, out, plot, stored, output)
 
 
@@ -165,3 +174,39 @@ def _measure(
         output.text(f"report: {page.write(results, plot)}")
     if ended is not None:
         raise ended
+
+
+def _race(
+    chosen: "Sequence[Case]",
+    who: "Sequence[Provider]",
+    settings: "BenchSettings",
+    out: Path | None,
+    plot: Path | None,
+    output: Output,
+) -> None:
+    from contextlib import ExitStack
+
+    from sae_kernels.bench import race
+    from sae_kernels.bench.output import race as pictures
+    from sae_kernels.bench.processes import ended_by_signals
+    from sae_kernels.runs.metrics import MetricLog
+
+    case = next((case for case in chosen if case.operation == "step"), chosen[0])
+    with ExitStack() as stack:
+        stack.enter_context(ended_by_signals())
+        show = stack.enter_context(output.progress())
+        lines = None
+        if out is not None:
+            out.unlink(missing_ok=True)
+            lines = stack.enter_context(MetricLog(out))
+
+        def tell(line: "Record") -> None:
+            output.record(line)
+            if lines is not None:
+                lines.write(line)
+
+        records = race.race(case, who, settings, tell, show)
+    output.table(pictures.table(records))
+    output.text(*(f"{r['provider']} {r['dtype']}: {r['reason']}" for r in records if "reason" in r))
+    if plot is not None:
+        output.text(f"picture: {pictures.draw(records, plot / 'race.png')}")

@@ -181,7 +181,7 @@ def test_an_accelerated_library_is_compared_with_itself_and_says_what_was_left()
 def test_lines_of_an_accelerated_library_are_told_apart() -> None:
     names = ("sae_lens", "sae_lens+ours:module", "sae_lens+ours:trainer", "ours")
     records = [record(name, "float32", 9.0, F=F) for name in names for F in (6144, 24576)]
-    looks = [pictures._look(record(name, "float32")) for name in names]
+    looks = [pictures.look(record(name, "float32")) for name in names]
     assert len({(look["color"], look["marker"]) for look in looks}) == len(names)
     assert len({look["color"] for look in looks}) == 2
     found = {picture.name: picture for picture in pictures.draw(Results(PROVENANCE, records))}

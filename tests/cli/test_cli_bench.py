@@ -13,6 +13,7 @@ import torch
 from sae_kernels.backends import cpu
 from sae_kernels.bench import cases, environments, results
 from sae_kernels.data import ShardWriter
+from sae_kernels.runs.metrics import read_metrics
 
 TINY = ["--preset", "tiny", "--only", "step", "--rounds", "3", "--threads", "1"]
 
@@ -35,6 +36,19 @@ def test_a_run_is_written_shown_drawn_and_compared(run, tmp_path):
     assert records[0]["case"] in shown.out
     assert "dense" in shown.out  # only in the stored run, and said so
     assert (plot / "index.html").read_text().count(records[0]["case"]) > 0
+
+
+@pytest.mark.full
+def test_a_race_is_written_shown_and_drawn(run, tmp_path):
+    options = ["--preset", "tiny", "--threads", "1", "--budget", "2", "--against", "dense"]
+    places = ["--out", tmp_path / "race.jsonl", "--plot", tmp_path / "report"]
+    ran = run("bench", "--race", *options, *places)
+    assert ran.code == 0
+    assert "seconds to the FVU of the last" in ran.out
+    assert (tmp_path / "report" / "race.png").is_file()
+    facts, *lines = read_metrics(tmp_path / "race.jsonl")
+    assert facts["provenance"]["held_out"] == 4096
+    assert {"ours", "dense"} == {line["provider"] for line in lines if "fvu" in line}
 
 
 NO_UNITS = {  # torch's products and ours as on a CPU with AVX2 alone

@@ -125,6 +125,10 @@ class Contestant:
         """
         return copies(**self.parts())
 
+    def finished(self) -> Tensors:
+        """What the library would save now, as :meth:`weights` has it."""
+        return self.weights()
+
     def encoder(self) -> torch.Tensor:
         """The encoder's parameter."""
         return self.parts()["W_enc"]

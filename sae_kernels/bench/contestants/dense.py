@@ -9,7 +9,7 @@ import torch
 from sae_kernels.testing import dense_steps
 from sae_kernels.testing.dense_steps import DenseJumpReLUStep, DenseReLUStep, DenseStep
 
-from .contestant import WEIGHTS, Contestant, Task, Tensors
+from .contestant import LR, WEIGHTS, Contestant, Task, Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +43,8 @@ class Dense(Contestant):
             self.dense_step.coefficient = task.options["coefficient"]
         self.dense_step.b_enc.data.copy_(tensors["b_enc"])
         self.dense_step.b_dec.data.copy_(tensors["b_dec"])
+        for group in self.dense_step.optimizer.param_groups:
+            group["lr"] = task.options.get("lr", LR)
         built: Callable[[_Part], _Part] = torch.compile if compiler else lambda part: part
         self._encode, self._decode = built(self._encoded), built(self._decoded)
         self._forward = built(lambda x: self._decoded(self._encoded(x)))

@@ -49,7 +49,7 @@ class Ours(Contestant):
 
     def step(self, x: torch.Tensor) -> object:
         """One call of FusedStep."""
-        return self.fused(x, lr=LR)
+        return self.fused(x, lr=self.task.options.get("lr", LR))
 
     @functools.cached_property
     def fused(self) -> FusedStep:

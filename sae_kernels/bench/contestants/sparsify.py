@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .contestant import Contestant, Task, Tensors, Unable, fill
+from .contestant import Contestant, Task, Tensors, Unable, copies, fill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +74,16 @@ class Sparsify(Contestant):
         """The module's weights with decoder rows of norm 1, as its trainer normalises them."""
         self.sae.set_decoder_norm_to_unit_norm()
         return super().weights()
+
+    def finished(self) -> Tensors:
+        """The averages of a schedule-free optimizer, as they are in its checkpoints."""
+        averaging = [each for each in self._trainer.optimizers if hasattr(each, "eval")]
+        for optimizer in averaging:
+            optimizer.eval()
+        found = copies(**self.parts())
+        for optimizer in averaging:
+            optimizer.train()
+        return found
 
     def parts(self) -> Tensors:
         """The module's weights."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .clock import PeakMemory, Phases, clock_of
+from .clock import Clock, PeakMemory, Phases, clock_of
 from .contestant import Contestant, Task, Unable
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def _batches(
                 yield x
                 readings.append(clock.stop())
             channel.reply(seconds=[read() for read in readings], calls=since())
+        elif command["do"] == "race":
+            yield from race(contestant, x, clock, command, channel)
         else:
             of_phases, F = command["do"] == "phases", contestant.tensors["W_enc"].shape[0]
             measure = Phases(device, F) if of_phases else PeakMemory(device)
@@ -138,6 +140,22 @@ def _batches(
             yield x
             seconds = clock.stop()()
             channel.reply(measured=measure.stop(), seconds=seconds)
+
+
+def race(
+    contestant: Contestant, x: torch.Tensor, clock: Clock, command: dict[str, Any], channel: Channel
+) -> Iterator[torch.Tensor]:
+    """Yields batch after batch of x [N, D] for some seconds of work, then writes the weights."""
+    batch, seconds, steps = command["batch"], 0.0, 0
+    batches = x[: len(x) // batch * batch].split(batch)
+    while seconds < command["seconds"]:
+        clock.start()
+        yield batches[(command["first"] + steps) % len(batches)]
+        seconds += clock.stop()()
+        steps += 1
+    found = {name: tensor.contiguous().cpu() for name, tensor in contestant.finished().items()}
+    save_file(found, command["out"])
+    channel.reply(seconds=seconds, steps=steps)
 
 
 def gate(contestant: Contestant, x: torch.Tensor, out: str) -> Iterator[torch.Tensor]:

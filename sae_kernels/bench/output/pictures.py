@@ -179,7 +179,7 @@ def _against_size(
 def _lines(lines: Lines, at: Callable[[Record], float], value: Value) -> list[Line]:
     """Lines of a value of records, against another."""
     return [
-        Line(name, [at(r) for r in rs], [_spread(r, value) for r in rs], _look(rs[0]))
+        Line(name, [at(r) for r in rs], [_spread(r, value) for r in rs], look(rs[0]))
         for name, rs in lines.items()
     ]
 
@@ -193,7 +193,7 @@ def _spread(record: Record, value: Value) -> Spread:
     return low, middle, high
 
 
-def _look(record: Record) -> dict[str, Any]:
+def look(record: Record) -> dict[str, Any]:
     """Colour and marker of a provider; fp32 has hollow marks and dashes.
 
     An accelerated library has its own colour and a mark of its level.
