@@ -127,7 +127,7 @@ def analyze(
         measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
         if sae.latent_experts() is not None:
             use = _expert_use(sae, rows, goal)
-    W = sae.W_dec if side == "decoder" else sae.W_enc
+    W = sae.decoder_rows() if side == "decoder" else sae.W_enc
     shape = geometry(W, sae.latent_experts(), threshold=threshold, progress=progress)
     return Analysis(name, sae.config, side, shape, measured, use)
 

@@ -27,7 +27,8 @@ def analyze(
         typer.Option(help="Folder of activations to encode; may be repeated, for a crosscoder."),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option(help="Folder of a transcoder's target activations.")
+        list[Path] | None,
+        typer.Option(help="Folder of a transcoder's target activations; may be repeated."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for analysis.json and the pictures.")
@@ -52,7 +53,7 @@ def analyze(
         check_free(out, overwrite)
         analyses.check_drawable()
     loaded = _load(saes)
-    opened = Data.open(data, target) if data else None
+    opened = Data.open(data, target or ()) if data else None
     if opened is not None:
         _try(names, loaded, opened)
         if verify:
@@ -80,12 +81,14 @@ def analyze(
     _print(output, found, out)
 
 
-def _check(data: list[Path] | None, target: Path | None, verify: bool, threshold: float) -> None:
+def _check(
+    data: list[Path] | None, target: list[Path] | None, verify: bool, threshold: float
+) -> None:
     """Raises ValueError for options that do not go together, before anything is read."""
     if not 0 < threshold < 1:
         raise ValueError(f"--threshold: expected a cosine, above 0 and below 1, got {threshold}")
-    if not data and (target is not None or verify):
-        option = "--verify" if target is None else "--target"
+    if not data and (target or verify):
+        option = "--target" if target else "--verify"
         raise ValueError(f"{option}: expected --data too, got none; see sae-kernels analyze --help")
 
 

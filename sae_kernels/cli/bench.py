@@ -93,7 +93,7 @@ def bench(
         return _list(preset or list(cases.PRESETS), only, output)
     who = providers.chosen(_names(against, _OTHERS), device)
     chosen = cases.chosen(preset or [_DEFAULT[device]], only)
-    source = None if data is None else Data.open([data], None).source
+    source = None if data is None else Data.open([data], []).source
     if source is not None:
         chosen = [cases.real(case, source.d_in) for case in chosen]
     if dry_run:

@@ -47,22 +47,29 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_data(config: DataConfig, kind: str) -> None:
-    """Raises ValueError for data that do not fit the preset's kind: "layer", "target", "layers"."""
+    """Raises ValueError for data that do not fit the preset's kind, ``Preset.data``."""
     n_layers = len(config.layer) if config.model else len(config.folders)
-    has_target = bool(config.target_layer if config.model else config.target)
+    n_targets = len(config.target_layer if config.model else config.target)
     if not n_layers:
         raise ValueError(
             "DATA: expected a folder of activations, or --model with its text, got none"
         )
-    if has_target and kind != "target":
+    if n_targets and kind not in ("target", "targets"):
         raise ValueError(
             "--target: expected none, this architecture reconstructs its input; with --arch "
             "transcoder or skip_transcoder it has another target"
         )
-    if kind == "layers" and n_layers == 1:
-        raise ValueError("DATA: expected a folder for each layer of the crosscoder, got one folder")
-    if kind == "target" and not has_target:
+    if kind in ("layers", "targets") and n_layers == 1:
+        raise ValueError(
+            "DATA: expected a folder for each layer of the crosscoder or cross-layer transcoder, "
+            "got one folder"
+        )
+    if kind in ("target", "targets") and not n_targets:
         raise ValueError("--target: expected the activations that the transcoder reconstructs")
+    if kind == "targets" and n_targets != n_layers:
+        raise ValueError(
+            f"--target: expected one for each of the {n_layers} layers, got {n_targets}"
+        )
 
 
 def opener(
@@ -88,7 +95,7 @@ def opener(
         )
 
     def open_live(own: DataConfig) -> RunData:
-        layers = (*own.layer, *([own.target_layer] if own.target_layer else []))
+        layers = (*own.layer, *own.target_layer)
         source = harvest.LiveBatches(
             model,
             tokenizer,
@@ -101,8 +108,8 @@ def opener(
             row_filter=config.row_filter,
         )
         widths = list(source.widths)
-        target = widths.pop() if own.target_layer else None
-        return RunData(source, Widths(widths, target))
+        n_layers = len(own.layer)
+        return RunData(source, Widths(widths[:n_layers], widths[n_layers:]))
 
     return functools.cache(open_live)
 
@@ -111,11 +118,11 @@ def open_stored(config: DataConfig, verify: bool = False) -> RunData:
     """Opens folders of activations without reading them, unless to ``verify`` their checksums."""
     from sae_kernels.data import JointRows
 
-    target = Path(config.target) if config.target else None
-    data = Data.open([Path(f) for f in config.folders], target, config.check_on_read)
+    folders, targets = ([Path(f) for f in each] for each in (config.folders, config.target))
+    data = Data.open(folders, targets, config.check_on_read)
     if verify:
         data.verify()
-    widths = Widths([s.d_in for s in data.layers], data.target.d_in if data.target else None)
+    widths = Widths([s.d_in for s in data.layers], [s.d_in for s in data.targets])
     whole = data.source if data.target is None else JointRows([data.source, data.target])
     return RunData(whole, widths)
 

@@ -33,7 +33,8 @@ def evaluate(
         typer.Argument(help="Folder of activations; several for a crosscoder, in order."),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option(help="Folder of a transcoder's target activations.")
+        list[Path] | None,
+        typer.Option(help="Folder of a transcoder's target activations; may be repeated."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens per batch.")] = 4096,
     verify: Verify = False,
@@ -70,7 +71,7 @@ def evaluate(
     from sae_kernels import formats, training
 
     output = Output(as_json)
-    opened = Data.open(data, target) if data else None
+    opened = Data.open(data, target or ()) if data else None
     if opened is not None and verify:
         opened.verify()
     loaded = formats.load(sae)

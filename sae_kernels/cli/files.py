@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Data(NamedTuple):
-    """Activations on disk: the layers that an SAE reads, and a transcoder's target or None."""
+    """Activations on disk: the layers that an SAE reads, and a transcoder's targets."""
 
     layers: list[ShardDataset]
-    target: ShardDataset | None
+    targets: list[ShardDataset]
 
     @classmethod
     def open(
-        cls, folders: Sequence[Path], target: Path | None, check_on_read: bool = False
+        cls, folders: Sequence[Path], targets: Sequence[Path], check_on_read: bool = False
     ) -> Data:
         """Opens the folders without reading the activations."""
         from sae_kernels.data import ShardDataset
@@ -30,18 +30,25 @@ class Data(NamedTuple):
         def opened(folder: Path) -> ShardDataset:
             return ShardDataset(folder, check_on_read=check_on_read)
 
-        return cls([opened(f) for f in folders], None if target is None else opened(target))
+        return cls([opened(f) for f in folders], [opened(f) for f in targets])
 
     @property
     def source(self) -> RowSource:
         """All layers as one source, side by side."""
-        from sae_kernels.data import JointRows
+        from sae_kernels.data import side_by_side
 
-        return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
+        return side_by_side(self.layers)
+
+    @property
+    def target(self) -> RowSource | None:
+        """All targets as one source, side by side; None if there are none."""
+        from sae_kernels.data import side_by_side
+
+        return side_by_side(self.targets) if self.targets else None
 
     def verify(self) -> None:
         """Compares every file with its checksum; raises DataError."""
-        for data in (*self.layers, *([] if self.target is None else [self.target])):
+        for data in (*self.layers, *self.targets):
             data.verify()
 
 

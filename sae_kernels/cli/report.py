@@ -24,7 +24,8 @@ def report(
         ),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option(help="Folder of a transcoder's target activations.")
+        list[Path] | None,
+        typer.Option(help="Folder of a transcoder's target activations; may be repeated."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page. [default: the run's]")
@@ -60,7 +61,7 @@ def report(
         made = run_report(
             run,
             data or (),
-            target=target,
+            target=target or (),
             max_tokens=max_tokens,
             tokenizer=tokenizer or model,
             browser=browser or model is not None,

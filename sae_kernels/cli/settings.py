@@ -40,7 +40,7 @@ _DEFAULTS = {
 
 
 def arch_help(*data: str) -> str:
-    """Help text of --arch: the presets that train on such data ("layer", "target", "layers")."""
+    """Help text of --arch: the presets that train on such data, see ``Preset.data``."""
     kinds = {name: kind.preset for name, kind in presets().items()}
     fit = [f"{name}, {preset.about}" for name, preset in kinds.items() if preset.data in data]
     return f"Architecture: {'; '.join(fit)}. [default: {DEFAULT_ARCHITECTURE}]"

@@ -38,7 +38,7 @@ def opened(tables: Tables, open_data: Callable[[DataConfig], RunData]) -> tuple[
     config = data_config(tables)
     data = open_data(config)
     whole = RunConfig.from_tables(tables, data.widths)
-    if whole.sae.transcodes and data.widths.target is None:
+    if whole.sae.transcodes and not data.widths.targets:
         raise ValueError("--target: expected the activations that the transcoder reconstructs")
     return whole, data
 
@@ -168,10 +168,10 @@ def terminable() -> Iterator[None]:
 
 
 def kind_of_data(tables: Tables) -> str:
-    """The data that the tables' architecture trains on: "layer", "target" or "layers"."""
+    """The data that the tables' architecture trains on, as ``Preset.data`` calls them."""
     if "architecture" not in tables:
         return kind_of(tables).preset.data
     sae = tables.get("sae", {})
-    if sae.get("d_out") is not None or sae.get("skip"):
-        return "target"
-    return "layers" if sae.get("n_layers", 1) > 1 else "layer"
+    several = "s" if sae.get("n_layers", 1) > 1 else ""
+    transcodes = sae.get("d_out") is not None or sae.get("skip")
+    return ("target" if transcodes else "layer") + several

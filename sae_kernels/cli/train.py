@@ -21,7 +21,9 @@ def train(
         list[Path] | None,
         typer.Argument(help="Folder of activations; several for a crosscoder, in order."),
     ] = None,
-    arch: Annotated[str | None, typer.Option(help=arch_help("layer", "target", "layers"))] = None,
+    arch: Annotated[
+        str | None, typer.Option(help=arch_help("layer", "target", "layers", "targets"))
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(

@@ -25,7 +25,11 @@ class DataConfig(RowFilter):
     folders: tuple[str, ...] = setting(
         (), "folders of stored activations; a crosscoder's layers in order"
     )
-    target: str | None = setting(None, "folder of the activations that a transcoder reconstructs")
+    target: tuple[str, ...] = setting(
+        (),
+        "folder of the activations that a transcoder reconstructs; several for a cross-layer "
+        "transcoder, in order",
+    )
     check_on_read: bool = setting(False, "compare each shard's SHA-256 when it is first read")
     model: str | None = setting(
         None,
@@ -45,8 +49,10 @@ class DataConfig(RowFilter):
         "dotted path of the model's module whose output the SAE reads, as h.6; several for a "
         "crosscoder",
     )
-    target_layer: str | None = setting(
-        None, "dotted path of the module whose output a transcoder reconstructs"
+    target_layer: tuple[str, ...] = setting(
+        (),
+        "dotted path of the module whose output a transcoder reconstructs; several for a "
+        "cross-layer transcoder",
     )
     text: tuple[str, ...] = setting(
         (), "files or folders of text for the model: .txt, or .jsonl with the key text"
@@ -87,7 +93,7 @@ class DataConfig(RowFilter):
                 f"model: expected stored activations or a model, got {', '.join(self.folders)} "
                 f"and {self.model}; leave out one of them"
             )
-        if self.target is not None:
+        if self.target:
             raise ValueError("target: expected target_layer with a model, got a folder")
         if not self.layer:
             raise ValueError("layer: expected the dotted path of the model's layer, got none")
@@ -113,6 +119,6 @@ class DataConfig(RowFilter):
         values = super().to_dict()
         kept = [name for name in values if (name in _STORED) != bool(self.model)]
         unset = [
-            name for name in kept if values[name] is None and getattr(type(self), name) is None
+            name for name in kept if values[name] in (None, ()) and not getattr(type(self), name)
         ]
         return {name: values[name] for name in kept if name not in unset}

@@ -1,7 +1,7 @@
 """Activations from shards on disk or tensors in memory, in batches of reproducible order."""
 
 from sae_kernels.data.batches import Batches, ShuffledBatches
-from sae_kernels.data.joint import JointRows
+from sae_kernels.data.joint import JointRows, side_by_side
 from sae_kernels.data.prefetch import Prefetched
 from sae_kernels.data.rows import RowSource, TensorRows, estimate_scale
 from sae_kernels.data.shard_writer import ShardWriter
@@ -17,4 +17,5 @@ __all__ = [
     "ShuffledBatches",
     "TensorRows",
     "estimate_scale",
+    "side_by_side",
 ]

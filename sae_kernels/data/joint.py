@@ -92,5 +92,17 @@ class JointRows:
                 )
 
 
+def side_by_side(sources: Sequence[RowSource]) -> RowSource:
+    """The rows of one source, or of several concatenated.
+
+    Example:
+        >>> from sae_kernels.data import TensorRows
+        >>> rows = TensorRows(torch.zeros(4, 2))
+        >>> side_by_side([rows]) is rows, side_by_side([rows, rows]).d_in
+        (True, 4)
+    """
+    return sources[0] if len(sources) == 1 else JointRows(sources)
+
+
 def _where(source: RowSource, row: int) -> str:
     return source.where(row) if isinstance(source, ShardDataset) else f"row {row}"

@@ -36,7 +36,7 @@ def run_report(
     folder: str | Path,
     data: Sequence[str | Path] = (),
     *,
-    target: str | Path | None = None,
+    target: Sequence[str | Path] = (),
     max_tokens: int = MAX_TOKENS,
     tokenizer: str | Path | None = None,
     browser: bool = False,
@@ -50,7 +50,7 @@ def run_report(
     Args:
         folder: of the run.
         data: folders of activations, a crosscoder's in order.
-        target: the folder of what a transcoder is to reconstruct.
+        target: folders of what a transcoder is to reconstruct, one or, across layers, several.
         max_tokens: at most so many tokens are measured, the first ones.
         tokenizer: whose tokens the activations belong to, for latents in context: a folder, or a
             name on the hub. None: the local model folder that the activations came from, if any.
@@ -78,7 +78,7 @@ def run_report(
     measured = examples = latents = None
     if activations is not None:
         source = FirstRows(activations.source(), max_tokens)
-        goal = activations.target
+        goal = activations.target()
         measured = evaluate(sae, source, target=goal and FirstRows(goal, max_tokens))
         to_tokens = tokens_of(tokenizer, activations, tables)
         if to_tokens is not None:
@@ -101,7 +101,7 @@ def run_report(
         curve=training_curve(lines),
         measured_fvu=None if measured is None else measured.fvu,
         latent_density=None if measured is None else measured.latent_density,
-        decoder_cosine=decoder_cosine(sae.W_dec),
+        decoder_cosine=decoder_cosine(sae.decoder_rows()),
         examples=examples,
         command=repeat_command(folder / RUN_FILE, tables),
         dead_rule=dead_rule(last.get("tokens"), settings.get("dead_after_tokens")),

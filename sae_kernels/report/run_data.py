@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_kernels.data.joint import JointRows
+from sae_kernels.data.joint import side_by_side
 from sae_kernels.data.shard_index import INDEX
 from sae_kernels.data.shards import ShardDataset
 from sae_kernels.errors import ModelError
@@ -38,12 +38,12 @@ class RunActivations(NamedTuple):
 
     Attributes:
         layers: what the SAE reads.
-        target: what a transcoder is to reconstruct.
+        targets: what a transcoder is to reconstruct.
         training: whether the SAE was trained on them.
     """
 
     layers: list[ShardDataset]
-    target: ShardDataset | None
+    targets: list[ShardDataset]
     training: bool
 
     @property
@@ -53,11 +53,15 @@ class RunActivations(NamedTuple):
 
     def source(self) -> RowSource:
         """The layers' rows, concatenated."""
-        return self.layers[0] if len(self.layers) == 1 else JointRows(self.layers)
+        return side_by_side(self.layers)
+
+    def target(self) -> RowSource | None:
+        """The targets' rows, concatenated; None if there are none."""
+        return side_by_side(self.targets) if self.targets else None
 
 
 def opened(
-    data: Sequence[str | Path], target: str | Path | None, tables: Mapping[str, Any]
+    data: Sequence[str | Path], targets: Sequence[str | Path], tables: Mapping[str, Any]
 ) -> RunActivations | None:
     """Opens the given folders, or the run's own.
 
@@ -68,21 +72,22 @@ def opened(
         ValueError: a target alone.
     """
     own = tables.get("data", {})
-    folders, goal = own.get("folders", []), own.get("target")
+    folders, goals = own.get("folders", []), own.get("target", [])
     if data:
         seen = {Path(folder).resolve() for folder in folders}
-        return _open(data, target, training=any(Path(each).resolve() in seen for each in data))
-    if target is not None:
+        return _open(data, targets, training=any(Path(each).resolve() in seen for each in data))
+    if targets:
         raise ValueError("target: expected the data that the transcoder reads too, got none")
-    every = [*folders, *([] if goal is None else [goal])]
-    if not folders or not all((Path(folder) / INDEX).is_file() for folder in every):
+    if not folders or not all((Path(each) / INDEX).is_file() for each in (*folders, *goals)):
         return None
-    return _open(folders, goal, training=True)
+    return _open(folders, goals, training=True)
 
 
-def _open(data: Sequence[str | Path], target: str | Path | None, training: bool) -> RunActivations:
-    layers = [ShardDataset(folder) for folder in data]
-    return RunActivations(layers, None if target is None else ShardDataset(target), training)
+def _open(
+    data: Sequence[str | Path], targets: Sequence[str | Path], training: bool
+) -> RunActivations:
+    layers, goals = ([ShardDataset(folder) for folder in each] for each in (data, targets))
+    return RunActivations(layers, goals, training)
 
 
 def tokens_of(

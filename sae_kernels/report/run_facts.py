@@ -57,7 +57,7 @@ def facts(
     for name, value in tables.get("data", {}).items():
         found[f"data: {name}"] = _text(value)
     if activations is not None:
-        folders = [*activations.layers, *filter(None, [activations.target])]
+        folders = [*activations.layers, *activations.targets]
         found["measured on"] = ", ".join(str(data.folder) for data in folders)
     return found | weights(sae)
 

@@ -15,48 +15,41 @@ if TYPE_CHECKING:
 _KEPT = ("model", "revision", "context_length", "dataset")
 
 
-def origin(
-    source: object, target: object, transcodes: bool, output: OutputConfig
-) -> dict[str, Any]:
+def origin(source: object, target: object, n_targets: int, output: OutputConfig) -> dict[str, Any]:
     """The model and the place that activations come from, as far as they say.
 
     Args:
         source: rows or a stream; those with ``metadata`` (a harvested folder, a live stream) know.
         target: a transcoder's target, if it is stored apart.
-        transcodes: whether a stream's last layer is the target.
+        n_targets: how many of a stream's last layers are targets.
         output: model_name, hook_name and hook_name_out replace what the activations say.
 
     Returns:
-        What is known of model, layer (a list for a crosscoder), target_layer, hook_name,
+        What is known of model, layer and target_layer (lists where there are several), hook_name,
         hook_name_out, context_length and the rest of `_KEPT`.
 
     Example:
         >>> from types import SimpleNamespace
         >>> from sae_kernels.config.output import OutputConfig
         >>> stored = SimpleNamespace(metadata={"model": "gpt2", "layer": "h.6", "tokens": 5})
-        >>> origin(stored, None, False, OutputConfig())
+        >>> origin(stored, None, 0, OutputConfig())
         {'model': 'gpt2', 'layer': 'h.6', 'hook_name': 'blocks.6.hook_resid_post'}
     """
-    said = [_metadata(part) for part in getattr(source, "sources", [source])]
-    layers: list[Any] = []
-    for one in said:
-        layer = one.get("layer")
-        layers += layer if isinstance(layer, list) else [layer]
-    end = _metadata(target).get("layer") if target is not None else None
-    if target is None and transcodes and len(layers) > 1:
-        end = layers.pop()
-    found = {name: said[0].get(name) for name in _KEPT}
+    first, layers = _metadata(source), _layers(source)
+    ends = [] if target is None else _layers(target)
+    if target is None and n_targets and len(layers) > n_targets:
+        layers, ends = layers[:-n_targets], layers[-n_targets:]
+    found = {name: first.get(name) for name in _KEPT}
     if isinstance(found["dataset"], dict):
         found["dataset"] = found["dataset"].get("name")
-    return placed(found, layers, end, output)
+    return placed(found, layers, ends, output)
 
 
 def placed(
-    found: Mapping[str, Any], layers: list[Any], target_layer: Any, output: OutputConfig
+    found: Mapping[str, Any], layers: list[Any], targets: list[Any], output: OutputConfig
 ) -> dict[str, Any]:
     """What is known, with the hooks of layers that are a block's output, and the user's names."""
-    known = all(layers)
-    layer = (layers[0] if len(layers) == 1 else layers) if known else None
+    layer, target_layer = _joined(layers), _joined(targets)
     values = {
         **found,
         "layer": layer,
@@ -74,6 +67,24 @@ def record(metadata: dict[str, Any], place: Mapping[str, Any]) -> None:
         metadata[ACTIVATIONS] = {**activation_facts(metadata), **place}
 
 
+def _joined(layers: list[Any]) -> Any:
+    """One layer, or the list of several; None where one is unknown."""
+    if not layers or not all(layers):
+        return None
+    return layers[0] if len(layers) == 1 else layers
+
+
+def _layers(source: object) -> list[Any]:
+    """The layers of a source and of those that it joins, None for unknown ones."""
+    joined = getattr(source, "sources", None)
+    if joined is not None:
+        return [layer for part in joined for layer in _layers(part)]
+    layer = _metadata(source).get("layer")
+    return layer if isinstance(layer, list) else [layer]
+
+
 def _metadata(source: object) -> Mapping[str, Any]:
+    while hasattr(source, "sources"):  # joined: the first one's
+        source = source.sources[0]
     found = getattr(source, "metadata", None)
     return found if isinstance(found, dict) else {}

@@ -19,7 +19,7 @@ from sae_kernels.nn import Preset, architecture, architectures, nested_groups, p
 from sae_kernels.nn.registry import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from sae_kernels.config.base import Settings
@@ -60,7 +60,7 @@ class Widths(typing.NamedTuple):
     """Widths of the data: of each layer, and of a transcoder's target."""
 
     layers: list[int]
-    target: int | None = None
+    targets: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +298,13 @@ def _of_data(widths: Widths) -> dict[str, Any]:
     values = {"d_in": d_in, "n_latents": LATENTS_PER_INPUT * d_in}
     if len(widths.layers) > 1:
         values["n_layers"] = len(widths.layers)
-    if widths.target is not None:
-        values["d_out"] = widths.target
+    if widths.targets:
+        if len(set(widths.targets)) > 1:
+            raise ValueError(
+                f"expected targets of one width, got {list(widths.targets)}; a transcoder writes "
+                "layers of one d_out"
+            )
+        values["d_out"] = widths.targets[0]
     return values
 
 

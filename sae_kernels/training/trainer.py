@@ -256,7 +256,8 @@ def _train(
         for name, plan in runs.items():
             folder = location.open(stack, name, plan)
             own = given if plan.share is None else plan.share.own
-            place = origin(own, target, plan.sae_config.transcodes, location.output)
+            n_targets = plan.sae_config.n_layers if plan.sae_config.transcodes else 0
+            place = origin(own, target, n_targets, location.output)
             run = start_run(make, name, fresh.pop(name, None), folder, on_step.get(name), place)
             started[name] = stack.enter_context(run)
         waiting = [run for run in started.values() if run.active]

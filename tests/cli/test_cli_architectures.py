@@ -51,8 +51,9 @@ def _settings(folder):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_architecture_trains(run, data, second, outputs, tmp_path, name):
     out = tmp_path / "run"
-    inputs = [data, second] if "crosscoder" in name else [data]
-    target = ["--target", outputs] if "transcoder" in name else []
+    kind = PRESETS[name].preset.data
+    inputs = [data, second] if kind in ("layers", "targets") else [data]
+    target = ["--target", outputs] * len(inputs) if kind in ("target", "targets") else []
     ran = run("train", *inputs, *target, "--out", out, *_flags(name), "--json", "--verify")
     assert ran.code == 0, ran.err
     *lines, result = ran.records()
@@ -159,7 +160,7 @@ def test_what_does_not_go_together_is_refused(run, data, tmp_path, flags, expect
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if "transcoder" not in n])
+@pytest.mark.parametrize("name", [n for n in PRESETS if "target" not in PRESETS[n].preset.data])
 def test_a_target_belongs_to_a_transcoder(run, data, outputs, tmp_path, name):
     ran = run("train", data, "--target", outputs, "--out", tmp_path / "run", *_flags(name))
     assert ran.code == 2

@@ -16,6 +16,7 @@ from sae_kernels.errors import DataError, ModelError
 from sae_kernels.harvest import harvest, load_model, minilm_folder
 from sae_kernels.nn import (
     BatchTopKConfig,
+    CrossLayerTopKConfig,
     GatedConfig,
     JumpReLUConfig,
     ReLUConfig,
@@ -43,6 +44,7 @@ ARCHITECTURES: dict[str, SAEConfig] = {
     "jumprelu": JumpReLUConfig(D, F),
     "transcoder": TopKConfig(D, F, 4, d_out=D, subtract_b_dec=False, unit_norm_decoder=False),
     "crosscoder": BatchTopKConfig(D, F, 4, n_layers=2, unit_norm_decoder=False),
+    "clt": CrossLayerTopKConfig(D, F, k=4, n_layers=2, d_out=D),
 }
 
 
@@ -67,19 +69,16 @@ def trained(tmp_path: Path, data: Callable[[str], Path]) -> Callable[..., Path]:
 
     def trained(arch: str, **changes: Any) -> Path:
         config, own, other = ARCHITECTURES[arch], data("own"), data("other")
-        folders, target = [own], None
-        if arch == "crosscoder":
-            folders = [own, other]
-        if arch == "transcoder":
-            target = other
-        table = {"folders": [str(f) for f in folders]} | ({"target": str(target)} if target else {})
+        folders = [own, other] if arch in ("crosscoder", "clt") else [own]
+        targets = {"transcoder": [other], "clt": [other, own]}.get(arch, [])
+        table = {"folders": [str(f) for f in folders], "target": [str(f) for f in targets]}
         layers = [ShardDataset(folder) for folder in folders]
         given: dict[str, Any] = {"folder": tmp_path / f"run-{arch}", "data": table, "output": OFTEN}
         train(
             config,
             JointRows(layers) if len(layers) > 1 else layers[0],
             QUICK,
-            target=None if target is None else ShardDataset(target),
+            target=JointRows([ShardDataset(f) for f in targets]) if targets else None,
             **(given | changes),
         )
         return tmp_path / f"run-{arch}"
@@ -96,8 +95,10 @@ def test_every_architecture_is_measured_on_its_own_data_and_says_so(
     report = run_report(run)
     loaded = SparseAutoencoder.from_pretrained(run / "sae")
     source: Any = ShardDataset(data("own"))
-    target = ShardDataset(data("other")) if arch == "transcoder" else None
-    if arch == "crosscoder":
+    target: Any = ShardDataset(data("other")) if arch in ("transcoder", "clt") else None
+    if arch == "clt":
+        target = JointRows([target, source])
+    if arch in ("crosscoder", "clt"):
         source = JointRows([source, ShardDataset(data("other"))])
     expected = evaluate(loaded, source, target=target)
     assert report.measured_fvu == expected.fvu
@@ -123,7 +124,7 @@ def test_given_data_are_not_called_training_data(
     assert "Measured on 100 tokens that were given" in new.subtitle
     assert run_report(run, [data("own")]).measured_on == "training"
     with pytest.raises(ValueError, match="target: expected the data"):
-        run_report(run, target=data("new"))
+        run_report(run, target=[data("new")])
     with pytest.raises(ValueError, match="target: expected one for a transcoder"):
         run_report(trained("transcoder"), [data("new")])
     with pytest.raises(DataError, match="is not a data set"):

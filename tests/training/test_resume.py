@@ -30,9 +30,9 @@ def settings(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
     sae = dict(preset.sae)
     if "groups" in sae:
         sae["groups"] = nested_groups(F)
-    if preset.data == "target":
+    if preset.data in ("target", "targets"):
         sae["d_out"] = TARGET
-    if preset.data == "layers":
+    if preset.data in ("layers", "targets"):
         sae["n_layers"] = 2
     if "k" in {f.name for f in dataclasses.fields(kind.config_class)}:
         sae["k"] = 5
@@ -44,12 +44,12 @@ def settings(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
 
 def data(name: str) -> dict[str, torch.Tensor]:
     kind = PRESETS[name].preset.data
-    x = tokens(N)
-    if kind == "layers":
-        return {"source": torch.cat([x, tokens(N, seed=3)], dim=1)}
-    if kind == "target":
-        return {"source": x, "target": tokens(N, seed=3)[:, :TARGET]}
-    return {"source": x}
+    n_layers = 2 if kind in ("layers", "targets") else 1
+    made = {"source": torch.cat([tokens(N, seed=seed) for seed in (0, 3)[:n_layers]], dim=1)}
+    if kind in ("target", "targets"):
+        targets = [tokens(N, seed=seed)[:, :TARGET] for seed in (3, 4)[:n_layers]]
+        made["target"] = torch.cat(targets, dim=1)
+    return made
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

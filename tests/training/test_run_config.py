@@ -45,9 +45,9 @@ CLASSES = list(dict.fromkeys(cls for classes in setting_classes().values() for c
 def tables_of(name: str) -> dict[str, Any]:
     """A preset in a file that says no more than it must."""
     sae: dict[str, Any] = dict(SMALL)
-    if PRESETS[name].preset.data == "target":
+    if PRESETS[name].preset.data in ("target", "targets"):
         sae["d_out"] = 7
-    if PRESETS[name].preset.data == "layers":
+    if PRESETS[name].preset.data in ("layers", "targets"):
         sae["n_layers"] = 2
     if name == "switch":
         sae["n_experts"] = 2  # the default k of 32 needs experts of as many latents
@@ -93,7 +93,8 @@ def test_a_preset_survives_its_file(name: str, tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "run.toml") == config
     assert RunConfig.from_tables(config.to_tables()) == config
     # Nor do the data change what the file says.
-    widths = Widths([D] * config.sae.n_layers, config.sae.d_out)
+    n_layers, d_out = config.sae.n_layers, config.sae.d_out
+    widths = Widths([D] * n_layers, [d_out] * n_layers if d_out else [])
     assert RunConfig.read(tmp_path / "run.toml", widths) == config
 
 
@@ -168,7 +169,7 @@ def test_widths_come_from_the_data_where_the_sae_has_none() -> None:
 
     assert sae("relu", Widths([D])) == ReLUConfig(D, 8 * D)
     assert sae("relu", Widths([D]), n_latents=5).n_latents == 5
-    assert sae("transcoder", Widths([D], 7)).d_out == 7
+    assert sae("transcoder", Widths([D], [7])).d_out == 7
     assert sae("crosscoder", Widths([D, D, D])).n_layers == 3
     with pytest.raises(ValueError, match=r"expected layers of one width, got \[32, 31\]"):
         sae("crosscoder", Widths([D, D - 1]))
@@ -384,8 +385,10 @@ def test_the_file_of_a_run_repeats_it(name: str, tmp_path: Path) -> None:
         with ShardWriter(tmp_path / part, D) as writer:
             writer.write(tokens(200, seed=seed))
     data = PRESETS[name].preset.data
-    command = ["train", tmp_path / "x", *([tmp_path / "y"] if data == "layers" else [])]
-    command += ["--target", tmp_path / "y"] if data == "target" else []
+    several = data in ("layers", "targets")
+    command = ["train", tmp_path / "x", *([tmp_path / "y"] if several else [])]
+    command += ["--target", tmp_path / "y"] if data in ("target", "targets") else []
+    command += ["--target", tmp_path / "x"] if data == "targets" else []
     flags = ["--arch", name, "--n-latents", F, "--steps", 3, "--batch-size", 32, "--seed", 2]
     kind, preset = PRESETS[name]
     if preset.objective.get("target_l0", kind.objective_class.target_l0) is not None:

@@ -91,7 +91,7 @@ def test_runs_may_read_layers_of_their_own() -> None:
     assert list(runs) == ["layer_h.3", "layer_h.6", "map"]
     data = {name: RunConfig.from_tables(run).data for name, run in runs.items()}
     assert [each.layer for each in data.values()] == [("h.3",), ("h.6",), ("h.3",)]
-    assert data["map"].target_layer == "h.6"
+    assert data["map"].target_layer == ("h.6",)
     assert {each.model for each in data.values()} == {"m"}
     runs = expanded('[sweep]\n"data.folders" = [["a/h.3"], ["a/h.6"]]\n')
     assert list(runs) == ["folders_a_h.3", "folders_a_h.6"]

@@ -99,7 +99,7 @@ def train_end_to_end(
             if checkpoint is not None:
                 sae.load_state_dict(pretrained.load(checkpoint).state_dict())
             through = _ThroughModel(model, layer, sae, config, weights)
-            run = TrainingRun(through, kept, on_step, placed(place, [layer], None, location.output))
+            run = TrainingRun(through, kept, on_step, placed(place, [layer], [], location.output))
             if checkpoint is not None:
                 run.load()
                 stream.load_state_dict(run.cursor or {})
