@@ -97,6 +97,11 @@ class SAEConfig(Settings):
         """Width of the decoder's output rows: ``n_layers`` times d_out or d_in."""
         return self.n_layers * (self.d_in if self.d_out is None else self.d_out)
 
+    @property
+    def row_parts(self) -> int:
+        """Equal parts of a row of W_dec that have a norm of their own: a crosscoder's layers."""
+        return self.n_layers
+
     def shapes(self) -> dict[str, Size]:
         """The shape of every saved tensor, by name; an architecture adds its own."""
         sizes: dict[str, Size] = {

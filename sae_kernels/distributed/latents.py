@@ -138,7 +138,7 @@ class LatentRanks:
         values: torch.Tensor,
         indices: torch.Tensor,
         W: torch.Tensor,
-        b_dec: torch.Tensor,
+        b_dec: torch.Tensor | None,
         target: torch.Tensor,
         drop_zeros: bool,
         group_ends: torch.Tensor | None = None,
@@ -161,7 +161,7 @@ class LatentRanks:
         partial = added([sums(block) for block in self._blocks])
         by_token = partial if group_ends is None else partial.transpose(0, 1)
         mine = added(list(self.collectives.to_owners(by_token, "partial sums").unbind()))
-        shift = b_dec - target[own]
+        shift = -target[own] if b_dec is None else b_dec - target[own]
         mine = mine[: len(shift)] + (shift if group_ends is None else shift[:, None])
         e = self.collectives.gather_rows(mine, n, "residuals")
         if group_ends is not None:

@@ -135,7 +135,7 @@ def closest_latents(sae: AnySAE, vector: Tensor, k: int = 10) -> LatentCosines:
     width = sae.config.output_width
     if vector.shape != (width,):
         raise ValueError(f"vector: expected a direction [{width}], got {list(vector.shape)}")
-    W = sae.W_dec.detach()
+    W = sae.decoder_rows().detach()
     norms = torch.linalg.vector_norm(W, dim=1) * torch.linalg.vector_norm(vector)
     cosines = (W @ vector.detach().to(W.device, W.dtype)) / norms.clamp(
         min=torch.finfo(W.dtype).tiny

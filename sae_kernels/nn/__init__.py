@@ -3,6 +3,18 @@
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SAEOutput, SparseAutoencoder
 from sae_kernels.nn.batch_topk import BatchTopKConfig, BatchTopKSAE
+from sae_kernels.nn.cross_layer import CrossLayer, CrossLayerConfig
+from sae_kernels.nn.cross_layer_architectures import (
+    CrossLayerBatchTopK,
+    CrossLayerBatchTopKConfig,
+    CrossLayerBatchTopKObjective,
+    CrossLayerJumpReLU,
+    CrossLayerJumpReLUConfig,
+    CrossLayerJumpReLUObjective,
+    CrossLayerTopK,
+    CrossLayerTopKConfig,
+    CrossLayerTopKObjective,
+)
 from sae_kernels.nn.gated import GatedConfig, GatedSAE
 from sae_kernels.nn.initialise import geometric_median
 from sae_kernels.nn.jumprelu import JumpReLUConfig, JumpReLUObjective, JumpReLUSAE
@@ -24,6 +36,17 @@ from sae_kernels.nn.topk import TopKConfig, TopKObjective, TopKSAE
 __all__ = [
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "CrossLayer",
+    "CrossLayerBatchTopK",
+    "CrossLayerBatchTopKConfig",
+    "CrossLayerBatchTopKObjective",
+    "CrossLayerConfig",
+    "CrossLayerJumpReLU",
+    "CrossLayerJumpReLUConfig",
+    "CrossLayerJumpReLUObjective",
+    "CrossLayerTopK",
+    "CrossLayerTopKConfig",
+    "CrossLayerTopKObjective",
     "GatedConfig",
     "GatedSAE",
     "JumpReLUConfig",

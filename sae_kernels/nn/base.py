@@ -22,10 +22,10 @@ from sae_kernels.nn.objective import Reconstruction, sparsity_penalty
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sae_kernels.codes import SparseCodes
+    from sae_kernels.codes import LatentOrder, SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, SurveyContext
     from sae_kernels.nn.registry import Preset
-    from sae_kernels.primitives.terms import Gradient
+    from sae_kernels.primitives.terms import Gradient, Term
 
 
 class SAEOutput(NamedTuple):
@@ -119,23 +119,6 @@ class SparseAutoencoder(SingleLatents):
         # Of weights that stay as they are, see InferenceSAE.
         self.register_buffer("narrow", None, persistent=False)
         self.register_buffer("kept_rank_scale", None, persistent=False)
-
-    @classmethod
-    def _configured(
-        cls, config: SAEConfig | int, n_latents: int | None, settings: dict[str, Any]
-    ) -> SAEConfig:
-        """The configuration from the constructor's arguments: a config, or plain arguments."""
-        if not isinstance(config, SAEConfig):
-            given = {} if n_latents is None else {"n_latents": n_latents}
-            return cls.config_class.from_dict({"d_in": config, **given, **settings})
-        extra = [*settings, *([] if n_latents is None else ["n_latents"])]
-        if extra or not isinstance(config, cls.config_class):
-            what = f"{', '.join(extra)} beside it" if extra else f"a {type(config).__name__}"
-            raise TypeError(
-                f"{cls.__name__}: expected a {cls.config_class.__name__}, or d_in, n_latents and "
-                f"settings by name, got {what}"
-            )
-        return config
 
     # -- what an architecture defines ----------------------------------------------------------
 
@@ -274,6 +257,24 @@ class SparseAutoencoder(SingleLatents):
         """Parameter gradients from the gradients of the :meth:`entry_leaves`, by name."""
         return {}
 
+    def encoder_term(
+        self, order: LatentOrder, indices: torch.Tensor, coef: torch.Tensor, x: torch.Tensor
+    ) -> Term:
+        """W_enc's gradient: ``coef`` of entries times what their latents ``indices`` read of x."""
+        return order.term(coef, x)
+
+    def decoder_codes(self, codes: SparseCodes) -> SparseCodes:
+        """Codes of W_dec's rows, which may be of other tokens; differentiable in the values."""
+        return codes
+
+    def decoder_target(self, target: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The bias and the targets of the tokens of :meth:`decoder_codes`."""
+        return self.b_dec.detach(), target
+
+    def by_token(self, decoded: torch.Tensor) -> torch.Tensor:
+        """Rows of the tokens of :meth:`decoder_codes` as [B, output width]."""
+        return decoded
+
     def after_step_(self, finite: torch.Tensor) -> None:
         """Updates running statistics after a step, unless it was not ``finite``."""
 
@@ -378,12 +379,6 @@ class SparseAutoencoder(SingleLatents):
         """Encodes and decodes activations [..., input width]; codes and reconstruction."""
         codes = self.encode(x)
         return SAEOutput(self.decode(codes, x if self.config.skip else None).to(x.dtype), codes)
-
-    @property
-    def target_scale(self) -> float:
-        """The factor on targets: the activations' scale, or a transcoder's own."""
-        config = self.config
-        return float(config.target_scale if config.transcodes else config.activation_scale)
 
     def rank_scale(self) -> torch.Tensor | None:
         """The factor of values when latents are ranked: decoder norms [F], or None."""

@@ -89,6 +89,11 @@ class KeyCut:
         self.ties = self.ties - tied.sum()
         return kept
 
+    def cut(self, preacts: SparseCodes, scale: torch.Tensor | None) -> SparseCodes:
+        """The entries of the next micro-batch, with 0 for those that are not kept."""
+        kept = self.keep(_keys(preacts, scale))
+        return preacts.with_values(torch.where(kept, preacts.values, 0))
+
 
 def _keys(preacts: SparseCodes, scale: torch.Tensor | None) -> torch.Tensor:
     """What ranks the entries [N], without gradient."""
@@ -161,6 +166,10 @@ class BatchTopKSAE(SparseAutoencoder):
     threshold: torch.Tensor
     last_key: torch.Tensor
 
+    def thresholds(self) -> torch.Tensor:
+        """:attr:`threshold` as one for all latents, or one each [F]."""
+        return self.threshold
+
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         if self.last_key.is_meta:  # it is not saved, so nothing has taken its place
@@ -168,7 +177,7 @@ class BatchTopKSAE(SparseAutoencoder):
 
     def bounds(self) -> torch.Tensor | None:
         """The least pre-activation above the threshold in evaluation; None in training."""
-        return None if self.training else _bounds(self.threshold, self.rank_scale())
+        return None if self.training else _bounds(self.thresholds(), self.rank_scale())
 
     def select(
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
@@ -187,14 +196,14 @@ class BatchTopKSAE(SparseAutoencoder):
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )
-        self._note(preacts, scale)
+        self._note(preacts, scale, self.last_key)
         return preacts
 
     def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> KeyCut:
         """The batch's smallest kept key; encodes every token."""
         count, scale = int(context.k * context.n_tokens), self.rank_scale()
         if not 0 < float(self.last_key) < torch.inf:  # no batch before: the first micro-batch alone
-            self.select(next(iter(micro_batches)), W_enc=context.W_enc, k=context.k)
+            self._select_alone(next(iter(micro_batches)), context.W_enc, context.k)
         for bound in self._guesses(count):
             found, largest = [], self.b_enc.new_empty(0)
             for x in micro_batches:
@@ -225,8 +234,13 @@ class BatchTopKSAE(SparseAutoencoder):
         preacts = cut.found.pop(0)
         if context.leaves is None:  # autograd is to see how they come from the weights
             preacts = self._above(context.x, W_enc, _bounds(cut.key * (1 - _SLACK), scale))
-        kept = cut.keep(_keys(preacts, scale))
-        return preacts.with_values(torch.where(kept, preacts.values, 0))
+        return cut.cut(preacts, scale)
+
+    def _select_alone(
+        self, x_centred: torch.Tensor, W_enc: torch.Tensor | None, k: float
+    ) -> SparseCodes:
+        """A first micro-batch's entries; its smallest key, as :attr:`last_key`, is a guess."""
+        return self.select(x_centred, W_enc=W_enc, k=k)
 
     def _guesses(self, count: int) -> tuple[float, ...]:
         """Bounds to try in turn, above which ``count`` keys of a batch may lie; 0 is the last."""
@@ -254,9 +268,11 @@ class BatchTopKSAE(SparseAutoencoder):
         return _where(codes, kept)
 
     @torch.no_grad()
-    def _note(self, preacts: SparseCodes, scale: torch.Tensor | None) -> None:
+    def _note(
+        self, preacts: SparseCodes, scale: torch.Tensor | None, last_key: torch.Tensor
+    ) -> None:
         # +inf where nothing is kept. To ask how many are would break a compiled graph.
-        _set_(self.last_key, pad(_keys(preacts, scale), (0, 1), value=torch.inf).amin())
+        _set_(last_key, pad(_keys(preacts, scale), (0, 1), value=torch.inf).amin())
 
     @torch.no_grad()
     def after_step_(self, finite: torch.Tensor) -> None:
@@ -284,7 +300,7 @@ class BatchTopKSAE(SparseAutoencoder):
 
 
 def _set_(scalar: torch.Tensor, value: torch.Tensor) -> None:
-    """Writes a scalar in place."""
+    """Writes a scalar, or a vector, in place."""
     # Through a view: torch.compile (2.13) takes an fp64 scalar on the CPU for a Python number and
     # drops what is written to it.
-    scalar.view(1).copy_(value.view(1))
+    scalar.view(-1).copy_(value.view(-1))

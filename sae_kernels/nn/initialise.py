@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.sae import SAEConfig
 
 _DRAWN_AT_ONCE = 1 << 24
+_SMALL = 0.08  # norm of a row where a latent has several
 
 
 def geometric_median(
@@ -89,13 +90,16 @@ def initial_weights(
 
     The decoder has random unit rows (a unit row for each layer where those are kept at unit norm),
     and the encoder is a copy of it. A transcoder's decoder cannot be its encoder: it starts at zero
-    (sparsify), or, where rows are kept at unit norm, at random ones of its own.
+    (sparsify), or, where rows are kept at unit norm, at random ones of its own. Nor can one with
+    several rows a latent: it starts at small random rows, as norms that are all 0 would rank no
+    latent before another (0.08, as the crosscoders of ckkissane).
 
     Args:
         config, seed, device: of the SAE.
         latents: those whose rows are returned.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    (_, width), (n_rows, out) = config.shapes()["W_enc"], config.shapes()["W_dec"]
 
     def rows(width: int, parts: int = 1) -> torch.Tensor:
         """A row of ``width`` numbers for each latent, made of ``parts`` unit vectors."""
@@ -103,11 +107,14 @@ def initial_weights(
         n = config.n_latents * parts
         return unit_rows(n, width // parts, generator, device, kept).view(len(latents), width)
 
-    layers = config.n_layers if config.unit_norm_decoder else 1
+    parts = config.row_parts if config.unit_norm_decoder else 1
+    if n_rows != config.n_latents:
+        W_enc, W_dec = rows(width), unit_rows(n_rows, out, generator, device)
+        return W_enc, W_dec if config.unit_norm_decoder else W_dec.mul_(_SMALL)
     if not config.transcodes:
-        W_dec = rows(config.input_width, layers)
+        W_dec = rows(out, parts)
         return W_dec.clone(), W_dec
-    W_enc = rows(config.input_width)
+    W_enc = rows(width)
     if config.unit_norm_decoder:
-        return W_enc, rows(config.output_width, layers)
-    return W_enc, torch.zeros(len(latents), config.output_width, device=device)
+        return W_enc, rows(out, parts)
+    return W_enc, torch.zeros(len(latents), out, device=device)

@@ -126,6 +126,19 @@ class SingleLatents(Upkeep):
         norm: torch.Tensor = kinds[self.config.decoder_norm]
         return norm
 
+    def decoder_rows(self) -> torch.Tensor:
+        """What each latent adds to a token, [F, output width], 0 at layers it does not write to."""
+        return self.W_dec
+
+    def row_coefficients(self, by_layer: torch.Tensor) -> torch.Tensor:
+        """A gradient by :meth:`decoder_norms`, [F, n_layers], as ``Gradient.row_coef`` of W_dec."""
+        return by_layer
+
+    def products(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """``W_enc x`` in fp32, [F], of one fp32 row [input width]."""
+        result: torch.Tensor = self.W_enc.float() @ x
+        return result
+
     def has_row_per_latent(self: Any, name: str) -> bool:
         """Whether a parameter has a row, or a number, for each latent."""
         rows: bool = len(self.get_parameter(name)) == len(self.latents)

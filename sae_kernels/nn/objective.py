@@ -130,7 +130,7 @@ class Context:
         sae = self.sae
         return self._derived(
             "preact_sums",
-            lambda: sae.W_enc.float() @ self.x.float().sum(0) + self.n_tokens * sae.b_enc,
+            lambda: sae.products(self.x.float().sum(0)) + self.n_tokens * sae.b_enc,
         )
 
     def _derived(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -38,14 +38,14 @@ class Preset:
         about: one line of help.
         sae, objective, optimizer: settings that differ from the defaults of their class.
         data: the activations it trains on: one "layer", a layer and another one as its "target",
-            or several "layers".
+            several "layers", or several layers and as many "targets".
     """
 
     about: str
     sae: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    data: Literal["layer", "target", "layers"] = "layer"
+    data: Literal["layer", "target", "layers", "targets"] = "layer"
 
 
 class Kind(NamedTuple):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import torch
 from torch import nn
 
+from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.initialise import geometric_median
 
 if TYPE_CHECKING:
@@ -33,8 +34,31 @@ class Upkeep(nn.Module):
     backend: str | None
     W_dec: nn.Parameter
     b_dec: nn.Parameter
-    target_scale: Any
     keeps_dtype: ClassVar[tuple[str, ...]]
+    config_class: ClassVar[type[SAEConfig]]
+
+    @property
+    def target_scale(self) -> float:
+        """The factor on targets: the activations' scale, or a transcoder's own."""
+        config = self.config
+        return float(config.target_scale if config.transcodes else config.activation_scale)
+
+    @classmethod
+    def _configured(
+        cls, config: SAEConfig | int, n_latents: int | None, settings: dict[str, Any]
+    ) -> SAEConfig:
+        """The configuration from the constructor's arguments: a config, or plain arguments."""
+        if not isinstance(config, SAEConfig):
+            given = {} if n_latents is None else {"n_latents": n_latents}
+            return cls.config_class.from_dict({"d_in": config, **given, **settings})
+        extra = [*settings, *([] if n_latents is None else ["n_latents"])]
+        if extra or not isinstance(config, cls.config_class):
+            what = f"{', '.join(extra)} beside it" if extra else f"a {type(config).__name__}"
+            raise TypeError(
+                f"{cls.__name__}: expected a {cls.config_class.__name__}, or d_in, n_latents and "
+                f"settings by name, got {what}"
+            )
+        return config
 
     def extra_repr(self) -> str:
         """The settings that differ from their defaults, as ``print(sae)`` shows them."""
@@ -64,7 +88,7 @@ class Upkeep(nn.Module):
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Scales each layer's decoder rows to unit norm; zero rows stay zero."""
-        rows = self.W_dec.unflatten(1, (self.config.n_layers, -1))
+        rows = self.W_dec.unflatten(1, (self.config.row_parts, -1))
         norms = rows.norm(dim=2, keepdim=True)
         rows.div_(torch.where(norms > 0, norms, 1))
 
@@ -80,7 +104,7 @@ class Upkeep(nn.Module):
         """
         if self.W_dec.grad is None:
             raise RuntimeError("W_dec.grad: expected a gradient, got None; call backward() first")
-        shape = (self.config.n_layers, -1)
+        shape = (self.config.row_parts, -1)
         grad, rows = self.W_dec.grad.unflatten(1, shape), self.W_dec.unflatten(1, shape)
         grad.addcmul_((grad * rows).sum(2, keepdim=True), rows, value=-1)
 

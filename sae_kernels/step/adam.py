@@ -60,6 +60,7 @@ class FusedAdam:
         }
         device = sae.W_enc.device
         self.n_updates = torch.zeros((), dtype=torch.int64, device=device)
+        self._row_parts = sae.config.row_parts
         self._parameters = dict(sae.named_parameters())
         # What row_update reads, see its `hyper`; written anew in place at every update.
         self._read = torch.ones(6, dtype=torch.float64, device=device)
@@ -116,7 +117,7 @@ class FusedAdam:
     def _norm(self, name: str) -> tuple[str, int]:
         """The norm policy of a matrix, and the number of parts of a row that it applies to."""
         if name == "W_dec" and self.sae.config.unit_norm_decoder:
-            return "unit", self.sae.config.n_layers
+            return "unit", self._row_parts
         return "none", 1
 
     def _clip(

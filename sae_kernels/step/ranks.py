@@ -69,7 +69,7 @@ class Ranks(Protocol):
         values: torch.Tensor,
         indices: torch.Tensor,
         W: torch.Tensor,
-        b_dec: torch.Tensor,
+        b_dec: torch.Tensor | None,
         target: torch.Tensor,
         drop_zeros: bool,
         group_ends: torch.Tensor | None = None,

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from sae_kernels.codes import LatentOrder
 from sae_kernels.nn.objective import entry_gradients, latent_vectors, objective_of, with_leaves
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
 from sae_kernels.primitives.row_grad import row_grad
-from sae_kernels.primitives.terms import Gradient, Term
+from sae_kernels.primitives.terms import Gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_kernels.codes import LatentOrder, SparseCodes
+    from sae_kernels.codes import SparseCodes
     from sae_kernels.nn import SparseAutoencoder
     from sae_kernels.nn.objective import Context, Reconstruction
+    from sae_kernels.primitives.terms import Term
 
 
 class PassResult(NamedTuple):
@@ -66,27 +68,32 @@ def sparse_pass(
     with torch.enable_grad():
         entries, leaves = with_leaves(sae, preacts)
         parts, penalty = objective_of(entries, context)
-    decoded = [_decode(W_dec, preacts, part, context) for part in parts]
-    outputs = [(part.values, d.grad) for part, d in zip(parts, decoded, strict=True)]
+        read = [sae.decoder_codes(preacts.with_values(part.values)) for part in parts]
+    decoded = [
+        _decode(W_dec, codes, part, context) for codes, part in zip(read, parts, strict=True)
+    ]
+    outputs = [(codes.values, d.grad) for codes, d in zip(read, decoded, strict=True)]
     grads = entry_gradients({**leaves, **context.leaves}, outputs, penalty)
-    order, fired = _latent_order(preacts, parts, context)
+    live, order, fired = _latent_order(preacts, parts, context)
 
-    gradients, dh_sum = _encoder_gradients(order, grads, context)
+    gradients, dh_sum = _encoder_gradients(order, preacts.indices, grads, context)
     taught = [d for part, d in zip(parts, decoded, strict=True) if part.trains_decoder]
+    by_norms = grads.get("norms")
     gradients["W_dec"] = Gradient(
-        _decoder_terms(order, preacts, taught, context), grads.get("norms")
+        _decoder_terms(order, live, taught, context),
+        None if by_norms is None else sae.row_coefficients(by_norms),
     )
     gradients |= sae.leaf_gradients(preacts, grads, context.x)
     if context.skip_input is not None:
         dx_hat = total_of([d.factor * d.total for d in taught])
         gradients["W_skip"] = Gradient.whole(dx_hat.T @ context.skip_input)
-    db_dec = total_of([d.factor * d.total.sum(0) for d in taught])
+    db_dec = total_of([d.factor * sae.by_token(d.total).sum(0) for d in taught])
     gradients["b_dec"] = Gradient.whole(db_dec[None])
     loss = total_of([d.loss for d in decoded])
     return PassResult(
         loss=loss if penalty is None else loss + penalty.detach(),
         errors=decoded[0].errors,
-        residual=decoded[0].main_residual(context),
+        residual=sae.by_token(decoded[0].main_residual(context)),
         x=context.x,
         preacts=preacts,
         gradients=gradients,
@@ -129,20 +136,20 @@ class _Decoded(NamedTuple):
 
 
 def _decode(
-    W_dec: torch.Tensor, preacts: SparseCodes, part: Reconstruction, context: Context
+    W_dec: torch.Tensor, codes: SparseCodes, part: Reconstruction, context: Context
 ) -> _Decoded:
-    sae, prefixes, values = context.sae, context.prefixes, part.values.detach()
+    """Decodes the codes of a reconstruction, as :meth:`decoder_codes` gives them."""
+    sae, prefixes, values = context.sae, context.prefixes, codes.values.detach()
     decoded = decode_residual if context.ranks is None else context.ranks.decode_residual
     residual, squares, grad = decoded(
         values,
-        preacts.indices,
+        codes.indices,
         W_dec,
-        sae.b_dec.detach(),
-        context.target,
+        *sae.decoder_target(context.target),
         part.drops_zeros,
         None if prefixes is None else prefixes.ends,
         None if prefixes is None else prefixes.weights,
-        preacts.offsets,
+        codes.offsets,
         backend=sae.backend,
     )
     half = context.scale if part.weight == 1 else part.weight * context.scale
@@ -157,31 +164,38 @@ def _decode(
 
 def _latent_order(
     preacts: SparseCodes, parts: list[Reconstruction], context: Context
-) -> tuple[LatentOrder, torch.Tensor]:
-    """The latent order of entries with a gradient, and how often each latent fired."""
+) -> tuple[SparseCodes, LatentOrder, torch.Tensor]:
+    """Entries, 0 where none has a gradient; their latent order; how often each latent fired."""
     sae = context.sae
     drops, backend = sae.drops_zeros, sae.backend
     main, *others = [part.values.detach() for part in parts]
-    live = main
-    for values in others:
-        live = torch.where(live != 0, live, values)
-    order = preacts.with_values(live).latent_order(drop_zeros=drops, backend=backend)
+    values = main
+    for other in others:
+        values = torch.where(values != 0, values, other)
+    live = preacts.with_values(values)
+    order = live.latent_order(drop_zeros=drops, backend=backend)
     if not others:
-        return order, order.counts()
+        return live, order, order.counts()
     codes = sae.main_codes(preacts, main, context.k, context.objective)
-    return order, codes.latent_order(drop_zeros=drops, backend=backend).counts()
+    return live, order, codes.latent_order(drop_zeros=drops, backend=backend).counts()
 
 
 def _encoder_gradients(
-    order: LatentOrder, grads: dict[str, torch.Tensor], context: Context
+    order: LatentOrder,
+    indices: torch.Tensor,
+    grads: dict[str, torch.Tensor],
+    context: Context,
 ) -> tuple[dict[str, Gradient], torch.Tensor]:
     """Gradients of W_enc and the per-latent vectors, plus the summed dL/dh."""
     sae, F = context.sae, len(context.sae.latents)
-    terms, biases = [order.term(grads["h"], context.x)], [order.term(grads["h"], None)]
+    terms = [sae.encoder_term(order, indices, grads["h"], context.x)]
+    biases = [order.term(grads["h"], None)]
     if "preact_sums" in grads:
         by_sum = grads["preact_sums"]
-        terms.append(_one_row_each(by_sum, context.x.float().sum(0, keepdim=True)))
-        biases.append(_one_row_each(context.n_tokens * by_sum, None))
+        every, latents = _one_entry_each(by_sum)
+        x_sum = context.x.float().sum(0, keepdim=True)
+        terms.append(sae.encoder_term(every, latents, by_sum, x_sum))
+        biases.append(every.term(context.n_tokens * by_sum, None))
     gradients = {"W_enc": Gradient(terms), **vector_gradients(sae, grads, Gradient(biases))}
     if not sae.config.subtract_b_dec:
         return gradients, grads["h"].new_zeros(F)
@@ -233,18 +247,26 @@ def rows_weighted(W: torch.Tensor, weights: torch.Tensor, backend: str | None) -
     return partial.sum(0)
 
 
-def _one_row_each(coef: torch.Tensor, source: torch.Tensor | None) -> Term:
-    """A term ``coef[f] * source[0]`` for every latent whose coefficient is not 0."""
+def _one_entry_each(coef: torch.Tensor) -> tuple[LatentOrder, torch.Tensor]:
+    """An entry of one token for every latent whose coefficient is not 0, and all entries' latents.
+
+    Entry f is latent f's.
+    """
     live = coef != 0
     offsets = pad(live.cumsum(0), (1, 0)).to(torch.int32)
     entries = (~live).to(torch.int8).argsort(stable=True).to(torch.int32)
-    return Term(offsets, entries, torch.zeros_like(entries), coef, source)
+    order = LatentOrder(offsets, entries, torch.zeros_like(entries))
+    return order, torch.arange(len(coef), dtype=torch.int32, device=coef.device)
 
 
 def _decoder_terms(
-    order: LatentOrder, preacts: SparseCodes, decoded: list[_Decoded], context: Context
+    order: LatentOrder, live: SparseCodes, decoded: list[_Decoded], context: Context
 ) -> list[Term]:
+    sae = context.sae
+    codes = sae.decoder_codes(live)
+    if codes is not live:  # W_dec has other rows than one a latent
+        order = codes.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend)
     if context.prefixes is not None:
         # Residual rows are [G * B, width]; a latent reads those of its own group.
-        order = order.by_group(preacts.indices, context.prefixes.ends, context.n_tokens)
+        order = order.by_group(codes.indices, context.prefixes.ends, context.n_tokens)
     return [order.term(d.factor * d.values, d.residual.flatten(0, -2)) for d in decoded]

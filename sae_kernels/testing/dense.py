@@ -57,7 +57,7 @@ def dense_loss(
     ``loss = scale sum (y_hat - y)^2 + coefficient penalty``, with f by ``spec.selection``:
 
     - topk: relu(h) or h at the first k latents by key descending, ties to the lower latent, NaN
-      first (Gao et al., arXiv 2406.04093).
+      first (Gao et al., arXiv 2406.04093); with ``n_sources`` of each group of latents.
     - batchtopk: relu(h) at the first min(int(k B), positives) entries of the batch, ties to the
       lower (token, latent) (Bussmann et al., arXiv 2412.06410).
     - jumprelu, with its straight-through gradients: see
@@ -140,7 +140,8 @@ def _codes(spec: DenseSpec, p: Mapping[str, Tensor], a: Tensor, h: Tensor, k: fl
     if spec.rank_by_decoder_norm:
         key = h * decoder_norm(p["W_dec"], spec.norm, spec.n_layers)
     if spec.selection == "topk":
-        kept = topk_kept(key.detach(), int(k))
+        groups = key.detach().unflatten(1, (spec.n_sources, -1))
+        kept = topk_kept(groups, int(k)).flatten(1)
     else:
         kept = batchtopk_kept(h.detach(), key.detach(), int(k * h.shape[0]))
     return torch.where(kept, h.relu() if spec.relu else h, 0.0)

@@ -26,8 +26,8 @@ def rank_order(key: Tensor) -> Tensor:
 
 
 def topk_kept(key: Tensor, k: int) -> Tensor:
-    """bool [B, F]: the first k latents of each token."""
-    return torch.zeros_like(key, dtype=torch.bool).scatter_(-1, rank_order(key)[:, :k], True)
+    """bool [..., F]: the first k latents of each token."""
+    return torch.zeros_like(key, dtype=torch.bool).scatter_(-1, rank_order(key)[..., :k], True)
 
 
 def batchtopk_kept(h: Tensor, key: Tensor, n: int) -> Tensor:

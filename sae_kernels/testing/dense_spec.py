@@ -41,6 +41,8 @@ class DenseSpec:
         norm: n_f, of the row of a latent over its layers: "joint" |row|, "sum" of each layer's
             norm, "mixed" 1.0 joint + 0.1 sum.
         n_layers: equal parts of a row of W_dec (crosscoders).
+        n_sources: "topk": equal groups of latents, one after the other, of each of which the first
+            k are kept (cross-layer transcoders).
         p: "lp"; the gradient at f = 0 is 0.
         tanh_scale: c of "tanh".
         target_l0: of "target_l0".
@@ -71,6 +73,7 @@ class DenseSpec:
     norm_weighted: bool = False
     norm: Norm = "joint"
     n_layers: int = 1
+    n_sources: int = 1
     p: float = 1.0
     tanh_scale: float = 4.0
     target_l0: float = 0.0
@@ -160,8 +163,9 @@ def check_tensors(
             raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
     if spec.subtract_b_dec and d_in != d_out:
         raise ValueError(f"subtract_b_dec: expected d_in = d_out, got {d_in} and {d_out}")
-    if spec.selection == "topk" and spec.k > F:
-        raise ValueError(f"k: expected at most n_latents = {F}, got {spec.k}")
+    if F % spec.n_sources or (spec.selection == "topk" and spec.k > F // spec.n_sources):
+        of = "" if spec.n_sources == 1 else f" in {spec.n_sources} equal groups of latents"
+        raise ValueError(f"k: expected at most n_latents = {F}{of}, got {spec.k}")
     if spec.group_ends and spec.group_ends[-1] != F:
         raise ValueError(f"group_ends: expected to end in F = {F}, got {spec.group_ends}")
     if F % spec.n_experts or (spec.selection == "switch" and spec.k > F // spec.n_experts):

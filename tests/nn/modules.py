@@ -11,6 +11,9 @@ from torch import Tensor
 from sae_kernels.nn import (
     BatchTopKConfig,
     BatchTopKSAE,
+    CrossLayerBatchTopKConfig,
+    CrossLayerJumpReLUConfig,
+    CrossLayerTopKConfig,
     GatedConfig,
     JumpReLUConfig,
     ReLUConfig,
@@ -51,6 +54,10 @@ CASES: dict[str, SAEConfig] = {
         D, F, k=3, n_layers=2, rank_by_decoder_norm=True, decoder_norm="sum", **_FREE
     ),
     "crosscoder-unit": ReLUConfig(D, F, n_layers=3),
+    "clt": CrossLayerTopKConfig(D, F, k=4, n_layers=2, d_out=D_OUT),
+    "clt-batchtopk": CrossLayerBatchTopKConfig(D, F, k=2.5, n_layers=2, d_out=D_OUT),
+    "clt-jumprelu": CrossLayerJumpReLUConfig(D, F, threshold_init=0.5, n_layers=2, d_out=D_OUT),
+    "causal-crosscoder": CrossLayerTopKConfig(D, F, k=4, n_layers=3, causality="strict"),
     "crosscoder-of-transcoders": TopKConfig(D, F, 4, n_layers=2, **_TRANSCODES),
 }
 each = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
@@ -69,7 +76,7 @@ def sae_of(config: SAEConfig) -> SparseAutoencoder:
         for name, p in sae.named_parameters():
             noise = torch.randn(p.shape, generator=g)
             p.copy_(p + 0.2 * noise if "threshold" in name else 0.4 * noise)
-        sae.W_dec *= 0.5 + torch.rand(F, 1, generator=g)
+        sae.W_dec *= 0.5 + torch.rand(len(sae.W_dec), 1, generator=g)
         if isinstance(sae, BatchTopKSAE):
             sae.threshold.fill_(0.61)
     return sae.eval()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_kernels.nn import (
     BatchTopKSAE,
+    CrossLayer,
     GatedSAE,
     ReLUConfig,
     SAEConfig,
@@ -29,6 +30,7 @@ from sae_kernels.testing import (
 from sae_kernels.testing.dense import decoder_norm
 from tests.nn.modules import CASES, B, D, F, each, sae_of, scaled, x_of
 from tests.nn.switch_spec import dense_switch
+from tests.step.cross_layer import whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +43,9 @@ def _exact(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(sae, SwitchSAE):
         dense = dense_switch(sae.config, p, x.double() * config.activation_scale)
         return dense.codes, dense.x_hat, dense.size
-    kind, k = config.architecture, getattr(config, "k", 0)
+    if isinstance(sae, CrossLayer):
+        p |= {name: whole(config, name, p[name]) for name in ("W_enc", "W_dec")}
+    kind, k = config.architecture.removeprefix("cross_layer_"), getattr(config, "k", 0)
     if isinstance(sae, BatchTopKSAE):  # in evaluation every key above the threshold
         kind, norms = "jumprelu", torch.ones(F).double()
         if config.rank_by_decoder_norm:
@@ -53,6 +57,7 @@ def _exact(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         relu=getattr(config, "relu", "after") != "none",
         subtract_b_dec=config.subtract_b_dec,
         bandwidth=0.1,
+        n_sources=getattr(config, "n_sources", 1),
     )
     x = x.double() * config.activation_scale
     y = x.new_zeros(len(x), config.output_width)
@@ -74,7 +79,7 @@ def _assert_is(sae: SparseAutoencoder, of: SparseAutoencoder, x: Tensor, scale: 
     kept = codes != 0
     assert_within("codes", got[kept], codes[kept] / scale, budget[kept])
     assert not got[~kept].any()
-    W_dec, b_dec = of.W_dec.detach().double().abs(), of.b_dec.detach().double().abs()
+    W_dec, b_dec = of.decoder_rows().detach().double().abs(), of.b_dec.detach().double().abs()
     terms = (size * kept) @ W_dec + b_dec
     if of.config.skip:
         inputs = x.double().abs() * of.config.activation_scale
@@ -175,12 +180,14 @@ def test_decoder_rows_are_normalised_by_layer(config: SAEConfig) -> None:
     sae.normalize_decoder_()
     norms = sae.decoder_norms()
     assert norms.shape == (F, config.n_layers)
+    if isinstance(sae, CrossLayer):
+        norms = sae.row_coefficients(norms)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-6, atol=0)
     x = x_of(config, 5)
     sae(x).x_hat.square().sum().backward()
     sae.remove_parallel_gradient_()
     grad, rows = (
-        t.unflatten(1, (config.n_layers, -1)) for t in (sae.W_dec.grad, sae.W_dec.detach())
+        t.unflatten(1, (config.row_parts, -1)) for t in (sae.W_dec.grad, sae.W_dec.detach())
     )
     terms = (grad.abs() * rows.abs()).sum(2)
     along = (grad.double() * rows.double()).sum(2)

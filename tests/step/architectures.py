@@ -9,6 +9,9 @@ import torch
 
 from sae_kernels.nn import (
     BatchTopKConfig,
+    CrossLayerBatchTopKConfig,
+    CrossLayerJumpReLUConfig,
+    CrossLayerTopKConfig,
     GatedConfig,
     JumpReLUConfig,
     ReLUConfig,
@@ -70,6 +73,11 @@ def _switch(**options: Any) -> SwitchConfig:
     )
 
 
+def _clt(kind: type[SAEConfig], **options: Any) -> SAEConfig:
+    layers = {"d_in": D_LAYER, "n_latents": 39, "n_layers": 3, "d_out": 4}
+    return kind.from_dict({**layers, **options})
+
+
 _TRANSCODES = {"d_out": D_OUT, "subtract_b_dec": False}
 _LAYERS = {"d_in": D_LAYER, "unit_norm_decoder": False}
 _GROUPS = {"groups": (4, 11, F - 15)}
@@ -85,6 +93,9 @@ _WEIGHTED = {"sparsity_norm_weighted": True}
 _L1, _WEIGHTED_L1 = _penalised("l1"), _penalised("l1", **_WEIGHTED)
 _LP = _penalised("lp", steps=40, p_start=0.0, p_steps=5)
 _PREACT = {"preact_coefficient": 0.3}
+_NO_PREACT = {"preact_coefficient": 0.0}
+_RANKED = {"rank_by_decoder_norm": True, "decoder_norm": "joint"}
+_JUMPS = {"bandwidth": 0.45, "threshold_init": 0.6}
 _BALANCED = {"balance_coefficient": 0.2}
 
 ARCHITECTURES = {
@@ -176,6 +187,32 @@ ARCHITECTURES = {
     "crosscoder-l1-mixed": Architecture(
         ReLUConfig(n_latents=F, n_layers=2, decoder_norm="mixed", **_LAYERS), _WEIGHTED_L1
     ),
+    "clt-topk": Architecture(_clt(CrossLayerTopKConfig, k=3), {"clip_norm": 0.5}),
+    "clt-topk-together": Architecture(
+        _clt(CrossLayerTopKConfig, k=2, layers_together=True, **_RANKED), {"loss": "mse"}
+    ),
+    "clt-topk-relu-none": Architecture(_clt(CrossLayerTopKConfig, k=3, relu="none")),
+    "clt-batchtopk": Architecture(
+        _clt(CrossLayerBatchTopKConfig, k=2.7, **_RANKED), {"clip_norm": 0.5}
+    ),
+    "clt-jumprelu-tanh": Architecture(
+        _clt(CrossLayerJumpReLUConfig, log_threshold=False, **_JUMPS),
+        _penalised("tanh", **_WEIGHTED, clip_norm=0.5, **_PREACT),
+    ),
+    "clt-jumprelu-l1-sum": Architecture(
+        _clt(CrossLayerJumpReLUConfig, decoder_norm="sum", **_JUMPS),
+        {**_WEIGHTED_L1, **_NO_PREACT},
+    ),
+    "clt-jumprelu-target": Architecture(
+        _clt(CrossLayerJumpReLUConfig, activation_scale=0.8, target_scale=1.2, **_JUMPS),
+        _penalised("target_l0", target_l0=9.0, sparsity_norm_weighted=False, **_NO_PREACT),
+    ),
+    "causal-crosscoder-strict": Architecture(
+        _clt(CrossLayerTopKConfig, d_out=None, k=3, causality="strict", n_latents=26)
+    ),
+    "causal-crosscoder-none": Architecture(
+        _clt(CrossLayerBatchTopKConfig, d_out=None, k=2, causality="none", unit_norm_decoder=True)
+    ),
 }
 
 # One of each kind; what differs between the others is a formula of a single step.
@@ -197,6 +234,10 @@ REPRESENTATIVE = (
     "crosscoder-mixed",
     "crosscoder-unit-norms",
     "crosscoder-l1-sum",
+    "clt-topk-together",
+    "clt-batchtopk",
+    "clt-jumprelu-tanh",
+    "causal-crosscoder-strict",
 )
 
 

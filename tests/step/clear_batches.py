@@ -77,7 +77,8 @@ def _doubtful(given: Problem) -> Tensor:
     if spec.selection in ("topk", "switch"):
         key, off = _keys(given)
         for k in (spec.k, 4 * spec.k) if spec.multi_topk else (spec.k,):
-            found |= _close_cut(key, off, int(k))
+            groups = (t.unflatten(1, (spec.n_sources, -1)).flatten(0, 1) for t in (key, off))
+            found |= _close_cut(*groups, int(k)).view(len(key), -1).any(1)
     return found
 
 

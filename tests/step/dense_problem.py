@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sae_kernels.nn import GatedSAE
+from sae_kernels.nn import CrossLayer, GatedSAE
 from sae_kernels.testing import DenseSpec, dense_loss, rounding
 from sae_kernels.testing.dense_switch import routed
+from tests.step.cross_layer import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +87,12 @@ def spec_of(route: Route) -> DenseSpec:
     """The specification of the route's next step."""
     sae, schedule = route.sae, route.schedule
     train = SimpleNamespace(**{**ABSENT, **route.objective.to_dict()})
-    config, name = sae.config, sae.config.architecture
+    config, name = sae.config, sae.config.architecture.removeprefix("cross_layer_")
+    n_sources, together = getattr(config, "n_sources", 1), getattr(config, "layers_together", False)
     ends = sae.prefixes(route.objective, schedule.step, route.seed)
     return DenseSpec(
         name,  # type: ignore[arg-type]
-        k=getattr(config, "k", 0),
+        k=getattr(config, "k", 0) * (n_sources if together else 1),
         relu=getattr(config, "relu", "after") != "none",
         subtract_b_dec=config.subtract_b_dec,
         rank_by_decoder_norm=getattr(config, "rank_by_decoder_norm", False),
@@ -104,6 +106,7 @@ def spec_of(route: Route) -> DenseSpec:
         norm_weighted=train.sparsity_norm_weighted,
         norm=config.decoder_norm,
         n_layers=config.n_layers,
+        n_sources=1 if together else n_sources,
         p=schedule.p,
         tanh_scale=train.tanh_scale,
         target_l0=train.target_l0 or 0.0,
@@ -124,7 +127,10 @@ def _weights(matryoshka: str, ends: Any) -> tuple[float, ...] | None:
 def problem(route: Route, x: Tensor, target: Tensor | None) -> Problem:
     """The next step's; the scaled activations carry one rounding, the same everywhere."""
     sae = route.sae
-    p = {n: t.detach().double().requires_grad_() for n, t in sae.named_parameters()}
+    p = {n: t.detach().double() for n, t in sae.named_parameters()}
+    if isinstance(sae, CrossLayer):
+        p |= {name: whole(sae.config, name, p[name]) for name in ("W_enc", "W_dec")}
+    p = {name: t.requires_grad_() for name, t in p.items()}
     x = x * sae.config.activation_scale
     y = x if target is None else target * sae.config.target_scale
     return Problem(spec_of(route), p, x.double(), y.double(), route.dead.mask())

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import torch
 
+from sae_kernels.nn import CrossLayer
 from sae_kernels.testing import assert_within
 from tests.step.architectures import B
 from tests.step.bounded import Bounded, Kept, add_rows, auxk_step, clipped, projected
+from tests.step.cross_layer import rows_of
 from tests.step.dense_problem import problem, variance
 from tests.step.dense_twin import bounds
 
@@ -51,9 +53,13 @@ def expected(route: Route, x: Tensor, target: Tensor | None) -> Expected:
         for name, block in blocks.items():
             gradients[name] = add_rows(gradients[name], given.dead, block)
     config = route.sae.config
+    if isinstance(route.sae, CrossLayer):
+        for name in ("W_enc", "W_dec"):
+            parts = (gradients[name].value, gradients[name].error)
+            gradients[name] = Bounded(*(rows_of(config, name, part) for part in parts))
     if config.unit_norm_decoder:
-        rows = Bounded.exact(given.p["W_dec"].detach())
-        gradients["W_dec"] = projected(gradients["W_dec"], rows, config.n_layers)
+        rows = Bounded.exact(route.sae.W_dec.detach().double())
+        gradients["W_dec"] = projected(gradients["W_dec"], rows, config.row_parts)
     if route.optimizer.clip_norm is not None:
         gradients = clipped(gradients, route.optimizer.clip_norm)
     fvu = residual.value.square().sum() / variance(given.y)

@@ -47,8 +47,8 @@ def _assert_step(case: Architecture, before: State, after: State, want: Expected
         budget, dm, dv = adam_budgets(old, bound.value, bound.error, hyper, torch.float32)
         param = new.param
         if name == "W_dec" and case.sae.unit_norm_decoder:
-            budget = norm_budget(param, budget, torch.float32, case.sae.n_layers)
-            rows = param.unflatten(1, (case.sae.n_layers, -1))
+            budget = norm_budget(param, budget, torch.float32, case.sae.row_parts)
+            rows = param.unflatten(1, (case.sae.row_parts, -1))
             param = torch.nn.functional.normalize(rows, dim=2).flatten(1)
         m, v = after.moments[name]
         assert_within(f"m of {name}", m, new.m, dm)
