@@ -5,6 +5,7 @@ from sae_kernels.formats.circuit_tracer import (
     write_circuit_tracer,
     write_transcoder_set,
 )
+from sae_kernels.formats.circuit_tracer_clt import read_cross_layer, write_cross_layer
 from sae_kernels.formats.dictionary_learning import read_dictionary_learning
 from sae_kernels.formats.dictionary_learning_writer import write_dictionary_learning
 from sae_kernels.formats.gemma_scope import read_gemma_scope
@@ -33,6 +34,7 @@ __all__ = [
     "present",
     "read",
     "read_circuit_tracer",
+    "read_cross_layer",
     "read_dictionary_learning",
     "read_gemma_scope",
     "read_native",
@@ -40,6 +42,7 @@ __all__ = [
     "read_sparsify",
     "write",
     "write_circuit_tracer",
+    "write_cross_layer",
     "write_dictionary_learning",
     "write_native",
     "write_saelens",

@@ -139,10 +139,7 @@ def _open(path: Path) -> tuple[Path, dict[str, Any], Stored, SAEConfig]:
     settings = folder / CONFIG_FILE
     values = read_yaml(settings)
     if (kind := values.get("model_kind", _KIND)) != _KIND:
-        raise DataError(
-            f"{settings}: circuit-tracer's model_kind {kind!r:.80}, which sae_kernels does not "
-            f"have (it has {_KIND})"
-        )
+        raise DataError(f"{settings}: expected model_kind {_KIND}, got {kind!r:.80}")
     if path.is_dir():
         files = sorted(
             f.name for f in path.glob(LAYER_FILE.format("*")) if _LAYER.fullmatch(f.name)

@@ -64,7 +64,7 @@ def load(
         DataError: tensors that are missing, unknown or of another shape, before any is read.
     """
     sizes = {name: size for name, size in stored.sizes.items() if name not in others}
-    _check_sizes(stored.path, _theirs(config, names), sizes)
+    check_sizes(stored.path, _theirs(config, names), sizes)
     for name, most in others.items():
         size = stored.sizes.get(name, ())
         if len(size) > 1 or math.prod(size) > most:
@@ -136,7 +136,7 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
     Raises:
         DataError: names the tensor, what was expected and what came.
     """
-    _check_sizes(where, expected, {name: tuple(tensor.shape) for name, tensor in found.items()})
+    check_sizes(where, expected, {name: tuple(tensor.shape) for name, tensor in found.items()})
     for name, tensor in found.items():
         if tensor.dtype not in OPERAND_DTYPES:
             known = ", ".join(str(dtype) for dtype in OPERAND_DTYPES)
@@ -148,7 +148,8 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
             )
 
 
-def _check_sizes(where: object, expected: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:
+def check_sizes(where: object, expected: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:
+    """Raises DataError unless a file has exactly the tensors that are expected, by their shapes."""
     for name, size in expected.items():
         if name not in sizes:
             raise DataError(f"{where}: expected a tensor {name} {list(size)}, got {listed(sizes)}")

@@ -70,9 +70,9 @@ def load(
             this one SAE are downloaded, the settings first.
         device: where the weights go; None is the CPU.
         dtype: of the weights; None leaves that of the file. Thresholds keep their own precision.
-        format: "native", "saelens", "sparsify", "dictionary_learning", "gemma_scope" or
-            "circuit_tracer"; None finds it by the names of the files, and says it in a log line of
-            level INFO.
+        format: "native", "saelens", "sparsify", "dictionary_learning", "gemma_scope",
+            "circuit_tracer" or "circuit_tracer_clt"; None finds it by the names of the files, and
+            says it in a log line of level INFO.
         layer: which transcoder of circuit-tracer's set, by the number of its layer.
         activation_scale: the factor of activations, for an SAE of SAELens whose folder asks for
             one (``normalize_activations = "expected_average_only_in"``) and does not hold it.

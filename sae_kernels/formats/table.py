@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sae_kernels.errors import DataError, name_hint
 from sae_kernels.formats import (
     circuit_tracer,
+    circuit_tracer_clt,
     dictionary_learning,
     gemma_scope,
     native,
@@ -74,7 +75,10 @@ class Format(NamedTuple):
     def weights(self, names: Collection[str]) -> list[str]:
         """The weights of the one SAE in a folder that fits; none in one of several layers."""
         files = next(f for f in self.files if all(_like(file, names) for file in f))
-        return [file for file in files if file not in self.settings and "*" not in file]
+        if self.layer_file:
+            return []
+        patterns = [file for file in files if file not in self.settings]
+        return sorted(name for pattern in patterns for name in _like(pattern, names))
 
     def saes(self, names: Collection[str]) -> list[str]:
         """The places in a folder that fits, each with an SAE: the folder, or a file a layer."""
@@ -142,15 +146,26 @@ FORMATS = {
         ),
         Format(
             "circuit_tracer",
-            (
-                (circuit_tracer.CONFIG_FILE, circuit_tracer.LAYER_FILE.format("*")),
-                (circuit_tracer.CONFIG_FILE, "W_enc_*.safetensors"),  # refused by its name
-            ),
+            ((circuit_tracer.CONFIG_FILE, circuit_tracer.LAYER_FILE.format("*")),),
             circuit_tracer.read_circuit_tracer,
             circuit_tracer.write_circuit_tracer,
             circuit_tracer.describe_circuit_tracer,
             (circuit_tracer.CONFIG_FILE,),
             layer_file=circuit_tracer.LAYER_FILE,
+        ),
+        Format(
+            "circuit_tracer_clt",
+            (
+                (
+                    circuit_tracer.CONFIG_FILE,
+                    circuit_tracer_clt.DECODER_FILE.format("*"),
+                    circuit_tracer_clt.ENCODER_FILE.format("*"),
+                ),
+            ),
+            circuit_tracer_clt.read_cross_layer,
+            circuit_tracer_clt.write_cross_layer,
+            circuit_tracer_clt.describe_cross_layer,
+            (circuit_tracer.CONFIG_FILE,),
         ),
     )
 }
@@ -195,8 +210,8 @@ def detect(path: str | Path) -> str:
     """The format of a folder (or a weights file), by the names of its files alone.
 
     Returns:
-        "native", "saelens", "sparsify", "dictionary_learning", "gemma_scope" or
-        "circuit_tracer".
+        "native", "saelens", "sparsify", "dictionary_learning", "gemma_scope", "circuit_tracer" or
+        "circuit_tracer_clt".
 
     Raises:
         DataError: nothing there, no saved SAE, or the files of several.

@@ -114,6 +114,10 @@ class InferenceSAE(nn.Module):
         """As :meth:`SparseAutoencoder.decode`, without gradients."""
         return self.sae.decode(codes, x)
 
+    def decoder_rows(self) -> torch.Tensor:
+        """As of the SAE."""
+        return self.sae.decoder_rows()
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> SAEOutput:
         """Encodes and decodes activations [..., input width]; codes and reconstruction."""

@@ -231,14 +231,11 @@ def save(folder: Path, config: Any, **tensors: Any) -> Path:
     return folder
 
 
-def test_a_cross_layer_transcoder_is_named(tmp_path: Path) -> None:
-    save(tmp_path, {"model_kind": "cross_layer_transcoder"})
-    (tmp_path / "layer_0.safetensors").rename(tmp_path / "W_enc_0.safetensors")
-    assert detect(tmp_path) == "circuit_tracer"
+def test_a_cross_layer_transcoder_is_another_format(tmp_path: Path) -> None:
+    folder = save(tmp_path, {"model_kind": "cross_layer_transcoder"})
     refuses(
-        lambda: sk.load(tmp_path),
-        "config.yaml: circuit-tracer's model_kind 'cross_layer_transcoder', which sae_kernels does "
-        "not have (it has transcoder_set)",
+        lambda: read_circuit_tracer(folder),
+        "config.yaml: expected model_kind transcoder_set, got 'cross_layer_transcoder'",
     )
 
 

@@ -16,6 +16,7 @@ from sae_kernels.formats import detect, read, write_saelens
 from sae_kernels.io import tensor_files
 from sae_kernels.nn import (
     BatchTopKConfig,
+    CrossLayerJumpReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     ReLUConfig,
@@ -182,6 +183,9 @@ def test_write_makes_the_format_that_is_named(tmp_path: Path, to: str) -> None:
     if to == "circuit_tracer":
         config = ReLUConfig(D, F, d_out=D, subtract_b_dec=False)
     tensors = exact_tensors(config)
+    if to == "circuit_tracer_clt":
+        config = CrossLayerJumpReLUConfig(D, 3 * F, n_layers=3, d_out=D, log_threshold=False)
+        tensors = {name: torch.rand(size) for name, size in config.shapes().items()}
     place = {"hook_name": "blocks.3.hook_resid_mid", "hook_name_out": "blocks.3.hook_mlp_out"}
     weights = formats.Weights(config, tensors, {"activations": place})
     formats.write(tmp_path / "sae", weights, to)

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import pytest
 import torch
-from foreign import D, refuses
+from foreign import D, F, refuses
 from makers import MAKE, SWITCH, dictionary_learning_switch, gemma_scope, saelens, sparsify
 
 import sae_kernels as sk
+from sae_kernels import nn
 from sae_kernels.config import OutputConfig
 from sae_kernels.errors import DataError
+from sae_kernels.formats import write_cross_layer
 from sae_kernels.testing import assert_bitwise
 
 if TYPE_CHECKING:
@@ -230,12 +232,15 @@ def test_one_layer_of_a_set_in_a_repository(hub: Hub) -> None:
     refuses(lambda: sk.load("owner/repo", layer=11, revision="v2"), "expected one of layer 11")
 
 
-def test_a_cross_layer_transcoder_is_refused_before_its_weights_come(hub: Hub) -> None:
-    (hub.root / "config.yaml").write_text("model_kind: cross_layer_transcoder\n")
-    for layer in range(3):
-        (hub.root / f"W_enc_{layer}.safetensors").write_bytes(b"gigabytes")
-    refuses(lambda: sk.load("owner/repo", revision="v2"), "model_kind 'cross_layer_transcoder'")
-    assert hub.asked == ["config.yaml"]
+def test_of_a_cross_layer_transcoder_all_layers_are_downloaded(hub: Hub) -> None:
+    config = nn.CrossLayerJumpReLUConfig(D, 3 * F, n_layers=3, d_out=D, log_threshold=False)
+    place = {"hook_name": "hook_resid_mid", "hook_name_out": "hook_mlp_out"}
+    tensors = {name: torch.ones(size) for name, size in config.shapes().items()}
+    write_cross_layer(hub.root, config, tensors, {"activations": place})
+    sae = sk.load("owner/repo", revision="v2")
+    assert torch.equal(sae.W_dec, tensors["W_dec"])
+    weights = [f"W_{kind}_{i}.safetensors" for kind in ("dec", "enc") for i in range(3)]
+    assert hub.asked == ["config.yaml", *weights]
 
 
 def test_a_checkpoint_of_dictionary_learning_in_a_repository(hub: Hub) -> None:
