@@ -101,9 +101,11 @@ def _cases(
 
 
 def _routed(primitive: str) -> Iterator[KernelCase]:
+    selects = primitive == "select_topk_routed"  # fp32 behind a screen in bf16, for so many tokens
     for dtype in (torch.bfloat16, torch.float32):
         variants = (_at(768, dtype=dtype, F=65536, experts=E) for E in (8, 32))
-        yield from _cases(primitive, *variants, matrix=dtype != torch.float32)
+        matrix = selects or dtype != torch.float32
+        yield from _cases(primitive, *variants, matrix=matrix, B=2048 if selects else 64)
 
 
 _ALL, _K64, _K128 = _at(*WIDTHS), _at(*SAMPLED_WIDTHS, K=64), _at(*SAMPLED_WIDTHS, K=128)
@@ -136,7 +138,9 @@ CASES: tuple[KernelCase, ...] = (
     *_cases("select_topk", _TOPK, backend="gluon", matrix=True, architectures=(90,)),
     *_cases("select_topk", _TOPK, _at(1024, K=128), matrix=True),
     *_cases("select_topk", _at(1024, ranked=True), matrix=True),
-    *_cases("select_topk", _at(1024, dtype=torch.float32)),
+    # As many tokens as the screen in bf16 takes; what it leaves over the fp32 product scores.
+    *_cases("select_topk", _at(1024, dtype=torch.float32), matrix=True, B=512),
+    *_cases("select_topk", _at(1024, dtype=torch.float32, ranked=True), matrix=True, B=512),
     # How many latents an expert has decides the length of the lists.
     *_routed("select_topk_routed"),
     *_cases("transpose_codes", _ONE, wide=False),

@@ -1,24 +1,28 @@
-"""The certificate of the encoders' screen (docs/numerics.md), in fp64 and step by step.
+"""The certificates of the encoders' screens (docs/numerics.md), in fp64 and step by step.
 
-A product of rows in 8 bits and the lengths of what rounding them lost bound every score that the
-fp32 encoder computes. The host kernels do the same in fp32, with allowances for their own rounding.
+A product of rows in 8 bits, on GPUs in bf16, and the lengths of what rounding them lost bound every
+score that the fp32 encoder computes. The kernels do the same in fp32, with allowances for their own
+rounding.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _LARGEST = 127
 _UNIT = 2.0**-24  # unit roundoff of fp32
 
 
 class Narrow(NamedTuple):
-    """Rows in 8 bits: ``rows`` is about ``scale * q``.
+    """Rows in few bits: ``rows`` is about ``scale * q``.
 
     Attributes:
-        q: integers of -127 to 127 in fp64, as the rows.
+        q: integers of -127 to 127, or numbers of bf16, in fp64, as the rows.
         scale: [n, 1], of a row.
         narrow: [n, 1], the length of ``scale * q``.
         error: [n, 1], the length of what is left.
@@ -52,13 +56,29 @@ def narrow(rows: torch.Tensor) -> Narrow:
     return Narrow(q, scale, length, (rows - scale * q).norm(dim=1, keepdim=True))
 
 
-def score_bounds(x: torch.Tensor, W: torch.Tensor) -> Bounds:
+def in_bf16(rows: torch.Tensor) -> Narrow:
+    """Rounds every element to bf16.
+
+    Example:
+        >>> in_bf16(torch.tensor([[1.0, 1.001, 1.01]])).q.tolist()
+        [[1.0, 1.0, 1.0078125]]
+    """
+    q, rows = rows.bfloat16().double(), rows.double()
+    one = torch.ones_like(rows[:, :1])
+    return Narrow(q, one, *(t.norm(dim=1, keepdim=True) for t in (q, rows - q)))
+
+
+def score_bounds(
+    x: torch.Tensor, W: torch.Tensor, rounded: Callable[[torch.Tensor], Narrow] = narrow
+) -> Bounds:
     """Bounds on the scores ``x W^T`` in fp32, of finite rows of normal numbers.
+
+    ``rounded`` makes the narrow rows.
 
     ``|s - x_q w_q| <= |x| |w - w_q| + |x - x_q| |w_q| + gamma_D |x| |w|``: Cauchy and Schwarz for
     the two differences, and the rounding of a sum of D products in fp32.
     """
-    token, latent = narrow(x), narrow(W)
+    token, latent = rounded(x), rounded(W)
     score = (token.q * token.scale) @ (latent.q * latent.scale).T
     nu = x.shape[1] * _UNIT
     length, other = x.double().norm(dim=1, keepdim=True), W.double().norm(dim=1, keepdim=True)

@@ -30,13 +30,13 @@ def gpu_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 
 def operands(
-    n_tokens: int, n_latents: int, device: torch.device
+    n_tokens: int, n_latents: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(n_tokens, D, generator=generator)
     W = torch.randn(n_latents, D, generator=generator) / D**0.5
     b = torch.randn(n_latents, generator=generator) / 8
-    return x.to(device, torch.bfloat16), W.to(device, torch.bfloat16), b.to(device)
+    return x.to(device, dtype), W.to(device, dtype), b.to(device)
 
 
 @pytest.mark.parametrize("k", [1, K, 200])
@@ -48,6 +48,17 @@ def test_agrees_with_the_oracle(k: int, gpu_backend: str, device: torch.device) 
     kept = indices.long().cpu()
     assert_same_selection(gpu_backend, kept, exact.key, k, budget)
     assert_within(gpu_backend, values.cpu(), exact.h.gather(1, kept), budget.gather(1, kept))
+
+
+def test_a_screen_changes_no_bit(gpu_backend: str, device: torch.device) -> None:
+    if gpu_backend != "triton":
+        pytest.skip("scores are screened in Triton alone")
+    from sae_kernels.primitives.select_topk import triton
+
+    x, W, b = operands(B, F, device, torch.float32)
+    plain, screened = (triton.run(x, W, b, K, None, screened=s) for s in (False, True))
+    for name, came, expected in zip(("values", "indices"), screened, plain, strict=True):
+        assert_bitwise(name, came, expected)
 
 
 def test_a_sorted_dictionary_is_no_worse(gpu_backend: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks import calls
-from sae_kernels import gpu
+from sae_kernels import backends, gpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counter[str]]:
     return count
 
 
-def operands(n_latents: int = F) -> tuple[torch.Tensor, ...]:
-    x, W = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (B, n_latents))
+def operands(n_latents: int = F, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    x, W = (torch.empty(n, D, dtype=dtype, device="meta") for n in (B, n_latents))
     return x, W, torch.empty(n_latents, device="meta")
 
 
@@ -46,6 +46,27 @@ def test_select_topk(n_latents: int, most: int, launched: Callable[..., Counter[
     assert found.total() == most
     # After the last pass over all columns the one for rows whose lists overflowed, and the rescue.
     assert found["rescore_overflowed"] == found["write_complete"] == found["sample"] == 1
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_latents", "most"),
+    [(B, 2047, 12), (B, 2048, 20), (B, F, 32), (42, F, 18), (43, F, 32)],
+)
+def test_select_topk_in_fp32(
+    n_tokens: int, n_latents: int, most: int, launched: Callable[..., Counter[str]]
+) -> None:
+    x, W, b = operands(n_latents, torch.float32)
+    found = launched("select_topk", x[:n_tokens], W, b, K, None)
+    assert found.total() == most
+    screened = n_latents >= 2048 and n_tokens * n_latents * D >= 2**31
+    assert found["_round_rows"] == 2 * screened
+    # Rows whose lists overflowed are scored by the fp32 product alone.
+    assert found["_score_unscored"] == screened * (found["_encode_pass"] - 1)
+
+
+def test_explain_says_where_a_screen_is_taken() -> None:
+    assert "in bf16" in str(backends.note("select_topk", "triton", torch.float32))
+    assert backends.note("select_topk", "triton", torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(("n_experts", "most"), [(8, 15), (32, 13), (64, 9), (256, 5)])

@@ -31,6 +31,7 @@ from sae_kernels.primitives.candidate_lists import (
     ListRows,
     Overflow,
 )
+from sae_kernels.primitives.products import tile_for
 from sae_kernels.primitives.select_topk.rescore import rescore_overflowed
 from sae_kernels.primitives.tensors import packed
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sae_kernels.primitives.products import ProductTile
+    from sae_kernels.primitives.select_topk.screen import Screen
 
 # What a block holds without spilling registers: entries of lists; latents and bytes of d_in of the
 # products by pointers. Triton's interpreter is slow by operation, whatever its size.
@@ -53,6 +55,7 @@ class EncoderOperands(NamedTuple):
     Attributes:
         x, W, b, rank_scale: as of select_topk.
         listed: whose rows those of x are.
+        screen: what bounds their scores from above, if anything does.
     """
 
     x: torch.Tensor
@@ -60,6 +63,7 @@ class EncoderOperands(NamedTuple):
     b: torch.Tensor | None
     rank_scale: torch.Tensor | None
     listed: ListRows = ListRows()
+    screen: Screen | None = None
 
     @property
     def n_latents(self) -> int:
@@ -117,7 +121,8 @@ def select(
             own = slice(start // _SAMPLE_ROWS, (start + at_once) // _SAMPLE_ROWS)
             rows = listed._replace(tokens=listed.tokens[part], firsts=listed.firsts[own])
             results = (values, indices)
-        some = EncoderOperands(x[part], W, b, rank_scale, rows)
+        screen = None if operands.screen is None else operands.screen.part(part)
+        some = EncoderOperands(x[part], W, b, rank_scale, rows, screen)
         _select_rows(some, *results, tile, encode_pass)
     return values, indices
 
@@ -129,7 +134,7 @@ def _select_rows(
     tile: ProductTile,
     encode_pass: Callable[[EncoderOperands, CandidateLists, ColumnPass, ProductTile], None],
 ) -> None:
-    x, _, _, rank_scale, listed = operands
+    x, _, _, rank_scale, listed, screen = operands
     B, k = x.shape[0], values.shape[1]
     capacity = schedule.capacity(k)
     n_sampled, at_once = min(operands.n_latents, capacity), _rows_a_block(capacity)
@@ -159,9 +164,14 @@ def _select_rows(
         keep_best(OF_THE_SAMPLE)
         n_tiles = -(-operands.n_latents // tile.columns)
         stride = schedule.stride(n_tiles)
-        for start, stop in schedule.column_passes(n_tiles, tile.columns, k, capacity):
+        room = capacity if screen is None else capacity // 2  # for what passes and does not win
+        for start, stop in schedule.column_passes(n_tiles, tile.columns, k, room):
             encode_pass(operands, lists, ColumnPass(pending[0], start, stop, stride), tile)
             keep_best(OF_A_PASS if stop < n_tiles else OF_THE_LAST_PASS)
+        if screen is not None:  # too much passes it where a list has overflowed
+            operands, tile = operands._replace(screen=None), tile_for(x, operands.W)
+            n_tiles = -(-operands.n_latents // tile.columns)
+            stride = schedule.stride(n_tiles)
         encode_pass(operands, lists, ColumnPass(pending[1], 0, n_tiles, stride), tile)
         keep_best(OF_THE_REPEAT)
     _write(operands, lists, overflow, values, indices)
@@ -170,7 +180,7 @@ def _select_rows(
 def _sample(
     operands: EncoderOperands, lists: CandidateLists, overflow: Overflow, n_sampled: int
 ) -> None:
-    x, W, b, _, listed = operands
+    x, W, b, _, listed, _ = operands
     padded, capacity = lists.candidates.shape
     columns = min(_LATENTS, capacity)
     candidate_lists.sample[(padded // _SAMPLE_ROWS, capacity // columns)](
@@ -204,7 +214,7 @@ def _write(
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    x, W, b, rank_scale, listed = operands
+    x, W, b, rank_scale, listed, _ = operands
     B, k, capacity = x.shape[0], values.shape[1], lists.candidates.shape[1]
     best, at_once = gpu.next_power_of_two(k), _rows_a_block(capacity)
     results = (values, indices, overflow.n, overflow.rows)

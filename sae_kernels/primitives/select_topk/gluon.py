@@ -79,7 +79,7 @@ def encode_pass(
     operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
 ) -> None:
     """Scores some columns and appends what is not below the thresholds to the lists."""
-    x, W, b, rank_scale, _ = operands
+    x, W, b, rank_scale, *_ = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
     _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](

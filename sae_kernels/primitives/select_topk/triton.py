@@ -7,8 +7,7 @@ comparison is cheap and that waiting for a place in the lists is not done one en
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import torch
 import triton
 import triton.language as tl
 
@@ -33,13 +32,30 @@ from sae_kernels.primitives.select_topk.column_passes import (
     refuses,
     select,
 )
-
-if TYPE_CHECKING:
-    import torch
+from sae_kernels.primitives.select_topk.screen import (
+    FEWEST_LATENTS,
+    FEWEST_PRODUCTS,
+    LATENTS_PER_KEPT,
+    UNSCORED,
+    bounds,
+    pays,
+    score_unscored,
+    screen_of,
+)
 
 __all__ = ["encode_pass", "refuses", "run", "tile_for"]
 
 _APPENDED_BY = "portable" if gpu.interpreted() else "ptx"
+
+
+def note(dtype: torch.dtype) -> str | None:
+    """What `explain` adds about calls of this dtype."""
+    if dtype != torch.float32:
+        return None
+    return (
+        f"screens scores in bf16, with the same results, from {FEWEST_LATENTS} latents, "
+        f"{LATENTS_PER_KEPT} for each that is kept, and {FEWEST_PRODUCTS:.0e} products on"
+    )
 
 
 def run(
@@ -49,23 +65,44 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
+    screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects in passes over the columns, each scored by ``_encode_pass``."""
-    return select(EncoderOperands(x, W, b, rank_scale), k, tile_for(x, W), encode_pass)
+    operands = EncoderOperands(x.contiguous(), W.contiguous(), b, rank_scale)
+    return selected(operands, k, screened)
+
+
+def selected(
+    operands: EncoderOperands, k: int, screened: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selects for packed operands, in fp32 behind a screen in bf16.
+
+    Whether there is one makes no difference to the result; None takes it where it is worth it.
+    """
+    multiplied = operands[:2]
+    if pays(operands.x, k, operands.n_latents) if screened is None else screened:
+        operands = operands._replace(screen=screen_of(*multiplied))
+    if operands.screen is not None:
+        multiplied = (operands.screen.x.rows, operands.screen.W.rows)
+    return select(operands, k, tile_for(*multiplied), encode_pass)
 
 
 def encode_pass(
     operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
 ) -> None:
     """Scores some columns and appends what is not below the thresholds to the lists."""
-    x, W, b, rank_scale, listed = operands
+    x, W, b, rank_scale, listed, screen = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
-    matrices, constants = tiled(x, W, tile)
+    multiplied, lengths = (x, W), None
+    if screen is not None:
+        multiplied, lengths = (screen.x.rows, screen.W.rows), (screen.x[1:], screen.W[1:])
+    matrices, constants = tiled(*multiplied, tile)
     _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         *matrices,
         b,
         rank_scale,
+        lengths,
         *lists,
         listed.firsts,
         operands.n_latents,
@@ -78,6 +115,8 @@ def encode_pass(
         APPENDED_BY=_APPENDED_BY,
         **constants,
     )
+    if screen is not None:
+        score_unscored(x, W, b, lists)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "stride"])
@@ -86,6 +125,7 @@ def _encode_pass(
     W,
     b,
     rank_scale,
+    lengths,
     counts,
     thresholds,
     candidates,
@@ -124,9 +164,18 @@ def _encode_pass(
             threshold = tl.load(thresholds + rows)
             threshold = tl.where(threshold == threshold, threshold, float("inf"))
             lists = candidates + rows.to(tl.int64) * CAPACITY
-            by_latent = (b, rank_scale, first + n_latents)
+            by_latent, by_row = (b, rank_scale, first + n_latents), (lengths, rows, B)
             _append_passing(
-                h, column, by_latent, threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY
+                h,
+                column,
+                by_latent,
+                by_row,
+                threshold,
+                counts + rows,
+                lists,
+                CAPACITY,
+                CHUNKS,
+                APPENDED_BY,
             )
 
 
@@ -147,6 +196,7 @@ def _append_passing(
     product,
     column,
     by_latent,
+    by_row,
     threshold,
     counts,
     lists,
@@ -163,16 +213,24 @@ def _append_passing(
     COLUMNS: tl.constexpr = product.shape[1] // (2 if CHUNKS > 1 else 1)
     if CHUNKS > 1:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
-        rest = (by_latent, threshold, counts, lists)
+        rest = (by_latent, by_row, threshold, counts, lists)
         _append_passing(left, column, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
         _append_passing(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
     else:
         b, rank_scale, end = by_latent
+        lengths, rows, B = by_row
         columns = column + tl.arange(0, COLUMNS)
-        h = product + bias(b, columns, end)[None, :]
+        offset = bias(b, columns, end)[None, :]
+        scale = 1.0
+        if rank_scale is not None:
+            scale = tl.load(rank_scale + columns, mask=columns < end, other=1.0)[None, :]
+        if lengths is not None:
+            product = bounds(product, lengths, rows, B, columns, end, scale)
+            columns |= UNSCORED
+        h = product + offset
         key = h
         if rank_scale is not None:
-            key = h * tl.load(rank_scale + columns, mask=columns < end, other=1.0)[None, :]
+            key = h * scale
         if APPENDED_BY == "ptx":
             _append(h, key, columns, threshold, counts, lists, CAPACITY)
         else:

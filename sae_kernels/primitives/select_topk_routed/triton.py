@@ -18,7 +18,6 @@ import triton.language as tl
 from sae_kernels import gpu
 from sae_kernels.primitives import schedule
 from sae_kernels.primitives.candidate_lists import ROWS_A_FLAG, ListRows
-from sae_kernels.primitives.products import tile_for
 from sae_kernels.primitives.select_topk import column_passes
 from sae_kernels.primitives.select_topk import triton as whole
 from sae_kernels.primitives.tensors import packed
@@ -117,7 +116,7 @@ def run(
         return whole.run(x, W, b, k, None)
     laid_out, listed = _laid_out(packed(x), packed(tokens), packed(starts), W.shape[0] // n_experts)
     operands = column_passes.EncoderOperands(laid_out, packed(W), packed(b), None, listed)
-    return column_passes.select(operands, k, tile_for(laid_out, W), whole.encode_pass)
+    return whole.selected(operands, k)
 
 
 def _laid_out(

@@ -1,0 +1,176 @@
+"""A screen of fp32 scores on GPUs: a product of rows in bf16 bounds them from above.
+
+No matrix unit multiplies fp32 without rounding it, and other units multiply ten times slower. But
+few scores can win. A score is above the product of the rows in bf16 by no more than the lengths of
+what rounding took allow (docs/numerics.md). Entries whose upper bound reaches their row's threshold
+are appended to the lists and scored there in fp32, in the fp32 product's order of sums. So a list
+holds what it would hold without the screen, and some entries more that do not win. Rows whose lists
+overflow are scored again by the fp32 product.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sae_kernels import gpu
+from sae_kernels.primitives.candidate_lists import bias, packed
+from sae_kernels.primitives.products import product
+
+if TYPE_CHECKING:
+    from sae_kernels.primitives.candidate_lists import CandidateLists
+
+# With fewer latents, what is scored in fp32 all the same is no small part; with fewer products
+# the launches, 8 more in most calls, would take longer than what they spare.
+FEWEST_LATENTS, LATENTS_PER_KEPT, FEWEST_PRODUCTS = 2048, 64, 1 << 31
+_WIDEST = 1 << 15  # sums of more are not what the bound allows for
+# Entries that a block scores at a time, a thread each; columns of a row that are rounded at a time.
+_ENTRIES, _COLUMNS = 128, 1024
+_DEPTH = 32
+# An entry whose score is still to come has this bit in its latent's number.
+UNSCORED = tl.constexpr(-(1 << 31))
+
+
+class RoundedRows(NamedTuple):
+    """Rows in bf16 and what is known of them, rounded up; infinite where nothing is.
+
+    Attributes:
+        rows: bf16 [n, D].
+        length: fp32 [n], of the rows and of those in bf16: not below either.
+        lost: fp32 [n], the length of the difference; for latents with the error of sums in it.
+    """
+
+    rows: torch.Tensor
+    length: torch.Tensor
+    lost: torch.Tensor
+
+
+class Screen(NamedTuple):
+    """The operands of a product that bounds scores: tokens and latents in bf16."""
+
+    x: RoundedRows
+    W: RoundedRows
+
+    def part(self, rows: slice) -> Screen:
+        """The same for some of the tokens."""
+        return Screen(RoundedRows(*(t[rows] for t in self.x)), self.W)
+
+
+def pays(x: torch.Tensor, k: int, n_latents: int) -> bool:
+    """Whether so many tokens and latents are worth a screen."""
+    enough = n_latents >= max(FEWEST_LATENTS, LATENTS_PER_KEPT * k)
+    return enough and x.numel() * n_latents >= FEWEST_PRODUCTS
+
+
+def screen_of(x: torch.Tensor, W: torch.Tensor) -> Screen | None:
+    """The screen of these packed operands, or None where there is none."""
+    if x.dtype != torch.float32 or x.shape[1] > _WIDEST or x.shape[0] == 0:
+        return None
+    return Screen(rounded(x), rounded(W, error_of_sums(x.shape[1])))
+
+
+def error_of_sums(width: int) -> float:
+    """How far sums are off, of lengths of 1: in fp32, on matrix units, and of the bound itself."""
+    return 1.01 * (5 * width + 128) * 2.0**-24
+
+
+def rounded(matrix: torch.Tensor, error: float = 0.0) -> RoundedRows:
+    """Rounds rows to bf16; ``error`` times their length is added to what they lost."""
+    n, D = matrix.shape
+    rows = torch.empty_like(matrix, dtype=torch.bfloat16)
+    length, lost = matrix.new_empty((2, n))
+    columns = min(_COLUMNS, gpu.next_power_of_two(D))
+    _round_rows[(n,)](matrix, rows, length, lost, D, error, COLUMNS=columns, num_warps=4)
+    return RoundedRows(rows, length, lost)
+
+
+@triton.jit
+def _round_rows(matrix, rows, lengths, losts, D, error, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    most, squares, lost = 0.0, 0.0, 0.0
+    for start in range(0, D, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        x = tl.load(matrix + row * D + columns, mask=columns < D, other=0)
+        near = x.to(tl.bfloat16)
+        tl.store(rows + row * D + columns, near, mask=columns < D)
+        left = x - near.to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(x)))
+        squares += tl.sum(x * x)
+        lost += tl.sum(left * left)
+    # Sums of D <= 2^15 squares, 1024 at a time, and their roots are off by far less than 2^-10.
+    up = 1 + 2.0**-10
+    lost = tl.sqrt(lost) * up
+    length = tl.sqrt(squares) * up + lost
+    # Where squares overflow or vanish, and where anything is NaN, no bound holds.
+    holds = ((squares >= 2.0**-60) & (squares <= 2.0**120)) | ((squares == 0) & (most == 0))
+    tl.store(lengths + row, tl.where(holds, length, float("inf")))
+    tl.store(losts + row, tl.where(holds, lost + error * length, float("inf")))
+
+
+@triton.jit
+def bounds(product, lengths, rows, B, columns, end, scale):
+    """What scores are at most, or at least where the scale turns their order around.
+
+    Args:
+        product: of some rows and latents in bf16.
+        lengths: those of the tokens and of the latents, and what they lost.
+        rows, columns: which they are; tokens end at B, latents at the end.
+        scale: of the scores, 1 or [1, columns].
+    """
+    tokens, latents = lengths
+    length = tl.load(tokens[0] + rows, mask=rows < B, other=0)[:, None]
+    lost = tl.load(tokens[1] + rows, mask=rows < B, other=0)[:, None]
+    other = tl.load(latents[0] + columns, mask=columns < end, other=0)[None, :]
+    other_lost = tl.load(latents[1] + columns, mask=columns < end, other=0)[None, :]
+    margin = length * other_lost + lost * other
+    return product + tl.where(scale < 0, -margin, margin)
+
+
+def score_unscored(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, lists: CandidateLists
+) -> None:
+    """Puts the fp32 scores of entries that a screen let through in the place of their bounds."""
+    _score_unscored[(x.shape[0],)](
+        x,
+        W,
+        b,
+        lists.counts,
+        lists.candidates,
+        *W.shape,
+        CAPACITY=lists.candidates.shape[1],
+        ENTRIES=_ENTRIES,
+        DEPTH=_DEPTH,
+        WIDEN=gpu.interpreted(),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _score_unscored(
+    x,
+    W,
+    b,
+    counts,
+    candidates,
+    F,
+    D,
+    CAPACITY: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row = tl.program_id(0) + tl.arange(0, 1)
+    count = tl.minimum(tl.load(counts + tl.program_id(0)), CAPACITY)
+    for start in range(0, count, ENTRIES):
+        slots = start + tl.arange(0, ENTRIES)
+        at = candidates + tl.program_id(0).to(tl.int64) * CAPACITY + slots
+        entries = tl.load(at, mask=slots < count, other=0)
+        if tl.min(entries) < 0:
+            columns = (entries >> 32).to(tl.int32) & 0x7FFFFFFF
+            # NaN lets columns beyond the last latent through, which the cut of the list drops.
+            h = product(x, W, row, tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
+            h = tl.reshape(h, (ENTRIES,)) + bias(b, columns, F)
+            tl.store(at, packed(h, columns), mask=entries < 0)

@@ -1,0 +1,170 @@
+"""fp32 selections behind the GPUs' screen in bf16, emulated: bit for bit those without it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from emulator import library, triton_driver
+from test_screen import HARD
+
+from sae_kernels import gpu
+from sae_kernels.primitives import schedule
+from sae_kernels.primitives.select_topk import screen, triton
+from sae_kernels.primitives.select_topk_routed import triton as routed
+from sae_kernels.testing import Case, assert_bitwise, screening
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(gpu.interpreted(), reason="sums have no fixed order in the interpreter"),
+]
+FEW = Case("few", 9, 32, 5000, 3)  # every kind of hard input, in the time that there is
+
+
+@pytest.fixture(autouse=True, params=triton_driver.ARCHITECTURES)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    reason = library.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with triton_driver.emulated(triton_driver.ARCHITECTURES[request.param]):
+        yield
+
+
+def assert_same(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+) -> None:
+    plain, screened = (triton.run(x, W, b, k, rank_scale, screened=s) for s in (False, True))
+    for name, came, expected in zip(("values", "indices"), screened, plain, strict=True):
+        assert_bitwise(name, came, expected)
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_inputs(kind: str) -> None:
+    x, W, b = FEW.inputs()
+    assert b is not None
+    assert_same(*HARD[kind](x, W, b), FEW.K)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -30.0])
+def test_hard_rank_scales(value: float) -> None:
+    x, W, b = FEW.inputs()
+    scale = torch.rand(FEW.F)
+    scale[[700, 3000, 4990]] = value
+    assert_same(x, W, b, FEW.K, scale)
+
+
+def lossy(which: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Operands and the four winners, whose products in bf16 are below all others.
+
+    What rounding takes from the rows of one side, almost half a step everywhere, points along the
+    others: by Cauchy and Schwarz the most that can be lost.
+    """
+    n, F = 64, 1000
+    winners = torch.arange(F - 40, F, 10)
+    x, W = torch.ones(9, n + 2), torch.zeros(F, n + 2)
+    W[:, n + 1] = (0.02 + 0.21 * torch.rand(F)).bfloat16().float()
+    W[:, n], x[:, n] = (n, 1) if which == "latents" else (1, n)
+    W[winners, n:], W[winners, :n] = 0, 1
+    if which == "latents":
+        W[winners, :n] += 0.49 / 128
+    else:
+        x[:, :n] += 0.49 / 128
+    return x, W, winners.tolist()
+
+
+@pytest.mark.parametrize("which", ["latents", "tokens"])
+def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
+    x, W, winners = lossy(which)
+    products = x.bfloat16().float() @ W.bfloat16().float().T
+    assert bool((products[:, winners] < products.median()).all())
+    _, indices = triton.run(x, W, None, 4, None, screened=True)
+    assert indices.tolist() == [winners] * 9
+    assert_same(x, W, None, 4)
+
+
+def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, winners = lossy("latents")
+    rounded = screen.rounded
+
+    def too_narrow(matrix: torch.Tensor, error: float = 0.0) -> screen.RoundedRows:
+        rows = rounded(matrix, error)
+        return rows._replace(lost=0.85 * rows.lost)
+
+    monkeypatch.setattr(screen, "rounded", too_narrow)
+    _, indices = triton.run(x, W, None, 4, None, screened=True)
+    assert not set(indices.flatten().tolist()) & set(winners)
+
+
+def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("chunks", 150, 8, 600, 4)
+    monkeypatch.setattr(schedule, "_LIST_BYTES", 64 * 8 * schedule.capacity(case.K))
+    assert_same(*case.inputs(), case.K)
+
+
+def test_routed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, b = Case("routed", 150, 24, 1200, 3).inputs()
+    experts = torch.randint(2, (150,))
+    tokens = experts.argsort(stable=True).int()
+    starts = torch.nn.functional.pad(experts.bincount(minlength=2).cumsum(0), (1, 0)).int()
+    monkeypatch.setattr(triton, "pays", lambda *_: True)
+    made, rounded = [], screen.rounded
+    monkeypatch.setattr(screen, "rounded", lambda *a: (made.append(a), rounded(*a))[1])
+    screened = routed.run(x, W, b, 3, tokens, starts)
+    assert len(made) == 2
+    monkeypatch.setattr(triton, "pays", lambda *_: False)
+    for came, expected in zip(screened, routed.run(x, W, b, 3, tokens, starts), strict=True):
+        assert_bitwise("routed", came, expected)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_lengths_are_upper_bounds_and_close(spread: float) -> None:
+    D = 1500
+    rows = torch.randn(20, D) * torch.exp(spread * torch.randn(D))
+    rows[3:6] = 0
+    rows[4, 7] = -0.0
+    error = screen.error_of_sums(D)
+    came, exact = screen.rounded(rows, error), screening.in_bf16(rows)
+    assert came.rows.double().equal(exact.q)
+    length = rows.double().norm(dim=1)
+    for bound, least in (
+        (came.length, length),
+        (came.length, exact.narrow.flatten()),
+        (came.lost, exact.error.flatten() + error * length),
+    ):
+        assert bool((bound.double() >= least).all())
+        assert bool((bound.double() <= 1.01 * least).all())
+
+
+@pytest.mark.parametrize(
+    "value", [torch.nan, torch.inf, -torch.inf, 3e38, 1e19, 1e-10, 1e-30, -1e-42], ids=str
+)
+def test_nothing_is_known_of_rows_beyond_what_squares_can_hold(value: float) -> None:
+    rows = torch.zeros(2, 40)
+    rows[0, 5] = value
+    came = screen.rounded(rows)
+    assert came.length.tolist() == came.lost.tolist() == [torch.inf, 0.0]
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_no_score_is_beyond_its_bound(spread: float) -> None:
+    # What the matrix units may add to the product in fp64 is the share of the error of sums.
+    x = torch.randn(70, 500) * torch.exp(spread * torch.randn(500))
+    W = torch.randn(128, 500) * torch.exp(torch.randn(128, 1))
+    values, indices = triton.run(x, W, None, 128, None, screened=False)
+    scores = torch.empty_like(values).scatter_(1, indices.long(), values).double()
+    exact = screening.score_bounds(x, W, screening.in_bf16)
+    assert bool(((scores - exact.score).abs() <= exact.error).all())
+    tokens, latents = screen.rounded(x), screen.rounded(W, screen.error_of_sums(500))
+    margin = tokens.length.double()[:, None] * latents.lost + tokens.lost[:, None] * latents.length
+    lengths = x.double().norm(dim=1)[:, None] * W.double().norm(dim=1)
+    assert bool((margin >= exact.error + 500 * 2.0**-22 * lengths).all())
+    assert bool((margin <= 1.2 * exact.error).all())
