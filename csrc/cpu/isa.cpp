@@ -21,15 +21,19 @@ SAE_DECLARE_TABLE(portable)
 SAE_DECLARE_TABLE(avx2)
 SAE_DECLARE_TABLE(avx512)
 SAE_DECLARE_TABLE(amx)
+#if defined(SAE_AMX_MODEL)
+SAE_DECLARE_TABLE(amx_model)
+#endif
 
 // Linux hands out the tile registers on request, once per process.
 static bool amx_allowed() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool has_bf16 = d >> 22 & 1, has_tile = d >> 24 & 1;
+  const bool has_bf16 = d >> 22 & 1, has_tile = d >> 24 & 1, has_int8 = d >> 25 & 1;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return has_bf16 && has_tile && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has_bf16 && has_tile && has_int8 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -50,6 +54,10 @@ const std::vector<Isa>& isas() {
     list.push_back({"amx", avx512 && amx_allowed(), &amx::table()});
     list.push_back({"avx512", avx512, &avx512::table()});
     list.push_back({"avx2", avx2, &avx2::table()});
+#if defined(SAE_AMX_MODEL)
+    // Last but one: never chosen unless it is named.
+    list.push_back({"amx_model", avx512, &amx_model::table()});
+#endif
 #endif
     list.push_back({"portable", true, &portable::table()});
     return list;

@@ -16,7 +16,7 @@ static auto visit_threshold(const SelectThresholdArgs& args, const Visit& visit)
       if (args.narrow && FewNarrow<E>::pays(args.B, args.D)) {
         return visit(FewThreshold<E, FewNarrow<E>>(args));
       }
-      if (FewTokens<E>::pays(args.B, args.screened)) {
+      if (FewTokens<E>::pays(args.B, args.screening)) {
         return visit(FewThreshold<E, FewTokens<E>>(args));
       }
     }

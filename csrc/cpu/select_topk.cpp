@@ -18,7 +18,7 @@ static auto visit_topk(const SelectTopkArgs& args, const Visit& visit) {
         return args.rank_scale ? visit(FewNarrowTopk<E, true>(args))
                                : visit(FewNarrowTopk<E, false>(args));
       }
-      if (FewTokens<E>::pays(args.B, args.screened)) {
+      if (FewTokens<E>::pays(args.B, args.screening)) {
         return args.rank_scale ? visit(FewTopk<E, true>(args)) : visit(FewTopk<E, false>(args));
       }
     }
@@ -31,7 +31,7 @@ size_t select_topk_workspace(const SelectTopkArgs& args) {
   return visit_topk(args, [](const auto& select) { return select.workspace(); });
 }
 
-bool can_screen(const CanScreenArgs&) { return Int8Product::is_fast(); }
+bool can_screen(const CanScreenArgs& args) { return Int8Product::runs(args.screening); }
 
 bool select_topk(const SelectTopkArgs& args) {
   return visit_topk(args, [](const auto& select) { return select.run(); });

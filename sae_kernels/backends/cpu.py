@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 from typing import TYPE_CHECKING, Any
@@ -85,36 +86,56 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+class Screening(enum.IntEnum):
+    """How encoders multiply bytes to find out which fp32 scores to compute (docs/numerics.md)."""
+
+    NONE = 0
+    PLAIN = 1
+    PAIRS = 2
+    FOURS = 3
+    TILES = 4
+
+
+_INSTRUCTIONS = {
+    Screening.PAIRS: "vpmaddubsw",
+    Screening.FOURS: "vpdpbusd (VNNI)",
+    Screening.TILES: "tdpbusd (AMX)",
+}
 # From here on a screen pays: measured on a Zen 5, docs/numerics.md.
 SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS = 128, 256, 8192
 
 
-def screens(n_tokens: int, d_in: int, n_latents: int, dtype: torch.dtype) -> bool:
-    """Whether encoders screen the scores of such tokens by a product in 8 bits.
+def screens(n_tokens: int, d_in: int, n_latents: int, dtype: torch.dtype) -> Screening:
+    """How encoders screen the scores of such tokens, if they do.
 
     The result is the same, bit for bit; in fp32 and on a machine that multiplies bytes faster than
     fp32 numbers it takes less time, unless nearly everything is selected.
     """
     if n_tokens < SCREENED_TOKENS or d_in < SCREENED_WIDTH or n_latents < SCREENED_LATENTS:
-        return False
-    return dtype == torch.float32 and can_screen(isa())
+        return Screening.NONE
+    return fastest_screening(isa()) if dtype == torch.float32 else Screening.NONE
 
 
 def screen_note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about encoders of this dtype."""
-    if not screens(SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS, dtype):
+    how = screens(SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS, dtype)
+    if how == Screening.NONE:
         return None
     return (
-        f"screens scores in 8 bits, with the same results, from {SCREENED_TOKENS} tokens, "
-        f"d_in {SCREENED_WIDTH} and {SCREENED_LATENTS} latents on"
+        f"screens scores in 8 bits by {_INSTRUCTIONS[how]}, with the same results, from "
+        f"{SCREENED_TOKENS} tokens, d_in {SCREENED_WIDTH} and {SCREENED_LATENTS} latents on"
     )
 
 
 @functools.cache
-def can_screen(variant: str) -> bool:
-    """Whether an ISA variant has, on this machine, an instruction for products of bytes."""
-    able: bool = module().can_screen(variant, 1)
-    return able
+def fastest_screening(variant: str) -> Screening:
+    """The fastest instruction for products of bytes that an ISA variant has on this machine."""
+    return max((how for how in screenings(variant) if how in _INSTRUCTIONS), default=Screening.NONE)
+
+
+def screenings(variant: str) -> list[Screening]:
+    """All ways of screening that an ISA variant can take on this machine, slow ones too."""
+    return [how for how in Screening if module().can_screen(variant, how, 1)]
 
 
 def run(kernel: str, *arguments: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sae_kernels
+from sae_kernels.backends.cpu import Screening
 from sae_kernels.cli import main, output
 
 COMMANDS = ["demo", "harvest", "train", "train-e2e", "eval", "convert"]
@@ -121,15 +122,28 @@ def test_explain_names_the_backend_and_each_reason(run, monkeypatch):
     assert record["backend"] is None
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_explain_says_where_scores_are_screened(run, monkeypatch, able):
-    monkeypatch.setattr("sae_kernels.backends.cpu.can_screen", lambda _: able)
+@pytest.mark.parametrize(
+    ("screening", "by"),
+    [
+        (Screening.PAIRS, "vpmaddubsw"),
+        (Screening.FOURS, "vpdpbusd (VNNI)"),
+        (Screening.TILES, "tdpbusd (AMX)"),
+    ],
+)
+def test_explain_says_how_scores_are_screened(run, monkeypatch, screening, by):
+    monkeypatch.setattr("sae_kernels.backends.cpu.fastest_screening", lambda _: screening)
     for primitive in ("select_topk", "select_threshold"):
         (record,) = run("explain", primitive, "--json").records()
-        assert ("in 8 bits" in (record["note"] or "")) is able
-        assert ("in 8 bits" in run("explain", primitive).out) is able
+        assert f"in 8 bits by {by}" in record["note"]
+        assert f"in 8 bits by {by}" in run("explain", primitive).out
         (record,) = run("explain", primitive, "--dtype", "bfloat16", "--json").records()
         assert record["note"] is None
+
+
+def test_explain_says_nothing_where_no_score_is_screened(run, monkeypatch):
+    monkeypatch.setattr("sae_kernels.backends.cpu.fastest_screening", lambda _: Screening.NONE)
+    (record,) = run("explain", "select_threshold", "--json").records()
+    assert record["note"] is None
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,10 @@ struct Operands {
 };
 
 // How an encoder rules out scores before it computes them.
-enum class RuledOut { none, screened, narrow };
-constexpr RuledOut kRuledOut[] = {RuledOut::none, RuledOut::screened, RuledOut::narrow};
+struct RuledOut {
+  Screening screening;
+  bool narrow;
+};
 
 // Rows of small integers in 8 bits as few_narrow.h has them: nothing is lost by a scale of 1.
 int64_t narrow_bytes(Shape s) { return s.F * ((s.D + 31) / 32 * 32 + 16); }
@@ -77,7 +79,7 @@ void select(const KernelTable& kernels, Shape s, bool scaled, RuledOut how, int 
                       s.F,
                       s.k,
                       {},
-                      how == RuledOut::screened,
+                      how.screening,
                       nullptr,
                       threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
@@ -126,8 +128,8 @@ void select_routed(const KernelTable& kernels, Shape s, int experts, RuledOut ho
   const Shape whole{s.B, s.D, F, s.k};
   Buffer<int8_t> narrow(narrow_bytes(whole));
   narrow_rows(operands.W, whole, narrow);
-  args.narrow = how == RuledOut::narrow ? narrow.data() : nullptr;
-  args.screened = how == RuledOut::screened;
+  args.narrow = how.narrow ? narrow.data() : nullptr;
+  args.screening = how.screening;
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
   args.workspace = workspace.data();
   check(kernels.select_topk(args), "select_topk, routed: refused", 0);
@@ -191,12 +193,10 @@ void threshold(const KernelTable& kernels, Shape s, int level, RuledOut how, int
   for (int64_t f = 0; f < s.F; ++f) bounds[f] = static_cast<T>(bound[f] += level);
   Buffer<int8_t> narrow(narrow_bytes(s));
   narrow_rows(operands.W, s, narrow);
-  SelectThresholdArgs args{kDType<E>,     x.data(),
-                           W.data(),      b.data(),
-                           bounds.data(), how == RuledOut::narrow ? narrow.data() : nullptr,
-                           s.B,           s.D,
-                           s.F,           how == RuledOut::screened,
-                           nullptr,       threads};
+  SelectThresholdArgs args{kDType<E>,     x.data(),      W.data(),
+                           b.data(),      bounds.data(), how.narrow ? narrow.data() : nullptr,
+                           s.B,           s.D,           s.F,
+                           how.screening, nullptr,       threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_threshold_workspace(args)), kAlign);
   args.workspace = workspace.data();
   const auto found = kernels.select_threshold(args);
@@ -521,6 +521,11 @@ void refuse_bad_indices(const KernelTable& kernels) {
 template <class E>
 void all(const KernelTable& kernels, const char* name) {
   uint64_t seed = 0;
+  std::vector<RuledOut> ways{{Screening::none, false}, {Screening::none, true}};
+  for (const Screening how :
+       {Screening::plain, Screening::pairs, Screening::fours, Screening::tiles}) {
+    if (kernels.can_screen({how, 1})) ways.push_back({how, false});
+  }
   for (const Shape& shape : kShapes) {
     for (const int threads : {1, 3}) {
       char text[96];
@@ -530,18 +535,18 @@ void all(const KernelTable& kernels, const char* name) {
       where = text;
       Random random(++seed);
       for (const bool scaled : {false, true}) {
-        for (const RuledOut how : kRuledOut) {
+        for (const RuledOut how : ways) {
           select<E>(kernels, shape, scaled, how, threads, random);
         }
       }
       for (const int experts : {1, 2, 5}) {
-        for (const RuledOut how : kRuledOut) {
+        for (const RuledOut how : ways) {
           select_routed<E>(kernels, shape, experts, how, threads, random);
         }
       }
       route<E>(kernels, shape, threads, random);
       for (const int level : {-100000, 0, 20, 100000}) {
-        for (const RuledOut how : kRuledOut) {
+        for (const RuledOut how : ways) {
           threshold<E>(kernels, shape, level, how, threads, random);
         }
       }

@@ -12,6 +12,7 @@ import torch
 from encoding import DTYPES, cases, dtypes, scales
 from test_screen import HARD, LARGE, lossy_rows, underrated
 
+from sae_kernels.backends.cpu import Screening
 from sae_kernels.primitives.narrow import narrowed
 from sae_kernels.primitives.select_threshold import cpu as select_threshold
 from sae_kernels.primitives.select_topk import cpu as select_topk
@@ -34,7 +35,7 @@ def assert_same(
 ) -> None:
     """Selects for the first tokens alone, by narrow rows and without them, and for a block."""
     x = x.repeat(-(-BLOCK // x.shape[0]), 1)
-    block = select_topk.run(x, W, b, k, rank_scale, screened=False)
+    block = select_topk.run(x, W, b, k, rank_scale, screening=Screening.NONE)
     each = [(n, narrow) for n in counts for narrow in (None, narrowed(W))]
     for n, narrow in each:
         few = select_topk.run(x[:n], W, b, k, rank_scale, narrow)
@@ -43,7 +44,7 @@ def assert_same(
     ranked = block[0][:, -1].nan_to_num(0)
     bounds = (ranked.mean() * torch.ones(W.shape[0], dtype=ranked.dtype)).contiguous()
     bounds[::5] -= 0.5
-    values, indices, offsets = select_threshold.run(x, W, b, bounds, screened=False)
+    values, indices, offsets = select_threshold.run(x, W, b, bounds, screening=Screening.NONE)
     for n, narrow in each:
         found = select_threshold.run(x[:n], W, b, bounds, narrow)
         end = int(offsets[n])
@@ -104,7 +105,9 @@ def test_routed_tokens(n_experts: int, threads: int, isa: str) -> None:
             part = slice(int(experts[t]) * width, (int(experts[t]) + 1) * width)
             block = x[t].expand(BLOCK, -1).contiguous()
             bias = None if b is None else b[part]
-            values, indices = select_topk.run(block, W[part], bias, 3, None, screened=False)
+            values, indices = select_topk.run(
+                block, W[part], bias, 3, None, screening=Screening.NONE
+            )
             assert_bitwise("values", few[0][t], values[0])
             assert_bitwise("indices", few[1][t], indices[0] + part.start)
 

@@ -11,6 +11,8 @@ from drawn import problems
 from encoding import cases, scales
 from hypothesis import strategies as st
 
+from sae_kernels.backends import cpu
+from sae_kernels.backends.cpu import Screening
 from sae_kernels.primitives.select_threshold import cpu as select_threshold
 from sae_kernels.primitives.select_topk import cpu as select_topk
 from sae_kernels.primitives.select_topk_routed.cpu import run as select_topk_routed
@@ -35,15 +37,18 @@ def assert_same(
     k: int,
     rank_scale: torch.Tensor | None = None,
 ) -> None:
-    """Selects by rank and by threshold, with the screen and without."""
-    plain, screened = (select_topk.run(x, W, b, k, rank_scale, screened=s) for s in (False, True))
-    for name, came, expected in zip(("values", "indices"), screened, plain, strict=True):
-        assert_bitwise(f"{name} of the k best", came, expected)
-    ranked = plain[0][:, -1].nan_to_num(0)
+    """Selects by rank and by threshold, without a screen and with every one that runs here."""
+    best = select_topk.run(x, W, b, k, rank_scale, screening=Screening.NONE)
+    ranked = best[0][:, -1].nan_to_num(0)
     bounds = (ranked.mean() if x.shape[0] else torch.tensor(0.0)).expand(W.shape[0]).contiguous()
-    above, found = (select_threshold.run(x, W, b, bounds, screened=s) for s in (False, True))
-    for name, came, expected in zip(("values", "indices", "offsets"), found, above, strict=True):
-        assert_bitwise(f"{name} above a bound", came, expected)
+    above = select_threshold.run(x, W, b, bounds, screening=Screening.NONE)
+    for how in cpu.screenings(cpu.isa()):
+        found = select_topk.run(x, W, b, k, rank_scale, screening=how)
+        for name, came, expected in zip(("values", "indices"), found, best, strict=True):
+            assert_bitwise(f"{name} of the k best, {how.name}", came, expected)
+        kept = select_threshold.run(x, W, b, bounds, screening=how)
+        for name, came, expected in zip(("values", "indices", "offsets"), kept, above, strict=True):
+            assert_bitwise(f"{name} above a bound, {how.name}", came, expected)
 
 
 @cases
@@ -90,7 +95,28 @@ def nearly_equal(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> Changed:
     return x + best, W, b.zero_()
 
 
+def full_sums(magnitudes: list[float]) -> Change:
+    """Sums in 16 bits are as large as can be, for the few latents that win.
+
+    Tokens hold these magnitudes over and over, each from another column on, and the winners'
+    elements have their signs.
+    """
+
+    def change(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> Changed:
+        winners = torch.arange(3000, 4800, 100)
+        signs = x.sign()[:1]
+        row = torch.tensor(magnitudes).repeat(x.shape[1])[: x.shape[1]]
+        x = signs * torch.stack([row.roll(2 * t) for t in range(len(x))]) + 0.01 * x
+        W[winners] = 2 * signs + 0.01 * W[winners]
+        return x, W, b.zero_()
+
+    return change
+
+
 HARD: dict[str, Change] = {
+    "full-pairs": full_sums([1.0, 1.0]),
+    "one-full-pair": full_sums([1.0, 1.0, *[0.01] * 198]),
+    "four-full-pairs": full_sums([1.0, *[0.5] * 39]),
     "nan": special(torch.nan),
     "inf": special(torch.inf),
     "minus-inf": special(-torch.inf),
@@ -152,7 +178,7 @@ def underrated(lossy: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @lossy_rows
 def test_winners_whose_narrow_scores_are_as_low_as_can_be(lossy: str, isa: str) -> None:
     x, W, winners = underrated(lossy)
-    _, indices = select_topk.run(x, W, None, 4, None, screened=True)
+    _, indices = select_topk.run(x, W, None, 4, None)
     assert indices.unique().tolist() == winners.tolist()
     assert_same(x, W, None, 4)
 
@@ -162,12 +188,13 @@ def test_routed_tokens(isa: str) -> None:
     experts = torch.randint(4, (x.shape[0],))
     tokens = experts.argsort(stable=True).int()
     starts = torch.nn.functional.pad(experts.bincount(minlength=4).cumsum(0), (1, 0)).int()
-    plain, screened = (
-        select_topk.run(x, W, b, 2, None, None, select_topk.Routes(tokens, starts), screened=s)
-        for s in (False, True)
+    plain, *screened = (
+        select_topk.run(x, W, b, 2, None, None, select_topk.Routes(tokens, starts), how)
+        for how in (Screening.NONE, *cpu.screenings(isa))
     )
-    for name, came, expected in zip(("values", "indices"), screened, plain, strict=True):
-        assert_bitwise(name, came, expected)
+    for values, indices in screened:
+        assert_bitwise("values", values, plain[0])
+        assert_bitwise("indices", indices, plain[1])
     assert_bitwise("by the rule", select_topk_routed(x, W, b, 2, tokens, starts)[1], plain[1])
 
 

@@ -25,7 +25,7 @@ SAES: dict[str, Callable[[], torch.nn.Module]] = {
 
 @pytest.mark.parametrize("name", SAES)
 def test_steps_are_bitwise_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cpu.can_screen(cpu.isa()):
+    if not cpu.fastest_screening(cpu.isa()):
         pytest.skip("this machine has no instruction for products of bytes")
     torch.set_num_threads(1)
     # By the rule, at sizes for a test.
@@ -37,7 +37,7 @@ def test_steps_are_bitwise_the_same(name: str, monkeypatch: pytest.MonkeyPatch) 
     def train(screens: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         if not screens:
-            monkeypatch.setattr(cpu, "screens", lambda *_: False)
+            monkeypatch.setattr(cpu, "screens", lambda *_: cpu.Screening.NONE)
         step = sk.FusedStep(SAES[name](), optimizer=OptimizerConfig(compute="float32"))
         losses = []
         for _ in range(STEPS):

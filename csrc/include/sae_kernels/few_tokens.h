@@ -83,7 +83,9 @@ struct FewTokens {
   static constexpr bool kServes = std::is_same<Product, FmaProduct<E>>::value &&
                                   std::is_same<typename Product::T, float>::value;
   // Whether a call that could be served should be.
-  static bool pays(int64_t B, bool screened) { return B <= FewTiles::kMost && !screened; }
+  static bool pays(int64_t B, Screening how) {
+    return B <= FewTiles::kMost && how == Screening::none;
+  }
 
   template <class Args>
   explicit FewTokens(const Args& args, const Routes& routes = {})

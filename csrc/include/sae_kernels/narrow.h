@@ -3,13 +3,15 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "sae_kernels/simd.h"
 
 namespace sae::SAE_ISA {
 
-// A row v as scale * q, q integers of -127 to 127 or of -32767 to 32767.
+// A row v as scale * q, q integers of -127 to 127 or of -32767 to 32767. As unsigned bytes they are
+// stored with 128 added.
 struct NarrowRow {
   float scale;
   float narrow;  // at least |scale q|
@@ -54,8 +56,11 @@ constexpr float kNarrowLeast = 0x1p-30f, kNarrowMost = 0x1p40f;
 constexpr float kNarrowUp = 1 + 0x1p-10f;
 constexpr int64_t kNarrowWidth = int64_t{1} << 15;
 
-// Elements of a row of q: whole vectors are written.
-inline int64_t narrow_stride(int64_t D) { return (D + 15) / 16 * 16; }
+// Elements of a row of q: whole vectors, and whole rows of AMX tiles, are read.
+inline int64_t narrow_stride(int64_t D) {
+  constexpr int64_t step = kVectorBytes == 64 ? 64 : 16;
+  return (D + step - 1) / step * step;
+}
 
 SAE_INLINE float largest_magnitude(const float* row, int64_t D) {
   // As integers NaN is above infinity, so neither can get lost.
@@ -71,12 +76,12 @@ SAE_INLINE float largest_magnitude(const float* row, int64_t D) {
   return out;
 }
 
-// Writes q, numbers of at most `steps`, and returns whether the row can be screened: not if an
-// element is NaN, infinite or huge, or all of them are tiny and not all zero. Zeros follow q up to
-// narrow_stride(D).
+// Writes q, numbers of at most `steps`, as whole vectors, and returns whether the row can be
+// screened: not if an element is NaN, infinite or huge, or all of them are tiny and not all zero.
 template <class Q>
 SAE_INLINE bool narrow_row(const float* row, int64_t D, Q* q, NarrowRow& out,
                            float steps = std::numeric_limits<Q>::max()) {
+  constexpr int32_t kAdded = std::is_unsigned<Q>::value ? 128 : 0;
   const float most = largest_magnitude(row, D);
   if (!(most <= kNarrowMost) || (most < kNarrowLeast && most != 0)) return false;
   out.scale = most == 0 ? 1.0f : most / steps;
@@ -84,7 +89,6 @@ SAE_INLINE bool narrow_row(const float* row, int64_t D, Q* q, NarrowRow& out,
   const Vec<float> shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec<float> squares{}, lost{};
   Vec<int32_t> sum{};
-  std::memset(q + narrow_stride(D) - 16, 0, 16 * sizeof(Q));
   for (int64_t d = 0; d < D; d += kLanes<float>) {
     const int64_t n = D - d;
     const Vec<float> v = n >= kLanes<float> ? load(row + d) : load_tail(row + d, n);
@@ -95,7 +99,8 @@ SAE_INLINE bool narrow_row(const float* row, int64_t D, Q* q, NarrowRow& out,
     lost += rest * rest;
     const Vec<int32_t> number = reinterpret_cast<Vec<int32_t>>(shifted) - 0x4b400000;
     sum += number;
-    const auto few = __builtin_convertvector(number, typename VectorOf<Q, kLanes<float>>::type);
+    const auto few =
+        __builtin_convertvector(number + kAdded, typename VectorOf<Q, kLanes<float>>::type);
     std::memcpy(q + d, &few, sizeof(few));
   }
   out.narrow = out.scale * std::sqrt(sum_of_lanes<float>(squares)) * kNarrowUp;

@@ -16,10 +16,10 @@ class Screen {
  public:
   template <class Product>
   static constexpr bool kServes = std::is_same<Product, Wide>::value;
-  // Whether rows of D can be screened here at all.
+  // Whether rows of D can be screened in this way here at all.
   template <class Product>
-  static bool serves(int64_t D) {
-    return kServes<Product> && D <= kNarrowWidth && Int8Product::runs();
+  static bool serves(Screening how, int64_t D) {
+    return kServes<Product> && D <= kNarrowWidth && Int8Product::runs(how);
   }
 
   static int64_t max_tokens(int64_t D) {
@@ -34,11 +34,12 @@ class Screen {
            aligned(static_cast<size_t>(D) * sizeof(float));
   }
 
-  Screen(Carver& carver, int64_t tokens_, int64_t D_)
-      : tokens(tokens_),
+  Screen(Screening how_, Carver& carver, int64_t tokens_, int64_t D_)
+      : how(how_),
+        tokens(tokens_),
         D(D_),
         packed(carver.take(packed_bytes(tokens, D))),
-        narrow(carver.take<int8_t>(narrow_bytes(D))),
+        narrow(carver.take<uint8_t>(narrow_bytes(D))),
         bounds(carver.take<float>(kBoundsBytes)),
         passed(carver.take<uint16_t>(passed_bytes(tokens))),
         short_rows(carver.take<int16_t>(short_bytes(tokens, D))),
@@ -49,6 +50,7 @@ class Screen {
     x = x_, rows = rows_, count = count_;
     set_apart();
     resume = pack() ? 0 : kNever;
+    patience = kShort;
   }
 
   // Calls visit(token, i, score) for every score of the tile that may pass, those of a token by
@@ -58,6 +60,7 @@ class Screen {
   bool tile(const float* W, int64_t latents, int64_t seen, const Renew& renew, const Test& test,
             const Passes& passes, const Visit& visit) {
     if (seen < resume || !narrow_tile(W, latents)) return false;
+    const Int8Product::Tiles tiles(how);
     std::fill(passes_of, passes_of + latents, 0);
     const char* panel = packed;
     int64_t found = 0;
@@ -65,7 +68,7 @@ class Screen {
     const char* ahead = reinterpret_cast<const char*>(W + latents * D);
     const int64_t share = latents * D * static_cast<int64_t>(sizeof(float)) * kTokenStep / count;
     for (int64_t token = 0; token < count; token += kTokenStep) {
-      Int8Product::tile(panel, latent, latents, D, apart, bounds, ahead, share);
+      Int8Product::tile(how, panel, narrow, latent, latents, D, apart, bounds, ahead, share);
       ahead += share;
       panel += Int8Product::panel_bytes(D);
       scan_step<Wide>(bounds, latents, token, count, renew, test,
@@ -73,9 +76,18 @@ class Screen {
                         passed[i * tokens + passes_of[i]++] = static_cast<uint16_t>(t);
                         ++found;
                       });
-      if (too_many(found, latents * std::min(count, token + kTokenStep), seen)) return false;
+      const int64_t pairs = latents * std::min(count, token + kTokenStep);
+      if (found * kOneOf > pairs) {
+        wait(found * kOneOf, pairs, seen);
+        return false;
+      }
     }
-    score(W, latents, passes, visit);
+    const int64_t cost = kBound * found + kScore * score(W, latents, passes, visit);
+    if (cost > latents * count) {
+      wait(cost, latents * count, seen);
+    } else {
+      patience = kShort;
+    }
     return true;
   }
 
@@ -84,6 +96,9 @@ class Screen {
   static constexpr int64_t kPackedBytes = 1 << 19;  // of L2, for the narrow tokens of a block
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   static constexpr int64_t kOneOf = 12;  // of so many pairs one may pass
+  // What bounding a pair once more and scoring it take, in what the screen saves of an fp32 pair.
+  static constexpr int64_t kBound = 8, kScore = 20;
+  static constexpr int64_t kShort = 9, kLong = 32;  // waits in eighths of the latents seen
 
   static constexpr int kApart = Int8Product::kApart;
   static constexpr float kLarge = 8;  // times the average energy: a column that is set apart
@@ -93,9 +108,10 @@ class Screen {
     float scale, whole, error;
   };
 
+  Screening how;
   int64_t tokens, D;
   char* packed;
-  int8_t* narrow;
+  uint8_t* narrow;  // [kLatents, narrow_stride(D)]
   float* bounds;
   uint16_t* passed;     // [kLatents, tokens]
   int16_t* short_rows;  // [tokens, narrow_stride(D)]
@@ -108,7 +124,7 @@ class Screen {
   float whole[kLatents];  // lengths
   const float* x = nullptr;
   Rows rows{};
-  int64_t count = 0, resume = 0;
+  int64_t count = 0, resume = 0, patience = kShort;
 
   static size_t packed_bytes(int64_t tokens, int64_t D) {
     return aligned(
@@ -154,7 +170,12 @@ class Screen {
       others += magnitude;
       scratch[columns[j]] = 0;
     }
-    if (!narrow_row(apart ? scratch : row, D, q, out)) return false;
+    if (apart) row = scratch;
+    float steps = std::is_same<Q, int16_t>::value ? 32767 : 127;
+    if (std::is_same<Q, int8_t>::value) steps = Int8Product::steps(how, row, D);
+    const int64_t whole = D / 16 * 16;
+    std::memset(q + whole, 0, static_cast<size_t>(narrow_stride(D) - whole) * sizeof(Q));
+    if (!narrow_row(row, D, q, out, steps)) return false;
     length = (out.length() + others) * kNarrowUp;
     return length == 0 || length >= kNarrowLeast;
   }
@@ -165,8 +186,9 @@ class Screen {
       const float* row = x + rows[t] * D;
       NarrowRow eight, sixteen;
       float length;
-      if (!narrow_rest(row, narrow, eight, length)) return false;
-      float* own = Int8Product::pack(narrow, eight, length, t, D, packed);
+      int8_t* q = reinterpret_cast<int8_t*>(narrow);
+      if (!narrow_rest(row, q, eight, length)) return false;
+      float* own = Int8Product::pack(how, q, eight, length, t, D, packed);
       for (int j = 0; j < apart; ++j) own[j * kTokenStep] = row[columns[j]];
       if (!narrow_rest(row, short_rows + t * narrow_stride(D), sixteen, length)) return false;
       shorts[t] = {sixteen.scale, length, sixteen.error};
@@ -180,23 +202,21 @@ class Screen {
 
   __attribute__((noinline)) bool narrow_tile(const float* W, int64_t latents) {
     for (int64_t i = 0; i < latents; ++i) {
-      int8_t* q = narrow + i * narrow_stride(D);
       const float* w = W + i * D;
       NarrowRow row;
-      if (!narrow_rest(w, q, row, whole[i])) return false;
-      latent[i] = {q, -128 * row.sum, row.scale, row.narrow, row.error, rounding() * whole[i], {}};
+      if (!narrow_rest(w, narrow + i * narrow_stride(D), row, whole[i])) return false;
+      latent[i] = {row.scale, row.narrow, row.error, rounding() * whole[i], {}};
       for (int j = 0; j < apart; ++j) latent[i].apart[j] = w[columns[j]];
     }
     return true;
   }
 
-  // Most often because thresholds are low at first. The share that passes falls as one over the
-  // latents seen, so it says when to try again.
-  bool too_many(int64_t found, int64_t pairs, int64_t seen) {
-    if (found * kOneOf <= pairs) return false;
-    const int64_t share = found * kOneOf * 8 / pairs;  // in eighths of what may pass
-    resume = seen * std::min<int64_t>(std::max<int64_t>(share, 9), 32) / 8;
-    return true;
+  // The screen costs more than it is worth, most often because thresholds are low at first. The
+  // share that passes falls as one over the latents seen, so it says when to try again. Where it
+  // does not fall, waits get longer.
+  void wait(int64_t cost, int64_t worth, int64_t seen) {
+    resume = seen * std::max(std::min(8 * cost / worth, kLong), patience) / 8;
+    patience = std::min(2 * patience - 8, kLong);
   }
 
   // Pairs that wait for their scores.
@@ -216,9 +236,11 @@ class Screen {
     }
   };
 
+  // Returns how many pairs were scored.
   template <class Passes, class Visit>
-  __attribute__((noinline)) void score(const float* W, int64_t latents, const Passes& passes,
-                                       const Visit& visit) {
+  __attribute__((noinline)) int64_t score(const float* W, int64_t latents, const Passes& passes,
+                                          const Visit& visit) {
+    int64_t scored = 0;
     Pairs<float, kLanes<float>> last;
     const auto decide = [&] {
       last.fill();
@@ -226,6 +248,7 @@ class Screen {
       for (int j = 0; j < last.n; ++j) {
         if (passes(last.token[j], last.i[j], scores[j])) visit(last.token[j], last.i[j], scores[j]);
       }
+      scored += last.n;
       last.n = 0;
     };
     Pairs<int16_t, 4> next;
@@ -254,6 +277,7 @@ class Screen {
     }
     if (next.n) narrow_down();
     if (last.n) decide();
+    return scored;
   }
 };
 

@@ -64,7 +64,7 @@ class SelectThreshold {
   explicit SelectThreshold(const SelectThresholdArgs& args)
       : a(args),
         encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads},
-        screened(args.screened && Screen::serves<Product>(args.D)) {}
+        screened(Screen::serves<Product>(args.screening, args.D)) {}
 
   size_t workspace() const {
     return (encoder.thread_bytes() + sink_bytes()) * static_cast<size_t>(a.threads);
@@ -78,7 +78,7 @@ class SelectThreshold {
     encoder.run(a.workspace, sink_bytes(), [&](Carver& carver) {
       T* bound = carver.template take<T>(kBoundBytes);
       std::optional<Screen> screen;
-      if (screened) screen.emplace(carver, encoder.tokens, a.D);
+      if (screened) screen.emplace(a.screening, carver, encoder.tokens, a.D);
       return Sink{a, bound, *found, screen};
     });
     return found;

@@ -19,7 +19,7 @@ class SelectTopk {
   explicit SelectTopk(const SelectTopkArgs& args)
       : a(args),
         encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads, args.routes},
-        screened(args.screened && Screen::serves<Product>(args.D)) {
+        screened(Screen::serves<Product>(args.screening, args.D)) {
     // Longer lists are cut less often, shorter ones tighten the threshold earlier. At first, when
     // nearly all would pass, longer ones are filled without comparing.
     limit = List::whole_vectors(a.k + std::max<int64_t>(a.k, 32));
@@ -45,7 +45,7 @@ class SelectTopk {
       char* lists = carver.take(List::bytes(encoder.tokens, capacity));
       Entry* entries = carver.template take<Entry>(static_cast<size_t>(a.k) * sizeof(Entry));
       std::optional<Screen> screen;
-      if (screened) screen.emplace(carver, encoder.tokens, a.D);
+      if (screened) screen.emplace(a.screening, carver, encoder.tokens, a.D);
       return Sink{a,       limit, scale, List(lists, encoder.tokens, capacity, limit, a.k),
                   entries, screen};
     });

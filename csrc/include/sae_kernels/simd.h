@@ -112,6 +112,7 @@ SAE_INLINE Vec<float> load(const f16* p) { return widen(p, load_half_bits(p)); }
 
 SAE_INLINE void store(float* p, Vec<float> value) { std::memcpy(p, &value, sizeof(value)); }
 SAE_INLINE void store(double* p, Vec<double> value) { std::memcpy(p, &value, sizeof(value)); }
+SAE_INLINE void store(int32_t* p, Vec<int32_t> value) { std::memcpy(p, &value, sizeof(value)); }
 
 SAE_INLINE void store_half_bits(void* p, Vec<uint32_t> bits) {
 #if defined(__AVX512F__)

@@ -44,9 +44,11 @@ struct Routes {
   int64_t experts = 1;
 };
 
-// `screened` is of the encoders of fp32 operands: where the ISA can, a product in 8 bits says which
-// scores are worth computing. `narrow`, the rows of W in 8 bits as few_narrow.h reads them or null,
-// says so for few tokens. What is selected is the same, bit for bit.
+// By which product in 8 bits the encoders of fp32 operands find out which scores are worth
+// computing, where the ISA can: what is selected is the same, bit for bit. Products of bytes are
+// added one by one, in pairs (vpmaddubsw), in fours (vpdpbusd) or as tiles (AMX). For few tokens
+// `narrow`, the rows of W in 8 bits as few_narrow.h reads them or null, says so.
+enum class Screening : int { none = 0, plain = 1, pairs = 2, fours = 3, tiles = 4 };
 
 // Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k].
 struct SelectTopkArgs {
@@ -57,7 +59,7 @@ struct SelectTopkArgs {
   int32_t* indices;
   int64_t B, D, F, k;
   Routes routes;
-  bool screened;
+  Screening screening;
   void* workspace;
   int threads;
 };
@@ -79,12 +81,13 @@ struct SelectThresholdArgs {
   const void *x, *W, *b, *bounds;
   const int8_t* narrow;
   int64_t B, D, F;
-  bool screened;
+  Screening screening;
   void* workspace;
   int threads;
 };
 
 struct CanScreenArgs {
+  Screening screening;
   int threads;
 };
 

@@ -20,16 +20,16 @@ def run(
     b: torch.Tensor | None,
     bounds: torch.Tensor,
     narrow: torch.Tensor | None = None,
-    screened: bool | None = None,
+    screening: cpu.Screening | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/select_threshold.cpp, then allocates as much as it found.
 
-    ``screened`` as of select_topk's.
+    ``screening`` as of select_topk's.
     """
-    if screened is None:
-        screened = cpu.screens(x.shape[0], x.shape[1], W.shape[0], x.dtype)
+    if screening is None:
+        screening = cpu.screens(x.shape[0], x.shape[1], W.shape[0], x.dtype)
     operands = [packed(t) for t in (x, W, b, bounds, narrow)]
-    sizes = (*x.shape, W.shape[0], screened)
+    sizes = (*x.shape, W.shape[0], screening)
     found = cpu.run_with_workspace("select_threshold", cpu.code(x.dtype), *operands, *sizes)
     values = x.new_empty(found.count(), dtype=accumulator(x.dtype))
     indices = x.new_empty(found.count(), dtype=torch.int32)

@@ -41,17 +41,18 @@ def run(
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
     routes: Routes | None = None,
-    screened: bool | None = None,
+    screening: cpu.Screening | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/select_topk.cpp.
 
-    Whether scores are screened by a product in 8 bits first (docs/numerics.md) makes no difference
-    to the result; None takes the screen where it is faster.
+    Whether and how scores are screened by a product in 8 bits first (docs/numerics.md) makes no
+    difference to the result; None takes the screen where it is faster.
     """
     n_experts = 1 if routes is None else routes.starts.shape[0] - 1
-    if screened is None:
+    if screening is None:
         B, D, F = x.shape[0] // n_experts, x.shape[1], W.shape[0] // n_experts
-        screened = _LATENTS_PER_KEPT * k <= F and cpu.screens(B, D, F, x.dtype)
+        few = _LATENTS_PER_KEPT * k <= F
+        screening = cpu.screens(B, D, F, x.dtype) if few else cpu.Screening.NONE
     operands = [packed(t) for t in (x, W, b, rank_scale, narrow)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
@@ -60,7 +61,7 @@ def run(
         by_expert = (*map(packed, routes), n_experts)
     sizes = (*x.shape, W.shape[0], k)
     valid = cpu.run_with_workspace(
-        "select_topk", cpu.code(x.dtype), *operands, values, indices, *sizes, by_expert, screened
+        "select_topk", cpu.code(x.dtype), *operands, values, indices, *sizes, by_expert, screening
     )
     if routes is not None and not valid:
         checks.routes(*routes)
