@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import cpu_bars, switch_bars
+from benchmarks import cpu_bars, screen_bars, switch_bars
 from sae_kernels.backends import cpu
 
 pytestmark = pytest.mark.slow
@@ -51,6 +51,23 @@ def test_small_shapes_are_never_slower_than_dense():
     for case, ratio in ratios(cpu_bars.small("uniform", rounds=7)).items():
         if "dense" in case:
             assert ratio >= 1, f"{case} is faster than FusedStep float32"
+
+
+@pytest.mark.parametrize("group", ["hostile", "dense"])
+@pytest.mark.parametrize("variant", [v for v in ("avx512", "avx2") if v in cpu.supported_isas()])
+def test_a_screen_that_cannot_save_anything_costs_nothing(group, variant, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, variant)
+    for case, ratio in ratios(screen_bars.GROUPS[group]("uniform", rounds=11)).items():
+        assert ratio <= 1.03, case
+
+
+@pytest.mark.parametrize("kind", ["zipf", "uniform"])
+def test_bytes_without_vnni_take_less_time_than_fp32(kind, monkeypatch):
+    if "avx2" not in cpu.supported_isas():
+        pytest.skip("this machine has no AVX2")
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx2")
+    got = {r["provider"]: r["ratio"] for r in screen_bars.encode(kind, rounds=7)}
+    assert got["pairs"] <= 0.78
 
 
 def ratio_of(records: list[dict[str, object]], provider: str) -> float:
