@@ -1,7 +1,7 @@
 """An architecture of your own: AbsTopK, which keeps the k latents of largest magnitude.
 
 The package does not have it. Registered by one line it has both training steps, files, the command
-line and evaluation. Run it: ``python examples/custom_architecture.py``.
+line and evaluation. Run it; the picture is ``examples-out/custom-architecture.png``.
 
 A package of yours registers it for everybody who installs it, with an entry point::
 
@@ -95,21 +95,25 @@ def activations(n: int, d_in: int = 32) -> torch.Tensor:
 
 def main() -> None:
     """Trains it on both routes, saves and loads it, evaluates it, and trains it from the shell."""
+    import matplotlib.pyplot as plt
+
+    from sae_kernels.cli import main as command
+
     x = activations(8192)
     for route in ("fused", "autograd"):
         sae = AbsTopKSAE(32, 256, k=4)
         result = sk.train(sae, x, steps=300, batch_size=512, lr=3e-3, route=route)
         print(f"{route}: FVU {result.metrics[-1]['fvu']:.3f}")
+        plt.plot([line["fvu"] for line in result.metrics], label=route)
+    Path("examples-out").mkdir(exist_ok=True)
+    plt.legend(title="FVU").figure.savefig("examples-out/custom-architecture.png")
     with tempfile.TemporaryDirectory() as folder:
         sae.save_pretrained(Path(folder, "sae"))
         loaded = sk.load(Path(folder, "sae"))
         print(f"loaded {type(loaded).__name__}: FVU {sk.evaluate(loaded, x).fvu:.3f}")
         with sk.data.ShardWriter(Path(folder, "acts"), d_in=32) as writer:
             writer.write(x)
-        from sae_kernels.cli import main as command
-
-        arguments = f"train {folder}/acts --arch abstopk --k 4 --steps 50 --batch-size 512"
-        command([*arguments.split(), "--out", f"{folder}/run"])
+        command(f"train {folder}/acts --arch abstopk --k 4 --steps 50 --out {folder}/run".split())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ const percent = (x) => `${number(100 * x)} %`;
 const density = (latent) => data.counts[latent] / data.stream.length;
 // A latent's strongest tokens; a peak is a row + 1, and 0 is none.
 const peakWords = (latent) => [...row(data.peaks, latent)].filter(Boolean).map((p) => data.words[data.stream[p - 1]]);
-const favourite = (latent) => [...new Set(peakWords(latent))].slice(0, 3).join(" ");
+const favourite = (latent) => [...new Set(peakWords(latent).map((word) => word.trim()))].slice(0, 3).join(" ");
 
 const ORDERS = {
   often: (a, b) => data.counts[b] - data.counts[a] || a - b,
