@@ -63,7 +63,8 @@ def bench(
         bool,
         typer.Option(
             "--race",
-            help="Train all for equal shares of the budget and compare FVU on held-out tokens.",
+            help="Train all, at the first step of the preset, for equal shares of the budget, and "
+            "compare FVU on held-out tokens.",
         ),
     ] = False,
     listed: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
@@ -104,6 +105,8 @@ def bench(
     _check_places(out, plot, overwrite)
     number = {} if threads is None else {"threads": threads}
     settings = run.BenchSettings(device, rounds=rounds, budget_s=budget, data=source, **number)
+    if race and stored is not None:
+        raise ValueError("--compare: expected results of the same cases, got a race; leave it out")
     if race:
         return _race(chosen, who, settings, out, plot, output)
     _measure(chosen, who, settings, out, plot, stored, output)

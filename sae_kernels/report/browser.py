@@ -24,7 +24,7 @@ def write_browser(table: LatentTable, path: str | Path, *, title: str, subtitle:
     """Writes the page; it needs no other file and no network, and appears whole or not at all.
 
     Everything about the latents is one compressed stream in the page, which the browser
-    decompresses: about 130 bytes a latent.
+    decompresses: about 120 bytes a latent.
 
     Args:
         table: what to show.

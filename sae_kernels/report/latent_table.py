@@ -148,6 +148,8 @@ def _peaks(codes: CodesByLatent, document: Tensor) -> Tensor:
 def _around(codes: CodesByLatent, peaks: Tensor, document: Tensor) -> Tensor:
     """Each latent's activations [F, 6, 17] on the rows around its peaks."""
     F, N = len(codes.counts), len(document)
+    if not len(codes.values):
+        return torch.zeros(F, CONTEXTS, 2 * RADIUS + 1)
     keys, order = (codes.rows * F + codes.indices).sort()
     rows = peaks[..., None] + torch.arange(-RADIUS, RADIUS + 1)
     inside = (peaks[..., None] != NOTHING) & (rows >= 0) & (rows < N)

@@ -1,8 +1,10 @@
-"""``eval`` in a language model, a tiny one made here."""
+"""``eval`` and ``report`` in a language model, a tiny one made here."""
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 
 import pytest
 import torch
@@ -224,3 +226,22 @@ def test_what_does_not_fit(run, model, text, saved, flags, tmp_path):
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(headless)
     message = refusal(saved, *flags, "--model", headless)
     assert "expected a model with a language-model head" in message
+
+
+def test_the_report_names_the_tokens_that_latents_promote(run, model, text, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs sae-kernels[report]")
+    acts, folder = tmp_path / "acts", tmp_path / "run"
+    harvested = run("harvest", model, text, "--layer", LAYER, "--out", acts, *OPTIONS[:2])
+    assert harvested.code == 0
+    options = ["--n-latents", 32, "--k", 4, "--steps", 4, "--batch-size", 16]
+    assert run("train", acts, "--out", folder, *options).code == 0
+    (record,) = run("report", folder, "--model", model, "--json").records()
+    page = (folder / "latents.html").read_text()
+    assert record["latents"] == str(folder / "latents.html")
+    assert "latents.html" in (folder / "report.html").read_text()
+    data = page.partition('id="data">')[2].partition("<")[0]
+    header = json.loads(zlib.decompress(base64.b64decode(data)).partition(b"\n")[0])
+    assert header["scales"].keys() == {"promoted", "suppressed"}
+    assert {word.strip() for word in header["words"]} <= {"[PAD]", "[UNK]", *WORDS}
+    shapes = {array["name"]: array["shape"] for array in header["arrays"]}
+    assert shapes["promoted"] == [32, 5]

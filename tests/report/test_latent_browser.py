@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sae_kernels.data import ShardDataset, ShardWriter
-from sae_kernels.nn import TopKConfig, TopKSAE
+from sae_kernels.nn import ReLUConfig, ReLUSAE, TopKConfig, TopKSAE
 from sae_kernels.report.browser import write_browser
 from sae_kernels.report.latent_table import latent_table
 
@@ -70,6 +70,15 @@ def test_latents_that_fire_on_the_same_tokens_are_neighbours(source, to_tokens):
     assert table.neighbours[4].tolist() == [0, 5, -1, -1, -1]
     assert table.together[4].tolist() == pytest.approx([1, 0.5**0.5, 0, 0, 0])
     assert table.neighbours[1].tolist() == [5, -1, -1, -1, -1]
+
+
+def test_an_sae_that_never_fires_has_a_page(source, to_tokens, tmp_path):
+    sae = ReLUSAE(ReLUConfig(6, 6))
+    sae.b_enc.data.fill_(-100.0)
+    table = latent_table(sae, source, to_tokens)
+    page = unpacked(write_browser(table, tmp_path / "latents.html", **TITLE))
+    for name in ("counts", "peaks", "activations", "neighbours", "histogram"):
+        assert not page[name].any(), name
 
 
 def test_the_page_holds_the_table(table, tmp_path):
