@@ -82,6 +82,8 @@ def test_the_model_computes_in_bf16_where_that_is_much_faster(ran):
 def test_the_page_shows_the_result(ran):
     out, lines = ran
     page = (out / "report.html").read_text()
+    assert '<a href="latents.html">Search all 3,072 latents</a>' in page
+    assert (out / "latents.html").stat().st_size < 2e6
     assert f"{lines[-1]['fvu']:.3f}"[:4] in page
     assert f"last {STEPS * 1024:,} training tokens" in page
     names = {path.name for path in out.glob("*.png")}
