@@ -57,6 +57,13 @@ def test_workflows_call_scripts_that_are_here() -> None:
     assert all((ROOT / script).is_file() for script in called)
 
 
+def test_every_page_is_on_the_site_and_in_the_readme() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert pages <= listed, "add it to nav in mkdocs.yml"
+    assert pages <= set(re.findall(r"docs/([\w-]+\.md)", (ROOT / "README.md").read_text()))
+
+
 def notes_of(version: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / ".ci/release-notes"), version]
     return subprocess.run(command, capture_output=True, text=True, check=False)

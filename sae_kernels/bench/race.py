@@ -100,7 +100,8 @@ def race(
                 try:
                     record = racers[name].train(until, held_out)
                 except (Unable, Failed) as error:
-                    record = racers.pop(name).facts("failed") | {"reason": str(error)}
+                    failed = _facts(case, racers.pop(name).provider, "failed")
+                    record = failed | {"reason": str(error)}
                 found.append(record)
                 tell(record)
     return found
@@ -113,10 +114,6 @@ class _Racer:
         self.case, self.provider, self._worker, self._out = case, provider, worker, out
         self.seconds, self.steps = 0.0, 0
 
-    def facts(self, status: str) -> Record:
-        """The fields of its records that stay."""
-        return _facts(self.case, self.provider, status)
-
     def train(self, until: float, held_out: torch.Tensor) -> Record:
         """Trains until its clock shows so many seconds; the record of its FVU then."""
         command = {"do": "race", "batch": self.case.shape.B, "first": self.steps}
@@ -126,10 +123,11 @@ class _Racer:
         self.steps += answer["steps"]
         fvu = judged(load_file(self._out), held_out, self.case.shape.K)
         done = {"seconds": self.seconds, "steps": self.steps, "fvu": fvu}
-        return self.facts("measured") | done
+        return _facts(self.case, self.provider, "measured") | done
 
 
 def _facts(case: Case, provider: Provider, status: str) -> Record:
+    """The fields of a record that stay the same from mark to mark."""
     who = {"provider": provider.name, "dtype": provider.dtype, "status": status}
     return {**case.facts(), **who}
 
