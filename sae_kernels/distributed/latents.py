@@ -10,16 +10,20 @@ gathered; all else is local. With gathered activations of s bytes a number a ran
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
 
+from sae_kernels.codes import SparseCodes
 from sae_kernels.distributed.batch_topk import largest
 from sae_kernels.distributed.batches import GatheredBatches
 from sae_kernels.distributed.collectives import Collectives, added, share
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
+from sae_kernels.primitives.decode_residual import decode_residual
+from sae_kernels.primitives.transpose_codes import transpose_codes
 from sae_kernels.step import FusedStep
 from sae_kernels.step.state import DeadRows
 
@@ -28,10 +32,13 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from sae_kernels.codes import SparseCodes
     from sae_kernels.data.batches import Batches
     from sae_kernels.nn.objective import Prefixes
     from sae_kernels.step.base import StepBase
+
+
+_FEW = 1 / 16  # of the tokens may be selected twice before lists are full from the start
+_TOKENS = 64  # whose blocks' sums are made at once on a CPU, and stay in its cache
 
 
 class LatentRanks:
@@ -48,6 +55,8 @@ class LatentRanks:
         rank, size: of the group.
         n_latents, blocks: as given.
         latents: those of this rank.
+        crowded: whether many tokens had more winners on some rank than it had listed first, so
+            that lists are of k entries from then on.
         collectives: the exchanges, which count the bytes they send.
 
     Raises:
@@ -67,6 +76,7 @@ class LatentRanks:
             raise ValueError(f"blocks: expected a divisor of n_latents = {n_latents}, got {blocks}")
         self.n_latents, self.blocks, self.latents = n_latents, blocks, shares[self.rank]
         self._largest_share = len(shares[0])
+        self.crowded = False
         f = len(self.latents)
         n_blocks = max(1, blocks // self.size) if blocks % self.size == 0 else 1
         self._blocks = [slice(i * f // n_blocks, (i + 1) * f // n_blocks) for i in range(n_blocks)]
@@ -103,24 +113,59 @@ class LatentRanks:
         """The sum over all latents, given the one over some of this rank's."""
         return self.collectives.total(added([part(block) for block in self._blocks]))
 
+    def top(
+        self,
+        select: Callable[[torch.Tensor, int], tuple[SparseCodes, torch.Tensor]],
+        x: torch.Tensor,
+        k: int,
+    ) -> SparseCodes:
+        """This rank's entries among each token's k largest of all ranks."""
+        if self.size == 1:
+            return select(x, k)[0]
+        f, most = len(self.latents), min(k, self._largest_share)
+        n = min(most, self._listed(k))
+        codes, keys = select(x, min(n, f))
+        counts = self._counts(_wide(keys, n, -torch.inf), k, certify=n < most)
+        again = (counts < 0).nonzero().flatten()  # the same tokens on all ranks
+        if again.numel():
+            more, keys = select(x[again], min(most, f))
+            counts[again] = self._counts(_wide(keys, most, -torch.inf), k)
+            values, indices = _wide(codes.values, more.k, 0), _wide(codes.indices, more.k, 0)
+            values[again], indices[again] = more.values, more.indices
+            codes = codes.with_values(values, indices)
+            self.crowded |= again.numel() > _FEW * len(x)
+        return codes.first(counts)
+
+    def _listed(self, k: int) -> int:
+        """Entries of a token that a rank lists at first: its share and three deviations more."""
+        share = k / self.size
+        spread = 3 * math.sqrt(share * (1 - 1 / self.size))
+        return k if self.crowded else math.ceil(share + spread)
+
     def winners(self, codes: SparseCodes, keys: torch.Tensor, k: int) -> torch.Tensor:
         """How many of each token's entries are among its k largest of all ranks, [B]."""
-        width = min(k, self._largest_share)
-        # A smaller share is the last rank's: what is padded comes after all that are equal to it.
-        if codes.offsets is None:
-            sent = pad(keys[:, :k], (0, width - min(k, keys.shape[1])), value=-torch.inf)
-        else:
-            tokens = codes.tokens.long()
-            place = torch.arange(len(tokens), device=tokens.device) - codes.offsets[tokens]
-            sent = keys.new_full((len(codes.offsets) - 1, width), -torch.inf)
-            first = place < width
-            sent[tokens[first], place[first]] = keys[first]
-        every = self.collectives.to_owners(sent, "candidates")
-        every = every.transpose(0, 1).flatten(1)
-        best = (every + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :k] // width
+        assert codes.offsets is not None
+        tokens, width = codes.tokens.long(), min(k, self._largest_share)
+        place = torch.arange(len(tokens), device=tokens.device) - codes.offsets[tokens]
+        listed = keys.new_full((len(codes.offsets) - 1, width), -torch.inf)
+        first = place < width
+        listed[tokens[first], place[first]] = keys[first]
+        return self._counts(listed, k)
+
+    def _counts(self, keys: torch.Tensor, k: int, certify: bool = False) -> torch.Tensor:
+        """How many of the keys [B, n] are among each token's k largest of all ranks, [B].
+
+        To certify is to give ``~count`` where all that some rank has listed are among them, so that
+        it may have more. What is listed less on the last rank, -inf, comes after its equals.
+        """
+        n_tokens, n = keys.shape
+        every = self.collectives.to_owners(keys, "candidates").transpose(0, 1).flatten(1)
+        best = (every + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :k] // n
         counts = best.new_zeros((self.size, len(best)), dtype=torch.int32)
         counts.T.scatter_add_(1, best, torch.ones_like(best, dtype=torch.int32))
-        return self.collectives.exchange(counts, "counts").flatten()[: len(sent)]
+        if certify:
+            counts = torch.where((counts == n).any(0), ~counts, counts)
+        return self.collectives.exchange(counts, "counts").flatten()[:n_tokens]
 
     def largest_of_batch(
         self, codes: SparseCodes, keys: torch.Tensor, count: int
@@ -148,21 +193,19 @@ class LatentRanks:
         backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The primitive of this name, with x_hat the sum of the rows of all ranks' entries."""
+        if self.size == 1 and len(self._blocks) == 1:
+            whole = (values, indices, W, b_dec, target, drop_zeros)
+            prefixes = (group_ends, group_weights)
+            return decode_residual(*whole, *prefixes, offsets, backend=backend)
         n, own = len(target), self.collectives.share(len(target))
-
-        def sums(block: slice) -> torch.Tensor:
-            inside = values
-            if len(self._blocks) > 1:
-                here = (indices >= block.start) & (indices < block.stop)
-                inside = torch.where(here, values, 0)
-            return decode(inside, indices, W, None, group_ends, offsets, backend=backend)
-
+        partial = self._sums(SparseCodes(values, indices, len(W), offsets), W, group_ends, backend)
         # Prefixes [G, B, D] are exchanged as [B, G, D].
-        partial = added([sums(block) for block in self._blocks])
         by_token = partial if group_ends is None else partial.transpose(0, 1)
-        mine = added(list(self.collectives.to_owners(by_token, "partial sums").unbind()))
-        shift = -target[own] if b_dec is None else b_dec - target[own]
-        mine = mine[: len(shift)] + (shift if group_ends is None else shift[:, None])
+        mine = added(self.collectives.to_owners(by_token, "partial sums").unbind())
+        mine = mine[: own.stop - own.start]
+        if b_dec is not None:
+            mine.add_(b_dec)
+        mine.sub_(target[own] if group_ends is None else target[own, None])
         e = self.collectives.gather_rows(mine, n, "residuals")
         if group_ends is not None:
             e = e.transpose(0, 1).contiguous()
@@ -175,6 +218,37 @@ class LatentRanks:
         if drop_zeros:
             grad = torch.where(values == 0, 0, grad)
         return e, squares, grad
+
+    def _sums(
+        self,
+        codes: SparseCodes,
+        W: torch.Tensor,
+        group_ends: torch.Tensor | None,
+        backend: str | None,
+    ) -> torch.Tensor:
+        """The sum of rows of this rank's entries, by blocks: [B, D], or [G, B, D] with prefixes."""
+        n_blocks, width = len(self._blocks), self._blocks[0].stop
+        if n_blocks == 1:
+            entries = (codes.values, codes.indices)
+            return decode(*entries, W, None, group_ends, codes.offsets, backend=backend)
+        # Each block of a token is decoded as a token of its own.
+        block_of = (codes.tokens * n_blocks + codes.indices // width).flatten()
+        n = math.prod(codes.batch_shape)
+        offsets, order, _ = transpose_codes(
+            block_of, codes.values.flatten(), block_of, n * n_blocks, backend=backend
+        )
+        values, indices = (t.flatten()[order.long()] for t in (codes.values, codes.indices))
+        prefixes = () if group_ends is None else (len(group_ends),)
+        sums = codes.values.new_empty((*prefixes, n, W.shape[1]))
+        at_once = n if W.is_cuda else _TOKENS
+        for first in range(0, n, at_once):
+            some = offsets[first * n_blocks : (first + at_once) * n_blocks + 1]
+            listed = slice(int(some[0]), int(some[-1])) if at_once < n else slice(None)
+            entries = (values[listed], indices[listed])
+            each = decode(*entries, W, None, group_ends, some - some[0], backend=backend)
+            of_blocks = each.unflatten(-2, (-1, n_blocks)).unbind(-2)
+            sums[..., first : first + at_once, :] = added(of_blocks)
+        return sums
 
     def prefixes(self, whole: Prefixes, latents: range) -> Prefixes:
         """Prefixes of all latents as prefixes of those in this process."""
@@ -205,3 +279,8 @@ class LatentRanks:
         W_enc, W_dec, b_enc = rows(own.W_enc), rows(own.W_dec), rows(own.b_enc[:, None])
         every_row = torch.arange(len(chosen), dtype=torch.int32, device=device)
         return DeadRows(W_enc, b_enc[:, 0], W_dec, every_row, count, local.to(torch.int32))
+
+
+def _wide(x: torch.Tensor, width: int, value: float) -> torch.Tensor:
+    """Rows [B, n] of another width, padded at the end."""
+    return pad(x, (0, width - x.shape[1]), value=value)

@@ -130,9 +130,13 @@ class TopKSAE(SparseAutoencoder):
         """:meth:`select` for a training step; of latents over ranks those that win among all."""
         if context.ranks is None:
             return super().select_in(context, W_enc)
+
+        def largest(x: torch.Tensor, n: int) -> tuple[SparseCodes, torch.Tensor]:
+            preacts = self.select(x, W_enc=W_enc, k=n)
+            return preacts, self._keys(preacts)
+
         k = int(self.kept_per_token(context.k, context.objective))
-        preacts = self.select(context.x, W_enc=W_enc, k=min(k, len(self.latents)))
-        return preacts.first(context.ranks.winners(preacts, self._keys(preacts), k))
+        return context.ranks.top(largest, context.x, k)
 
     def _keys(self, preacts: SparseCodes) -> torch.Tensor:
         """What ranks the entries, like their values."""
@@ -173,9 +177,9 @@ class TopKSAE(SparseAutoencoder):
 
     def _among_k(self, preacts: SparseCodes, context: Context) -> torch.Tensor:
         """Which of the 4 k entries are among a token's k largest, like the values or [4 k]."""
-        if context.ranks is None:
+        if preacts.offsets is None:  # all latents are here
             return torch.arange(preacts.k, device=preacts.values.device) < context.k
-        assert preacts.offsets is not None
+        assert context.ranks is not None
         counts = context.ranks.winners(preacts, self._keys(preacts), int(context.k))
         tokens = preacts.tokens.long()
         place = torch.arange(len(tokens), device=tokens.device) - preacts.offsets[tokens]

@@ -38,13 +38,27 @@ class Ranks(Protocol):
     def over_latents(self, part: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         """The sum over all latents, given the one over some of this rank's."""
 
-    def winners(self, codes: SparseCodes, keys: torch.Tensor, k: int) -> torch.Tensor:
-        """How many of each token's entries are among its k largest of all ranks, [B].
+    def top(
+        self,
+        select: Callable[[torch.Tensor, int], tuple[SparseCodes, torch.Tensor]],
+        x: torch.Tensor,
+        k: int,
+    ) -> SparseCodes:
+        """This rank's entries among each token's k largest of all ranks, largest first.
 
         Args:
-            codes: entries of this rank, sorted by key, largest first.
-            keys: what ranks the entries, like their values.
+            select: the n largest entries of some tokens here, largest first, and what ranks them.
+            x: all tokens.
             k: entries that a token keeps.
+        """
+
+    def winners(self, codes: SparseCodes, keys: torch.Tensor, k: int) -> torch.Tensor:
+        """How many of each token's entries from :meth:`top` are among its k largest, [B].
+
+        Args:
+            codes: ragged entries of this rank.
+            keys: what ranks them, like their values.
+            k: fewer than were kept.
         """
 
     def largest_of_batch(
