@@ -86,7 +86,7 @@ def start(
             overwrite=overwrite,
             on_step=follow(output, show, config.train.steps),
             mesh=mesh,
-            blocks=config.parallel.blocks,
+            parallel=config.parallel,
         )
     summarise(output, result, out, METRICS)
     if left_out := getattr(data.source, "left_out", 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from sae_kernels.config.base import NATURAL, POSITIVE_INTEGER, Settings, setting
 
@@ -28,4 +29,9 @@ class ParallelConfig(Settings):
         "blocks of latents whose sums are added in one order, a divisor of n_latents: runs on as "
         "many processes as leave each a power of two of them have the same bits; 0 is the fastest",
         NATURAL,
+    )
+    partial_sums: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "how processes send each other their parts of reconstructions; bfloat16 is half the bytes "
+        "and an error of 2^-9 of each part (docs/distributed.md)",
     )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from sae_kernels.primitives.terms import tree_sum
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch.distributed import ProcessGroup
 
@@ -17,23 +19,6 @@ if TYPE_CHECKING:
 _all_gather: Callable[..., object] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
-
-
-def added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors in the order of a binary tree.
-
-    A tree over a power of two of parts is one over any smaller power of two of sums of neighbours:
-    whoever has added up which of them, the bits are the same.
-
-    Example:
-        >>> added([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0)])
-        tensor(7.)
-    """
-    parts = list(parts)
-    while len(parts) > 1:
-        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[len(pairs) * 2 :]
-    return parts[0]
 
 
 def share(n: int, rank: int, size: int) -> range:
@@ -118,7 +103,7 @@ class Collectives:
 
     def total(self, x: torch.Tensor, what: str = "sums") -> torch.Tensor:
         """The sum of a small tensor over ranks, the same bits everywhere."""
-        return added(list(self.gather(x, what).unbind()))
+        return tree_sum(self.gather(x, what).unbind())
 
     def counted(self, x: torch.Tensor, what: str = "counts") -> torch.Tensor:
         """The sum of integers over ranks, in place."""

@@ -11,19 +11,18 @@ gathered; all else is local. With gathered activations of s bytes a number a ran
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn.functional import pad
 
-from sae_kernels.codes import SparseCodes
 from sae_kernels.distributed.batch_topk import largest
 from sae_kernels.distributed.batches import GatheredBatches
-from sae_kernels.distributed.collectives import Collectives, added, share
+from sae_kernels.distributed.collectives import Collectives, share
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
-from sae_kernels.primitives.transpose_codes import transpose_codes
+from sae_kernels.primitives.terms import tree_sum
 from sae_kernels.step import FusedStep
 from sae_kernels.step.state import DeadRows
 
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from sae_kernels.codes import SparseCodes
     from sae_kernels.data.batches import Batches
     from sae_kernels.nn.objective import Prefixes
     from sae_kernels.step.base import StepBase
 
 
 _FEW = 1 / 16  # of the tokens may be selected twice before lists are full from the start
-_TOKENS = 64  # whose blocks' sums are made at once on a CPU, and stay in its cache
 
 
 class LatentRanks:
@@ -50,10 +49,11 @@ class LatentRanks:
         blocks: every sum over latents is made of this many blocks' sums, added up in the order of a
             binary tree: runs on all numbers of ranks agree bit for bit for which each has a power
             of two of them. 0: as it is fastest.
+        partial_sums: dtype in which parts of reconstructions are sent.
 
     Attributes:
         rank, size: of the group.
-        n_latents, blocks: as given.
+        n_latents, blocks, partial_sums: as given.
         latents: those of this rank.
         crowded: whether many tokens had more winners on some rank than it had listed first, so
             that lists are of k entries from then on.
@@ -63,7 +63,14 @@ class LatentRanks:
         ValueError: fewer latents than ranks, or blocks that do not divide the latents.
     """
 
-    def __init__(self, group: ProcessGroup | None, n_latents: int, *, blocks: int = 0) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        n_latents: int,
+        *,
+        blocks: int = 0,
+        partial_sums: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
         self.collectives = Collectives(group)
         self.rank, self.size = self.collectives.rank, self.collectives.size
         shares = [share(n_latents, rank, self.size) for rank in range(self.size)]
@@ -74,7 +81,8 @@ class LatentRanks:
             )
         if blocks and n_latents % blocks:
             raise ValueError(f"blocks: expected a divisor of n_latents = {n_latents}, got {blocks}")
-        self.n_latents, self.blocks, self.latents = n_latents, blocks, shares[self.rank]
+        self.n_latents, self.blocks, self.partial_sums = n_latents, blocks, partial_sums
+        self.latents = shares[self.rank]
         self._largest_share = len(shares[0])
         self.crowded = False
         f = len(self.latents)
@@ -111,7 +119,7 @@ class LatentRanks:
 
     def over_latents(self, part: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         """The sum over all latents, given the one over some of this rank's."""
-        return self.collectives.total(added([part(block) for block in self._blocks]))
+        return self.collectives.total(tree_sum([part(block) for block in self._blocks]))
 
     def top(
         self,
@@ -193,16 +201,19 @@ class LatentRanks:
         backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The primitive of this name, with x_hat the sum of the rows of all ranks' entries."""
-        if self.size == 1 and len(self._blocks) == 1:
-            whole = (values, indices, W, b_dec, target, drop_zeros)
-            prefixes = (group_ends, group_weights)
-            return decode_residual(*whole, *prefixes, offsets, backend=backend)
-        n, own = len(target), self.collectives.share(len(target))
-        partial = self._sums(SparseCodes(values, indices, len(W), offsets), W, group_ends, backend)
+        n, n_blocks = len(target), len(self._blocks)
+        if self.size == 1 and (n_blocks == 1 or group_ends is None):
+            rest = (b_dec, target, drop_zeros, group_ends, group_weights, offsets, n_blocks)
+            e, squares, grad = decode_residual(values, indices, W, *rest, backend=backend)
+            # By blocks with the bits that several ranks have.
+            return e, squares if n_blocks == 1 else e.square().sum(-1), grad
+        own = self.collectives.share(n)
+        partial = decode(values, indices, W, None, group_ends, offsets, n_blocks, backend=backend)
         # Prefixes [G, B, D] are exchanged as [B, G, D].
         by_token = partial if group_ends is None else partial.transpose(0, 1)
-        mine = added(self.collectives.to_owners(by_token, "partial sums").unbind())
-        mine = mine[: own.stop - own.start]
+        sent = by_token.to(getattr(torch, self.partial_sums))
+        mine = tree_sum(self.collectives.to_owners(sent, "partial sums").float().unbind())
+        mine = mine[: own.stop - own.start]  # in place: fresh memory would cost more than sums
         if b_dec is not None:
             mine.add_(b_dec)
         mine.sub_(target[own] if group_ends is None else target[own, None])
@@ -218,37 +229,6 @@ class LatentRanks:
         if drop_zeros:
             grad = torch.where(values == 0, 0, grad)
         return e, squares, grad
-
-    def _sums(
-        self,
-        codes: SparseCodes,
-        W: torch.Tensor,
-        group_ends: torch.Tensor | None,
-        backend: str | None,
-    ) -> torch.Tensor:
-        """The sum of rows of this rank's entries, by blocks: [B, D], or [G, B, D] with prefixes."""
-        n_blocks, width = len(self._blocks), self._blocks[0].stop
-        if n_blocks == 1:
-            entries = (codes.values, codes.indices)
-            return decode(*entries, W, None, group_ends, codes.offsets, backend=backend)
-        # Each block of a token is decoded as a token of its own.
-        block_of = (codes.tokens * n_blocks + codes.indices // width).flatten()
-        n = math.prod(codes.batch_shape)
-        offsets, order, _ = transpose_codes(
-            block_of, codes.values.flatten(), block_of, n * n_blocks, backend=backend
-        )
-        values, indices = (t.flatten()[order.long()] for t in (codes.values, codes.indices))
-        prefixes = () if group_ends is None else (len(group_ends),)
-        sums = codes.values.new_empty((*prefixes, n, W.shape[1]))
-        at_once = n if W.is_cuda else _TOKENS
-        for first in range(0, n, at_once):
-            some = offsets[first * n_blocks : (first + at_once) * n_blocks + 1]
-            listed = slice(int(some[0]), int(some[-1])) if at_once < n else slice(None)
-            entries = (values[listed], indices[listed])
-            each = decode(*entries, W, None, group_ends, some - some[0], backend=backend)
-            of_blocks = each.unflatten(-2, (-1, n_blocks)).unbind(-2)
-            sums[..., first : first + at_once, :] = added(of_blocks)
-        return sums
 
     def prefixes(self, whole: Prefixes, latents: range) -> Prefixes:
         """Prefixes of all latents as prefixes of those in this process."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from sae_kernels.config.parallel import ParallelConfig
+
 
 _Made = TypeVar("_Made")
 _USER_ERRORS = (DataError, ValueError, TypeError, OSError, ImportError)
@@ -51,9 +53,14 @@ class Team:
         self.saving = dist.new_group(members, backend="gloo")
         self.saving_mesh = DeviceMesh.from_group(self.saving, "cpu")
 
-    def ranks(self, n_latents: int, blocks: int = 0) -> LatentRanks:
+    def ranks(self, n_latents: int, parallel: ParallelConfig) -> LatentRanks:
         """What a step of an SAE of so many latents asks of the others."""
-        return LatentRanks(self.group, n_latents, blocks=blocks)
+        return LatentRanks(
+            self.group,
+            n_latents,
+            blocks=parallel.blocks,
+            partial_sums=parallel.partial_sums,
+        )
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""

@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_MOST_BLOCKS = 64
 OPERAND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -143,6 +144,14 @@ def latents_in_range(
         raise IndexError(
             f"{name}: expected latent indices in [{lowest}, {n_latents}), "
             f"got {int(wrong.flatten()[0])}"
+        )
+
+
+def blocks(n: int, n_latents: int) -> None:
+    """Raises ValueError unless so many equal blocks of latents can be summed up."""
+    if not 1 <= n <= _MOST_BLOCKS or n_latents % n:
+        raise ValueError(
+            f"blocks: expected 1 to {_MOST_BLOCKS}, a divisor of n_latents = {n_latents}, got {n}"
         )
 
 

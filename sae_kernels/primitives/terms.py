@@ -1,4 +1,4 @@
-"""Weight gradients in parts, so that they are never materialised."""
+"""Sums in parts: weight gradients that are never materialised, blocks of latents."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -113,3 +113,27 @@ def without_zeros(term: Term) -> Term:
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     entries, rows = term.entries[listed][kept], term.rows[listed][kept]
     return term._replace(offsets=offsets, entries=entries, rows=rows)
+
+
+def tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors in the order of a binary tree.
+
+    A tree over a power of two of parts is one over any smaller power of two of sums of neighbours:
+    whoever has added up which of them, the bits are the same.
+
+    Example:
+        >>> tree_sum([torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0)])
+        tensor(7.)
+    """
+    while len(parts) > 1:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = [*pairs, *parts[len(pairs) * 2 :]]
+    return parts[0]
+
+
+def values_by_block(
+    values: torch.Tensor, indices: torch.Tensor, n_latents: int, blocks: int
+) -> list[torch.Tensor]:
+    """The values of codes for each of equal blocks of latents: 0 where an entry is of another."""
+    block = indices // (n_latents // blocks)
+    return [torch.where(block == v, values, 0) for v in range(blocks)]

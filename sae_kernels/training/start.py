@@ -63,7 +63,9 @@ class Planned(NamedTuple):
     def parallel(self) -> ParallelConfig:
         """How the processes share the run."""
         ranks = self.ranks
-        return ParallelConfig() if ranks is None else ParallelConfig(ranks.size, ranks.blocks)
+        if ranks is None:
+            return ParallelConfig()
+        return ParallelConfig(ranks.size, ranks.blocks, ranks.partial_sums)
 
     @property
     def latents(self) -> range | None:

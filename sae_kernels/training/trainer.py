@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_kernels.config.output import OutputConfig
+from sae_kernels.config.parallel import ParallelConfig
 from sae_kernels.config.train import TrainConfig
 from sae_kernels.data.joint import JointRows
 from sae_kernels.data.prefetch import Prefetched
@@ -60,7 +61,7 @@ def train(
     on_step: OnStep | None = None,
     step: MakeStep = make_step,
     mesh: DeviceMesh | None = None,
-    blocks: int = 0,
+    parallel: ParallelConfig | None = None,
     **settings: Any,
 ) -> TrainingResult:
     """Trains an SAE of any architecture on activations.
@@ -86,7 +87,7 @@ def train(
         mesh: the processes that the SAE's latents are spread over, a
             :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension; all call this with
             the same arguments, and ``sae`` is a configuration (docs/distributed.md).
-        blocks: with a mesh, of :class:`~sae_kernels.config.parallel.ParallelConfig`.
+        parallel: with a mesh, how its processes share the run; ``latents_over`` is its size.
         settings: fields of :class:`~sae_kernels.config.TrainConfig`, OptimizerConfig and the
             architecture's objective, by name.
 
@@ -126,7 +127,9 @@ def train(
         team = Team(mesh)
         with team.together():
             check_spread(plan, opened_source, step)
-            plan = plan._replace(ranks=team.ranks(plan.sae_config.n_latents, blocks))
+            plan = plan._replace(
+                ranks=team.ranks(plan.sae_config.n_latents, parallel or ParallelConfig())
+            )
         data_there = getattr(opened_source, "fingerprint", None)
         settings_there = run_tables(plan.sae_config, config, {}, OutputConfig(), plan.parallel)
         team.expect_same({**settings_there, "activations": data_there})

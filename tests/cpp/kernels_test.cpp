@@ -326,6 +326,7 @@ void decode(const KernelTable& kernels, Shape s, Form form, int threads, Random&
                   s.D,
                   s.F,
                   G,
+                  s.F % 2 ? 1 : 2,
                   true,
                   threads};
   check(kernels.decode(args), "decode: in range");

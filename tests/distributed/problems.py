@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -55,10 +55,13 @@ def trained(
     tokens: int = 50,
     blocks: int = 0,
     spread: bool = True,
+    partial_sums: Literal["float32", "bfloat16"] = "float32",
 ) -> dict[str, Any]:
     """The figures of each step, and weights, counters and moments after the last."""
     n_latents = problem["config"]["n_latents"]
-    ranks = LatentRanks(group, n_latents, blocks=blocks) if spread else None
+    ranks = None
+    if spread:
+        ranks = LatentRanks(group, n_latents, blocks=blocks, partial_sums=partial_sums)
     step = stepper(**problem, ranks=ranks)
     config = step.sae.config
     width = config.input_width + (config.output_width if config.transcodes else 0)

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from sae_kernels.config import OutputConfig
+from sae_kernels.config.parallel import ParallelConfig
 from sae_kernels.errors import DataError
 from sae_kernels.nn import architecture
 from sae_kernels.training import train
@@ -71,7 +72,7 @@ def run(
             resume=resume,
             on_step=on_step,
             mesh=mesh,
-            blocks=blocks,
+            parallel=ParallelConfig(blocks=blocks),
             **(SETTINGS | settings),
         )
     except Stopped:

@@ -152,6 +152,23 @@ def test_blocks_divide_the_latents() -> None:
         LatentRanks(None, 99, blocks=8)
 
 
+def halved(group: ProcessGroup, names: Sequence[str]) -> dict[str, Any]:
+    options = {"partial_sums": "bfloat16"}
+    return {name: trained(group, problem(name), 1, **options) for name in names}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 4])
+def test_partial_sums_in_half_the_bytes(size: int) -> None:
+    """Each part is off by 2^-9 of itself at most, so a residual of their sum by little more."""
+    for found in on_ranks(size, halved, ["plain", "matryoshka"]):
+        one = trained(None, problem("plain"), 1, spread=False)
+        off = abs(found["plain"]["lines"][0][1] - one["lines"][0][1])
+        assert 0 < off < 2**-8, off
+        sent = found["plain"]["sent"]
+        assert 2 * sent["partial sums"] == sent["residuals"]
+
+
 def volume(group: ProcessGroup, n_tokens: int) -> dict[str, int]:
     found = trained(group, problem("plain"), 1, n_tokens)["sent"]
     return {"sent": sum(found.values()), "sums": found.pop("sums")}

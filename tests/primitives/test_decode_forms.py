@@ -24,6 +24,7 @@ from sae_kernels.primitives.checks import accumulator
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
+from sae_kernels.primitives.terms import tree_sum, values_by_block
 from sae_kernels.testing import assert_bitwise, assert_within, oracles, rounding
 
 if TYPE_CHECKING:
@@ -303,3 +304,41 @@ def test_group_ends_that_do_not_split_the_latents_are_refused_of_ragged_codes(
     for call in calls(codes, form, backend):
         with pytest.raises(ValueError, match=r"group_ends: expected .* got"):
             call()
+
+
+@dtypes
+@some_groups
+@pytest.mark.parametrize("blocks", [2, 5, 8])
+@pytest.mark.parametrize("name", ["mixed", "long-and-short", None])
+def test_blocks_of_latents_are_added_as_a_tree(
+    name: str | None, blocks: int, dtype: torch.dtype, groups: int | None, backend: str
+) -> None:
+    """Bit for bit the sums of each block's own entries: another process may have made some."""
+    if name is None:
+        codes, offsets = make((9, 12, 33, 40), dtype), None
+    else:
+        codes, offsets = make_ragged(*RAGGED[name], dtype)
+    ends = ends_of(groups, codes.W.shape[0])
+    arguments = (*codes, ends, offsets)
+    needs(dtype, backend, "decode", arguments)
+    out = decode(*arguments, blocks, backend=backend)
+    each = values_by_block(codes.values, codes.indices, codes.W.shape[0], blocks)
+    sums = [
+        decode(own, codes.indices, codes.W, None, ends, offsets, backend=backend) for own in each
+    ]
+    assert_bitwise("decode", out, tree_sum(sums) + codes.b_dec)
+    target = torch.randn_like(out if groups is None else out[0])
+    form = Form(ends, None, offsets)
+    needs(dtype, backend, "decode_residual", (*codes, target, True, *form))
+    e, _, grad = decode_residual(*codes, target, True, *form, blocks, backend=backend)
+    if groups is None:
+        assert_bitwise("residual", e, out - target)
+    dots = code_grad(e, codes.indices, codes.W, ends, offsets, backend=backend)
+    assert_bitwise("code_grad", grad, torch.where(codes.values == 0, 0, dots))
+
+
+@pytest.mark.parametrize("blocks", [0, 3, 65])
+def test_blocks_divide_the_latents(blocks: int) -> None:
+    codes = make((2, 2, 4, 130), torch.float32)
+    with pytest.raises(ValueError, match=f"blocks: expected 1 to 64, .* = 130, got {blocks}"):
+        decode(*codes, blocks=blocks)

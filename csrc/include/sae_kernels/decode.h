@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdlib>
 
 #include "sae_kernels/gather.h"
 #include "sae_kernels/parallel.h"
@@ -14,6 +15,18 @@ SAE_INLINE int64_t group_of(int32_t latent, const int32_t* ends, int64_t groups)
   while (g + 1 < groups && latent >= ends[g]) ++g;
   return g;
 }
+
+constexpr int64_t kMostBlocks = 64;  // of latents whose sums are added by themselves
+
+// Memory of one thread. A std::vector of plain numbers would be one function for all ISAs.
+template <class T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t n)
+      : data(n ? static_cast<T*>(std::malloc(static_cast<size_t>(n) * sizeof(T))) : nullptr) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(data); }
+};
 
 // The entries of a token: K each, or between two offsets.
 struct EntriesOf {
@@ -33,13 +46,18 @@ struct Decode {
   bool run() const {
     std::atomic<bool> in_range{true};
     parallel_for(a.B, 8, a.threads, [&](int64_t begin, int64_t end, int) {
+      const Scratch<T> sums(a.blocks > 1 ? a.blocks * a.D : 0);
       for (int64_t token = begin; token < end; ++token) {
         const int64_t first = entries.begin(token), last = entries.begin(token + 1);
         if (!check(first, last)) {
           in_range = false;
           return;
         }
-        reconstruct(token, first, last);
+        if (a.blocks > 1) {
+          reconstruct_by_blocks(token, first, last, sums.data);
+        } else {
+          reconstruct(token, first, last);
+        }
         if (!a.target) continue;
         residuals(token);
         code_gradients(token, first, last);
@@ -77,6 +95,41 @@ struct Decode {
       add_rows(batch, a.D, out, out);
       previous = out;
     }
+  }
+
+  // The same with a sum for each of equal blocks of latents, which are added in the order of a
+  // binary tree and before b_dec: whoever has which of the blocks, the bits are the same.
+  void reconstruct_by_blocks(int64_t token, int64_t first, int64_t last, T* sums) const {
+    std::memset(sums, 0, static_cast<size_t>(a.blocks * a.D) * sizeof(T));
+    const int64_t width = a.F / a.blocks;
+    for (int64_t g = 0; g < a.G; ++g) {
+      RowBatch<E> batch;
+      for (int64_t v = 0; v < a.blocks; ++v) {
+        T* sum = sums + v * a.D;
+        for (int64_t j = first; j < last; ++j) {
+          const int64_t latent = a.indices[j];
+          if (latent < v * width || latent >= (v + 1) * width || values[j] == T{0}) continue;
+          if (a.G > 1 && group_of(a.indices[j], a.group_ends, a.G) != g) continue;
+          batch.add(W + latent * a.D, values[j]);
+          if (batch.full()) add_rows(batch, a.D, sum, sum);
+        }
+        if (batch.n) add_rows(batch, a.D, sum, sum);
+      }
+      add_blocks(sums, out_of(g, token));
+    }
+  }
+
+  void add_blocks(const T* sums, T* out) const {
+    const T* bias = static_cast<const T*>(a.b_dec);
+    for_each_vector<T>(a.D, [&](auto get, auto put) SAE_INLINE_LAMBDA {
+      Vec<T> part[kMostBlocks];
+      for (int64_t v = 0; v < a.blocks; ++v) part[v] = get(sums + v * a.D);
+      for (int64_t n = a.blocks; n > 1; n = (n + 1) / 2) {
+        for (int64_t i = 0; i < n / 2; ++i) part[i] = part[2 * i] + part[2 * i + 1];
+        if (n % 2) part[n / 2] = part[n - 1];
+      }
+      put(out, bias ? part[0] + get(bias) : part[0]);
+    });
   }
 
   void start(T* out, const T* previous) const {

@@ -94,7 +94,7 @@ struct CanScreenArgs {
 // Codes are [B, K], or, with offsets [B + 1], ragged: one token's entries after the other's.
 // Shapes: values and indices as the codes, W [F, D], b_dec [D] or null, group_ends [G] or null,
 // out [G, B, D]; the fused form adds target [B, D], group_weights [G] or null, sse [G, B] and
-// code_grad as the codes.
+// code_grad as the codes. Sums of several blocks of latents, which divide F, are added at the end.
 struct DecodeArgs {
   DType dtype;
   const void* values;
@@ -103,7 +103,7 @@ struct DecodeArgs {
   const int32_t* group_ends;
   const void *group_weights, *target;
   void *out, *sse, *code_grad;
-  int64_t B, K, D, F, G;
+  int64_t B, K, D, F, G, blocks;
   bool drop_zeros;
   int threads;
 };

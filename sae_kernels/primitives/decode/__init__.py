@@ -14,6 +14,7 @@ def decode(
     b_dec: torch.Tensor | None = None,
     group_ends: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -31,6 +32,8 @@ def decode(
         group_ends: int32 [G], ascending latent numbers that end with F, or None.
         offsets: int32 [B + 1] with ragged codes: the entries ``offsets[t]`` to ``offsets[t + 1]``
             are token t's.
+        blocks: equal blocks of latents that are summed up first and then added in the order of a
+            binary tree, 1 to 64, a divisor of F.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -38,6 +41,7 @@ def decode(
     """
     checks.codes(values, indices, W, offsets)
     checks.group_ends(group_ends)
+    checks.blocks(blocks, W.shape[0])
     checks.shape("b_dec", b_dec, [W.shape[1]], "one bias per output")
     checks.dtype("b_dec", b_dec, (values.dtype,))
     checks.same_device(values=values, b_dec=b_dec, group_ends=group_ends)

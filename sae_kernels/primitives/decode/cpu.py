@@ -19,12 +19,13 @@ def run(
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
 ) -> torch.Tensor:
     """Runs csrc/cpu/decode.cpp."""
     groups = 1 if group_ends is None else group_ends.shape[0]
     out = values.new_empty((groups, checks.n_tokens(values, offsets), W.shape[1]))
     codes = (values, indices, offsets)
-    launch(codes, W, b_dec, group_ends, (None, None), (out, None, None), False)
+    launch(codes, W, b_dec, group_ends, (None, None), (out, None, None), False, blocks)
     return out[0] if group_ends is None else out
 
 
@@ -36,6 +37,7 @@ def launch(
     compared: tuple[torch.Tensor | None, torch.Tensor | None],
     results: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     drop_zeros: bool,
+    blocks: int,
 ) -> None:
     """Calls the kernel in its plain form, or in its fused form when there is a target.
 
@@ -45,6 +47,7 @@ def launch(
         compared: weights of the groups, and the target.
         results: the output, squared errors and code gradients.
         drop_zeros: as of decode_residual.
+        blocks: as of decode.
     """
     values, indices, offsets = codes
     checks.offsets_split_entries(offsets, indices.numel())
@@ -60,6 +63,7 @@ def launch(
         W.shape[1],
         W.shape[0],
         1 if group_ends is None else group_ends.shape[0],
+        blocks,
         drop_zeros,
     )
     if not in_range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sae_kernels.primitives import checks
+from sae_kernels.primitives.terms import tree_sum, values_by_block
 
 
 def run(
@@ -14,8 +15,13 @@ def run(
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
 ) -> torch.Tensor:
-    """Gathers the rows of every token and sums them."""
+    """Gathers the rows of every token and sums them, block by block of latents."""
+    if blocks > 1:
+        each = values_by_block(values, indices, W.shape[0], blocks)
+        total = tree_sum([run(own, indices, W, None, group_ends, offsets) for own in each])
+        return total if b_dec is None else total + b_dec
     checks.latents_in_range(indices, W.shape[0])
     checks.offsets_split_entries(offsets, indices.numel())
     checks.groups_split_latents(group_ends, W.shape[0])

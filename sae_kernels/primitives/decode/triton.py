@@ -15,6 +15,7 @@ import triton.language as tl
 from sae_kernels import gpu
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.tensors import packed
+from sae_kernels.primitives.terms import tree_sum, values_by_block
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,13 @@ def run(
     b_dec: torch.Tensor | None,
     group_ends: torch.Tensor | None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
 ) -> torch.Tensor:
-    """Decodes every token; a program takes a block of columns."""
+    """Decodes every token; a program takes a block of columns. Each block of latents is a pass."""
+    if blocks > 1:
+        each = values_by_block(values, indices, W.shape[0], blocks)
+        total = tree_sum([run(own, indices, W, None, group_ends, offsets) for own in each])
+        return total if b_dec is None else total + b_dec
     B, K, (F, D) = checks.n_tokens(values, offsets), kept(indices, offsets), W.shape
     groups = 1 if group_ends is None else group_ends.shape[0]
     rows, columns, warps = gather_tile(K, D)

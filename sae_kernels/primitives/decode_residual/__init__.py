@@ -17,6 +17,7 @@ def decode_residual(
     group_ends: torch.Tensor | None = None,
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,6 +43,8 @@ def decode_residual(
         group_weights: [G] in the accumulator dtype, or None.
         offsets: int32 [B + 1] with ragged codes: the entries ``offsets[t]`` to ``offsets[t + 1]``
             are token t's.
+        blocks: equal blocks of latents that are summed up first and then added in the order of a
+            binary tree, 1 to 64, a divisor of F.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -49,6 +52,7 @@ def decode_residual(
     """
     checks.codes(values, indices, W, offsets)
     checks.group_ends(group_ends)
+    checks.blocks(blocks, W.shape[0])
     tokens, width = checks.n_tokens(values, offsets), W.shape[1]
     checks.shape("b_dec", b_dec, [width], "one bias per output")
     checks.shape("target", target, [tokens, width], "tokens by outputs")

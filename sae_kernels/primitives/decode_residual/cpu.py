@@ -18,6 +18,7 @@ def run(
     group_ends: torch.Tensor | None = None,
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/decode.cpp with a target."""
     groups = () if group_ends is None else (group_ends.shape[0],)
@@ -28,5 +29,5 @@ def run(
     grad = torch.zeros_like(values) if offsets is not None else torch.empty_like(values)
     codes = (values, indices, offsets)
     results = (e, sse, grad)
-    decode.launch(codes, W, b_dec, group_ends, (group_weights, target), results, drop_zeros)
+    decode.launch(codes, W, b_dec, group_ends, (group_weights, target), results, drop_zeros, blocks)
     return e, sse, grad

@@ -18,9 +18,10 @@ def run(
     group_ends: torch.Tensor | None = None,
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes, subtracts, squares and multiplies the residual with the selected rows."""
-    e = decode.run(values, indices, W, b_dec, group_ends, offsets) - target
+    e = decode.run(values, indices, W, b_dec, group_ends, offsets, blocks) - target
     sse = e.square().sum(-1)
     if group_weights is not None:
         e = e * group_weights[:, None, None]

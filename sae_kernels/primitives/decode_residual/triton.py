@@ -115,10 +115,12 @@ def run(
     group_ends: torch.Tensor | None = None,
     group_weights: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
+    blocks: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes residual, squared error and code gradients; a program takes a token."""
-    if group_ends is not None or offsets is not None or values.shape[1] > MOST_FUSED:
-        e = decode.run(values, indices, W, b_dec, group_ends, offsets)
+    in_parts = group_ends is not None or offsets is not None or blocks > 1
+    if in_parts or values.shape[1] > MOST_FUSED:
+        e = decode.run(values, indices, W, b_dec, group_ends, offsets, blocks)
         sse = _compare(e, target, group_weights)
         grad = code_grad.run(e, indices, W, group_ends, offsets)
         return e, sse, torch.where(values == 0, 0, grad) if drop_zeros else grad
