@@ -217,7 +217,9 @@ class LatentRanks:
         if b_dec is not None:
             mine.add_(b_dec)
         mine.sub_(target[own] if group_ends is None else target[own, None])
-        e = self.collectives.gather_rows(mine, n, "residuals")
+        e = self.collectives.gather_rows(
+            mine, n, "residuals", out=partial if group_ends is None else None
+        )
         if group_ends is not None:
             e = e.transpose(0, 1).contiguous()
         squares = e.square().sum(-1)

@@ -196,3 +196,21 @@ def test_other_data_of_the_same_size_are_not_gone_on_with(tmp_path: Path) -> Non
         state = ShuffledBatches(sources[0], 8, skip=2).state_dict()
         with pytest.raises(ValueError, match=r"others: data was '.*' is '.*'; use the same data"):
             ShuffledBatches(sources[1], 8).load_state_dict(state)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_shares_of_processes_are_the_batches_of_one(size: int, resident: bool) -> None:
+    # 10 rows over 4 are 3, 3, 3 and 1.
+    source = Streamed(53)
+    options: dict[str, Any] = {"seed": 5, "epochs": 2, **SMALL}
+
+    def batches(rank: int, size: int) -> ShuffledBatches:
+        data = source.all() if resident else Streamed(53)
+        return ShuffledBatches(data, 10, share=(rank, size), **options)
+
+    parts = zip(*(batches(rank, size) for rank in range(size)), strict=True)
+    for whole, each in zip(batches(0, 1), parts, strict=True):
+        assert_bitwise("a batch of all shares", torch.cat(each), whole)
+        assert [len(part) for part in each] == [len(part) for part in whole.chunk(size)]
+    assert batches(1, size).state_dict() == batches(0, 1).state_dict(), "a position for any size"
