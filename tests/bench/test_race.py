@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import page
-from sae_kernels.bench import cases, providers, race
+from sae_kernels.bench import cases, environments, providers, race
 from sae_kernels.bench.output import race as output
 from sae_kernels.bench.run import BenchSettings
 from sae_kernels.data.rows import TensorRows
@@ -76,3 +76,14 @@ def test_trainers_get_the_same_clock_and_learn(tmp_path):
     section = page.race_section(tmp_path / "race-here.jsonl", tmp_path)
     assert "| ours | float32 |" in section
     assert (tmp_path / "race-here.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("peer", environments.PEERS)
+def test_a_peer_hands_over_what_it_has_learnt(peer):
+    if environments.python_of(peer) is None:
+        pytest.skip(f"{peer} is not installed: sae-kernels bench --setup-peers {peer}")
+    who = [p for p in providers.GROUPS[peer] if p.dtype == "float32"]
+    records = race.race(TINY, who, BenchSettings(threads=1, budget_s=2.0))
+    assert {record["status"] for record in records} == {"measured"}
+    assert records[-1]["fvu"] < records[0]["fvu"]
