@@ -18,7 +18,7 @@ from refusals import needs
 from sae_kernels import gpu
 from sae_kernels.primitives import schedule
 from sae_kernels.primitives.select_topk import select_topk
-from sae_kernels.testing import Case, assert_bitwise, oracles
+from sae_kernels.testing import Case, assert_bitwise, oracles, screening
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ class Simulated:
         incomplete: bool [B], whether an entry found no place, whose row is scored again.
         overflowed: bool [B], whether that was so even then: it is rescued column by column.
         thresholds: [B] after each pass.
-        most: the most entries any list was offered, those it held included.
+        most: the most entries a pass offered any list, those it held included.
     """
 
     kept: torch.Tensor
@@ -53,8 +53,12 @@ def simulate(
     *,
     stride: int | None = None,
     sampled: torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
 ) -> Simulated:
-    """Pass after pass: let through what is not below the threshold, cut back to the k best."""
+    """Pass after pass: let through what is not below the threshold, cut back to the k best.
+
+    Of a screen, ``bound`` is what keys are at most by its product.
+    """
     B, F = key.shape
     n_tiles = -(-F // columns)
     stride = schedule.stride(n_tiles) if stride is None else stride
@@ -65,16 +69,17 @@ def simulate(
     kept = torch.zeros(B, F, dtype=torch.bool)
     kept[:, sampled] = True
     none = torch.zeros(B, dtype=torch.bool)
-    result = Simulated(kept, none, none.clone(), [], n_sampled)
+    result = Simulated(kept, none, none.clone(), [], 0)
     _cut_back(result, key, rank, k)
     if n_sampled == F:
         return result
     kept[:] = False
-    for start, stop in schedule.column_passes(n_tiles, columns, k, capacity):
+    passing, room = (key, capacity) if bound is None else (bound, capacity // 2)
+    for start, stop in schedule.column_passes(n_tiles, columns, k, room):
         tiles = torch.arange(start, stop) * stride % n_tiles
         latents = (tiles[:, None] * columns + torch.arange(columns)).flatten()
         latents = latents[latents < F]
-        new = ~(key[:, latents] < result.thresholds[-1][:, None])
+        new = ~(passing[:, latents] < result.thresholds[-1][:, None])
         offered = kept.sum(1) + new.sum(1)
         result.incomplete |= offered > capacity
         result.most = max(result.most, int(offered.max()))
@@ -145,6 +150,14 @@ def test_lists_hold_what_a_pass_lets_through(k: int) -> None:
 def test_random_scores_do_not_overflow(k: int, F: int) -> None:
     simulated = simulate(torch.randn(40, F), k, 256, schedule.capacity(k))
     assert not simulated.incomplete.any()
+
+
+@pytest.mark.parametrize(("D", "k"), [(768, 32), (2304, 32), (4096, 64)])
+def test_lists_have_room_for_what_passes_a_screen_and_does_not_win(D: int, k: int) -> None:
+    x, W = torch.randn(20, D), torch.randn(8192, D)
+    bounds = screening.score_bounds(x, W, screening.in_bf16)
+    simulated = simulate(x @ W.T, k, 256, schedule.capacity(k), bound=bounds.score + bounds.error)
+    assert 0 < simulated.most < 0.75 * schedule.capacity(k)
 
 
 def test_sorted_latents_overflow_only_when_visited_in_order() -> None:

@@ -66,14 +66,17 @@ def pays(x: torch.Tensor, k: int, n_latents: int) -> bool:
 
 
 def screen_of(x: torch.Tensor, W: torch.Tensor) -> Screen | None:
-    """The screen of these packed operands, or None where there is none."""
+    """Rounds packed operands for a screen; None without tokens, and where no bound is known."""
     if x.dtype != torch.float32 or x.shape[1] > _WIDEST or x.shape[0] == 0:
         return None
     return Screen(rounded(x), rounded(W, error_of_sums(x.shape[1])))
 
 
 def error_of_sums(width: int) -> float:
-    """How far sums are off, of lengths of 1: in fp32, on matrix units, and of the bound itself."""
+    """The share of two rows' lengths by which sums of their products may be off (docs/numerics.md).
+
+    In fp32, on a matrix unit, and in evaluating the bound.
+    """
     return 1.01 * (5 * width + 128) * 2.0**-24
 
 
