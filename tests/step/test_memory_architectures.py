@@ -16,7 +16,7 @@ pytestmark = [
 # Unit rows in the encoder make h a standard normal number, of which one in 770 is above 3.
 _STEP = """
 from sae_kernels.nn import BatchTopKConfig, CrossLayerTopKConfig, GatedConfig, JumpReLUConfig
-from sae_kernels.nn import ReLUConfig, build
+from sae_kernels.nn import ReLUConfig, TopKConfig, build
 
 def step_of(D, F):
     sae = build(CONFIG)
