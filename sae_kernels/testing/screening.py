@@ -92,16 +92,16 @@ def score_bounds(
     x: torch.Tensor,
     W: torch.Tensor,
     rounded: Callable[[torch.Tensor], Narrow] = narrow,
-    pairs: bool = False,
+    tokens: Callable[[torch.Tensor], Narrow] | None = None,
 ) -> Bounds:
     """Bounds on the scores ``x W^T`` in fp32, of finite rows of normal numbers.
 
-    ``rounded`` makes the narrow rows; ``pairs`` is of tokens, as of :func:`narrow`.
+    ``rounded`` makes the narrow rows, ``tokens`` those of x where they are made otherwise.
 
     ``|s - x_q w_q| <= |x| |w - w_q| + |x - x_q| |w_q| + gamma_D |x| |w|``: Cauchy and Schwarz for
     the two differences, and the rounding of a sum of D products in fp32.
     """
-    token, latent = narrow(x, pairs) if pairs else rounded(x), rounded(W)
+    token, latent = (tokens or rounded)(x), rounded(W)
     score = (token.q * token.scale) @ (latent.q * latent.scale).T
     nu = x.shape[1] * _UNIT
     length, other = x.double().norm(dim=1, keepdim=True), W.double().norm(dim=1, keepdim=True)
