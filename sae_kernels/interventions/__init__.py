@@ -1,7 +1,22 @@
 """Edits of codes and directions, on tensors and inside running models; reading codes there."""
 
+from sae_kernels.interventions.attribution import (
+    Attribution,
+    Effects,
+    Node,
+    rank_correlation,
+    strongest,
+)
 from sae_kernels.interventions.bank import EditBank
 from sae_kernels.interventions.changes import edit_codes
+from sae_kernels.interventions.circuits import (
+    Circuit,
+    Curves,
+    Edge,
+    circuit_curves,
+    draw_circuit,
+    find_circuit,
+)
 from sae_kernels.interventions.contrast import (
     LatentCosines,
     closest_latents,
@@ -26,27 +41,38 @@ from sae_kernels.interventions.running import intervene
 from sae_kernels.interventions.watching import Watch, watch
 
 __all__ = [
+    "Attribution",
+    "Circuit",
+    "Curves",
     "DirectEffects",
+    "Edge",
     "Edit",
     "EditBank",
+    "Effects",
     "LatentCosines",
     "LatentEffects",
+    "Node",
     "Watch",
     "ablate",
     "add",
+    "circuit_curves",
     "clamp",
     "closest_latents",
     "contrast",
+    "draw_circuit",
     "edit_codes",
+    "find_circuit",
     "intervene",
     "keep_only",
     "latent_effects",
     "load_directions",
     "mean_codes",
+    "rank_correlation",
     "resample",
     "save_directions",
     "scale",
     "set_to",
     "steer",
+    "strongest",
     "watch",
 ]
