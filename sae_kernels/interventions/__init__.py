@@ -38,6 +38,13 @@ from sae_kernels.interventions.edits import (
 )
 from sae_kernels.interventions.effects import DirectEffects, LatentEffects, latent_effects
 from sae_kernels.interventions.running import intervene
+from sae_kernels.interventions.shift import (
+    Documents,
+    Probe,
+    fit_probe,
+    mean_documents,
+    separation,
+)
 from sae_kernels.interventions.watching import Watch, watch
 
 __all__ = [
@@ -45,6 +52,7 @@ __all__ = [
     "Circuit",
     "Curves",
     "DirectEffects",
+    "Documents",
     "Edge",
     "Edit",
     "EditBank",
@@ -52,6 +60,7 @@ __all__ = [
     "LatentCosines",
     "LatentEffects",
     "Node",
+    "Probe",
     "Watch",
     "ablate",
     "add",
@@ -62,15 +71,18 @@ __all__ = [
     "draw_circuit",
     "edit_codes",
     "find_circuit",
+    "fit_probe",
     "intervene",
     "keep_only",
     "latent_effects",
     "load_directions",
     "mean_codes",
+    "mean_documents",
     "rank_correlation",
     "resample",
     "save_directions",
     "scale",
+    "separation",
     "set_to",
     "steer",
     "strongest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -244,7 +245,7 @@ class Attribution:
         total = torch.zeros_like(start)
         for step in range(steps):
             point = torch.lerp(start, x.to(start.dtype), (step + 0.5) / steps).requires_grad_()
-            value = self._run({layer: lambda _, point=point: point})
+            value = self._run({layer: functools.partial(_exchange, point)})
             total += self._gradients(value, {layer: point})[layer]
         return total / steps
 
@@ -308,6 +309,11 @@ class Attribution:
             mask[numbers] = True
             masks[layer] = (mask, None in latents)
         return masks
+
+
+def _exchange(point: Tensor, _rows: Tensor) -> Tensor:
+    """Other activations in place of a layer's rows."""
+    return point
 
 
 def strongest(effects: Mapping[str, Effects], n: int) -> list[tuple[Node, float]]:

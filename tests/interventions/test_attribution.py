@@ -8,14 +8,13 @@ import pytest
 import torch
 from dense_edits import VOCABULARY, Block, D, F, causal_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sae_kernels.errors import ModelError
 from sae_kernels.harvest.model import resolve_layer
 from sae_kernels.harvest.tokens import TokenBatch
 from sae_kernels.interventions import Attribution, Node, rank_correlation, strongest
 from sae_kernels.nn import JumpReLUSAE, TopKSAE
+from tests.made_tensors import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,28 +232,6 @@ def test_one_forward_and_one_backward_pass_for_all_layers(model: Any, saes: dict
     assert passes == {"forward": 2 + 4 * 3, "backward": 1 + 4 * 3}
 
 
-class Sizes(TorchDispatchMode):
-    """Numbers of elements of all tensors that operations return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)
-        }
-        for t in filter(is_tensor, tree_leaves(out)):
-            if t.untyped_storage().data_ptr() not in given:
-                self.made.append(t.untyped_storage().nbytes())
-        return out
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def test_memory_grows_with_kept_entries_alone(model: Any) -> None:
     totals = {}
     for n_latents, k in ((512, 16), (8192, 16), (512, 32)):
@@ -263,7 +240,7 @@ def test_memory_grows_with_kept_entries_alone(model: Any) -> None:
         study.effects()
         with Sizes() as sizes:
             study.effects()
-        totals[n_latents, k] = (max(sizes.made), sum(sizes.made))
+        totals[n_latents, k] = (sizes.largest, sum(size for size, _ in sizes.made))
     assert totals[8192, 16] == totals[512, 16], "the number of latents does not matter"
     more = totals[512, 32][1] - totals[512, 16][1]
     entries = B * 20 * 16

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sae_kernels.nn import (
     BatchTopKConfig,
@@ -19,31 +17,12 @@ from sae_kernels.nn import (
     build,
 )
 from sae_kernels.step import FusedStep, dense_pass
+from tests.made_tensors import Sizes
 from tests.settings import settings
 from tests.step.harness import stepping
 
 B, D, F, TILE = 256, 24, 4096, 1 << 18
 GRADIENT, ROWS = F * D * 4, B * D * 4  # of a matrix, of a batch; h would be 4 MiB
-
-
-class _Sizes(TorchDispatchMode):
-    """Bytes of each storage that an operation returns and did not get."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[int, str]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and _place(t) not in given:
-                self.made.append((t.untyped_storage().nbytes(), str(func)))
-        return out
-
-
-def _place(t: torch.Tensor) -> int:
-    return t.untyped_storage().data_ptr()
 
 
 def _sizes(config: SAEConfig, dense: bool, shift: float, **train: Any) -> list[tuple[int, str]]:
@@ -54,7 +33,7 @@ def _sizes(config: SAEConfig, dense: bool, shift: float, **train: Any) -> list[t
     step = stepping(FusedStep, sae, settings(config, compute="float32", auxk_alpha=0, **train))
     for _ in range(2):  # the second makes no scratch any more
         step.dense_next = dense
-        with _Sizes() as sizes:
+        with Sizes() as sizes:
             result = step(torch.randn(B, D), lr=1e-4)
     assert (float(result.l0) > F / 4) == dense
     return sizes.made
@@ -67,7 +46,7 @@ GROUPS = (256, 768, 1024, 2048)
 
 
 def test_what_counts_sees_a_large_tensor() -> None:
-    with _Sizes() as sizes:
+    with Sizes() as sizes:
         torch.zeros(3, 5) @ torch.zeros(5, 7)
     assert (3 * 7 * 4, "aten.mm.default") in sizes.made
 
