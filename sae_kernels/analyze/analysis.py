@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from sae_kernels.analyze.diffing import difference
 from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
 from sae_kernels.analyze.layers import layer_spread
+from sae_kernels.analyze.multidimensional import codes_of, find_clusters
 from sae_kernels.data.rows import TensorRows
 from sae_kernels.training import evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sae_kernels.analyze.diffing import Difference
     from sae_kernels.analyze.experts import ExpertUse
     from sae_kernels.analyze.geometry import Geometry
     from sae_kernels.analyze.layers import LayerSpread
+    from sae_kernels.analyze.multidimensional import Cluster
     from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.training import Evaluation
 
 Side = Literal["decoder", "encoder"]
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +43,8 @@ class Analysis:
         evaluation: what ``eval`` measures, given data.
         use: what the experts do, given data and a Switch SAE.
         spread: how latents spread over layers, of an SAE of several.
+        clusters: multi-dimensional features, the best first, where they were asked for.
+        difference: whose the latents are, of a crosscoder of two models.
     """
 
     name: str
@@ -47,6 +54,8 @@ class Analysis:
     evaluation: Evaluation | None = None
     use: ExpertUse | None = None
     spread: LayerSpread | None = None
+    clusters: list[Cluster] | None = None
+    difference: Difference | None = None
 
     @property
     def n_experts(self) -> int:
@@ -90,6 +99,10 @@ class Analysis:
             found["experts"]["by_expert"]["dead"] = dead[self.shared :].tolist()
             if self.shared:
                 found["experts"]["shared_dead"] = float(dead[0])
+        if self.clusters is not None:
+            found["clusters"] = [cluster.values() for cluster in self.clusters]
+        if self.difference is not None:
+            found["difference"] = self.difference.values()
         return found
 
 
@@ -101,6 +114,7 @@ def analyze(
     name: str = "SAE",
     side: Side = "decoder",
     threshold: float = 0.9,
+    clusters: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Analysis:
     """Runs the analyses of the Switch SAE paper (arXiv 2410.08201) on an SAE of any architecture.
@@ -112,6 +126,8 @@ def analyze(
         name: what to call it.
         side: whose rows to compare: the "decoder"'s or the "encoder"'s.
         threshold: from which cosine on two latents are duplicates.
+        clusters: whether to look for multi-dimensional features too, in the first 65,536 tokens;
+            see :func:`~sae_kernels.analyze.multidimensional.find_clusters`.
         progress: gets how many tiles of cosines are done, of how many.
 
     Raises:
@@ -127,25 +143,36 @@ def analyze(
     """
     if side not in ("decoder", "encoder"):
         raise ValueError(f"side: expected decoder or encoder, got {side!r}")
-    measured = use = None
+    if clusters and source is None:
+        raise ValueError("clusters: expected activations to find them in, got none")
+    measured = use = found = whose = None
     if source is not None:
         rows, goal = _rows(source), None if target is None else _rows(target)
         measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
         if sae.latent_experts() is not None:
-            use = _expert_use(sae, rows, goal)
+            use = _evaluating(sae, expert_use, rows, target=goal)
+        if clusters:
+            codes = _evaluating(sae, codes_of, rows)
+            found = find_clusters(codes, sae.decoder_rows())
+    if sae.config.n_layers == 2 and not sae.config.transcodes:
+        whose = difference(sae, None if source is None else _rows(source))
     W = sae.decoder_rows() if side == "decoder" else sae.W_enc
     shape = geometry(W, sae.latent_experts(), threshold=threshold, progress=progress)
-    return Analysis(name, sae.config, side, shape, measured, use, layer_spread(sae))
+    spread = layer_spread(sae)
+    return Analysis(name, sae.config, side, shape, measured, use, spread, found, whose)
 
 
 def _rows(source: RowSource | torch.Tensor) -> RowSource:
     return TensorRows(source) if isinstance(source, torch.Tensor) else source
 
 
-def _expert_use(sae: SparseAutoencoder, source: RowSource, target: RowSource | None) -> ExpertUse:
+def _evaluating(
+    sae: SparseAutoencoder, measure: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    """What a function of an SAE in evaluation mode returns; its mode is restored."""
     training = sae.training
     sae.eval()
     try:
-        return expert_use(sae, source, target=target)
+        return measure(sae, *args, **kwargs)
     finally:
         sae.train(training)

@@ -66,9 +66,9 @@ def cosine_tiles(rows: torch.Tensor, edge: int | None = None) -> Iterator[Cosine
         raise ValueError(f"rows: expected [F, D], a row per latent, got {list(rows.shape)}")
     n, step = rows.shape[0], edge or tile_edge(rows.shape[1])
     for i in range(0, n, step):
-        left, left_zero = _units(rows[i : i + step])
+        left, left_zero = unit_rows(rows[i : i + step])
         for j in range(i, n, step):
-            right, right_zero = (left, left_zero) if i == j else _units(rows[j : j + step])
+            right, right_zero = (left, left_zero) if i == j else unit_rows(rows[j : j + step])
             cosines = (left @ right.T).clamp_(-1, 1)
             if i == j:
                 seen = torch.ones_like(cosines, dtype=torch.bool).tril_()
@@ -87,7 +87,7 @@ def zero_rows(rows: torch.Tensor) -> torch.Tensor:
     return ~rows.detach().any(1)
 
 
-def _units(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unit_rows(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised rows in fp32, and the mask of zero rows; norms in fp64, where none overflows."""
     high = block.detach().double()
     norms = high.norm(dim=1, keepdim=True)

@@ -10,6 +10,7 @@ import torch
 
 from sae_kernels.analyze.frontier import frontiers
 from sae_kernels.analyze.geometry import CURVE, duplicate_curve, median
+from sae_kernels.analyze.latent_plots import clusters_row, difference_row
 from sae_kernels.plotting import figure as figures
 from sae_kernels.plotting.axes import count_axis, percent_axis
 from sae_kernels.plotting.figure import Drawing, Picture
@@ -39,7 +40,7 @@ def check_drawable() -> None:
 
 
 def draw(analyses: Sequence[Analysis]) -> list[Picture]:
-    """Draws nearest neighbours, duplicates and, if there are any, experts, layers and frontiers.
+    """Draws nearest neighbours, duplicates and what else the analyses have found.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -61,6 +62,10 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
         drawings.append(_drawing("layers", spread, layers_panel))
     if compared:
         drawings.append(_drawing("frontiers", compared, frontier_panel))
+    if found := [each for each in analyses if each.clusters]:
+        drawings.append(Drawing("clusters", partial(clusters_row, analyses=found)))
+    if apart := [each for each in analyses if each.difference is not None]:
+        drawings.append(Drawing("difference", partial(difference_row, analyses=apart)))
     return figures.render(drawings, "the pictures of an analysis")
 
 

@@ -45,6 +45,12 @@ _ORDER = (
     "effective experts",
     "load balance, 1 is even",
     "variance between experts",
+    "clusters of latents",
+    "  the best: latents, score",
+    "latents of both models",
+    "  of the first alone",
+    "  of the second alone",
+    "  confirmed by latent scaling",
 )
 
 
@@ -85,6 +91,19 @@ def _column(analysis: Analysis) -> dict[str, str]:
             "load balance, 1 is even": f"{use.balance:.3f}",
             "variance between experts": _percent(use.between),
         }
+    if analysis.clusters is not None:
+        found["clusters of latents"] = f"{len(analysis.clusters):,}"
+        for best in analysis.clusters[:1]:
+            found["  the best: latents, score"] = f"{len(best.latents)}, {number(best.score)}"
+    if analysis.difference is not None:
+        whose = analysis.difference
+        found |= {
+            "latents of both models": _part(int(whose.shared.sum()), n),
+            "  of the first alone": _part(int(whose.base_only.sum()), n),
+            "  of the second alone": _part(int(whose.chat_only.sum()), n),
+        }
+        if whose.truly_own is not None:
+            found["  confirmed by latent scaling"] = f"{int(whose.truly_own.sum()):,}"
     return found
 
 

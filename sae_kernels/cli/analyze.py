@@ -39,6 +39,9 @@ def analyze(
     encoder: Annotated[
         bool, typer.Option("--encoder", help="Compare encoder rows instead of decoder rows.")
     ] = False,
+    clusters: Annotated[
+        bool, typer.Option("--clusters", help="Look for multi-dimensional features, given --data.")
+    ] = False,
     verify: Verify = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -47,7 +50,7 @@ def analyze(
     """Measure geometry, duplicates and experts of SAEs' latents."""
     from sae_kernels import analyze as analyses
 
-    _check(data, target, verify, threshold)
+    _check(data, target, verify, threshold, clusters)
     names = _names(saes)
     if out is not None:
         check_free(out, overwrite)
@@ -72,6 +75,7 @@ def analyze(
                 name=name,
                 side="encoder" if encoder else "decoder",
                 threshold=threshold,
+                clusters=clusters,
                 progress=partial(show, name),
             )
             found.append(analysis)
@@ -82,13 +86,18 @@ def analyze(
 
 
 def _check(
-    data: list[Path] | None, target: list[Path] | None, verify: bool, threshold: float
+    data: list[Path] | None,
+    target: list[Path] | None,
+    verify: bool,
+    threshold: float,
+    clusters: bool,
 ) -> None:
     """Raises ValueError for options that do not go together, before anything is read."""
     if not 0 < threshold < 1:
         raise ValueError(f"--threshold: expected a cosine, above 0 and below 1, got {threshold}")
-    if not data and (target or verify):
-        option = "--target" if target else "--verify"
+    given = {"--target": bool(target), "--verify": verify, "--clusters": clusters}
+    if not data and any(given.values()):
+        option = next(name for name, asked in given.items() if asked)
         raise ValueError(f"{option}: expected --data too, got none; see sae-kernels analyze --help")
 
 

@@ -99,6 +99,7 @@ def test_data_that_do_not_fit(run, saved, tmp_path):
     [
         (["--data", "nowhere"], "nowhere is not a data set"),
         (["--verify"], "--verify: expected --data too"),
+        (["--clusters"], "--clusters: expected --data too"),
         (["--target", "x"], "--target: expected --data too"),
         (["--threshold", "1"], "--threshold: expected a cosine"),
         (["--out", "{file}"], "expected a folder or nothing, got a file"),
