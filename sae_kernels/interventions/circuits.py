@@ -257,7 +257,7 @@ def _graph(axes: Axes, circuit: Circuit, labels: Mapping[Node, str]) -> None:
         name = labels.get(node, "error" if node.latent is None else f"latent {node.latent}")
         text = f"{name[:_NAME]}  {number(-effect, 2)}"
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
-        axes.text(x, y - 0.33, text, ha="center", va="top", fontsize=7.5, color=INK,
+        axes.text(x, y - 0.26, text, ha="center", va="top", fontsize=7.5, color=INK,
                   parse_math=False, zorder=3, bbox=box)  # fmt: skip
     axes.scatter(*metric, s=350, color=INK, zorder=2, marker="s")
     name = f"metric {number(circuit.clean)}\nablated {number(circuit.ablated)}"
