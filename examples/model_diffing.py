@@ -1,8 +1,9 @@
-"""Model diffing: what a model learned in fine-tuning, by a crosscoder of both.
+"""Model diffing: what one model has and another lacks, by a crosscoder of both.
 
-A small model of Python's text is trained some more on the same text in capitals. A crosscoder reads
-a layer of both; its latents are shared, or one model's own. Leaves model_diffing.png beside this
-file. Run it: ``python examples/model_diffing.py``.
+The second model is a small one of Python's text with something planted into it: in every fourth
+window it is in a state, a direction, of which the first model has nothing. A crosscoder reads a
+layer of both; a few of its latents are the second model's alone, and they fire where it was
+planted. Leaves model_diffing.png beside this file. Run it: ``python examples/model_diffing.py``.
 """
 
 from __future__ import annotations
@@ -13,46 +14,37 @@ from pathlib import Path
 import torch
 from tiny_causal_model import documents, load, outputs, train_sae, windows
 
+import sae_kernels as sk
 from sae_kernels.analyze import analyze
 from sae_kernels.analyze.latent_plots import difference_row
+from sae_kernels.interventions import steer
 from sae_kernels.plotting.figure import Drawing, render
 
-LAYER = "layers.2"
-
-
-def fine_tuned(texts: list[bytes], steps: int = 60):
-    """The model after some steps on these texts."""
-    model = load().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(steps):
-        batch = windows(texts, 16, seed=step)
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+PLANTED, LAYER = "layers.1", "layers.2"
+ROWS = range(0, 384, 4)
 
 
 def main() -> None:
-    texts = documents()
-    capitals = [text.upper() for text in texts]
-    base, chat = load(), fine_tuned(capitals)
-    batch = torch.cat([windows(texts, 192), windows(capitals, 192)])
-    x = torch.cat([outputs(model, [LAYER], batch)[LAYER] for model in (base, chat)], 1)
+    model, batch = load(), windows(documents(), 384)
+    base = outputs(model, [PLANTED, LAYER], batch)
+    v = torch.nn.functional.normalize(torch.randn(base[LAYER].shape[1]), dim=0)
+    planted = steer(v, 0.7 * float(base[PLANTED].norm(dim=1).mean()), rows=ROWS)
+    with sk.intervene(model, {PLANTED: None}, [planted]):
+        second = outputs(model, [LAYER], batch)[LAYER]
+    x = torch.cat([base[LAYER], second], 1)
     # Decoder norms are free, or there would be nothing to compare.
-    crosscoder = train_sae(x, 768, n_layers=2, unit_norm_decoder=False)
-    found = analyze(crosscoder, x, name="before and after training on capitals")
+    crosscoder = train_sae(x, 512, n_layers=2, unit_norm_decoder=False, lr=5e-3)
+    found = analyze(crosscoder, x, name="a direction of its own")
     whose = found.difference
     assert whose is not None
     print({name: n for name, n in whose.values().items() if isinstance(n, int)})
-    codes = crosscoder.encode(x)
-    at = batch[:, 1:].flatten()
-    for name, mask in (("after alone", whose.chat_only), ("before alone", whose.base_only)):
-        latents = mask.nonzero()[:, 0]
-        if len(latents):
-            fired = at[codes.columns(latents).any(1)]
-            upper = ((fired >= ord("A")) & (fired <= ord("Z"))).double().mean()
-            print(f"latents of the model {name} fire at a capital in {upper:.0%} of their tokens")
+    codes, there = crosscoder.encode(x), torch.zeros(len(batch), dtype=torch.bool)
+    there[list(ROWS)] = True
+    there = there.repeat_interleave(batch.shape[1] - 1)
+    for latent in whose.chat_only.nonzero()[:, 0].tolist():
+        fired = codes.columns([latent])[:, 0] != 0
+        share = float(there[fired].double().mean())
+        print(f"latent {latent} of the second alone: {share:.0%} of its tokens are where it is")
     draw = partial(difference_row, analyses=[found])
     (picture,) = render([Drawing("difference", draw)], "the picture")
     Path(__file__).with_suffix(".png").write_bytes(picture.png)

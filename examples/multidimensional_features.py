@@ -27,14 +27,15 @@ def main() -> None:
     x = outputs(model, [LAYER], batch)[LAYER]
     sae = train_sae(x)
     codes = codes_of(sae.eval(), TensorRows(x))
-    clusters = find_clusters(codes, sae.W_dec, threshold=0.45, together=0.02)
+    clusters = find_clusters(codes, sae.W_dec, threshold=0.3, together=0.1)
     clusters = [cluster for cluster in clusters if cluster.n_tokens >= 1000][:SHOWN]
     at = batch[:, 1:].flatten()
     names = []
     for cluster in clusters:
         fired = codes.columns(cluster.latents).any(1)
         most = Counter(at[fired].tolist()).most_common(6)
-        names.append(" ".join(repr(chr(byte))[1:-1] for byte, _ in most))
+        shown = [repr(chr(byte))[1:-1].replace(" ", "␣") for byte, _ in most]
+        names.append(" ".join(shown))
         print(
             f"{len(cluster.latents)} latents, {cluster.n_tokens:,} tokens, score "
             f"{cluster.score:.2f}: at {names[-1]}"

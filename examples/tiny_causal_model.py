@@ -58,11 +58,13 @@ def outputs(model: LlamaForCausalLM, layers: list[str], batch: Tensor) -> dict[s
     return {layer: x[:, 1:].flatten(0, 1) for layer, x in zip(layers, found, strict=True)}
 
 
-def train_sae(x: Tensor, n_latents: int = 1024, steps: int = 400, **settings: Any) -> sk.TopKSAE:
+def train_sae(
+    x: Tensor, n_latents: int = 1024, lr: float | None = None, **settings: Any
+) -> sk.TopKSAE:
     """A TopK SAE of activations, trained for some seconds."""
     d_in = x.shape[1] // settings.get("n_layers", 1)
     sae = sk.TopKSAE(d_in, n_latents, k=16, **settings)
-    sk.train(sae, x, steps=steps, batch_size=1024)
+    sk.train(sae, x, steps=400, batch_size=1024, **({} if lr is None else {"lr": lr}))
     return sae
 
 
