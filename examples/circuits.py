@@ -1,18 +1,17 @@
 """A sparse feature circuit: how a model knows which bracket it has to close.
 
 The metric is the logit of ``)`` less that of ``]`` after an open ``(``; what is ablated becomes
-what it is after an open ``[``. Leaves circuits.json and circuits.png beside this file. Run it:
-``python examples/circuits.py``.
+what it is after an open ``[``. Run it: ``python examples/circuits.py``. The picture is
+``examples-out/circuits.png``, the graph ``examples-out/circuits.json``.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 
 import torch
-from tiny_causal_model import documents, load, outputs, train_sae, windows
+from tiny_causal_model import documents, load, out, outputs, train_sae, windows
 from torch import Tensor
 
 from sae_kernels.interventions import (
@@ -77,12 +76,12 @@ def main() -> None:
         agree = rank_correlation([effect for _, effect in ranked], exact)
         print(f"{steps} steps: rank correlation with exact ablation {agree:.3f}")
     circuit = find_circuit(study, effects, n_nodes=6, n_edges=30)
-    circuit.save(Path(__file__).with_suffix(".json"))
+    circuit.save(out("circuits.json"))
     curves = circuit_curves(study, effects, [0, 2, 5, 10, 20, 40, 80, 160, 320])
     labels = names(saes, activations, batch, list(circuit.effects))
     title = "logit of ) less that of ], with an open ("
     picture = draw_circuit(circuit, labels, curves, title)
-    Path(__file__).with_suffix(".png").write_bytes(picture.png)
+    out("circuits.png").write_bytes(picture.png)
     print(f"metric {circuit.clean:.2f}, with an open [ {circuit.ablated:.2f}")
     for node, effect in list(circuit.effects.items()):
         print(f"{node.layer} {labels.get(node, 'error')!r}: {-effect:+.3f}")

@@ -3,16 +3,16 @@
 The second model is a small one of Python's text with something planted into it: in every fourth
 window it is in a state, a direction, of which the first model has nothing. A crosscoder reads a
 layer of both; a few of its latents are the second model's alone, and they fire where it was
-planted. Leaves model_diffing.png beside this file. Run it: ``python examples/model_diffing.py``.
+planted. Run it: ``python examples/model_diffing.py``. The picture is
+``examples-out/model_diffing.png``.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
-from tiny_causal_model import documents, load, outputs, train_sae, windows
+from tiny_causal_model import documents, load, out, outputs, train_sae, windows
 
 import sae_kernels as sk
 from sae_kernels.analyze import analyze
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"latent {latent} of the second alone: {share:.0%} of its tokens are where it is")
     draw = partial(difference_row, analyses=[found])
     (picture,) = render([Drawing("difference", draw)], "the picture")
-    Path(__file__).with_suffix(".png").write_bytes(picture.png)
+    out("model_diffing.png").write_bytes(picture.png)
 
 
 if __name__ == "__main__":

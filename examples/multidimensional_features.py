@@ -1,17 +1,16 @@
 """Multi-dimensional features: clusters of latents whose points are one thing, not several.
 
 Looks for them in a layer of a small model of Python's own text and says at which bytes each fires.
-Leaves multidimensional_features.png beside this file. Run it:
-``python examples/multidimensional_features.py``.
+Run it: ``python examples/multidimensional_features.py``. The picture is
+``examples-out/multidimensional_features.png``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import torch
-from tiny_causal_model import documents, load, outputs, train_sae, windows
+from tiny_causal_model import documents, load, out, outputs, train_sae, windows
 
 from sae_kernels.analyze import codes_of, find_clusters
 from sae_kernels.analyze.latent_plots import cluster_panel
@@ -48,7 +47,7 @@ def main() -> None:
             axes.set_title(name, fontsize=8, parse_math=False)
 
     (picture,) = render([Drawing("clusters", draw)], "the picture", size=(8, 5))
-    Path(__file__).with_suffix(".png").write_bytes(picture.png)
+    out("multidimensional_features.png").write_bytes(picture.png)
 
 
 if __name__ == "__main__":

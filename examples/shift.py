@@ -2,17 +2,16 @@
 
 Documents are windows of Python's own text. The task is whether a window is code or prose; but where
 the probe is trained, all code has capitals and no prose has any. Latents that the probe relies on
-are ranked, and those that fire on capitals are ablated. Leaves shift.png beside this file. Run it:
-``python examples/shift.py``.
+are ranked, and those that fire on capitals are ablated. Run it: ``python examples/shift.py``. The
+picture is ``examples-out/shift.png``.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from pydoc_data import topics
 
 import torch
-from tiny_causal_model import documents, load, outputs, train_sae, windows
+from tiny_causal_model import documents, load, out, outputs, train_sae, windows
 from torch import Tensor
 
 from sae_kernels.harvest.tokens import TokenBatch
@@ -93,7 +92,7 @@ def main() -> None:
         axes.set_xlabel("accuracy in %, where code and capitals are independent (dashed: chance)")
 
     (picture,) = render([Drawing("shift", draw)], "the picture", size=(7.5, 3.6))
-    Path(__file__).with_suffix(".png").write_bytes(picture.png)
+    out("shift.png").write_bytes(picture.png)
 
 
 if __name__ == "__main__":
