@@ -127,7 +127,7 @@ def analyze(
         side: whose rows to compare: the "decoder"'s or the "encoder"'s.
         threshold: from which cosine on two latents are duplicates.
         clusters: whether to look for multi-dimensional features too, in the first 65,536 tokens;
-            see :func:`~sae_kernels.analyze.multidimensional.find_clusters`.
+            see :func:`~sae_kernels.analyze.find_clusters`.
         progress: gets how many tiles of cosines are done, of how many.
 
     Raises:

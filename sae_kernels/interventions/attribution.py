@@ -88,7 +88,7 @@ class Attribution:
         model: a causal transformers model; left as it was.
         saes: the SAE of each layer by dotted path.
         inputs: token ids [B, S], or what a tokenizer gives; of a
-            :class:`~sae_kernels.harvest.tokens.TokenBatch` the tokens that are replaced.
+            :class:`~sae_kernels.harvest.TokenBatch` the tokens that are replaced.
         metric: logits [B, S, V] -> a scalar, such as the mean difference of two logits.
         against: other prompts of the same shape.
 
@@ -176,9 +176,8 @@ class Attribution:
         Raises:
             ValueError: as :meth:`without`.
         """
-        nothing = {layer: self._masks([(layer, None)])[layer][0] for layer in self.saes}
-        kept = {layer: (mask, False) for layer, mask in nothing.items()}
-        return self._changed(kept | self._masks(nodes))
+        nothing = {layer: (self._no_latent(layer), False) for layer in self.saes}
+        return self._changed(nothing | self._masks(nodes))
 
     def record(self) -> Pass:
         """A forward pass with the layers' activations in its graph."""
@@ -240,8 +239,7 @@ class Attribution:
         raise ValueError("metric: expected one that depends on every layer, it does not")
 
     def _mean_gradient(self, layer: str, x: Tensor, steps: int) -> Tensor:
-        nothing = torch.zeros(self.saes[layer].config.n_latents, dtype=torch.bool, device=x.device)
-        start = self._mixed(layer, x, nothing, False)
+        start = self._mixed(layer, x, self._no_latent(layer), False)
         total = torch.zeros_like(start)
         for step in range(steps):
             point = torch.lerp(start, x.to(start.dtype), (step + 0.5) / steps).requires_grad_()
@@ -287,6 +285,11 @@ class Attribution:
         rows = decode(codes.with_values(values), sae.W_dec.detach(), backend=sae.backend)
         return rows / sae.target_scale
 
+    def _no_latent(self, layer: str) -> Tensor:
+        """A mask of a layer's latents [F] without any."""
+        W = self.saes[layer].W_dec
+        return torch.zeros(W.shape[0], dtype=torch.bool, device=W.device)
+
     def _masks(
         self, nodes: Iterable[Node | tuple[str, int | None]]
     ) -> dict[str, tuple[Tensor, bool]]:
@@ -305,7 +308,7 @@ class Attribution:
                     raise ValueError(
                         f"latent: expected from 0 to {n - 1} (n_latents - 1), got {latent}"
                     )
-            mask = torch.zeros(n, dtype=torch.bool, device=self.saes[layer].W_dec.device)
+            mask = self._no_latent(layer)
             mask[numbers] = True
             masks[layer] = (mask, None in latents)
         return masks

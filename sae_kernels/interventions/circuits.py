@@ -42,7 +42,7 @@ class Circuit:
 
     Attributes:
         layers: in the order of the model.
-        effects: of each node, see :class:`~sae_kernels.interventions.attribution.Effects`.
+        effects: of each node, see :class:`~sae_kernels.interventions.Effects`.
         edges: from a layer to the next, the strongest first.
         clean: the metric.
         ablated: the metric with everything at the layers ablated.

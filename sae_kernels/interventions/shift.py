@@ -74,7 +74,7 @@ def mean_documents(
         layer: a dotted path.
         sae: of this layer.
         batches: of documents, one a row: token ids [B, S], or what a tokenizer gives; of a
-            :class:`~sae_kernels.harvest.tokens.TokenBatch` the tokens that are replaced count.
+            :class:`~sae_kernels.harvest.TokenBatch` the tokens that are replaced count.
 
     Raises:
         ModelError: an unknown layer, or one that puts out no tensor [B, S, D].

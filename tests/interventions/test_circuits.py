@@ -76,7 +76,7 @@ def test_edges_are_products_with_a_dense_jacobian(study: Attribution) -> None:
         expected = -((product @ sae.W_dec.T / sae.target_scale) * own).sum(0)
         got = torch.tensor([weights.get((Node(below, f), end), 0.0) for f in range(F)])
         torch.testing.assert_close(got.double(), expected.detach().double(), rtol=1e-5, atol=1e-9)
-        from_error = -float((product * error).sum())
+        from_error = -float((product.detach() * error).sum())
         assert weights[Node(below, None), end] == pytest.approx(from_error)
 
 
