@@ -9,6 +9,7 @@ import torch
 
 from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
+from sae_kernels.analyze.layers import layer_spread
 from sae_kernels.data.rows import TensorRows
 from sae_kernels.training import evaluate
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.analyze.experts import ExpertUse
     from sae_kernels.analyze.geometry import Geometry
+    from sae_kernels.analyze.layers import LayerSpread
     from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.training import Evaluation
@@ -35,6 +37,7 @@ class Analysis:
         geometry: nearest neighbours and duplicates.
         evaluation: what ``eval`` measures, given data.
         use: what the experts do, given data and a Switch SAE.
+        spread: how latents spread over layers, of an SAE of several.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Analysis:
     geometry: Geometry
     evaluation: Evaluation | None = None
     use: ExpertUse | None = None
+    spread: LayerSpread | None = None
 
     @property
     def n_experts(self) -> int:
@@ -75,6 +79,8 @@ class Analysis:
             "rows": self.side,
             **self.geometry.values(experts=self.n_experts > 1),
         }
+        if self.spread is not None:
+            found["layers"] = self.spread.values()
         if self.evaluation is not None:
             found["evaluation"] = self.evaluation.scalars()
         if self.use is not None:
@@ -129,7 +135,7 @@ def analyze(
             use = _expert_use(sae, rows, goal)
     W = sae.decoder_rows() if side == "decoder" else sae.W_enc
     shape = geometry(W, sae.latent_experts(), threshold=threshold, progress=progress)
-    return Analysis(name, sae.config, side, shape, measured, use)
+    return Analysis(name, sae.config, side, shape, measured, use, layer_spread(sae))
 
 
 def _rows(source: RowSource | torch.Tensor) -> RowSource:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _WIDTH, _PANEL = 6.0, 2.3  # inches; of a figure, and the height of a panel
 _BINS, _TITLE = 50, 60
+_NUMBERED = 16  # layers of which the shares are written as numbers
 _COLOURS = (INK, BLUE, ORANGE, GREEN, PURPLE, MUTED)  # of lines that are compared
 
 
@@ -38,12 +39,13 @@ def check_drawable() -> None:
 
 
 def draw(analyses: Sequence[Analysis]) -> list[Picture]:
-    """Draws nearest neighbours, duplicates and, if there are any, experts and frontiers.
+    """Draws nearest neighbours, duplicates and, if there are any, experts, layers and frontiers.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     used = [each for each in analyses if each.use is not None]
+    spread = [each for each in analyses if each.spread is not None]
     compared = frontiers(analyses)
     kinds = [cosines for each in analyses for _, _, cosines in _kinds(each)]
     cosines = torch.cat([torch.zeros(1), *kinds])
@@ -55,6 +57,8 @@ def draw(analyses: Sequence[Analysis]) -> list[Picture]:
     ]
     if used:
         drawings.append(_drawing("experts", used, load_panel))
+    if spread:
+        drawings.append(_drawing("layers", spread, layers_panel))
     if compared:
         drawings.append(_drawing("frontiers", compared, frontier_panel))
     return figures.render(drawings, "the pictures of an analysis")
@@ -139,6 +143,35 @@ def load_panel(axes: Axes, analysis: Analysis) -> None:
     axes.set_xlabel(f"expert (dashed: 1/{n}; {even})")
     axes.set_xlim(experts[0] - 0.6, experts[-1] + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+
+
+def layers_panel(axes: Axes, analysis: Analysis) -> None:
+    """The share of each layer in the latents' squared decoder norms, a row per layer read."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    spread = analysis.spread
+    assert spread is not None
+    share, most = spread.share, float(spread.share.max().clamp(min=0.01))
+    colours = LinearSegmentedColormap.from_list("share", ["white", BLUE])
+    axes.imshow(share.numpy(), cmap=colours, vmin=0, vmax=most, aspect="auto")
+    if share.shape[1] <= _NUMBERED:
+        for (source, layer), value in zip(
+            itertools.product(*map(range, share.shape)), share.flatten().tolist(), strict=True
+        ):
+            colour = "white" if value > most / 2 else INK
+            look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
+            axes.text(layer, source, f"{100 * value:.0f}", color=colour, **look)
+    live = spread.effective[spread.effective > 0]
+    mean = number(float(live.mean())) if len(live) else "none"
+    axes.set_xlabel(f"layer that is written: % of the squared norm (spread over {mean} on average)")
+    axes.set_ylabel("layer that is read")
+    axes.grid(visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(share) == 1:
+        axes.set_yticks([0], ["all"])
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def frontier_panel(axes: Axes, frontier: Frontier) -> None:

@@ -132,7 +132,7 @@ def write_cross_layer(
         DataError: tensors that are not what the configuration says.
     """
     settings = _settings(metadata or {})
-    config, tensors = _theirs(config, tensors)
+    config, tensors = to_cross_layer(config, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     each, starts = config.layer_latents, _starts(config)
@@ -238,7 +238,7 @@ def _sizes(config: CrossLayerConfig, layer: int, jumps: bool) -> tuple[Sizes, Si
     return encoder, {f"W_dec_{layer}": (F, config.n_layers - layer, D)}
 
 
-def _theirs(config: SAEConfig, tensors: Tensors) -> tuple[CrossLayerConfig, Tensors]:
+def to_cross_layer(config: SAEConfig, tensors: Tensors) -> tuple[CrossLayerConfig, Tensors]:
     """What the files can hold: W_enc, b_enc, W_dec, b_dec and a threshold for every latent.
 
     Raises:

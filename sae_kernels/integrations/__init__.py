@@ -1,6 +1,7 @@
 """These kernels under the trainers of other libraries, from outside, and taken back again.
 
-Adapters: ``sae_lens``, ``sparsify`` and ``dictionary_learning``. Importing this changes nothing.
+Adapters: ``sae_lens``, ``sparsify``, ``dictionary_learning`` and ``circuit_tracer``. Importing this
+changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Acceleration", "accelerate"]
 
-_LIBRARIES = ("dictionary_learning", "sae_lens", "sparsify")
+_LIBRARIES = ("circuit_tracer", "dictionary_learning", "sae_lens", "sparsify")
 _installed: dict[str, Installation] = {}
 
 
@@ -32,7 +33,7 @@ class Acceleration:
     """The handle of one :func:`accelerate`; as a context manager it undoes itself at the end.
 
     Attributes:
-        library: "sae_lens", "sparsify" or "dictionary_learning".
+        library: "sae_lens", "sparsify", "dictionary_learning" or "circuit_tracer".
         level: "module" or "trainer".
     """
 
@@ -86,8 +87,8 @@ def accelerate(
     functions, and the last handle to be undone restores them.
 
     Args:
-        target: "sae_lens", "sparsify" or "dictionary_learning" for all of a library, or a trainer
-            or an SAE of it, for that one alone.
+        target: "sae_lens", "sparsify", "dictionary_learning" or "circuit_tracer" for all of a
+            library, or a trainer or an SAE of it, for that one alone.
         level: "module" replaces encoders, decoders and losses, under any training loop and
             optimizer; "trainer" the trainer's inner step as well. None: the deepest that there is.
         optimizer: "fused" switches the trainers' Adam to torch's fused one; None leaves it.

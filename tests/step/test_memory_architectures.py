@@ -15,7 +15,8 @@ pytestmark = [
 
 # Unit rows in the encoder make h a standard normal number, of which one in 770 is above 3.
 _STEP = """
-from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig, ReLUConfig, build
+from sae_kernels.nn import BatchTopKConfig, CrossLayerTopKConfig, GatedConfig, JumpReLUConfig
+from sae_kernels.nn import ReLUConfig, TopKConfig, build
 
 def step_of(D, F):
     sae = build(CONFIG)
@@ -30,7 +31,7 @@ def run(step, B):
     config = step.sae.config
     target = torch.randn(B, config.output_width) if config.transcodes else None
     step.dense_next = DENSE
-    return step(torch.randn(B, config.d_in), lr=1e-4, target=target)
+    return step(torch.randn(B, config.input_width), lr=1e-4, target=target)
 
 run(step_of(64, 256), 256)
 step = step_of(768, 24576)
@@ -56,6 +57,7 @@ SPARSE = {
     "relu": ("ReLUConfig(D, F)", _L1),
     "gated": ("GatedConfig(D, F)", _L1),
     "transcoder": ("TopKConfig(D, F, 32, d_out=512, subtract_b_dec=False)", ""),
+    "clt": ("CrossLayerTopKConfig(D // 2, F, k=16, n_layers=2, d_out=D // 2)", ""),
 }
 MATRYOSHKA = {
     "batchtopk": (f"BatchTopKConfig(D, F, 32, {_GROUPS})", ""),
