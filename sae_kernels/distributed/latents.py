@@ -239,8 +239,8 @@ class LatentRanks:
 
     def longest_dead(self, own: DeadRows, ages: torch.Tensor, at_most: int) -> DeadRows:
         """The latents of all ranks that are dead longest, given this rank's and their ages."""
-        latents, device = own.latents, ages.device
-        found = pad(latents, (0, at_most - len(latents)), value=-1).long()
+        device, listed = ages.device, min(at_most, self._largest_share)
+        found = pad(own.latents, (0, listed - len(own.latents)), value=-1).long()
         known = torch.where(found >= 0, ages[found.clamp(min=0)], -1)
         every = self.collectives.gather(known, "ages").flatten()
         order = every.sort(descending=True, stable=True).indices[:at_most]
@@ -248,9 +248,9 @@ class LatentRanks:
         chosen = torch.where(every[order] >= 0, order, every.numel()).sort().values
         if device.type == "cpu":  # here alone the host knows how many there are
             chosen = chosen[: int(count)]
-        place = chosen - self.rank * at_most
-        mine = (place >= 0) & (place < at_most)
-        local = torch.where(mine, found[place.clamp(0, at_most - 1)], -1)
+        place = chosen - self.rank * listed
+        mine = (place >= 0) & (place < listed)
+        local = torch.where(mine, found[place.clamp(0, listed - 1)], -1)
 
         def rows(of: torch.Tensor) -> torch.Tensor:
             picked = of.detach()[local.clamp(min=0)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_kernels.errors import ModelError
+from sae_kernels.primitives import checks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ def latent_effects(
     """
     W_U, W_dec = _unembedding(model, sae), sae.W_dec.detach()
     if latents is not None:
-        W_dec = W_dec[_checked(latents, len(W_dec)).to(W_dec.device)]
+        W_dec = W_dec[checks.latents(latents, len(W_dec)).to(W_dec.device)]
     V = W_U.shape[0]
     k = min(k, V)
     parts: list[tuple[Tensor, ...]] = []
@@ -112,7 +113,7 @@ class DirectEffects:
         latents: Sequence[int] | Tensor,
         strengths: Tensor,
     ) -> None:
-        W_U, chosen = _unembedding(model, sae), _checked(latents, sae.config.n_latents)
+        W_U, chosen = _unembedding(model, sae), checks.latents(latents, sae.config.n_latents)
         if strengths.dim() not in (1, 2) or strengths.shape[-1] != len(chosen):
             raise ValueError(
                 f"strengths: expected [{len(chosen)}], or a row of it for each row of the batch, "
@@ -154,13 +155,3 @@ def _unembedding(model: nn.Module, sae: AnySAE) -> Tensor:
             f"{sae.config.output_width}"
         )
     return weight.detach()
-
-
-def _checked(latents: Sequence[int] | Tensor, n_latents: int) -> Tensor:
-    chosen = torch.as_tensor(latents).long().reshape(-1)
-    wrong = chosen[(chosen < 0) | (chosen >= n_latents)]
-    if wrong.numel():
-        raise ValueError(
-            f"latent: expected from 0 to {n_latents - 1} (n_latents - 1), got {int(wrong[0])}"
-        )
-    return chosen

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
 
 from sae_kernels.data import ShardWriter
-from sae_kernels.nn import SparseAutoencoder
+from sae_kernels.distributed.checkpoint import load_sae
+from sae_kernels.distributed.latents import LatentRanks
+from sae_kernels.distributed.team import Team
+from sae_kernels.nn import BatchTopKSAE, SparseAutoencoder
 from sae_kernels.runs import checkpoint
 from sae_kernels.runs.metrics import read_metrics
 from tests.distributed import runs
@@ -115,6 +119,21 @@ def test_bad_input_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def part_of(group: Any, folder: str) -> dict[str, torch.Tensor]:
+    team = Team(DeviceMesh.from_group(group, "cpu"))
+    sae = load_sae(Path(folder), team, LatentRanks(group, 99).latents)
+    return {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+
+
+@pytest.mark.full
+def test_ranks_read_their_rows_of_a_saved_sae(tmp_path: Path) -> None:
+    sae = BatchTopKSAE(16, 99, k=6, seed=5)
+    sae.save_pretrained(tmp_path)
+    whole = joined(on_ranks(2, part_of, str(tmp_path)), sae.state_dict())
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(whole[name], tensor), name
+
+
 def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
     command += ["-m", "sae_kernels", *arguments]
@@ -138,5 +157,9 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     assert again.returncode != 0
     assert again.stderr.count("expected a new or an empty folder") == 1
     assert again.stderr.count("exitcode  : 2") == 2, again.stderr
+    (out / "result.json").unlink()
+    resumed = torchrun(1, "resume", str(out))
+    assert resumed.returncode == 0, resumed.stderr  # with however many there are
+    assert "latents_over = 1" in (out / "run.toml").read_text()
     other = torchrun(2, "train", acts, "--out", str(out), "--latents-over", "3", *flags)
     assert other.stderr.count("latents_over: expected the number of processes") == 1

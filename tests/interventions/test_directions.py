@@ -155,7 +155,7 @@ def test_effects_that_cannot_be(model: Any, sae: TopKSAE) -> None:
         latent_effects(sae, nn.Linear(2, 2))
     with pytest.raises(ValueError, match="as wide as what the head reads, 16, got 8"):
         latent_effects(TopKSAE(8, F, k=2), model)
-    with pytest.raises(ValueError, match=r"latent: expected from 0 to 47 .* got 48"):
+    with pytest.raises(ValueError, match=r"latents: expected numbers from 0 to 47 .* got 48"):
         latent_effects(sae, model, [F])
     with pytest.raises(ValueError, match=r"strengths: expected \[2\]"):
         DirectEffects(sae, model, [1, 2], torch.ones(3))

@@ -176,12 +176,17 @@ struct FewTokens {
   __attribute__((noinline)) void micro(const float* packed, const E* const (&rows)[kLatents],
                                        const E* ahead, Vec<float>* out) const {
     constexpr int kLine = 64 / static_cast<int>(sizeof(E)), n = kColumns<E>;
+    // So few tokens ask for lines faster than these come, and what is asked for then is dropped:
+    // it is asked for once more, a hundred lines later.
+    constexpr bool kTwice = kTokens < 8;
     Vec<float> sum[kTokens] = {};
     int64_t d = 0;
     for (; d + n <= D; d += n) {
       if (ahead) {
         SAE_UNROLL for (int i = 0; i < kLatents * n; i += kLine)
             __builtin_prefetch(ahead + i, 0, 3);
+        SAE_UNROLL for (int i = 0; kTwice && i < kLatents * n; i += kLine)
+            __builtin_prefetch(ahead + i - 100 * kLine, 0, 3);
         ahead += kLatents * n;
       }
       Vec<float> columns[n];
