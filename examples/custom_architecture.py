@@ -1,4 +1,4 @@
-"""An architecture of your own: AbsTopK, which keeps the k latents of largest magnitude.
+"""An architecture of your own: at most k latents, each at least a share of the token's largest.
 
 The package does not have it. Registered by one line it has both training steps, files, the command
 line and evaluation. Run it; the picture is ``examples-out/custom-architecture.png``.
@@ -6,7 +6,7 @@ line and evaluation. Run it; the picture is ``examples-out/custom-architecture.p
 A package of yours registers it for everybody who installs it, with an entry point::
 
     [project.entry-points."sae_kernels.architectures"]
-    abstopk = "your_package.abstopk:AbsTopKSAE"
+    relative_topk = "your_package.relative_topk:RelativeTopKSAE"
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ from typing import ClassVar
 import torch
 
 import sae_kernels as sk
-from sae_kernels.config.base import POSITIVE_INTEGER, setting
+from sae_kernels.config.base import FRACTION, POSITIVE_INTEGER, setting
 from sae_kernels.nn import Preset, SAEConfig, register
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsTopKConfig(SAEConfig):
-    """The k latents of largest magnitude, whose codes may be negative."""
+class RelativeTopKConfig(SAEConfig):
+    """At most k latents per token, without those that are small beside its largest."""
 
-    architecture: ClassVar[str] = "abstopk"
+    architecture: ClassVar[str] = "relative_topk"
 
-    k: int = setting(32, "latents kept per token, K", POSITIVE_INTEGER)
+    k: int = setting(32, "latents kept per token at most, K", POSITIVE_INTEGER)
+    share: float = setting(0.2, "least code of a token, over its largest", FRACTION)
 
 
 @register
-class AbsTopKSAE(sk.SparseAutoencoder):
-    """``x_hat = b_dec + W_dec^T abstopk(W_enc (x - b_dec) + b_enc)``."""
+class RelativeTopKSAE(sk.SparseAutoencoder):
+    """``x_hat = b_dec + W_dec^T f``, f the k largest h without those below share times the first.
 
-    config: AbsTopKConfig
-    config_class = AbsTopKConfig
+    A token of one strong feature then has few codes, one of many has k.
+    """
+
+    config: RelativeTopKConfig
+    config_class = RelativeTopKConfig
     presets: ClassVar[dict[str, Preset]] = {
-        "abstopk": Preset("the k latents of largest magnitude, of either sign"),
+        "relative_topk": Preset("the k largest latents that are not small beside the first"),
     }
 
     def select(
@@ -49,47 +53,29 @@ class AbsTopKSAE(sk.SparseAutoencoder):
         W_enc: torch.Tensor | None = None,
         k: float | None = None,
     ) -> sk.SparseCodes:
-        """The k largest and the k smallest pre-activations, and of those the k farthest from 0."""
-        W_enc = self.W_enc if W_enc is None else W_enc
-        k = int(self.config.k if k is None else k)
-        values, indices, keys = [], [], []
-        for sign in (1, -1):  # h of the negated input is -h
-            found = sk.encode_topk(
-                sign * x_centred,
-                W_enc,
-                sign * self.b_enc,
-                k,
-                relu=False,
-                compute_dtype=self.compute_dtype,
-                backend=self.backend,
-            )
-            values.append(sign * found.values)
-            indices.append(found.indices)
-            # Among few latents one may be found from both sides: it counts on its own.
-            mine = found.values >= 0 if sign == 1 else found.values > 0
-            keys.append(torch.where(mine, found.values.detach(), -1))
-        order = torch.cat(keys, -1).sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        return sk.SparseCodes(
-            torch.cat(values, -1).gather(-1, order),
-            torch.cat(indices, -1).gather(-1, order),
-            self.config.n_latents,
+        """The k largest pre-activations, by the kernel that never stores the others."""
+        return sk.encode_topk(
+            x_centred,
+            self.W_enc if W_enc is None else W_enc,
+            self.b_enc,
+            int(self.config.k if k is None else k),
+            relu=False,
+            compute_dtype=self.compute_dtype,
+            backend=self.backend,
         )
 
     def activate(self, preacts: sk.SparseCodes) -> sk.SparseCodes:
-        """The pre-activations themselves."""
-        return preacts
-
-    @property
-    def drops_zeros(self) -> bool:
-        """A kept 0 is a code like any other."""
-        return False
+        """ReLU, and 0 where a value is below its share; entries of 0 get no gradient."""
+        h = preacts.values  # [..., k], largest first
+        least = self.config.share * h[..., :1].detach()
+        return preacts.with_values(torch.where(h >= least, h.relu(), 0))
 
 
 def activations(n: int, d_in: int = 32) -> torch.Tensor:
-    """A few of many directions, of either sign, and noise: [n, d_in]."""
+    """A few of many directions and noise: [n, d_in]."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(96, d_in, generator=g))
-    strength = torch.randn(n, 96, generator=g) * (torch.rand(n, 96, generator=g) < 0.04)
+    strength = torch.rand(n, 96, generator=g) * (torch.rand(n, 96, generator=g) < 0.04)
     return strength @ directions + 0.02 * torch.randn(n, d_in, generator=g)
 
 
@@ -101,9 +87,10 @@ def main() -> None:
 
     x = activations(8192)
     for route in ("fused", "autograd"):
-        sae = AbsTopKSAE(32, 256, k=4)
+        sae = RelativeTopKSAE(32, 256, k=8)
         result = sk.train(sae, x, steps=300, batch_size=512, lr=3e-3, route=route)
-        print(f"{route}: FVU {result.metrics[-1]['fvu']:.3f}")
+        last = result.metrics[-1]
+        print(f"{route}: FVU {last['fvu']:.3f} with {last['l0']:.1f} latents per token")
         plt.plot([line["fvu"] for line in result.metrics], label=route)
     Path("examples-out").mkdir(exist_ok=True)
     plt.legend(title="FVU").figure.savefig("examples-out/custom-architecture.png")
@@ -113,7 +100,8 @@ def main() -> None:
         print(f"loaded {type(loaded).__name__}: FVU {sk.evaluate(loaded, x).fvu:.3f}")
         with sk.data.ShardWriter(Path(folder, "acts"), d_in=32) as writer:
             writer.write(x)
-        command(f"train {folder}/acts --arch abstopk --k 4 --steps 50 --out {folder}/run".split())
+        run = "--arch relative_topk --k 8 --steps 50 --batch-size 512"
+        command(f"train {folder}/acts {run} --out {folder}/run".split())
 
 
 if __name__ == "__main__":

@@ -8,23 +8,29 @@
 
 namespace sae::SAE_ISA {
 
-template <class Visit>
-static auto visit_topk(const SelectTopkArgs& args, const Visit& visit) {
+template <RankedBy kBy, class Visit>
+static auto visit_ranked(const SelectTopkArgs& args, const Visit& visit) {
   return visit_product(args.dtype, [&](auto product) {
     using Product = decltype(product);
     using E = typename Product::Element;
     if constexpr (FewTokens<E>::template kServes<Product>) {
-      if (args.narrow && FewNarrow<E>::pays(args.B, args.D)) {
-        return args.rank_scale ? visit(FewNarrowTopk<E, true>(args))
-                               : visit(FewNarrowTopk<E, false>(args));
+      if constexpr (kBy != RankedBy::magnitude) {
+        constexpr bool kScaled = kBy == RankedBy::scaled;
+        if (args.narrow && FewNarrow<E>::pays(args.B, args.D)) {
+          return visit(FewNarrowTopk<E, kScaled>(args));
+        }
       }
-      if (FewTokens<E>::pays(args.B, args.screening)) {
-        return args.rank_scale ? visit(FewTopk<E, true>(args)) : visit(FewTopk<E, false>(args));
-      }
+      if (FewTokens<E>::pays(args.B, args.screening)) return visit(FewTopk<E, kBy>(args));
     }
-    return args.rank_scale ? visit(SelectTopk<Product, true>(args))
-                           : visit(SelectTopk<Product, false>(args));
+    return visit(SelectTopk<Product, kBy>(args));
   });
+}
+
+template <class Visit>
+static auto visit_topk(const SelectTopkArgs& args, const Visit& visit) {
+  if (args.by_magnitude) return visit_ranked<RankedBy::magnitude>(args, visit);
+  return args.rank_scale ? visit_ranked<RankedBy::scaled>(args, visit)
+                         : visit_ranked<RankedBy::score>(args, visit);
 }
 
 size_t select_topk_workspace(const SelectTopkArgs& args) {

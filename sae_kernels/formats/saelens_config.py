@@ -27,6 +27,7 @@ WHITENED = "covariance_whitening"
 _MAKERS: dict[str, Callable[..., SAEConfig]] = {
     "standard": ReLUConfig,
     "topk": TopKConfig,
+    "abstopk": TopKConfig,
     "batchtopk": BatchTopKConfig,
     "matryoshka_batchtopk": BatchTopKConfig,
     "jumprelu": JumpReLUConfig,
@@ -37,7 +38,7 @@ _MAKERS: dict[str, Callable[..., SAEConfig]] = {
     "jumprelu_skip_transcoder": JumpReLUConfig,
 }
 # What sae-lens 6.54.12 registers beside these (its __init__.py).
-_ELSEWHERE = ("abstopk", "matching_pursuit", "temporal")
+_ELSEWHERE = ("matching_pursuit", "temporal")
 # What configurations before version 6 hold of the model, beside the rest: loaded with SAELens they
 # become metadata (LLM_METADATA_KEYS of its pretrained_sae_loaders.py).
 _OLD_METADATA = {
@@ -162,6 +163,8 @@ def to_config(
         options["k"] = values.get("k")
         # A file without the key is of a version that did not rescale.
         options["rank_by_decoder_norm"] = flag(path, values, "rescale_acts_by_decoder_norm", False)
+    if architecture == "abstopk":
+        options |= {"relu": "none", "by_magnitude": True}
     if make is BatchTopKConfig:
         options["threshold_rule"] = "sae_lens"
         options["groups"] = _groups(path, values)

@@ -157,6 +157,8 @@ def _nameless(config: SAEConfig, metadata: dict[str, Any]) -> str | None:
 
 def _architecture(config: SAEConfig) -> str:
     plain = _ARCHITECTURES[type(config)]
+    if isinstance(config, TopKConfig) and config.by_magnitude:
+        plain = "abstopk"
     if not config.transcodes:
         return plain
     if (plain, config.skip) not in _TRANSCODERS:
@@ -171,9 +173,10 @@ def _inference(config: SAEConfig, tensors: Tensors) -> tuple[SAEConfig, Tensors]
     """The form that SAELens runs: JumpReLU for BatchTopK, thresholds for their logarithms."""
     if type(config) not in (*_ARCHITECTURES, BatchTopKConfig):
         raise ValueError(f"SAELens: it has no class for {type(config).__name__}")
-    if isinstance(config, TopKConfig) and config.relu == "none":
+    if isinstance(config, TopKConfig) and config.relu == "none" and not config.by_magnitude:
         raise ValueError(
-            "SAELens: expected relu 'after' or 'before', got 'none': its TopK drops negative values"
+            "SAELens: expected relu 'after' or 'before', or by_magnitude, got relu 'none': its "
+            "TopK drops negative values"
         )
     config, tensors = with_thresholds("SAELens", config, tensors)
     if isinstance(config, JumpReLUConfig):

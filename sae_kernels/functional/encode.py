@@ -30,6 +30,7 @@ def encode_topk(
     b_dec: torch.Tensor | None = ...,
     relu: bool = ...,
     rank_scale: torch.Tensor | None = ...,
+    by_magnitude: bool = ...,
     routing: None = ...,
     narrow: torch.Tensor | None = ...,
     compute_dtype: torch.dtype | None = ...,
@@ -59,6 +60,7 @@ def encode_topk(
     b_dec: torch.Tensor | None = None,
     relu: bool = True,
     rank_scale: torch.Tensor | None = None,
+    by_magnitude: bool = False,
     routing: Routing | None = None,
     narrow: torch.Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -66,9 +68,9 @@ def encode_topk(
 ) -> SparseCodes:
     """Encodes tokens into their k largest latents (TopK SAE, Gao et al., arXiv 2406.04093).
 
-    ``h = (x - b_dec) W_enc^T + b_enc``; kept are the first k of ``h * rank_scale`` (largest first,
-    ties to the lower latent, NaN first), with values ``relu(h)`` or ``h``. The [B, F] matrix h is
-    never stored.
+    ``h = (x - b_dec) W_enc^T + b_enc``; kept are the first k of ``h * rank_scale``, or of its
+    magnitude (largest first, ties to the lower latent, NaN first), with values ``relu(h)`` or
+    ``h``. The [B, F] matrix h is never stored.
 
     Args:
         x: [..., D].
@@ -82,9 +84,11 @@ def encode_topk(
             no difference to any value, gradient or count.
         rank_scale: [F], multiplies h for ranking only (SAELens ranks by the decoder norm); no
             gradient flows into it.
+        by_magnitude: rank by ``|h * rank_scale|`` (AbsTopK, arXiv 2510.00404); values keep their
+            sign, with ``relu=False``.
         routing: from :func:`route_top1`: the latents are divided equally among E experts, and a
             token is encoded by its own expert's alone, at 1/E of the cost (k is at most F/E).
-            Values are not multiplied by the gates. Not together with rank_scale.
+            Values are not multiplied by the gates. Not together with rank_scale or by_magnitude.
         narrow: :func:`~sae_kernels.primitives.narrow.narrowed` of W_enc, for weights that stay as
             they are: on the CPU 16 tokens or fewer then read a quarter of the bytes, with the same
             results.
@@ -109,9 +113,9 @@ def encode_topk(
     call = _call(x, W_enc, b_enc, b_dec, compute_dtype, backend, narrow)
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if routing is not None and rank_scale is not None:
-        raise ValueError("rank_scale: expected none with a routing, got one")
-    rule = ("topk", relu, k, rank_scale, routing)
+    if routing is not None and (rank_scale is not None or by_magnitude):
+        raise ValueError("rank_scale, by_magnitude: expected neither with a routing, got one")
+    rule = ("topk", relu, k, rank_scale, by_magnitude, routing)
     values, indices, _ = recorded(_Encode, *call.tensors, rule, call)
     if x.dim() != 2:
         shape = (*x.shape[:-1], k)
@@ -315,10 +319,11 @@ class _Encode(torch.autograd.Function):
         name, *arguments = rule
         backend, narrow = call.backend, call.narrow
         if name == "topk":
-            relu, k, rank_scale, routing = arguments
+            relu, k, rank_scale, by_magnitude, routing = arguments
             if routing is None:
                 scale = _as(rank_scale, call.accumulator)
-                values, indices = select_topk(*operands, k, scale, narrow, backend=backend)
+                ranked_by = (_as(rank_scale, call.accumulator), narrow, by_magnitude)
+                values, indices = select_topk(*operands, k, *ranked_by, backend=backend)
             else:
                 routes = (routing.tokens, routing.starts)
                 values, indices = select_topk_routed(*operands, k, *routes, narrow, backend=backend)

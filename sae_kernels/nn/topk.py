@@ -48,11 +48,18 @@ class TopKConfig(SAEConfig):
         None,
         "sizes of the latent groups of a Matryoshka SAE (arXiv 2503.17547); None: not Matryoshka",
     )
+    by_magnitude: bool = setting(
+        False,
+        "rank latents by the magnitude of their pre-activations, whose sign codes keep (AbsTopK, "
+        "arXiv 2510.00404); needs relu none",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect_at_most_n_latents("k")
         check_groups(self.groups, self.n_latents)
+        if self.by_magnitude:
+            self.expect("relu", self.relu == "none", "'none' with by_magnitude (codes keep signs)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +102,10 @@ class TopKSAE(SparseAutoencoder):
     spreads: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
         "topk": Preset("the k largest latents of every token"),
+        "abstopk": Preset(
+            "the k latents of largest magnitude, of either sign",
+            sae={"relu": "none", "by_magnitude": True},
+        ),
         "multi_topk": Preset(
             "TopK with a second reconstruction from 4k latents", objective={"multi_topk": True}
         ),
@@ -112,7 +123,7 @@ class TopKSAE(SparseAutoencoder):
     def select(
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None
     ) -> SparseCodes:
-        """The k largest pre-activations of each token, largest first."""
+        """The k largest pre-activations of each token, or those of largest magnitude, in order."""
         kept: Any = self.config.k if k is None else k
         return functional.encode_topk(
             x_centred,
@@ -122,6 +133,7 @@ class TopKSAE(SparseAutoencoder):
             relu=False,
             rank_scale=self.rank_scale(),
             narrow=self.narrow,
+            by_magnitude=self.config.by_magnitude,
             compute_dtype=self.compute_dtype,
             backend=self.backend,
         )

@@ -100,12 +100,21 @@ def key_of(order):
 
 
 @triton.jit
-def places(entries, valid, rank_scale):
+def rank_key(h, columns, live, rank_scale, BY_MAGNITUDE: tl.constexpr):
+    """What ranks scores h of some latents: h, times its latent's scale or the magnitude of that."""
+    if rank_scale is not None:
+        h = h * tl.load(rank_scale + columns, mask=live, other=1.0)
+    if BY_MAGNITUDE:
+        h = tl.abs(h)
+    return h
+
+
+@triton.jit
+def places(entries, valid, rank_scale, BY_MAGNITUDE: tl.constexpr):
     """Maps entries to integers in selection order; the first winner's is the largest."""
     h, columns = unpacked(entries)
-    if rank_scale is not None:
-        h = h * tl.load(rank_scale + columns, mask=valid, other=0.0)
-    order = ordered(h).to(tl.int64) << 32 | (columns ^ _MOST).to(tl.int64)
+    key = rank_key(h, columns, valid, rank_scale, BY_MAGNITUDE)
+    order = ordered(key).to(tl.int64) << 32 | (columns ^ _MOST).to(tl.int64)
     return tl.where(valid, order, _NO_PLACE)
 
 
@@ -215,6 +224,7 @@ def keep(
     k,
     CAPACITY: tl.constexpr,
     LENGTH: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
 ):
     """Cuts lists of at most LENGTH entries back to their k best, of latents before the end.
 
@@ -229,7 +239,7 @@ def keep(
     _, columns = unpacked(entries)
     # A NaN or an infinity in x can let columns beyond the last latent through.
     valid = (slots < count[:, None]) & (columns < end[:, None])
-    place = places(entries, valid, rank_scale)
+    place = places(entries, valid, rank_scale, BY_MAGNITUDE)
     wins = (place >= _last_place(place, live, k)[:, None]) & valid
     n_wins = tl.sum(wins.to(tl.int32), 1)
     last = tl.min(tl.where(wins, place, _FIRST_PLACE), 1)
@@ -255,6 +265,7 @@ def keep_best(
     purpose,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
 ):
     """Cuts the lists of ROWS rows a block back to their k best, which raises their thresholds.
 
@@ -271,7 +282,7 @@ def keep_best(
         return
     end = first_of(rows, firsts) + n_latents
     n, threshold, overflowed = keep(
-        rows, live, counts, candidates, rank_scale, end, k, CAPACITY, CAPACITY
+        rows, live, counts, candidates, rank_scale, end, k, CAPACITY, CAPACITY, BY_MAGNITUDE
     )
     misses = overflowed | (was_incomplete & (purpose != OF_THE_REPEAT))
     again = misses & is_last
@@ -297,6 +308,7 @@ def write_selected(
     CAPACITY: tl.constexpr,
     BEST: tl.constexpr,
     STEP: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
 ):
     """Writes the results of lists that were cut back to k, in selection order, to their tokens.
 
@@ -307,12 +319,12 @@ def write_selected(
     slots = tl.arange(0, BEST)[None, :]
     valid = (slots < k) & live[:, None]
     entries = tl.load(lists + slots, mask=live[:, None], other=0)
-    place = places(entries, valid, rank_scale)
+    place = places(entries, valid, rank_scale, BY_MAGNITUDE)
     rank = tl.zeros(entries.shape, tl.int32)
     for start in range(0, BEST, STEP):
         some = start + tl.arange(0, STEP)[None, :]
         others = tl.load(lists + some, mask=live[:, None], other=0)
-        other = places(others, (some < k) & live[:, None], rank_scale)
+        other = places(others, (some < k) & live[:, None], rank_scale, BY_MAGNITUDE)
         rank += tl.sum((other[:, None, :] > place[:, :, None]).to(tl.int32), 2)
     h, columns = unpacked(entries)
     target = token.to(tl.int64)[:, None] * k + rank
@@ -337,6 +349,7 @@ def write_complete(
     BEST: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
 ):
     """Writes the results of complete lists, and the numbers of the rows whose lists are not."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -350,5 +363,5 @@ def write_complete(
     live = live & complete
     if tl.max(live.to(tl.int32), 0) == 0:
         return
-    outputs = (values, indices)
-    write_selected(rows, token, live, candidates, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
+    lists, outputs = (candidates, rank_scale), (values, indices)
+    write_selected(rows, token, live, *lists, *outputs, k, CAPACITY, BEST, STEP, BY_MAGNITUDE)

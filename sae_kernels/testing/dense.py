@@ -56,8 +56,9 @@ def dense_loss(
     ``h = (x - b_dec) W_enc^T + b_enc``, ``y_hat = f W_dec + b_dec (+ x W_skip^T)`` and
     ``loss = scale sum (y_hat - y)^2 + coefficient penalty``, with f by ``spec.selection``:
 
-    - topk: relu(h) or h at the first k latents by key descending, ties to the lower latent, NaN
-      first (Gao et al., arXiv 2406.04093); with ``n_sources`` of each group of latents.
+    - topk: relu(h) or h at the first k latents by key or its magnitude descending, ties to the
+      lower latent, NaN first (Gao et al., arXiv 2406.04093; arXiv 2510.00404); with ``n_sources``
+      of each group of latents.
     - batchtopk: relu(h) at the first min(int(k B), positives) entries of the batch, ties to the
       lower (token, latent) (Bussmann et al., arXiv 2412.06410).
     - jumprelu, with its straight-through gradients: see
@@ -139,6 +140,8 @@ def _codes(spec: DenseSpec, p: Mapping[str, Tensor], a: Tensor, h: Tensor, k: fl
     key = h
     if spec.rank_by_decoder_norm:
         key = h * decoder_norm(p["W_dec"], spec.norm, spec.n_layers)
+    if spec.by_magnitude:
+        key = key.abs()
     if spec.selection == "topk":
         groups = key.detach().unflatten(1, (spec.n_sources, -1))
         kept = topk_kept(groups, int(k)).flatten(1)

@@ -27,6 +27,7 @@ class DenseSpec:
         k: "topk" and "switch": latents per token. "batchtopk": ``int(k * B)`` are kept in the whole
             batch.
         relu: "topk": the kept values are relu(h), else h.
+        by_magnitude: "topk" ranks by the magnitude of the key.
         subtract_b_dec: h is that of ``x - b_dec``.
         rank_by_decoder_norm: "topk" and "batchtopk" rank by ``h n_f`` (n_f without gradient).
         bandwidth: "jumprelu": the width w of the straight-through window.
@@ -61,6 +62,7 @@ class DenseSpec:
     selection: Selection
     k: float = 0
     relu: bool = True
+    by_magnitude: bool = False
     subtract_b_dec: bool = True
     rank_by_decoder_norm: bool = False
     bandwidth: float = 0.0
@@ -116,6 +118,8 @@ def _check_selection(spec: DenseSpec) -> None:
             raise ValueError(f"{name}: expected topk or batchtopk, got {spec.selection}")
     if not spec.relu and spec.selection != "topk":
         raise ValueError(f"relu: only topk may leave it out, got {spec.selection}")
+    if spec.by_magnitude and spec.selection != "topk":
+        raise ValueError(f"by_magnitude: expected topk, got {spec.selection}")
 
 
 def _check_penalty(spec: DenseSpec) -> None:

@@ -17,7 +17,7 @@ class Scores(NamedTuple):
 
     Attributes:
         h: [B, F], ``x W^T + b``, never -0.
-        key: [B, F], the ranking key ``h * rank_scale``.
+        key: [B, F], the ranking key ``h * rank_scale``, or its magnitude.
         magnitude: [B, F], the sum of the absolute terms of h: what its rounding error scales with.
     """
 
@@ -27,7 +27,11 @@ class Scores(NamedTuple):
 
 
 def scores(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rank_scale: torch.Tensor | None = None
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    rank_scale: torch.Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> Scores:
     """Every score of every token."""
     x, W = x.double(), W.double()
@@ -38,7 +42,7 @@ def scores(
         magnitude = magnitude + b.double().abs()
     h = h + 0.0
     key = h if rank_scale is None else h * rank_scale.double() + 0.0
-    return Scores(h, key, magnitude)
+    return Scores(h, key.abs() if by_magnitude else key, magnitude)
 
 
 def selection(key: torch.Tensor, k: int) -> torch.Tensor:

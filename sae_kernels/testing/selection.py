@@ -24,6 +24,7 @@ def assert_selects(
     indices: torch.Tensor,
     rank_scale: torch.Tensor | None = None,
     *,
+    by_magnitude: bool = False,
     flushed: float = 0.0,
 ) -> None:
     """Raises AssertionError unless these are the case's winners, in selection order.
@@ -34,11 +35,11 @@ def assert_selects(
     Args:
         case: what was selected from.
         values, indices: [B, K], as they were selected.
-        rank_scale: [F], as it was given to the selection.
+        rank_scale, by_magnitude: as they were given to the selection.
         flushed: see :func:`~sae_kernels.testing.rounding`.
     """
-    exact = oracles.scores(*case.inputs(), rank_scale)
-    _assert_selected(case, exact, values, indices, rank_scale, flushed)
+    exact = oracles.scores(*case.inputs(), rank_scale, by_magnitude)
+    _assert_selected(case, exact, values, indices, rank_scale, flushed, by_magnitude)
 
 
 def assert_selects_routed(
@@ -71,6 +72,7 @@ def _assert_selected(
     indices: torch.Tensor,
     rank_scale: torch.Tensor | None,
     flushed: float,
+    by_magnitude: bool = False,
 ) -> None:
     budget = rounding(case.D + 1, exact.magnitude, case.dtype, flushed=flushed)
     kept = indices.long()
@@ -86,6 +88,7 @@ def _assert_selected(
     assert_same_selection("indices", indices, exact.key, case.K, band)
     assert_within("values", values, exact.h.gather(1, kept), budget.gather(1, kept))
     key = values if rank_scale is None else values * rank_scale[kept]
+    key = key.abs() if by_magnitude else key
     order = oracles.selection(key.double(), case.K)
     assert_bitwise("order of the keys", key.gather(1, order), key)
 

@@ -56,8 +56,8 @@ void narrow_rows(const std::vector<int>& W, Shape s, Buffer<int8_t>& rows) {
 }
 
 template <class E>
-void select(const KernelTable& kernels, Shape s, bool scaled, RuledOut how, int threads,
-            Random& random) {
+void select(const KernelTable& kernels, Shape s, bool scaled, bool by_magnitude, RuledOut how,
+            int threads, Random& random) {
   using T = Acc<E>;
   Buffer<E> x(s.B * s.D), W(s.F * s.D);
   Buffer<T> b(s.F), scale(s.F), values(s.B * s.k);
@@ -80,6 +80,7 @@ void select(const KernelTable& kernels, Shape s, bool scaled, RuledOut how, int 
                       s.k,
                       {},
                       how.screening,
+                      by_magnitude,
                       nullptr,
                       threads};
   Buffer<char> workspace(static_cast<int64_t>(kernels.select_topk_workspace(args)), kAlign);
@@ -90,6 +91,7 @@ void select(const KernelTable& kernels, Shape s, bool scaled, RuledOut how, int 
     for (int64_t f = 0; f < s.F; ++f) {
       h[f] = operands.score(s, t, f);
       key[f] = scaled ? h[f] * scales[f] : h[f];
+      if (by_magnitude) key[f] = std::abs(key[f]);
     }
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](auto i, auto j) { return key[i] > key[j]; });
@@ -536,8 +538,10 @@ void all(const KernelTable& kernels, const char* name) {
       where = text;
       Random random(++seed);
       for (const bool scaled : {false, true}) {
-        for (const RuledOut how : ways) {
-          select<E>(kernels, shape, scaled, how, threads, random);
+        for (const bool by_magnitude : {false, true}) {
+          for (const RuledOut how : ways) {
+            select<E>(kernels, shape, scaled, by_magnitude, how, threads, random);
+          }
         }
       }
       for (const int experts : {1, 2, 5}) {

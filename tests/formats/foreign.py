@@ -88,7 +88,8 @@ def formula(config: SAEConfig, tensors: dict[str, Tensor], x: Tensor) -> tuple[T
     h = product + t["b_enc"]
     norms = t["W_dec"].norm(dim=1)
     if isinstance(config, TopKConfig):
-        kept = keep_largest(h, h * norms if config.rank_by_decoder_norm else h, config.k)
+        key = h * norms if config.rank_by_decoder_norm else h
+        kept = keep_largest(h, key.abs() if config.by_magnitude else key, config.k)
         codes = kept if config.relu == "none" else kept.relu()
     elif isinstance(config, BatchTopKConfig):
         key = h.relu() * norms if config.rank_by_decoder_norm else h.relu()

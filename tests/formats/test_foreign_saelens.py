@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:SAELens. hook_name:UserWarning")
 FREE: dict[str, Any] = {"unit_norm_decoder": False}
 RAW: dict[str, Any] = {"unit_norm_decoder": False, "subtract_b_dec": False}
+SIGNED: dict[str, Any] = {"relu": "none", "by_magnitude": True}
 RAW_THRESHOLD: dict[str, Any] = {"log_threshold": False}
 
 # What comes back as it went: SAELens' own words for everything that matters after training.
@@ -52,6 +53,9 @@ CONFIGS: dict[str, SAEConfig] = {
     "standard, input as it is": ReLUConfig(D, F, **RAW),
     "topk": TopKConfig(D, F, k=K, **FREE),
     "topk ranked by norms": TopKConfig(D, F, k=K, rank_by_decoder_norm=True, **RAW),
+    "abstopk": TopKConfig(D, F, k=K, **SIGNED, **FREE),
+    "abstopk, input as it is": TopKConfig(D, F, k=K, **SIGNED, **RAW),
+    "abstopk ranked by norms": TopKConfig(D, F, k=K, rank_by_decoder_norm=True, **SIGNED, **FREE),
     "jumprelu": JumpReLUConfig(D, F, **RAW_THRESHOLD, **FREE),
     "gated": GatedConfig(D, F, **FREE),
     "gated, input as it is": GatedConfig(D, F, **RAW),
@@ -65,6 +69,7 @@ OTHERS: dict[str, SAEConfig] = {
     "jumprelu from logarithms": JumpReLUConfig(D, F, **FREE),
     "jumprelu from batchtopk": BatchTopKConfig(D, F, k=2.5, **FREE),
     "jumprelu from ranked batchtopk": BatchTopKConfig(D, F, k=K, rank_by_decoder_norm=True),
+    "jumprelu from nested groups": JumpReLUConfig(D, F, groups=(4, 12), **RAW_THRESHOLD),
     "jumprelu from groups": BatchTopKConfig(D, F, k=K, groups=(4, 12)),
     "jumprelu_transcoder from batchtopk": BatchTopKConfig(D, F, k=K, d_out=7, **RAW),
     "jumprelu_skip_transcoder from batchtopk": BatchTopKConfig(
@@ -101,9 +106,12 @@ def their_formula(cfg: dict[str, Any], tensors: Any, x: Tensor) -> tuple[Tensor,
         codes = gate * (centred @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
         return codes, codes @ w["W_dec"] + w["b_dec"]
     h = centred @ w["W_enc"] + w["b_enc"]
-    if kind == "topk":
+    if kind in ("topk", "abstopk"):
         h = h * norms if cfg["rescale_acts_by_decoder_norm"] else h
-        codes = keep_largest(h, h, cfg["k"]).relu()
+        if kind == "topk":
+            codes = keep_largest(h, h, cfg["k"]).relu()
+        else:
+            codes = keep_largest(h, h.abs(), cfg["k"])
         codes = codes / norms if cfg["rescale_acts_by_decoder_norm"] else codes
     elif kind.startswith("jumprelu"):
         codes = h.relu() * (h > w["threshold"])
@@ -411,7 +419,7 @@ CFGS: dict[str, tuple[Any, list[str]]] = {
             {"architecture": name},
             [f"SAELens' architecture '{name}', which sae_kernels does not have (it has standard, "],
         )
-        for name in ("abstopk", "matching_pursuit", "temporal")
+        for name in ("matching_pursuit", "temporal")
     },
     "architecture-a-list": ({"architecture": []}, ["architecture: expected one of", "got []"]),
     "tanh": ({"activation_fn_str": "tanh-relu"}, ["got 'standard with tanh-relu'"]),
@@ -468,7 +476,7 @@ UNWRITABLE: dict[str, tuple[Any, list[str]]] = {
         ["target_scale 1, got 3", "sae.folded()"],
     ),
     "crosscoder": (_write(ReLUConfig(D, F, n_layers=2)), ["n_layers 1, got 2"]),
-    "negative-codes": (_write(TopKConfig(D, F, k=K, relu="none")), ["got 'none'", "negative"]),
+    "negative-codes": (_write(TopKConfig(D, F, k=K, relu="none")), ["got relu 'none'", "negative"]),
     "topk-transcoder": (
         _write(TopKConfig(D, F, k=K, d_out=D, subtract_b_dec=False)),
         ["expected a ReLU, JumpReLU or BatchTopK transcoder, got topk"],

@@ -55,6 +55,7 @@ def _exact(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kind,  # type: ignore[arg-type]
         k=k,
         relu=getattr(config, "relu", "after") != "none",
+        by_magnitude=getattr(config, "by_magnitude", False),
         subtract_b_dec=config.subtract_b_dec,
         bandwidth=0.1,
         n_sources=getattr(config, "n_sources", 1),

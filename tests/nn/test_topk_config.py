@@ -23,6 +23,7 @@ GOOD = {"d_in": 4, "n_latents": 16, "k": 2}
         ({"relu": "never"}, "relu: expected one of after, before, none, got 'never'"),
         ({"relu": ["after"]}, "relu: expected one of after, before, none, got ['after']"),
         ({"subtract_b_dec": "yes"}, "subtract_b_dec: expected true or false, got 'yes'"),
+        ({"by_magnitude": True}, "relu: expected 'none' with by_magnitude (codes keep signs)"),
         ({"rank_by_decoder_norm": 1}, "rank_by_decoder_norm: expected true or false, got 1"),
         ({"unit_norm_decoder": None}, "unit_norm_decoder: expected true or false, got None"),
         *(
@@ -54,6 +55,7 @@ def test_defaults() -> None:
         "groups": None,
         "subtract_b_dec": True,
         "relu": "after",
+        "by_magnitude": False,
         "rank_by_decoder_norm": False,
         "unit_norm_decoder": True,
         "activation_scale": 1.0,

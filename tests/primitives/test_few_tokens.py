@@ -35,12 +35,14 @@ def assert_same(
 ) -> None:
     """Selects for the first tokens alone, by narrow rows and without them, and for a block."""
     x = x.repeat(-(-BLOCK // x.shape[0]), 1)
-    block = select_topk.run(x, W, b, k, rank_scale, screening=Screening.NONE)
     each = [(n, narrow) for n in counts for narrow in (None, narrowed(W))]
-    for n, narrow in each:
-        few = select_topk.run(x[:n], W, b, k, rank_scale, narrow)
-        for name, came, expected in zip(("values", "indices"), few, block, strict=True):
-            assert_bitwise(f"{name} of {n} tokens", came, expected[:n])
+    for by_magnitude in (True, False):
+        ranked_by = (rank_scale, None, by_magnitude)
+        block = select_topk.run(x, W, b, k, *ranked_by, screening=Screening.NONE)
+        for n, narrow in each:
+            few = select_topk.run(x[:n], W, b, k, rank_scale, narrow, by_magnitude)
+            for name, came, expected in zip(("values", "indices"), few, block, strict=True):
+                assert_bitwise(f"{name} of {n} tokens", came, expected[:n])
     ranked = block[0][:, -1].nan_to_num(0)
     bounds = (ranked.mean() * torch.ones(W.shape[0], dtype=ranked.dtype)).contiguous()
     bounds[::5] -= 0.5
@@ -96,8 +98,8 @@ def test_routed_tokens(n_experts: int, threads: int, isa: str) -> None:
         tokens = experts.argsort(stable=True).int()
         starts = torch.nn.functional.pad(experts.bincount(minlength=n_experts).cumsum(0), (1, 0))
         routes = select_topk.Routes(tokens, starts.int())
-        few = select_topk.run(x[:n], W, b, 3, None, None, routes)
-        ruled_out = select_topk.run(x[:n], W, b, 3, None, narrowed(W), routes)
+        few = select_topk.run(x[:n], W, b, 3, None, routes=routes)
+        ruled_out = select_topk.run(x[:n], W, b, 3, None, narrowed(W), routes=routes)
         for name, came, expected in zip(("values", "indices"), ruled_out, few, strict=True):
             assert_bitwise(f"{name} by narrow rows", came, expected)
         width = LARGE.F // n_experts

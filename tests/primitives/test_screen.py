@@ -188,8 +188,9 @@ def test_routed_tokens(isa: str) -> None:
     experts = torch.randint(4, (x.shape[0],))
     tokens = experts.argsort(stable=True).int()
     starts = torch.nn.functional.pad(experts.bincount(minlength=4).cumsum(0), (1, 0)).int()
+    routes = select_topk.Routes(tokens, starts)
     plain, *screened = (
-        select_topk.run(x, W, b, 2, None, None, select_topk.Routes(tokens, starts), how)
+        select_topk.run(x, W, b, 2, None, routes=routes, screening=how)
         for how in (Screening.NONE, *cpu.screenings(isa))
     )
     for values, indices in screened:

@@ -30,22 +30,35 @@ def select(
     k: int,
     rank_scale: torch.Tensor | None,
     backend: str,
+    by_magnitude: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects, or skips with what the backend says against such a call."""
     narrow = torch.float16 if rank_scale is None else torch.bfloat16
     if gpu.interpreted() and x.dtype in (torch.float16, narrow):
         pytest.skip("Triton's interpreter is slow and what differs here is tested in other cases")
-    arguments = (x, W, b, k, rank_scale)
+    arguments = (x, W, b, k, rank_scale, None, by_magnitude)
     needs("select_topk", x.dtype, backend, arguments)
     values, indices = select_topk(*arguments, backend=backend)
     return values, indices
 
 
-def check(case: Case, backend: str, rank_scale: torch.Tensor | None = None) -> None:
+def check(
+    case: Case,
+    backend: str,
+    rank_scale: torch.Tensor | None = None,
+    by_magnitude: bool = False,
+) -> None:
     """Selects and compares with the oracle."""
     x, W, b = case.inputs()
-    values, indices = select(x, W, b, case.K, rank_scale, backend)
-    assert_selects(case, values, indices, rank_scale, flushed=flushed(backend, case.dtype, x, W))
+    values, indices = select(x, W, b, case.K, rank_scale, backend, by_magnitude)
+    assert_selects(
+        case,
+        values,
+        indices,
+        rank_scale,
+        by_magnitude=by_magnitude,
+        flushed=flushed(backend, case.dtype, x, W),
+    )
 
 
 @cases
@@ -61,6 +74,24 @@ def test_rank_scale_changes_the_order_and_not_the_values(
 ) -> None:
     case = case.cast(dtype)
     check(case, backend, scales(case.F))
+
+
+@cases
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_magnitudes_rank_and_values_keep_their_sign(case: Case, scaled: bool, backend: str) -> None:
+    check(case, backend, scales(case.F) if scaled else None, by_magnitude=True)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [3, 40])
+def test_magnitudes_of_either_sign_tie_to_the_lower_latent(
+    dtype: torch.dtype, rows: int, backend: str
+) -> None:
+    W = torch.tensor([1.0, -4.0, 2.0, 4.0, -2.0, 0.0, -torch.inf, torch.nan])[:, None].to(dtype)
+    x = torch.ones(rows, 1, dtype=dtype)
+    values, indices = select(x, W, None, 6, None, backend, by_magnitude=True)
+    assert indices.tolist() == [[7, 6, 1, 3, 2, 4]] * rows
+    assert values[0, 1:].tolist() == [-torch.inf, -4.0, 4.0, 2.0, -2.0]
 
 
 @dtypes

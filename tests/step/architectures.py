@@ -59,6 +59,10 @@ def _topk(**options: Any) -> TopKConfig:
     return TopKConfig(options.pop("d_in", D), F, 3, **options)
 
 
+def _abstopk(**options: Any) -> TopKConfig:
+    return _topk(by_magnitude=True, relu="none", **options)
+
+
 def _batchtopk(**options: Any) -> BatchTopKConfig:
     return BatchTopKConfig(options.pop("d_in", D), F, options.pop("k", 3), **options)
 
@@ -101,6 +105,9 @@ _BALANCED = {"balance_coefficient": 0.2}
 ARCHITECTURES = {
     "topk": Architecture(_topk(), {"clip_norm": 0.5, **_AUXK}),
     "topk-relu-none": Architecture(_topk(relu="none", activation_scale=1.7), {"loss": "mse"}),
+    "abstopk": Architecture(_abstopk(), {"clip_norm": 0.5}),
+    "abstopk-auxk": Architecture(_abstopk(subtract_b_dec=False), {"multi_topk": True, **_AUXK}),
+    "abstopk-ranked": Architecture(_abstopk(rank_by_decoder_norm=True, **_FREE, **_GROUPS)),
     "topk-ranked": Architecture(_topk(rank_by_decoder_norm=True, **_FREE)),
     "topk-raw-input": Architecture(_topk(subtract_b_dec=False)),
     "multi-topk": Architecture(_topk(), {"multi_topk": True, **_AUXK}),
@@ -142,6 +149,15 @@ ARCHITECTURES = {
     "matryoshka-mean": Architecture(_batchtopk(**_GROUPS), {"clip_norm": 0.5}),
     "matryoshka-sum": Architecture(_batchtopk(k=3.3, **_GROUPS), {"matryoshka": "sum", **_AUXK}),
     "matryoshka-random": Architecture(_batchtopk(), {"random_prefixes": 3, "matryoshka": "sum"}),
+    "matryoshka-jumprelu-target": Architecture(
+        _jumprelu(**_GROUPS), _penalised("target_l0", target_l0=6.0, matryoshka="sum")
+    ),
+    "matryoshka-jumprelu-l0": Architecture(
+        _jumprelu(log_threshold=False, **_GROUPS), {**_penalised("l0", **_PREACT), **_AUXK}
+    ),
+    "matryoshka-jumprelu-random": Architecture(
+        _jumprelu(), _penalised("l0", random_prefixes=4, clip_norm=0.5)
+    ),
     "switch": Architecture(_switch(), {**_BALANCED, "loss": "mse", "clip_norm": 0.5}),
     "switch-fvu": Architecture(_switch(activation_scale=0.6), {**_BALANCED, **_AUXK}),
     "switch-unbalanced": Architecture(_switch(n_experts=2)),
@@ -228,6 +244,8 @@ REPRESENTATIVE = (
     "gated-free",
     "matryoshka-sum",
     "matryoshka-topk-random",
+    "abstopk-auxk",
+    "matryoshka-jumprelu-target",
     "switch",
     "switch-shared",
     "skip-transcoder-multi",

@@ -48,6 +48,8 @@ def _keys(given: Problem) -> tuple[Tensor, Tensor]:
         key = torch.where(routes.allowed, routes.gates * h, -torch.inf)
         off = band * routes.gates + rounding(n, (routes.gates * h).abs(), torch.float32)
         return key, off
+    if spec.by_magnitude:
+        h = h.abs()
     if not spec.rank_by_decoder_norm:
         return h, band
     W_dec = given.p["W_dec"].detach()

@@ -94,6 +94,7 @@ def spec_of(route: Route) -> DenseSpec:
         name,  # type: ignore[arg-type]
         k=getattr(config, "k", 0) * (n_sources if together else 1),
         relu=getattr(config, "relu", "after") != "none",
+        by_magnitude=getattr(config, "by_magnitude", False),
         subtract_b_dec=config.subtract_b_dec,
         rank_by_decoder_norm=getattr(config, "rank_by_decoder_norm", False),
         bandwidth=getattr(config, "bandwidth", 0.0),

@@ -102,6 +102,18 @@ SAE_INLINE Key<T> smallest(const Key<T>* keys, int64_t n) {
   return out;
 }
 
+// What ranks a score: itself, its product with a scale of its latent, or that product's magnitude.
+enum class RankedBy { score, scaled, magnitude };
+
+// The keys of scores, numbers or vectors of them.
+template <RankedBy kBy, class V>
+SAE_INLINE V rank_key(V h, V scale) {
+  if constexpr (kBy == RankedBy::score) return h;
+  const V key = h * scale;
+  if constexpr (kBy == RankedBy::magnitude) return key < V{} ? -key : key;
+  return key;
+}
+
 // Candidate lists of a block of tokens. `capacity` is a multiple of the vector length.
 template <class T, bool kScaled>
 struct Candidates {

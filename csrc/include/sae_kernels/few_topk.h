@@ -7,8 +7,9 @@
 
 namespace sae::SAE_ISA {
 
-template <class E, bool kScaled>
+template <class E, RankedBy kBy>
 class FewTopk {
+  static constexpr bool kScaled = kBy != RankedBy::score;
   using List = Candidates<float, kScaled>;
   using Entry = typename List::Entry;
 
@@ -68,11 +69,11 @@ class FewTopk {
 
     void start_tile(int64_t f, int64_t latents) {
       first = f;
-      if (kScaled) scale = of_tile(a.rank_scale, f, latents);
+      if (kScaled) scale = a.rank_scale ? of_tile(a.rank_scale, f, latents) : splat(1.0f);
     }
 
     void scan(int64_t token, Vec<float> h, uint32_t live) {
-      const Vec<float> key = kScaled ? h * scale : h;
+      const Vec<float> key = rank_key<kBy>(h, scale);
       uint32_t passed = survivors<float>(key, splat(list.thresholds[token])) & live;
       for (; passed; passed &= passed - 1) {
         const int lane = __builtin_ctz(passed);

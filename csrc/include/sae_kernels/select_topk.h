@@ -9,8 +9,9 @@
 
 namespace sae::SAE_ISA {
 
-template <class Product, bool kScaled>
+template <class Product, RankedBy kBy>
 class SelectTopk {
+  static constexpr bool kScaled = kBy != RankedBy::score;
   using T = typename Product::T;
   using List = Candidates<T, kScaled>;
   using Entry = typename List::Entry;
@@ -19,7 +20,7 @@ class SelectTopk {
   explicit SelectTopk(const SelectTopkArgs& args)
       : a(args),
         encoder{args.x, args.W, args.b, args.B, args.D, args.F, args.threads, args.routes},
-        screened(Screen::serves<Product>(args.screening, args.D)) {
+        screened(kBy != RankedBy::magnitude && Screen::serves<Product>(args.screening, args.D)) {
     // Longer lists are cut less often, shorter ones tighten the threshold earlier. At first, when
     // nearly all would pass, longer ones are filled without comparing.
     limit = List::whole_vectors(a.k + std::max<int64_t>(a.k, 32));
@@ -114,16 +115,15 @@ class SelectTopk {
           pushes(bias, f));
     }
 
-    T key_of(T h, int64_t i) const { return kScaled ? h * scale[i] : h; }
+    T key_of(T h, int64_t i) const { return rank_key<kBy>(h, kScaled ? scale[i] : T{1}); }
 
     auto thresholds() {
       return [this](int64_t token) SAE_INLINE_LAMBDA { return load_raw(list.thresholds + token); };
     }
     auto tests(const T* bias) {
       return [this, bias](const T* at, int64_t i, Vec<T> threshold) SAE_INLINE_LAMBDA {
-        Vec<T> key = load_raw(at) + splat(bias[i]);
-        if (kScaled) key = key * splat(scale[i]);
-        return survivors<T>(key, threshold);
+        const Vec<T> by = kScaled ? splat(scale[i]) : Vec<T>{};
+        return survivors<T>(rank_key<kBy>(load_raw(at) + splat(bias[i]), by), threshold);
       };
     }
     auto pushes(const T* bias, int64_t f) {
@@ -150,12 +150,12 @@ class SelectTopk {
         int64_t i = 0;
         for (; i + kGroup <= latents; i += kGroup) {
           const Vec<T> h = load_strided<kGroup>(own + i * kGroup) + load_raw(bias + i) + T{0};
-          list.put_vector(t, i, kScaled ? h * load_raw(scale + i) : h, static_cast<int32_t>(f + i),
-                          h);
+          const Vec<T> by = kScaled ? load_raw(scale + i) : Vec<T>{};
+          list.put_vector(t, i, rank_key<kBy>(h, by), static_cast<int32_t>(f + i), h);
         }
         for (; i < latents; ++i) {
           const T h = own[i * kGroup] + bias[i] + T{0};
-          list.put(t, i, kScaled ? h * scale[i] : h, static_cast<int32_t>(f + i), h);
+          list.put(t, i, key_of(h, i), static_cast<int32_t>(f + i), h);
         }
         list.counts[t] += static_cast<int32_t>(latents);
         if (seen + Product::kLatents > list.capacity) list.compact(t);

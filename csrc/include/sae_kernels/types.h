@@ -50,7 +50,8 @@ struct Routes {
 // `narrow`, the rows of W in 8 bits as few_narrow.h reads them or null, says so.
 enum class Screening : int { none = 0, plain = 1, pairs = 2, fours = 3, tiles = 4 };
 
-// Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k].
+// Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k]. By magnitude
+// the keys lose their sign; such a call is not screened.
 struct SelectTopkArgs {
   DType dtype;
   const void *x, *W, *b, *rank_scale;
@@ -60,6 +61,7 @@ struct SelectTopkArgs {
   int64_t B, D, F, k;
   Routes routes;
   Screening screening;
+  bool by_magnitude;
   void* workspace;
   int threads;
 };

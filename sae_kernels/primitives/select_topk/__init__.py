@@ -14,14 +14,15 @@ def select_topk(
     k: int,
     rank_scale: torch.Tensor | None = None,
     narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects the k latents with the largest scores of every token; [B, F] is never stored.
 
     The scores are ``h = x W^T + b`` in the accumulator dtype. A token's latents are ranked by
-    ``h * rank_scale`` descending, then by number ascending, where NaN of any payload ranks above
-    +inf and -0 equals +0.
+    ``h * rank_scale``, or by its magnitude, descending, then by number ascending, where NaN of any
+    payload ranks above +inf and -0 equals +0.
 
     Args:
         x: tokens [B, D] in an operand dtype.
@@ -32,6 +33,7 @@ def select_topk(
         narrow: :func:`~sae_kernels.primitives.narrow.narrowed` of W, or None. The CPU then reads it
             in W's place for 16 tokens or fewer, and of W only rows that it does not rule out; the
             result is the same, bit for bit. Other backends do not read it.
+        by_magnitude: rank by ``|h * rank_scale|``; values keep their sign.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:

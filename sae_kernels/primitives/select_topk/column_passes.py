@@ -53,9 +53,9 @@ class EncoderOperands(NamedTuple):
     """The arguments of select_topk, packed, for the rows that are selected together.
 
     Attributes:
-        x, W, b, rank_scale: as of select_topk.
+        x, W, b, rank_scale, by_magnitude: as of select_topk.
         listed: whose rows those of x are.
-        screen: what bounds their scores from above, if anything does.
+        screen: what bounds their scores from above, if anything does; not those by magnitude.
     """
 
     x: torch.Tensor
@@ -64,6 +64,7 @@ class EncoderOperands(NamedTuple):
     rank_scale: torch.Tensor | None
     listed: ListRows = ListRows()
     screen: Screen | None = None
+    by_magnitude: bool = False
 
     @property
     def n_latents(self) -> int:
@@ -122,7 +123,7 @@ def select(
             rows = listed._replace(tokens=listed.tokens[part], firsts=listed.firsts[own])
             results = (values, indices)
         screen = None if operands.screen is None else operands.screen.part(part)
-        some = EncoderOperands(x[part], W, b, rank_scale, rows, screen)
+        some = EncoderOperands(x[part], W, b, rank_scale, rows, screen, operands.by_magnitude)
         _select_rows(some, *results, tile, encode_pass)
     return values, indices
 
@@ -134,7 +135,7 @@ def _select_rows(
     tile: ProductTile,
     encode_pass: Callable[[EncoderOperands, CandidateLists, ColumnPass, ProductTile], None],
 ) -> None:
-    x, _, _, rank_scale, listed, screen = operands
+    x, _, _, rank_scale, listed, screen, by_magnitude = operands
     B, k = x.shape[0], values.shape[1]
     capacity = schedule.capacity(k)
     n_sampled, at_once = min(operands.n_latents, capacity), _rows_a_block(capacity)
@@ -154,7 +155,7 @@ def _select_rows(
         # Its number: as a constant each purpose would be a kernel of its own.
         candidate_lists.keep_best[(-(-B // at_once),)](
             *lists, incomplete, pending, rank_scale, *listed[:2], operands.n_latents, B, k,
-            purpose.value, capacity, at_once, num_warps=4,
+            purpose.value, capacity, at_once, by_magnitude, num_warps=4,
         )  # fmt: skip
 
     _sample(operands, lists, overflow, n_sampled)
@@ -180,7 +181,7 @@ def _select_rows(
 def _sample(
     operands: EncoderOperands, lists: CandidateLists, overflow: Overflow, n_sampled: int
 ) -> None:
-    x, W, b, _, listed, _ = operands
+    x, W, b, _, listed, *_ = operands
     padded, capacity = lists.candidates.shape
     columns = min(_LATENTS, capacity)
     candidate_lists.sample[(padded // _SAMPLE_ROWS, capacity // columns)](
@@ -214,12 +215,12 @@ def _write(
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    x, W, b, rank_scale, listed, _ = operands
+    x, W, b, rank_scale, listed, _, by_magnitude = operands
     B, k, capacity = x.shape[0], values.shape[1], lists.candidates.shape[1]
     best, at_once = gpu.next_power_of_two(k), _rows_a_block(capacity)
     results = (values, indices, overflow.n, overflow.rows)
     step = min(best, max(1, 4 * _ENTRIES // (at_once * best)))
-    sizes = {"CAPACITY": capacity, "BEST": best, "STEP": step}
+    shared = {"CAPACITY": capacity, "BEST": best, "STEP": step, "BY_MAGNITUDE": by_magnitude}
     candidate_lists.write_complete[(-(-B // at_once),)](
         lists.counts,
         lists.candidates,
@@ -229,7 +230,7 @@ def _write(
         listed.tokens,
         B,
         k,
-        **sizes,
+        **shared,
         ROWS=at_once,
         num_warps=4,
     )
@@ -247,7 +248,7 @@ def _write(
         B,
         *W.shape,
         k,
-        **sizes,
+        **shared,
         LENGTH=min(capacity, gpu.next_power_of_two(k + columns)),
         KEPT=min(_RESCORED_ROWS, at_once),
         ROWS=_RESCORED_ROWS,

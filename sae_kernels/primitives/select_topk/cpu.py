@@ -40,18 +40,20 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
     routes: Routes | None = None,
     screening: cpu.Screening | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cpu/select_topk.cpp.
 
     Whether and how scores are screened by a product in 8 bits first (docs/numerics.md) makes no
-    difference to the result; None takes the screen where it is faster.
+    difference to the result; None takes the screen where it is faster. Magnitudes are not screened:
+    its bounds have one side.
     """
     n_experts = 1 if routes is None else routes.starts.shape[0] - 1
     if screening is None:
         B, D, F = x.shape[0] // n_experts, x.shape[1], W.shape[0] // n_experts
-        few = _LATENTS_PER_KEPT * k <= F
+        few = not by_magnitude and _LATENTS_PER_KEPT * k <= F
         screening = cpu.screens(B, D, F, x.dtype) if few else cpu.Screening.NONE
     operands = [packed(t) for t in (x, W, b, rank_scale, narrow)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
@@ -61,7 +63,15 @@ def run(
         by_expert = (*map(packed, routes), n_experts)
     sizes = (*x.shape, W.shape[0], k)
     valid = cpu.run_with_workspace(
-        "select_topk", cpu.code(x.dtype), *operands, values, indices, *sizes, by_expert, screening
+        "select_topk",
+        cpu.code(x.dtype),
+        *operands,
+        values,
+        indices,
+        *sizes,
+        by_expert,
+        screening,
+        by_magnitude,
     )
     if routes is not None and not valid:
         checks.routes(*routes)

@@ -22,9 +22,17 @@ _FEWEST_CANDIDATES = 512
 
 
 def refuses(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+    narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> str | None:
     """Why this call cannot run, or None."""
+    if by_magnitude:
+        return "it ranks by the score, not by its magnitude"
     if k > _MOST_KEPT:
         return f"k = {k} is more than {_MOST_KEPT}, for which its lists have room"
     products = torch.backends.cuda.matmul
@@ -50,6 +58,7 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cuda/select_tile.cu, a chunk of rows and a tile of latents at a time."""
     x, W = x.contiguous(), W.contiguous()

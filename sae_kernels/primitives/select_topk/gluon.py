@@ -46,9 +46,17 @@ _MULTIPLIER_REGISTERS, _LOADER_REGISTERS = 232, 40
 
 
 def refuses(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int, *_: object
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    k: int,
+    rank_scale: torch.Tensor | None = None,
+    narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> str | None:
     """Why this kernel cannot select, or None."""
+    if by_magnitude:
+        return "it ranks by the score, not by its magnitude"
     if not describable(x, W):
         return (
             f"its loads take rows of whole 16 bytes at aligned addresses, got x "
@@ -64,6 +72,7 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects in passes over the columns, each scored by ``_encode_pass``."""
     operands = EncoderOperands(x, W, b, rank_scale)

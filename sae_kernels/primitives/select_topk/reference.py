@@ -16,6 +16,7 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts all scores of a row; a stable sort keeps equal keys in latent order."""
     dtype = accumulator(x.dtype)
@@ -30,6 +31,7 @@ def run(
             h = h + b
         h = h + 0.0  # -0 becomes +0
         key = h if rank_scale is None else h * rank_scale + 0.0
+        key = key.abs() if by_magnitude else key
         order = key.sort(dim=1, descending=True, stable=True).indices[:, :k]
         values[part] = h.gather(1, order)
         indices[part] = order.to(torch.int32)

@@ -11,6 +11,7 @@ from sae_kernels.primitives.candidate_lists import (
     keep,
     ordered,
     packed,
+    rank_key,
     token_of,
     write_selected,
 )
@@ -46,6 +47,7 @@ def rescore_overflowed(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
 ):
     """Scores the rows whose lists overflowed again, column by column, and selects for them.
 
@@ -68,9 +70,7 @@ def rescore_overflowed(
             width = D * tl.max(tl.max(own.to(tl.int32), 1), 0)
             h = product(x, W, rows, tl.minimum(columns, F - 1), width, DEPTH, WIDEN)
             h += bias(b, columns, F)[None, :]
-            key = h
-            if rank_scale is not None:
-                key = h * tl.load(rank_scale + columns, mask=columns < F, other=1.0)[None, :]
+            key = rank_key(h, columns[None, :], columns[None, :] < F, rank_scale, BY_MAGNITUDE)
             count = tl.load(counts + rows, mask=live, other=0)
             worst = ordered(tl.load(thresholds + rows, mask=live, other=0.0))
             wins = own & ((ordered(key) > worst[:, None]) | (count < k)[:, None])
@@ -94,6 +94,7 @@ def rescore_overflowed(
                         k,
                         CAPACITY,
                         LENGTH,
+                        BY_MAGNITUDE,
                     )
                     tl.store(counts + kept_rows, n_kept, mask=some < n)
                     tl.store(thresholds + kept_rows, last, mask=(some < n) & (n_kept >= k))
@@ -103,5 +104,5 @@ def rescore_overflowed(
             rows_done = tl.load(overflowed + some, mask=some < n, other=0)
             token = token_of(rows_done, tokens, B)
             outputs = (values, indices)
-            own_lists = (rows_done, token, some < n, candidates)
-            write_selected(*own_lists, rank_scale, *outputs, k, CAPACITY, BEST, STEP)
+            own_lists = (rows_done, token, some < n, candidates, rank_scale)
+            write_selected(*own_lists, *outputs, k, CAPACITY, BEST, STEP, BY_MAGNITUDE)

@@ -65,11 +65,12 @@ def run(
     k: int,
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
+    by_magnitude: bool = False,
     screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects in passes over the columns, each scored by ``_encode_pass``."""
     operands = EncoderOperands(x.contiguous(), W.contiguous(), b, rank_scale)
-    return selected(operands, k, screened)
+    return selected(operands._replace(by_magnitude=by_magnitude), k, screened)
 
 
 def selected(
@@ -80,6 +81,8 @@ def selected(
     Whether there is one makes no difference to the result; None takes it where it is worth it.
     """
     multiplied = operands[:2]
+    if operands.by_magnitude:
+        screened = False
     if pays(operands.x, k, operands.n_latents) if screened is None else screened:
         operands = operands._replace(screen=screen_of(*multiplied))
     if operands.screen is not None:
@@ -91,7 +94,7 @@ def encode_pass(
     operands: EncoderOperands, lists: CandidateLists, columns: ColumnPass, tile: ProductTile
 ) -> None:
     """Scores some columns and appends what is not below the thresholds to the lists."""
-    x, W, b, rank_scale, listed, screen = operands
+    x, W, b, rank_scale, listed, screen, by_magnitude = operands
     (B, D), F = x.shape, W.shape[0]
     n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
     multiplied, lengths = (x, W), None
@@ -113,6 +116,7 @@ def encode_pass(
         CAPACITY=lists.candidates.shape[1],
         CHUNKS=tile.chunks,
         APPENDED_BY=_APPENDED_BY,
+        BY_MAGNITUDE=by_magnitude,
         **constants,
     )
     if screen is not None:
@@ -145,6 +149,7 @@ def _encode_pass(
     GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,
     APPENDED_BY: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -165,18 +170,8 @@ def _encode_pass(
             threshold = tl.where(threshold == threshold, threshold, float("inf"))
             lists = candidates + rows.to(tl.int64) * CAPACITY
             by_latent, by_row = (b, rank_scale, first + n_latents), (lengths, rows, B)
-            _append_passing(
-                h,
-                column,
-                by_latent,
-                by_row,
-                threshold,
-                counts + rows,
-                lists,
-                CAPACITY,
-                CHUNKS,
-                APPENDED_BY,
-            )
+            into = (threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY, BY_MAGNITUDE)
+            _append_passing(h, column, by_latent, by_row, *into)
 
 
 @triton.jit
@@ -203,6 +198,7 @@ def _append_passing(
     CAPACITY: tl.constexpr,
     CHUNKS: tl.constexpr,
     APPENDED_BY: tl.constexpr,
+    BY_MAGNITUDE: tl.constexpr,
 ):
     """Appends the scores that are not below their row's threshold.
 
@@ -213,9 +209,9 @@ def _append_passing(
     COLUMNS: tl.constexpr = product.shape[1] // (2 if CHUNKS > 1 else 1)
     if CHUNKS > 1:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
-        rest = (by_latent, by_row, threshold, counts, lists)
-        _append_passing(left, column, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
-        _append_passing(right, column + COLUMNS, *rest, CAPACITY, CHUNKS // 2, APPENDED_BY)
+        rest = (by_latent, by_row, threshold, counts, lists, CAPACITY, CHUNKS // 2, APPENDED_BY)
+        _append_passing(left, column, *rest, BY_MAGNITUDE)
+        _append_passing(right, column + COLUMNS, *rest, BY_MAGNITUDE)
     else:
         b, rank_scale, end = by_latent
         lengths, rows, B = by_row
@@ -231,6 +227,8 @@ def _append_passing(
         key = h
         if rank_scale is not None:
             key = h * scale
+        if BY_MAGNITUDE:  # that of the -inf which keeps other latents out would win
+            key = tl.where(columns[None, :] < end, tl.abs(key), float("-inf"))
         if APPENDED_BY == "ptx":
             _append(h, key, columns, threshold, counts, lists, CAPACITY)
         else:

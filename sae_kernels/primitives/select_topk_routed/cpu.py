@@ -20,4 +20,4 @@ def run(
     narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the kernel of the selection among all latents on blocks of one expert each."""
-    return cpu.run(x, W, b, k, None, narrow, cpu.Routes(tokens, starts))
+    return cpu.run(x, W, b, k, None, narrow, routes=cpu.Routes(tokens, starts))
