@@ -40,8 +40,9 @@ class ObjectiveConfig(Settings):
     sparsity_coefficient: float = setting(0.0, "factor of the sparsity penalty", NOT_NEGATIVE)
     sparsity_warmup_steps: int | None = setting(
         None,
-        "steps over which the sparsity coefficient rises linearly from 0; None is 2000 "
-        "(dictionary_learning) but at most a fifth of the run",
+        "steps over which the sparsity coefficient rises linearly from 0; None is 0 with "
+        "target_l0, where training starts, else 2000 (dictionary_learning) but at most a fifth of "
+        "the run",
         NATURAL,
     )
     sparsity_norm_weighted: bool = setting(

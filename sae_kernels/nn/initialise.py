@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_kernels.primitives.select_topk import select_topk
+
 if TYPE_CHECKING:
     from sae_kernels.config.sae import SAEConfig
+    from sae_kernels.nn.base import SparseAutoencoder
 
 _DRAWN_AT_ONCE = 1 << 24
 _SMALL = 0.08  # norm of a row where a latent has several
+_FITTED = 4096  # tokens on which a start is fitted
 
 
 def geometric_median(
@@ -118,3 +122,55 @@ def initial_weights(
     if config.unit_norm_decoder:
         return W_enc, rows(out, parts)
     return W_enc, torch.zeros(len(latents), out, device=device)
+
+
+@torch.no_grad()
+def bounds_at(sae: SparseAutoencoder, x: torch.Tensor, l0: float) -> torch.Tensor:
+    """The bound of each latent's pre-activations above which ``l0 / n_latents`` of a sample lie.
+
+    A token then has l0 latents above their bounds on average, and every latent has its share.
+
+    Args:
+        sae: a fresh SAE with its b_dec.
+        x: [n, input width], activations in the scale of training.
+        l0: latents per token.
+
+    Returns:
+        fp32 [F]; the least of a latent's pre-activations where it is to lie above its bound always.
+
+    Example:
+        >>> from sae_kernels.nn import ReLUSAE
+        >>> sae, x = ReLUSAE(8, 32), torch.randn(1000, 8)
+        >>> sae.b_enc.data -= bounds_at(sae, x, l0=4.0)
+        >>> abs(len(sae.encode(x).values) / 1000 - 4) < 0.05
+        True
+    """
+    x = sae.centred(x[:: max(1, len(x) // _FITTED)])
+    above = round(l0 / sae.config.n_latents * len(x))
+    # Tokens and latents change places: of every latent the largest of its tokens.
+    largest = select_topk(sae.W_enc, x, None, min(above + 1, len(x)), backend=sae.backend)[0]
+    return largest[:, -1] + sae.b_enc
+
+
+@torch.no_grad()
+def scale_encoder_(sae: SparseAutoencoder, x: torch.Tensor) -> None:
+    """Scales a fresh encoder by the one factor that makes its codes reconstruct a sample best.
+
+    Random decoder rows overlap, so a tied encoder's codes add up to too much. The factor is
+    ``sum (x - b_dec) . y / sum |y|^2`` with y the codes' part of the reconstruction. Nothing is
+    done where input and target differ, or where the codes reconstruct nothing.
+
+    Args:
+        sae: a fresh SAE with its b_dec and, if it is sparse by a bound, its bounds.
+        x: [n, input width], activations in the scale of training.
+    """
+    if sae.config.transcodes:
+        return
+    x = x[:: max(1, len(x) // _FITTED)]
+    y = sae.decode_scaled(sae.encode_scaled(x)) - sae.b_dec
+    # Token by token first: the same for any number of threads.
+    along, energy = (((x - sae.b_dec) * y).sum(1).sum(), y.square().sum(1).sum())
+    factor = float(along / energy)
+    if 0 < factor < float("inf"):
+        sae.W_enc.mul_(factor)
+        sae.fold_vectors_(1 / factor, 1.0)

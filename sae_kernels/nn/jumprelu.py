@@ -11,16 +11,20 @@ from torch import nn
 
 from sae_kernels import functional
 from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, setting
-from sae_kernels.config.objective import ObjectiveConfig
+from sae_kernels.config.objective import PrefixObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.initialise import bounds_at
+from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import Preset, register
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.nn.objective import Context, Reconstruction, SurveyContext
+    from sae_kernels.nn.objective import Context, Prefixes, Reconstruction, SurveyContext
+
+_LEAST = 1e-3  # initial threshold: one that is not positive has no logarithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +38,35 @@ class JumpReLUConfig(SAEConfig):
 
     architecture: ClassVar[str] = "jumprelu"
 
-    threshold_init: float = setting(
-        0.01, "initial threshold of every latent, in the scale of training"
+    threshold_init: float | None = setting(
+        None,
+        "initial threshold of every latent, in the scale of training; None starts each where a "
+        "sample of the activations has target_l0 latents per token (1 without a sample)",
     )
     bandwidth: float = setting(
-        0.05, "width of the straight-through estimator's rectangle around the threshold", POSITIVE
+        0.5,
+        "width of the straight-through estimator's rectangle around the threshold, in the scale of "
+        "training, where thresholds start near 1 (the paper, SAELens: 0.05 or less)",
+        POSITIVE,
     )
     log_threshold: bool = setting(
         True,
         "train the logarithms of the thresholds (the paper, Gemma Scope) or the thresholds "
         "themselves (dictionary_learning, SAELens); fp32 either way",
     )
+    groups: tuple[int, ...] | None = setting(
+        None,
+        "sizes of the latent groups of a Matryoshka SAE (arXiv 2503.17547); None: not Matryoshka",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_groups(self.groups, self.n_latents)
+        start = 1.0 if self.threshold_init is None else self.threshold_init
         if self.log_threshold:
             what = "a positive number (log_threshold needs its logarithm)"
-            self.expect("threshold_init", self.threshold_init > 0, what)
-        self.expect("threshold_init", self.threshold_init >= 0, "a number of at least 0")
+            self.expect("threshold_init", start > 0, what)
+        self.expect("threshold_init", start >= 0, "a number of at least 0")
 
     @property
     def threshold_name(self) -> str:
@@ -64,7 +79,7 @@ class JumpReLUConfig(SAEConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class JumpReLUObjective(ObjectiveConfig):
+class JumpReLUObjective(PrefixObjective):
     """Training objective of a JumpReLU SAE; by default a penalty holds L0 at a target.
 
     Example:
@@ -80,7 +95,7 @@ class JumpReLUObjective(ObjectiveConfig):
         "estimator; tanh, the sum of tanh(tanh_scale * code)",
         choices=("none", "l1", "lp", "l0", "target_l0", "tanh"),
     )
-    sparsity_coefficient: float = 0.3
+    sparsity_coefficient: float = 1.0
     target_l0: float | None = 32.0
     auxk_alpha: float = 0.0
     preact_coefficient: float = setting(
@@ -112,22 +127,22 @@ class JumpReLUSAE(SparseAutoencoder):
     objective_class = JumpReLUObjective
     spreads: ClassVar[bool] = True
     presets: ClassVar[dict[str, Preset]] = {
-        "jumprelu": Preset(
-            "a learned threshold per latent, L0 held at a target",
-            # Where pre-activations have unit variance.
-            sae={"threshold_init": 1.0, "bandwidth": 0.1},
-        )
+        "jumprelu": Preset("a learned threshold per latent, L0 held at a target"),
+        "matryoshka_jumprelu": Preset(
+            "JumpReLU, prefixes of the latents reconstruct alone", sae={"groups": NESTED}
+        ),
     }
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        config = self.config
-        start = math.log(config.threshold_init) if config.log_threshold else config.threshold_init
-        self.register_parameter(
-            self.config.threshold_name,
-            nn.Parameter(torch.full_like(self.b_enc, start, dtype=torch.float32)),
-        )
-        self.keeps_dtype = (self.config.threshold_name,)  # type: ignore[misc]
+        name, start = self.config.threshold_name, self.config.threshold_init
+        thresholds = torch.full_like(self.b_enc, 1.0 if start is None else start).float()
+        self.register_parameter(name, nn.Parameter(self._trained(thresholds)))
+        self.keeps_dtype = (name,)  # type: ignore[misc]
+
+    def _trained(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """The parameter that stands for thresholds."""
+        return thresholds.log() if self.config.log_threshold else thresholds
 
     def thresholds(self) -> torch.Tensor:
         """The threshold of each latent, fp32 [F], differentiable; one of +inf stays."""
@@ -148,6 +163,14 @@ class JumpReLUSAE(SparseAutoencoder):
             preacts, self.thresholds(), self.config.bandwidth, backend=self.backend
         )
 
+    @torch.no_grad()
+    def start_training_(self, x: torch.Tensor, objective: JumpReLUObjective) -> None:
+        """Starts at ``target_l0`` latents per token, unless thresholds were given."""
+        if self.config.threshold_init is None and objective.target_l0 is not None:
+            bounds = bounds_at(self, x, objective.target_l0).clamp(min=_LEAST)
+            self.get_parameter(self.config.threshold_name).copy_(self._trained(bounds))
+        super().start_training_(x, objective)
+
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides the thresholds by the scale too."""
         super().fold_vectors_(scale, target_scale)
@@ -162,9 +185,15 @@ class JumpReLUSAE(SparseAutoencoder):
         (main,) = super().reconstructions(preacts, context)
         return [main._replace(drops_zeros=False)]
 
+    def prefixes(self, objective: JumpReLUObjective, step: int, seed: int) -> Prefixes | None:
+        """The prefixes of the configured groups, or random ones drawn for this step."""
+        return prefixes_of(self, objective, step, seed)
+
     def sums_over_entries(self, objective: JumpReLUObjective) -> bool:
         """False with target_l0 or the pre-activation loss, which need sums over the whole batch."""
-        return objective.sparsity != "target_l0" and not objective.preact_coefficient
+        nested = self.config.groups or objective.random_prefixes
+        whole_batch = objective.sparsity == "target_l0" or objective.preact_coefficient
+        return not nested and not whole_batch
 
     def penalties(
         self, preacts: SparseCodes, parts: list[Reconstruction], context: Context

@@ -12,6 +12,7 @@ from sae_kernels.config.base import setting
 from sae_kernels.config.objective import PenalisedObjective
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.initialise import bounds_at
 from sae_kernels.nn.registry import FREE_NORMS, Preset, register
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.row_grad import row_grad
@@ -96,6 +97,15 @@ class ReLUSAE(SparseAutoencoder):
     def sums_over_entries(self, objective: ReLUObjective) -> bool:
         """True: a latent's code depends on its own pre-activation only."""
         return True
+
+    def start_training_(self, x: torch.Tensor, objective: ReLUObjective) -> None:
+        """Starts at ``target_l0`` latents per token.
+
+        Codes are what lies above the bounds, as small as an L1 penalty wants them: measured, a
+        larger or smaller encoder learns more slowly.
+        """
+        if objective.target_l0 is not None:
+            self.b_enc.data.sub_(bounds_at(self, x, objective.target_l0))
 
     def rows_to_finish(self, objective: ReLUObjective) -> int:
         """The sample size of the shrinkage fix; 0 if it is off."""

@@ -152,8 +152,10 @@ class TopKSAE(SparseAutoencoder):
 
     def _keys(self, preacts: SparseCodes) -> torch.Tensor:
         """What ranks the entries, like their values."""
-        values, scale = preacts.values.detach(), self.rank_scale()
-        return values if scale is None else values * scale[preacts.indices.long()]
+        keys, scale = preacts.values.detach(), self.rank_scale()
+        if scale is not None:
+            keys = keys * scale[preacts.indices.long()]
+        return keys.abs() if self.config.by_magnitude else keys
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
         """ReLU, or the pre-activations themselves with ``relu="none"``."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sae_kernels.config.sae import SAEConfig
-from sae_kernels.nn.initialise import geometric_median
+from sae_kernels.nn.initialise import geometric_median, scale_encoder_
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +84,10 @@ class Upkeep(nn.Module):
     ) -> None:
         """Sets b_dec to the centre (geometric median) of raw targets [N, output width]."""
         self.b_dec.copy_(centre(x) * self.target_scale)
+
+    def start_training_(self: Any, x: torch.Tensor, objective: Any) -> None:
+        """Fits the fresh weights on scaled tokens [n, input width], once b_dec is set."""
+        scale_encoder_(self, x)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:

@@ -181,7 +181,8 @@ class SparsitySchedule:
 
     def _risen(self) -> float:
         warmup = self.config.sparsity_warmup_steps
-        warmup = min(2000, self.steps // 5) if warmup is None else warmup
+        if warmup is None:  # where L0 is aimed at an SAE starts there
+            warmup = 0 if self.config.target_l0 else min(2000, self.steps // 5)
         return min(1.0, (self.step + 1) / warmup) if warmup else 1.0
 
     def observe(self, codes: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ def fitted(
     device: torch.device,
     latents: range | None = None,
 ) -> SparseAutoencoder:
-    """Estimates scales and b_dec on raw rows, as the settings say.
+    """Estimates scales, b_dec and where latents fire on raw rows, as the settings say.
 
     A module that was loaded or trained before stays the same function: its weights adapt to the
     new scales (learning rates are meant for scaled activations), and b_dec is not estimated.
@@ -159,6 +159,8 @@ def fitted(
     centres = {"geometric_median": (), "mean": (lambda rows: rows.mean(0),)}
     if config.init_b_dec in centres:
         sae.initialise_b_dec_(x if target is None else target, *centres[config.init_b_dec])
+    scaled = x * sae.config.activation_scale
+    sae.start_training_(scaled, config.objective or sae.objective_class())
     return sae
 
 

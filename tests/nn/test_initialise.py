@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from sae_kernels.nn import TopKConfig, TopKSAE, geometric_median
-from sae_kernels.nn.initialise import unit_rows
+from sae_kernels.config import TrainConfig
+from sae_kernels.nn import (
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    JumpReLUObjective,
+    ReLUConfig,
+    SAEConfig,
+    TopKConfig,
+    TopKSAE,
+    build,
+    geometric_median,
+)
+from sae_kernels.nn.initialise import bounds_at, scale_encoder_, unit_rows
 from sae_kernels.testing import assert_bitwise, assert_within, gamma
+from sae_kernels.training.fresh import prepare
 
 
 def _distances(point: Tensor, x: Tensor) -> float:
@@ -97,3 +112,98 @@ def test_seeds_name_the_weights() -> None:
 
 def test_unit_rows_of_width_one() -> None:
     assert unit_rows(50, 1, torch.Generator().manual_seed(0)).abs().eq(1).all()
+
+
+SAMPLE, L0 = 1500, 6.0
+TARGETED: dict[str, SAEConfig] = {
+    "jumprelu": JumpReLUConfig(16, 80),
+    "jumprelu-raw": JumpReLUConfig(16, 80, log_threshold=False),
+    "jumprelu-transcoder": JumpReLUConfig(16, 80, d_out=5, subtract_b_dec=False),
+    "gated": GatedConfig(16, 80),
+    "relu": ReLUConfig(16, 80, subtract_b_dec=False),
+    "relu-layers": ReLUConfig(8, 80, n_layers=2),
+}
+
+
+def _activations(width: int = 16) -> Tensor:
+    """Columns of unlike spread around a point of their own, far from the scale of training."""
+    g = torch.Generator().manual_seed(1)
+    spread = torch.linspace(0.2, 3, width)
+    return 40 * (torch.randn(SAMPLE, width, generator=g) * spread + torch.rand(width, generator=g))
+
+
+@pytest.mark.parametrize("config", TARGETED.values(), ids=TARGETED)
+def test_training_starts_at_the_l0_it_aims_at(config: SAEConfig) -> None:
+    x = _activations(config.input_width + config.output_width * config.transcodes)
+    objective = build(config).objective_class(target_l0=L0)
+    sae = prepare(x, config, TrainConfig(batch_size=64, device="cpu", objective=objective)).eval()
+    codes = sae.encode(x[:, : config.input_width])
+    # A latent fires on n L0 / F tokens, rounded; ties and roundings at its bound take one or two.
+    wanted = SAMPLE * L0 / config.n_latents
+    fired = codes.indices.long().bincount(minlength=config.n_latents)
+    assert int((fired - wanted).abs().max()) <= 2
+    assert abs(len(codes.values) / SAMPLE - L0) < 0.02 * L0
+
+
+def test_given_thresholds_and_no_target_are_left_alone() -> None:
+    x, about = (
+        _activations(),
+        TrainConfig(batch_size=64, device="cpu", normalize_activations="none"),
+    )
+    for config, objective in (
+        (JumpReLUConfig(16, 80, threshold_init=0.7), JumpReLUObjective()),
+        (JumpReLUConfig(16, 80), JumpReLUObjective(sparsity="l0", target_l0=None)),
+    ):
+        sae = prepare(x, config, dataclasses.replace(about, objective=objective))
+        scale = sae.W_enc.norm(dim=1)  # the encoder is scaled, and its thresholds with it
+        start = 1.0 if config.threshold_init is None else config.threshold_init
+        assert_within("thresholds", sae.thresholds(), start * scale, gamma(40, torch.float32) * 40)
+
+
+@pytest.mark.parametrize("config", [TopKConfig(16, 80, 5), BatchTopKConfig(16, 80, k=4.5)])
+def test_a_fresh_encoder_has_the_size_that_reconstructs_best(config: SAEConfig) -> None:
+    x, sae = _activations() / 40, build(config)
+    sae.initialise_b_dec_(x)
+    before, directions = sae.W_enc.detach().clone(), sae.W_dec.detach().clone()
+
+    def error(factor: float) -> float:
+        with torch.no_grad():
+            sae.W_enc.copy_(before * factor)
+            return float((sae.decode(sae.encode(x)) - x).double().square().sum())
+
+    scale_encoder_(sae, x)
+    (factor,) = (sae.W_enc / before).flatten()[:1].tolist()
+    assert_within("one factor", sae.W_enc.data, before * factor, 1e-5 * before.abs())
+    assert 0.1 < factor < 0.9  # rows overlap
+    assert error(factor) < min(error(0.98 * factor), error(1.02 * factor), error(1.0))
+    assert_bitwise("decoder", sae.W_dec.data, directions)
+
+
+def test_where_nothing_is_reconstructed_nothing_is_scaled() -> None:
+    x = _activations()
+    transcoder = build(TopKConfig(16, 80, 5, d_out=4, subtract_b_dec=False))
+    never = build(JumpReLUConfig(16, 80, threshold_init=1e9))
+    for sae in (transcoder, never):
+        before = sae.W_enc.detach().clone()
+        scale_encoder_(sae, x)
+        assert_bitwise("encoder", sae.W_enc.data, before)
+
+
+@pytest.mark.parametrize("l0", [1e-4, 80.0])
+def test_bounds_of_nothing_and_of_everything(l0: float) -> None:
+    x, sae = _activations(), build(ReLUConfig(16, 80))
+    h = sae.centred(x) @ sae.W_enc.T
+    extreme = h.max(0) if l0 < 1 else h.min(0)
+    within = gamma(17, torch.float32) * (x.abs() @ sae.W_enc.abs().T).amax(0).double()
+    assert_within("bounds", bounds_at(sae, x, l0), extreme.values.double(), within)
+
+
+def test_every_run_starts_alike_whatever_the_threads() -> None:
+    x, config = _activations(), JumpReLUConfig(16, 80)
+    starts = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        sae = prepare(x, config, TrainConfig(batch_size=64, device="cpu"))
+        starts.append(torch.cat([sae.W_enc.flatten(), sae.log_threshold]))
+    torch.set_num_threads(1)
+    assert_bitwise("start", starts[0], starts[1])
