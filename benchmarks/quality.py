@@ -2,13 +2,14 @@
 
 ACTS is filled with what two layers of the demo's model make of the demo's text, the same tokens in
 both, unless it holds them already. Each architecture is trained as the command line would, with the
-demo's steps, batch and learning rate and L0 aimed at 32, and evaluated on held-out documents.
+demo's batch and L0 aimed at 32, and evaluated on held-out documents.
 Nothing is timed. ``python -m benchmarks.quality --page`` writes the table into
 docs/architectures.md.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from sae_kernels.training.run_config import RunConfig, Widths
 
 LAYERS = ("encoder.layer.3", "encoder.layer.4")
 TOKENS = {"train": 200_000, "held_out": 24_000}
-LR = 2e-3  # of every architecture; what the demo takes suits TopK and fewer steps
 PAGE = DOCS / "architectures.md"
 MARK = "<!-- written by benchmarks.quality -->"
 
@@ -53,7 +53,7 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
     d_in = second["train"].d_in
     widths = Widths([d_in] * len(sources), d_in if transcodes else None)
     demo = train_config(steps, seed).to_dict()
-    ours = {name: demo[name] for name in ("steps", "batch_size")} | {"lr": LR}
+    ours = {name: demo[name] for name in ("steps", "batch_size")}
     tables = {"arch": arch, "train": {**ours, "seed": seed}}
     tables["objective"] = {"dead_after_tokens": DEAD_AFTER_TOKENS}
     settings = RunConfig.from_tables(tables, widths)
@@ -76,19 +76,27 @@ def table(path: Path) -> str:
     line = lines[0]
     about = (
         f"Held-out documents; {line['steps']} steps of {line['train']['batch_size']} "
-        f"tokens, {line['sae']['n_latents']} latents, seed {line['seed']}; "
+        f"tokens, {line['sae']['n_latents']} latents, the default learning rate; "
         f"{facts['cpu']}, torch {facts['torch']}, {commit(facts)}: "
         f"`{facts['command']}`. Transcoders predict layer 4 from layer 3, "
         "crosscoders reconstruct both; the others reconstruct layer 4."
     )
-    head = ("architecture", "FVU", "L0", "dead in training", "bits a token")
-    return f"{about}\n\n{markdown(head, map(_cells, lines))}"
+    head = ("architecture", "FVU", "of the seeds", "L0", "dead in training", "bits a token")
+    names = dict.fromkeys(line["arch"] for line in lines)
+    rows = [_cells(name, [line for line in lines if line["arch"] == name]) for name in names]
+    return f"{about}\n\n{markdown(head, rows)}"
 
 
-def _cells(line: dict[str, Any]) -> list[str]:
-    bits, dead = line.get("bits_per_token"), f"{100 * line['dead_in_training']:.1f} %"
-    measures = [f"{line['fvu']:.4f}", f"{line['l0']:.1f}", dead]
-    return [line["arch"], *measures, "" if bits is None else f"{bits:.0f}"]
+def _cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """The means over an architecture's seeds, and each seed's FVU."""
+
+    def mean(key: str) -> float:
+        return sum(run[key] for run in runs) / len(runs)
+
+    seeds = ", ".join(f"{run['fvu']:.4f}" for run in runs)
+    bits = f"{mean('bits_per_token'):.0f}" if "bits_per_token" in runs[0] else ""
+    dead = f"{100 * mean('dead_in_training'):.1f} %"
+    return [name, f"{mean('fvu'):.4f}", seeds, f"{mean('l0'):.1f}", dead, bits]
 
 
 def write_page() -> None:
@@ -100,7 +108,8 @@ def write_page() -> None:
 
 def main() -> None:
     """Trains, evaluates, writes a line per architecture."""
-    made = parser(__doc__, steps=800, seed=0)
+    made = parser(__doc__, steps=800)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0])
     made.add_argument("acts", type=Path, nargs="?")
     made.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
     made.add_argument("--page", action="store_true")
@@ -108,7 +117,8 @@ def main() -> None:
     if options.acts is not None:
         if not options.acts.exists():
             fill(options.acts)
-        records = (run(options.acts, arch, options.steps, options.seed) for arch in options.only)
+        each = itertools.product(options.seeds, options.only)
+        records = (run(options.acts, arch, options.steps, seed) for seed, arch in each)
         report("quality", records, options.out)
     if options.page:
         write_page()

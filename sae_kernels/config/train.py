@@ -12,6 +12,9 @@ from sae_kernels.config.objective import ObjectiveConfig  # noqa: TC001  # read 
 from sae_kernels.config.optimizer import OptimizerConfig
 from sae_kernels.errors import name_hint
 
+# Measured: the best rate falls with the root of the number of steps (docs/training.md).
+_USUAL_STEPS, _LARGEST_LR = 30_000, 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -37,8 +40,9 @@ class TrainConfig(Settings):
     )
     lr: float | None = setting(
         None,
-        "peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14) (sparsify, "
-        "dictionary_learning; scaling law of arXiv 2406.04093)",
+        "peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14) (sparsify, dictionary_learning; "
+        "scaling law of arXiv 2406.04093), in a run of fewer than 30,000 steps times sqrt(30,000 / "
+        "steps), up to 0.01",
         POSITIVE,
     )
     warmup_steps: int | None = setting(
@@ -158,13 +162,19 @@ class TrainConfig(Settings):
             >>> [round(config.learning_rate(s, 1), 2) for s in (0, 9, 50, 90, 99)]
             [0.1, 1.0, 1.0, 0.5, 0.05]
         """
-        peak = 2e-4 / math.sqrt(n_latents / 2**14) if self.lr is None else self.lr
+        peak = self._default_lr(n_latents) if self.lr is None else self.lr
         warmup = self.warmup_steps
         if warmup is None:
             warmup = min(1000, self.steps // 20)
         decay = max(1.0, self.decay_fraction * self.steps)
         rising = (step + 1) / warmup if warmup else 1.0
         return peak * max(0.0, min(1.0, rising, (self.steps - step) / decay))
+
+    def _default_lr(self, n_latents: int) -> float:
+        usual = 2e-4 / math.sqrt(n_latents / 2**14)
+        if self.steps >= _USUAL_STEPS:
+            return usual
+        return max(usual, min(_LARGEST_LR, usual * math.sqrt(_USUAL_STEPS / self.steps)))
 
     def k_at(self, step: int, k: float) -> float:
         """The annealed k at a 0-based step, an integer if k is one.

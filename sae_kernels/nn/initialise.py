@@ -153,24 +153,29 @@ def bounds_at(sae: SparseAutoencoder, x: torch.Tensor, l0: float) -> torch.Tenso
 
 
 @torch.no_grad()
-def scale_encoder_(sae: SparseAutoencoder, x: torch.Tensor) -> None:
+def scale_encoder_(sae: SparseAutoencoder, x: torch.Tensor) -> float:
     """Scales a fresh encoder by the one factor that makes its codes reconstruct a sample best.
 
     Random decoder rows overlap, so a tied encoder's codes add up to too much. The factor is
-    ``sum (x - b_dec) . y / sum |y|^2`` with y the codes' part of the reconstruction. Nothing is
-    done where input and target differ, or where the codes reconstruct nothing.
+    ``sum (x - b_dec) . y / sum |y|^2`` with y the codes' part of the reconstruction. It is 1 where
+    input and target differ, or where the codes reconstruct nothing.
 
     Args:
         sae: a fresh SAE with its b_dec and, if it is sparse by a bound, its bounds.
         x: [n, input width], activations in the scale of training.
+
+    Returns:
+        The factor, which pre-activations are multiplied with.
     """
     if sae.config.transcodes:
-        return
+        return 1.0
     x = x[:: max(1, len(x) // _FITTED)]
     y = sae.decode_scaled(sae.encode_scaled(x)) - sae.b_dec
     # Token by token first: the same for any number of threads.
     along, energy = (((x - sae.b_dec) * y).sum(1).sum(), y.square().sum(1).sum())
     factor = float(along / energy)
-    if 0 < factor < float("inf"):
-        sae.W_enc.mul_(factor)
-        sae.fold_vectors_(1 / factor, 1.0)
+    if not 0 < factor < float("inf"):
+        return 1.0
+    sae.W_enc.mul_(factor)
+    sae.b_enc.mul_(factor)
+    return factor

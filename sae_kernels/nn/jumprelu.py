@@ -14,7 +14,7 @@ from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE, setting
 from sae_kernels.config.objective import PrefixObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
-from sae_kernels.nn.initialise import bounds_at
+from sae_kernels.nn.initialise import bounds_at, scale_encoder_
 from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import Preset, register
 
@@ -165,11 +165,16 @@ class JumpReLUSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def start_training_(self, x: torch.Tensor, objective: JumpReLUObjective) -> None:
-        """Starts at ``target_l0`` latents per token, unless thresholds were given."""
-        if self.config.threshold_init is None and objective.target_l0 is not None:
-            bounds = bounds_at(self, x, objective.target_l0).clamp(min=_LEAST)
-            self.get_parameter(self.config.threshold_name).copy_(self._trained(bounds))
-        super().start_training_(x, objective)
+        """Starts at ``target_l0`` latents per token, with codes of fitting size.
+
+        Nothing is changed without a ``target_l0``, or where ``threshold_init`` was given.
+        """
+        if self.config.threshold_init is not None or objective.target_l0 is None:
+            return
+        bounds = bounds_at(self, x, objective.target_l0).clamp(min=_LEAST)
+        parameter = self.get_parameter(self.config.threshold_name)
+        parameter.copy_(self._trained(bounds))
+        parameter.copy_(self._trained(bounds * scale_encoder_(self, x)))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides the thresholds by the scale too."""

@@ -68,8 +68,24 @@ def test_defaults() -> None:
     ("n_latents", "peak"), [(2**14, 2e-4), (2**16, 1e-4), (2**12, 4e-4), (2**20, 2.5e-5)]
 )
 def test_the_default_peak_follows_the_scaling_law(n_latents: int, peak: float) -> None:
-    config = TrainConfig(steps=10_000)
-    assert config.learning_rate(5000, n_latents) == pytest.approx(peak, rel=1e-15)
+    for steps in (30_000, 10**6):
+        config = TrainConfig(steps=steps)
+        assert config.learning_rate(steps // 2, n_latents) == pytest.approx(peak, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("steps", "n_latents", "peak"),
+    [
+        (29_999, 2**14, 2e-4),
+        (7500, 2**14, 4e-4),
+        (300, 2**14, 2e-3),
+        (3, 2**14, 0.01),  # and no more
+        (300, 4, 2e-4 * 2**6),  # what is more already stays
+    ],
+)
+def test_short_runs_have_a_larger_default_peak(steps: int, n_latents: int, peak: float) -> None:
+    config = TrainConfig(steps=steps, warmup_steps=0)
+    assert config.learning_rate(0, n_latents) == pytest.approx(peak, rel=1e-4)
 
 
 def test_the_schedule_rises_stays_and_falls_to_zero() -> None:

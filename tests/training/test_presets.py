@@ -145,7 +145,7 @@ def test_every_preset_says_what_it_is() -> None:
 def test_a_name_that_is_none_gets_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError) as error:
         preset(name)
-    assert str(error.value).startswith("arch: expected one of topk, multi_topk, ")
+    assert str(error.value).startswith("arch: expected one of topk, abstopk, ")
     assert str(error.value).endswith(f"got {name!r}; did you mean {nearest!r}?")
 
 

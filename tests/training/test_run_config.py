@@ -151,10 +151,10 @@ def test_every_setting_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_the_presets_or_the_default() -> None:
-    config = RunConfig.from_tables({"arch": "jumprelu", "sae": SMALL, "train": {"lr": 1.0}})
-    assert config.sae == JumpReLUConfig(D, F, threshold_init=1.0, bandwidth=0.1)
-    own = PRESETS["jumprelu"].preset
-    objective, optimizer = JumpReLUObjective(**own.objective), OptimizerConfig(**own.optimizer)
+    config = RunConfig.from_tables({"arch": "abstopk", "sae": SMALL, "train": {"lr": 1.0}})
+    assert config.sae == TopKConfig(D, F, relu="none", by_magnitude=True)
+    own = PRESETS["abstopk"].preset
+    objective, optimizer = TopKObjective(**own.objective), OptimizerConfig(**own.optimizer)
     assert config.train == TrainConfig(lr=1.0, objective=objective, optimizer=optimizer)
     assert (config.data, config.output) == (DataConfig(), OutputConfig())
     bare = RunConfig.from_tables({"architecture": "jumprelu", "sae": SMALL})

@@ -58,14 +58,14 @@ def test_named_runs_come_after_the_grid() -> None:
 
 def test_architectures() -> None:
     runs = expanded(
-        '[sweep]\narch = ["jumprelu", "relu"]\n"train.steps" = [3]\n'
+        '[sweep]\narch = ["abstopk", "relu"]\n"train.steps" = [3]\n'
         '[[run]]\nname = "bare"\narchitecture = "relu"\n',
         'arch = "topk"\n[sae]\nd_in = 8\nn_latents = 32\n',
     )
-    assert list(runs) == ["jumprelu-steps3", "relu-steps3", "bare"]
+    assert list(runs) == ["abstopk-steps3", "relu-steps3", "bare"]
     configs = {name: RunConfig.from_tables(run) for name, run in runs.items()}
-    assert [c.sae.architecture for c in configs.values()] == ["jumprelu", "relu", "relu"]
-    assert configs["jumprelu-steps3"].sae.threshold_init == 1.0  # the preset's
+    assert [c.sae.architecture for c in configs.values()] == ["topk", "relu", "relu"]
+    assert configs["abstopk-steps3"].sae.by_magnitude  # the preset's
     assert configs["bare"].train == dataclasses.replace(configs["relu-steps3"].train, steps=1000)
     kinds = expanded('[sweep]\narchitecture = ["topk", "batchtopk"]\n', 'arch = "relu"\n')
     assert list(kinds) == ["topk", "batchtopk"]
