@@ -8,7 +8,7 @@ Sharkey, arXiv 2410.11179; ``sae_kernels.training.DescriptionLengthSums`` says h
 counted). Bits of codes and residual are those of digits that were not trained on.
 
 Run it: ``python examples/mdl_digits.py``; it takes a minute on two cores and leaves
-``mdl_digits.png``, with the features of the shortest description.
+``examples-out/mdl-digits.png``, with the features of the shortest description.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def draw(found: dict[tuple[int, float], float], best: torch.Tensor) -> Drawing:
         right.set_axis_off()
         right.set_title(f"features of {least[0]} latents, k = {least[1]}: red adds ink")
 
-    return Drawing("mdl_digits", draw_on)
+    return Drawing("mdl-digits", draw_on)
 
 
 def main() -> None:
@@ -98,7 +98,8 @@ def main() -> None:
           f"{best.bits_without_sae:.1f} without an SAE")  # fmt: skip
     used = best.latent_density.argsort(descending=True)[:SHOWN]
     (picture,) = render([draw(found, saes[least].W_dec.detach()[used])], "the example")
-    Path("mdl_digits.png").write_bytes(picture.png)
+    Path("examples-out").mkdir(exist_ok=True)
+    Path("examples-out/mdl-digits.png").write_bytes(picture.png)
 
 
 if __name__ == "__main__":
