@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random_prefixes": {"objective": {"random_prefixes": 4}},
     "skip": {"config": TRANSCODER},
     "multi": {"objective": {"multi_topk": True}},
+    "by_magnitude": {"config": {"relu": "none", "by_magnitude": True}},
     "multi_by_norm": {"config": {"rank_by_decoder_norm": True}, "objective": {"multi_topk": True}},
     "batch": {"kind": "batchtopk", "optimizer": CLIPPED},
     "batch_by_norm": {

@@ -23,7 +23,10 @@ GOOD = {"d_in": 4, "n_latents": 16, "k": 2}
         ({"relu": "never"}, "relu: expected one of after, before, none, got 'never'"),
         ({"relu": ["after"]}, "relu: expected one of after, before, none, got ['after']"),
         ({"subtract_b_dec": "yes"}, "subtract_b_dec: expected true or false, got 'yes'"),
-        ({"by_magnitude": True}, "relu: expected 'none' with by_magnitude (codes keep signs)"),
+        (
+            {"by_magnitude": True},
+            "relu: expected 'none' with by_magnitude (codes keep signs), got 'after'",
+        ),
         ({"rank_by_decoder_norm": 1}, "rank_by_decoder_norm: expected true or false, got 1"),
         ({"unit_norm_decoder": None}, "unit_norm_decoder: expected true or false, got None"),
         *(
