@@ -43,8 +43,8 @@ def fill(acts: Path) -> None:
             harvest(model, tokenizer, text, layer, acts / layer / side, **settings)
 
 
-def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
-    """Trains and evaluates one architecture."""
+def run(acts: Path, arch: str, steps: int, seed: int, lr: float | None) -> dict[str, Any]:
+    """Trains and evaluates one architecture; lr None is the default."""
     first, second = ({s: ShardDataset(acts / layer / s) for s in TOKENS} for layer in LAYERS)
     transcodes, crosses = "transcoder" in arch, "crosscoder" in arch
     sources = [first, second] if crosses else [first if transcodes else second]
@@ -54,7 +54,7 @@ def run(acts: Path, arch: str, steps: int, seed: int) -> dict[str, Any]:
     widths = Widths([d_in] * len(sources), d_in if transcodes else None)
     demo = train_config(steps, seed).to_dict()
     ours = {name: demo[name] for name in ("steps", "batch_size")}
-    tables = {"arch": arch, "train": {**ours, "seed": seed}}
+    tables = {"arch": arch, "train": {**ours, "seed": seed, **({"lr": lr} if lr else {})}}
     tables["objective"] = {"dead_after_tokens": DEAD_AFTER_TOKENS}
     settings = RunConfig.from_tables(tables, widths)
     done = train(settings.sae, data["train"], settings.train, target=target and target["train"])
@@ -110,6 +110,7 @@ def main() -> None:
     """Trains, evaluates, writes a line per architecture."""
     made = parser(__doc__, steps=800)
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
+    made.add_argument("--lr", type=float, help="default: the default learning rate")
     made.add_argument("acts", type=Path, nargs="?")
     made.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
     made.add_argument("--page", action="store_true")
@@ -118,7 +119,7 @@ def main() -> None:
         if not options.acts.exists():
             fill(options.acts)
         each = itertools.product(options.seeds, options.only)
-        records = (run(options.acts, arch, options.steps, seed) for seed, arch in each)
+        records = (run(options.acts, arch, options.steps, seed, options.lr) for seed, arch in each)
         report("quality", records, options.out)
     if options.page:
         write_page()

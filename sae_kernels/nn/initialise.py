@@ -148,7 +148,8 @@ def bounds_at(sae: SparseAutoencoder, x: torch.Tensor, l0: float) -> torch.Tenso
     x = sae.centred(x[:: max(1, len(x) // _FITTED)])
     above = round(l0 / sae.config.n_latents * len(x))
     # Tokens and latents change places: of every latent the largest of its tokens.
-    largest = select_topk(sae.W_enc, x, None, min(above + 1, len(x)), backend=sae.backend)[0]
+    W_enc = sae.W_enc.to(x.dtype)
+    largest = select_topk(W_enc, x, None, min(above + 1, len(x)), backend=sae.backend)[0]
     return largest[:, -1] + sae.b_enc
 
 

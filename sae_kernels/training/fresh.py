@@ -108,7 +108,7 @@ def fitted(
     device: torch.device,
     latents: range | None = None,
 ) -> SparseAutoencoder:
-    """Estimates scales, b_dec and where latents fire on raw rows, as the settings say.
+    """Estimates scales and b_dec on raw rows, as the settings say, and fits where training starts.
 
     A module that was loaded or trained before stays the same function: its weights adapt to the
     new scales (learning rates are meant for scaled activations), and b_dec is not estimated.

@@ -145,6 +145,16 @@ def test_training_starts_at_the_l0_it_aims_at(config: SAEConfig) -> None:
     assert abs(len(codes.values) / SAMPLE - L0) < 0.02 * L0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("config", [JumpReLUConfig(16, 80), GatedConfig(16, 80)])
+def test_modules_of_other_dtypes_start_there_too(config: SAEConfig, dtype: torch.dtype) -> None:
+    objective = build(config).objective_class(target_l0=L0)
+    settings = TrainConfig(batch_size=64, device="cpu", objective=objective)
+    sae = prepare(_activations(), build(config).to(dtype), settings).eval()
+    l0 = len(sae.encode(_activations()).values) / SAMPLE
+    assert l0 == pytest.approx(L0, rel=0.1 if dtype == torch.bfloat16 else 0.02)
+
+
 def test_given_thresholds_and_no_target_are_left_alone() -> None:
     x, about = (
         _activations(),
