@@ -76,7 +76,8 @@ def table(path: Path) -> str:
     line = lines[0]
     about = (
         f"Held-out documents; {line['steps']} steps of {line['train']['batch_size']} "
-        f"tokens, {line['sae']['n_latents']} latents, the default learning rate; "
+        f"tokens, {line['sae']['n_latents']} latents, learning rate "
+        f"{line['train']['lr'] or 'by default'}; "
         f"{facts['cpu']}, torch {facts['torch']}, {commit(facts)}: "
         f"`{facts['command']}`. Transcoders predict layer 4 from layer 3, "
         "crosscoders reconstruct both; the others reconstruct layer 4."
