@@ -131,6 +131,9 @@ class CrossLayer(SparseAutoencoder):
                     f"architecture, got {getattr(objective, name)}"
                 )
 
+    def start_training_(self, x: torch.Tensor, objective: Any) -> None:
+        """Nothing: the encoder is no copy of the decoder, whose codes a factor could fit."""
+
     def prefixes(self, objective: Any, step: int, seed: int) -> Prefixes | None:
         """None: a cross-layer architecture has no prefixes."""
         return None
