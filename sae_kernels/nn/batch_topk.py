@@ -13,6 +13,7 @@ from sae_kernels.config.base import POSITIVE, setting
 from sae_kernels.config.objective import PrefixObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.initialise import bounds_at, scale_encoder_
 from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import FREE_NORMS, Preset, register
 from sae_kernels.primitives.tensors import rounded_down
@@ -178,6 +179,10 @@ class BatchTopKSAE(SparseAutoencoder):
     def bounds(self) -> torch.Tensor | None:
         """The least pre-activation above the threshold in evaluation; None in training."""
         return None if self.training else _bounds(self.thresholds(), self.rank_scale())
+
+    def start_training_(self, x: torch.Tensor, objective: Any, ranks: Ranks | None = None) -> None:
+        """Starts with codes of the size that k latents a token reconstruct with."""
+        scale_encoder_(self, x, bounds_at(self, x, self.config.k), ranks)
 
     def select(
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.nn.objective import Prefixes
     from sae_kernels.primitives.terms import Term
+    from sae_kernels.step.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class CrossLayer(SparseAutoencoder):
                     f"architecture, got {getattr(objective, name)}"
                 )
 
-    def start_training_(self, x: torch.Tensor, objective: Any) -> None:
+    def start_training_(self, x: torch.Tensor, objective: Any, ranks: Ranks | None = None) -> None:
         """Nothing: the encoder is no copy of the decoder, whose codes a factor could fit."""
 
     def prefixes(self, objective: Any, step: int, seed: int) -> Prefixes | None:

@@ -13,13 +13,14 @@ from sae_kernels.config.base import setting
 from sae_kernels.config.objective import PenalisedObjective
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
-from sae_kernels.nn.initialise import bounds_at
+from sae_kernels.nn.initialise import bounds_at, scale_encoder_
 from sae_kernels.nn.objective import Reconstruction
 from sae_kernels.nn.registry import Preset, register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context
+    from sae_kernels.step.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +104,14 @@ class GatedSAE(SparseAutoencoder):
         """The penalty on the gate's pre-activations instead of the codes."""
         return super().sparsity(preacts, parts[1:], context)
 
-    def start_training_(self, x: torch.Tensor, objective: PenalisedObjective) -> None:
+    @torch.no_grad()
+    def start_training_(
+        self, x: torch.Tensor, objective: PenalisedObjective, ranks: Ranks | None = None
+    ) -> None:
         """Opens the gates of ``target_l0`` latents per token, and fits the size of codes."""
         if objective.target_l0 is not None:
-            self.b_enc.data.sub_(bounds_at(self, x, objective.target_l0))
-        super().start_training_(x, objective)
+            bounds = bounds_at(self, x, objective.target_l0)
+            self.b_enc.sub_(bounds * scale_encoder_(self, x, bounds, ranks))
 
     def sums_over_entries(self, objective: PenalisedObjective) -> bool:
         """True: a latent's code depends on its own pre-activation only."""

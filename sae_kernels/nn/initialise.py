@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_kernels import functional
 from sae_kernels.primitives.select_topk import select_topk
 
 if TYPE_CHECKING:
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.nn.base import SparseAutoencoder
+    from sae_kernels.step.ranks import Ranks
 
 _DRAWN_AT_ONCE = 1 << 24
 _SMALL = 0.08  # norm of a row where a latent has several
@@ -154,16 +156,21 @@ def bounds_at(sae: SparseAutoencoder, x: torch.Tensor, l0: float) -> torch.Tenso
 
 
 @torch.no_grad()
-def scale_encoder_(sae: SparseAutoencoder, x: torch.Tensor) -> float:
+def scale_encoder_(
+    sae: SparseAutoencoder, x: torch.Tensor, bounds: torch.Tensor, ranks: Ranks | None = None
+) -> float:
     """Scales a fresh encoder by the one factor that makes its codes reconstruct a sample best.
 
     Random decoder rows overlap, so a tied encoder's codes add up to too much. The factor is
-    ``sum (x - b_dec) . y / sum |y|^2`` with y the codes' part of the reconstruction. It is 1 where
-    input and target differ, or where the codes reconstruct nothing.
+    ``sum (x - b_dec) . y / sum |y|^2`` with y the codes' part of the reconstruction, codes being
+    the pre-activations above their bounds. It is 1 where input and target differ, or where the
+    codes reconstruct nothing.
 
     Args:
-        sae: a fresh SAE with its b_dec and, if it is sparse by a bound, its bounds.
+        sae: a fresh SAE with its b_dec.
         x: [n, input width], activations in the scale of training.
+        bounds: [F], from :func:`bounds_at`.
+        ranks: the processes that have the SAE's other latents; None: all are here.
 
     Returns:
         The factor, which pre-activations are multiplied with.
@@ -171,7 +178,14 @@ def scale_encoder_(sae: SparseAutoencoder, x: torch.Tensor) -> float:
     if sae.config.transcodes:
         return 1.0
     x = x[:: max(1, len(x) // _FITTED)]
-    y = sae.decode_scaled(sae.encode_scaled(x)) - sae.b_dec
+    centred, W_enc = sae.centred(x), sae.W_enc.to(x.dtype)
+
+    def part(some: slice) -> torch.Tensor:
+        own = (W_enc[some], sae.b_enc[some].to(x.dtype), bounds[some])
+        codes = functional.encode_threshold(centred, *own, backend=sae.backend)
+        return functional.decode(codes, sae.W_dec[some].to(x.dtype), backend=sae.backend)
+
+    y = part(slice(0, len(W_enc))) if ranks is None else ranks.over_latents(part)
     # Token by token first: the same for any number of threads.
     along, energy = (((x - sae.b_dec) * y).sum(1).sum(), y.square().sum(1).sum())
     factor = float(along / energy)

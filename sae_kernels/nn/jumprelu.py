@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, Reconstruction, SurveyContext
+    from sae_kernels.step.ranks import Ranks
 
 _LEAST = 1e-3  # initial threshold: one that is not positive has no logarithm
 
@@ -164,7 +165,9 @@ class JumpReLUSAE(SparseAutoencoder):
         )
 
     @torch.no_grad()
-    def start_training_(self, x: torch.Tensor, objective: JumpReLUObjective) -> None:
+    def start_training_(
+        self, x: torch.Tensor, objective: JumpReLUObjective, ranks: Ranks | None = None
+    ) -> None:
         """Starts at ``target_l0`` latents per token, with codes of fitting size.
 
         Nothing is changed without a ``target_l0``, or where ``threshold_init`` was given.
@@ -172,9 +175,8 @@ class JumpReLUSAE(SparseAutoencoder):
         if self.config.threshold_init is not None or objective.target_l0 is None:
             return
         bounds = bounds_at(self, x, objective.target_l0).clamp(min=_LEAST)
-        parameter = self.get_parameter(self.config.threshold_name)
-        parameter.copy_(self._trained(bounds))
-        parameter.copy_(self._trained(bounds * scale_encoder_(self, x)))
+        bounds *= scale_encoder_(self, x, bounds, ranks)
+        self.get_parameter(self.config.threshold_name).copy_(self._trained(bounds))
 
     def fold_vectors_(self, scale: float, target_scale: float) -> None:
         """Divides the thresholds by the scale too."""

@@ -19,6 +19,7 @@ from sae_kernels.primitives.row_grad import row_grad
 
 if TYPE_CHECKING:
     from sae_kernels.codes import LatentOrder, SparseCodes
+    from sae_kernels.step.ranks import Ranks
 
 _LEAST = 0.1  # smallest scale: one that is not positive would turn a latent off
 _FITTED = 32768  # tokens from which the shrinkage fix is fitted
@@ -98,7 +99,9 @@ class ReLUSAE(SparseAutoencoder):
         """True: a latent's code depends on its own pre-activation only."""
         return True
 
-    def start_training_(self, x: torch.Tensor, objective: ReLUObjective) -> None:
+    def start_training_(
+        self, x: torch.Tensor, objective: ReLUObjective, ranks: Ranks | None = None
+    ) -> None:
         """Starts at ``target_l0`` latents per token.
 
         Codes are what lies above the bounds, as small as an L1 penalty wants them: measured, a

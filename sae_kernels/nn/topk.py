@@ -12,12 +12,14 @@ from sae_kernels.config.base import POSITIVE_INTEGER, setting
 from sae_kernels.config.objective import ObjectiveConfig, PrefixObjective
 from sae_kernels.config.sae import SAEConfig
 from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.initialise import bounds_at, scale_encoder_
 from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import TRANSCODES, Preset, register
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, Reconstruction
+    from sae_kernels.step.ranks import Ranks
 
 _MULTI, _MULTI_WEIGHT = 4, 1 / 8  # multi-TopK reconstructs from 4k latents too
 
@@ -119,6 +121,12 @@ class TopKSAE(SparseAutoencoder):
             data="target",
         ),
     }
+
+    def start_training_(self, x: torch.Tensor, objective: Any, ranks: Ranks | None = None) -> None:
+        """Starts with codes of the size that k latents a token reconstruct with."""
+        if self.config.by_magnitude:
+            return  # codes of either sign overlap less, and bounds have one side
+        scale_encoder_(self, x, bounds_at(self, x, self.config.k), ranks)
 
     def select(
         self, x_centred: torch.Tensor, *, W_enc: torch.Tensor | None = None, k: float | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sae_kernels.config.sae import SAEConfig
-from sae_kernels.nn.initialise import geometric_median, scale_encoder_
+from sae_kernels.nn.initialise import geometric_median
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from sae_kernels.nn.base import SparseAutoencoder
     from sae_kernels.nn.inference import InferenceSAE
+    from sae_kernels.step.ranks import Ranks
 
 _SAE = TypeVar("_SAE", bound="Upkeep")
 _ROWS_AT_ONCE = 4096
@@ -85,9 +86,13 @@ class Upkeep(nn.Module):
         """Sets b_dec to the centre (geometric median) of raw targets [N, output width]."""
         self.b_dec.copy_(centre(x) * self.target_scale)
 
-    def start_training_(self: Any, x: torch.Tensor, objective: Any) -> None:
-        """Fits the fresh weights on scaled tokens [n, input width], once b_dec is set."""
-        scale_encoder_(self, x)
+    def start_training_(
+        self: Any, x: torch.Tensor, objective: Any, ranks: Ranks | None = None
+    ) -> None:
+        """Fits the fresh weights on scaled tokens [n, input width], once b_dec is set.
+
+        ``ranks`` are the processes that have the SAE's other latents. By default nothing is fitted.
+        """
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:

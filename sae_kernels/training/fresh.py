@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sae_kernels.data.rows import RowSource
     from sae_kernels.data.shared import Share
     from sae_kernels.data.sources import Stream
+    from sae_kernels.distributed.latents import LatentRanks
 
 _FEW = 0.01  # part of the rows that should carry less than half of the variance
 
@@ -65,7 +66,7 @@ class Samples:
         sae: SAEConfig | SparseAutoencoder,
         config: TrainConfig,
         share: Share | None = None,
-        latents: range | None = None,
+        ranks: LatentRanks | None = None,
     ) -> SparseAutoencoder:
         """An SAE, or some of its latents, prepared on the sample or its share of the columns.
 
@@ -79,7 +80,7 @@ class Samples:
             self._sample = self._read(config)
             warn_of_few_rows(self._sample)
         own = self._sample if share is None else share.rows(self._sample)
-        return fitted(own, sae, config, device, latents)
+        return fitted(own, sae, config, device, ranks)
 
     def _check_batch(self, config: TrainConfig) -> None:
         source = self.source
@@ -106,7 +107,7 @@ def fitted(
     sae: SAEConfig | SparseAutoencoder,
     config: TrainConfig,
     device: torch.device,
-    latents: range | None = None,
+    ranks: LatentRanks | None = None,
 ) -> SparseAutoencoder:
     """Estimates scales and b_dec on raw rows, as the settings say, and fits where training starts.
 
@@ -118,7 +119,7 @@ def fitted(
         sae: a configuration, or a module that is changed in place.
         config: the settings of training.
         device: device of the SAE.
-        latents: those that an SAE made of a configuration has here; None: all.
+        ranks: processes that an SAE made of a configuration is spread over; None: all is here.
 
     Raises:
         ValueError: rows of another width than the SAE's, a k_start that does not fit.
@@ -149,6 +150,7 @@ def fitted(
             scales["target_scale"] = estimate_scale(target, target.shape[0])
     if not isinstance(sae, SparseAutoencoder):
         whole = dataclasses.replace(sae_config, **scales)
+        latents = None if ranks is None else ranks.latents
         sae = build(whole, seed=config.seed, device=device, latents=latents)
     elif sae.is_fresh:
         sae.to(device).config = dataclasses.replace(sae_config, **scales)
@@ -160,7 +162,7 @@ def fitted(
     if config.init_b_dec in centres:
         sae.initialise_b_dec_(x if target is None else target, *centres[config.init_b_dec])
     scaled = x * sae.config.activation_scale
-    sae.start_training_(scaled, config.objective or sae.objective_class())
+    sae.start_training_(scaled, config.objective or sae.objective_class(), ranks)
     return sae
 
 

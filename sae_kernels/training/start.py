@@ -168,7 +168,7 @@ class TrainerFactory:
         """The training of a run, with an SAE prepared on the source unless one is given."""
         plan = self.runs[name]
         if sae is None:
-            sae = self._samples.prepared(plan.sae, plan.config, plan.share, plan.latents)
+            sae = self._samples.prepared(plan.sae, plan.config, plan.share, plan.ranks)
             joint = self._samples.source
             facts = getattr(joint, "facts", {}) if plan.share is None else plan.share.facts(joint)
             record(sae.metadata, facts)

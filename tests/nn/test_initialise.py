@@ -16,6 +16,7 @@ from sae_kernels.nn import (
     JumpReLUObjective,
     ReLUConfig,
     SAEConfig,
+    SparseAutoencoder,
     TopKConfig,
     TopKSAE,
     build,
@@ -170,32 +171,45 @@ def test_given_thresholds_and_no_target_are_left_alone() -> None:
                 assert_bitwise(name, sae.get_parameter(name).data, parameter.data)
 
 
-@pytest.mark.parametrize("config", [TopKConfig(16, 80, 5), BatchTopKConfig(16, 80, k=4.5)])
-def test_a_fresh_encoder_has_the_size_that_reconstructs_best(config: SAEConfig) -> None:
-    x, sae = _activations() / 40, build(config)
+def test_a_fresh_encoder_has_the_size_that_reconstructs_best() -> None:
+    x, sae = _activations() / 40, build(ReLUConfig(16, 80))
     sae.initialise_b_dec_(x)
     before, directions = sae.W_enc.detach().clone(), sae.W_dec.detach().clone()
+    bounds = bounds_at(sae, x, 5.0)
+    h = sae.centred(x) @ before.T
+    codes = torch.where(h > bounds, h, 0)
 
     def error(factor: float) -> float:
-        with torch.no_grad():
-            sae.W_enc.copy_(before * factor)
-            return float((sae.decode(sae.encode(x)) - x).double().square().sum())
+        y = factor * codes @ directions + sae.b_dec
+        return float((y - x).double().square().sum().detach())
 
-    scale_encoder_(sae, x)
-    (factor,) = (sae.W_enc / before).flatten()[:1].tolist()
-    assert_within("one factor", sae.W_enc.data, before * factor, 1e-5 * before.abs())
+    factor = scale_encoder_(sae, x, bounds)
+    assert_within("one factor", sae.W_enc.data, before * factor, 1e-6 * before.abs())
     assert 0.1 < factor < 0.9  # rows overlap
     assert error(factor) < min(error(0.98 * factor), error(1.02 * factor), error(1.0))
     assert_bitwise("decoder", sae.W_dec.data, directions)
 
 
+@pytest.mark.parametrize("config", [TopKConfig(16, 80, 5), BatchTopKConfig(16, 80, k=4.5)])
+def test_the_k_largest_reconstruct_more_from_the_start(config: SAEConfig) -> None:
+    x = _activations()
+
+    def error(sae: SparseAutoencoder) -> float:
+        return float((sae(x).x_hat - x).square().sum().detach())
+
+    unfitted = build(config)
+    unfitted.initialise_b_dec_(x)
+    fitted = prepare(x, config, TrainConfig(batch_size=64, device="cpu"))
+    assert error(fitted) < 0.5 * error(unfitted)
+
+
 def test_where_nothing_is_reconstructed_nothing_is_scaled() -> None:
     x = _activations()
     transcoder = build(TopKConfig(16, 80, 5, d_out=4, subtract_b_dec=False))
-    never = build(JumpReLUConfig(16, 80, threshold_init=1e9))
-    for sae in (transcoder, never):
+    for sae, bounds in ((transcoder, torch.zeros(80)), (build(ReLUConfig(16, 80)), None)):
         before = sae.W_enc.detach().clone()
-        scale_encoder_(sae, x)
+        above_all = torch.full((80,), 1e9) if bounds is None else bounds
+        assert scale_encoder_(sae, x, above_all) == 1
         assert_bitwise("encoder", sae.W_enc.data, before)
 
 
