@@ -103,6 +103,7 @@ class CrossLayerTopK(CrossLayer, TopKSAE):
                 each,
                 relu=False,
                 rank_scale=scale,
+                by_magnitude=config.by_magnitude,
                 compute_dtype=self.compute_dtype,
                 backend=self.backend,
             )
@@ -110,9 +111,8 @@ class CrossLayerTopK(CrossLayer, TopKSAE):
         codes = self.by_layer(encode, x_centred, W_enc, scale)
         if not config.layers_together:
             return codes
-        key = codes.values.detach()
-        key = (key if scale is None else key * scale[codes.indices.long()]) + 0.0  # -0 becomes +0
-        order = key.sort(dim=-1, descending=True, stable=True).indices[..., :total]
+        keys = self._keys(codes) + 0.0  # -0 becomes +0
+        order = keys.sort(dim=-1, descending=True, stable=True).indices[..., :total]
         return codes.with_values(codes.values.gather(-1, order), codes.indices.gather(-1, order))
 
 

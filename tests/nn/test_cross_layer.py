@@ -135,6 +135,17 @@ def test_each_layer_keeps_its_own_number() -> None:
             assert int(kept.sum()) == total
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_the_largest_magnitudes_are_kept(together: bool) -> None:
+    clt = _clt("topk", relu="none", by_magnitude=True, layers_together=together)
+    h = torch.stack([clt.products(row) + clt.b_enc for row in _x()])
+    groups = h if together else h.view(B * L, EACH)
+    expected = groups.abs().topk(clt.config.k * (L if together else 1)).values.view(B, -1)
+    values = clt.encode(_x()).values
+    assert (values < 0).any()
+    torch.testing.assert_close(values.abs(), expected)
+
+
 def test_the_batch_keeps_the_largest_of_all_layers() -> None:
     clt = _clt("batchtopk").train()
     for seed in range(4):  # the first without a guess, the others with the last one's
