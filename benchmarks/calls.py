@@ -206,6 +206,7 @@ def _makers(
         "k": K, "count": B * K, "drop_zeros": drop_zeros, "n_latents": F,
         "width": width, "betas": (0.9, 0.999), "eps": 1e-8, "norm": norm, "slices": 1,
         "lazy": False, "alpha": 1 / 32, "after": after, "at_most": min(4096, F),
+        "by_magnitude": False, "blocks": 1,
     }  # fmt: skip
     return {
         **{name: partial(lambda value: value, value) for name, value in constants.items()},

@@ -41,6 +41,7 @@ def preactivations(
             outside [0, F).
 
     Example:
+        >>> import torch
         >>> x, W_enc = torch.ones(1, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 2.0]])
         >>> preactivations(x, W_enc, None, [2, 0]).tolist()
         [[3.0, 1.0]]

@@ -247,9 +247,10 @@ class CrossLayer(SparseAutoencoder):
         offsets = before[
             torch.cat([(layer + firsts[:-1]).flatten(), layer.new_tensor([len(before) - 1])])
         ]
+        (kept,) = writes.flatten().nonzero(as_tuple=True)
         return SparseCodes(
-            values.expand(config.n_layers, -1).masked_select(writes),
-            (indices + starts).masked_select(writes),
+            values.repeat(config.n_layers)[kept],
+            (indices + starts).flatten()[kept],
             sum(config.writers),
             offsets,
         )

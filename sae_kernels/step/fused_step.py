@@ -212,7 +212,13 @@ class FusedStep(StepBase):
         gradients = total.gradients
         # The input's gradient and AuxK read the weights from before the update.
         if sae.config.subtract_b_dec:
-            through_input = self._through_input(W_enc, total.dh_sum)
+            dh_sum, ranks = total.dh_sum, self.ranks
+            if ranks is None:
+                through_input = rows_weighted(W_enc, dh_sum, sae.backend)
+            else:
+                through_input = ranks.over_latents(
+                    lambda some: rows_weighted(W_enc[some], dh_sum[some], sae.backend)
+                )
             gradients["b_dec"] = _minus(gradients["b_dec"], through_input)
         aux_loss = aux.finish(gradients)
         return Differentiated(
@@ -256,13 +262,6 @@ class FusedStep(StepBase):
             self.dense_next = done.n_kept > DENSE_FROM * entries
         error = done.errors if done.errors.dim() == 0 else done.errors[-1]
         return StepResult(loss, error / done.variance, l0, aux_loss, ~finite, done.fired)
-
-    def _through_input(self, W_enc: torch.Tensor, dh_sum: torch.Tensor) -> torch.Tensor:
-        """``W_enc^T dh_sum`` over all latents, the gradient of x summed over tokens."""
-        backend, ranks = self.sae.backend, self.ranks
-        if ranks is None:
-            return rows_weighted(W_enc, dh_sum, backend)
-        return ranks.over_latents(lambda some: rows_weighted(W_enc[some], dh_sum[some], backend))
 
     def _encoder_input(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens in the compute dtype, centred where that is the variant; valid until the next."""

@@ -318,11 +318,10 @@ def test_a_stream_from_a_model(
     assert used["data"] == {
         "drop_special_tokens": True,
         "drop_first": 0,
-        "drop_tokens": [],
         "max_norm_multiple": 10.0,
         "model": str(model),
         "layer": layers[1:2],
-        **({"target_layer": "h.1"} if arch == "transcoder" else {}),
+        **({"target_layer": ["h.1"]} if arch == "transcoder" else {}),
         "text": [str(text)],
         "dataset_split": "train",
         "dataset_column": "text",

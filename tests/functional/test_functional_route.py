@@ -212,7 +212,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "rank-scale": (
         lambda: encode_topk(x_, W_, None, K, rank_scale=torch.ones(F), routing=route_top1(x_, R_)),  # type: ignore[call-overload]
         ValueError,
-        r"rank_scale: expected none with a routing",
+        r"rank_scale, by_magnitude: expected neither with a routing",
     ),
     "other-batch": (
         lambda: encode_topk(x_[:3], W_, None, K, routing=route_top1(x_, R_)),

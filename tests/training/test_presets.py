@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 D, D_OUT, F, N = 12, 9, 64, 300
 PRESETS = presets()
-CROSSCODERS = ("crosscoder", "crosscoder_relu")
+CROSSCODERS = ("crosscoder", "crosscoder_relu", "causal_crosscoder")
 TRANSCODERS = ("transcoder", "skip_transcoder")
+ACROSS_LAYERS = tuple(name for name in PRESETS if name.endswith("clt"))
 
 
 def configs(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
@@ -35,7 +36,9 @@ def configs(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
         settings["groups"] = nested_groups(F, settings["groups"])
     if name in TRANSCODERS:
         settings["d_out"] = D_OUT
-    if name in CROSSCODERS:
+    if name in ACROSS_LAYERS:
+        settings["d_out"] = D
+    if name in CROSSCODERS + ACROSS_LAYERS:
         settings["n_layers"] = 2
     plain = {"steps": 3, "batch_size": 50, "lr": 1e-3, "warmup_steps": 0, "compute": "float32"}
     own = {**chosen.objective, **chosen.optimizer}
@@ -46,8 +49,11 @@ def configs(name: str, **changes: Any) -> tuple[SAEConfig, TrainConfig]:
 def data(name: str) -> dict[str, Any]:
     """Sources for train and evaluate."""
     x = tokens(N, d_in=D, n_features=30)
+    layers = JointRows([x, 3 * x.roll(1, dims=1)])
+    if name in ACROSS_LAYERS:
+        return {"source": layers, "target": torch.cat([x.cos(), x.sin()], 1)}
     if name in CROSSCODERS:
-        return {"source": JointRows([x, 3 * x.roll(1, dims=1)])}
+        return {"source": layers}
     if name in TRANSCODERS:
         return {"source": x, "target": x[:, :D_OUT].cos()}
     return {"source": x}
@@ -71,7 +77,7 @@ def test_it_trains_is_saved_and_read_again(name: str, route: str, tmp_path: Path
     assert (saved.config.activation_scale, saved.config.target_scale) == (1, 1)
     folded = ours.folded()
     x = data(name)["source"]
-    x = x.rows(0, 40).activations if name in CROSSCODERS else x[:40]
+    x = x.rows(0, 40).activations if isinstance(x, JointRows) else x[:40]
     for other in (folded, saved):
         assert_bitwise("latents", saved.encode(x).indices, other.encode(x).indices)
         assert_bitwise("values", saved.encode(x).values, other.encode(x).values)
