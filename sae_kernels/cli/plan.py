@@ -13,9 +13,9 @@ from sae_kernels.cli.output import Output
 from sae_kernels.config import OptimizerConfig
 from sae_kernels.plotting.units import number
 
-ONE_DEVICE_ONLY = (
-    "predictions: this package trains on one device, several GPUs are not implemented; no part of "
-    "a step is taken to overlap another"
+NOTE = (
+    "predictions: the package trains with latents spread over GPUs (latent-sharded); replicas are "
+    "not implemented; no part of a step is taken to overlap another"
 )
 
 
@@ -119,7 +119,7 @@ def _head(
             "origins": rates.origins,
             "calibration": note,
             "nominal": device.source,
-            "note": ONE_DEVICE_ONLY,
+            "note": NOTE,
         }
     )
     output.text(
@@ -127,7 +127,7 @@ def _head(
         f"{problem.dtype}: {tokens:,} tokens in {steps:,} steps of {problem.batch:,}",
         f"{gpus} x {device.name}, {note}",
         f"nominal rates: {device.source}",
-        ONE_DEVICE_ONLY,
+        NOTE,
         "",
     )
 

@@ -90,12 +90,12 @@ def test_a_mixed_layout_by_hand():
     assert (work.B, work.F, work.B * work.K) == (8, 4, 8)
     assert messages(mixed, SMALL) == {
         "tokens": 8 * 4 * 2 / 2,
-        "candidates": 2 * 8 * 2 * 8 / 2,
+        "candidates": 8 * (2 * 4 + 4) / 2,  # a key for each of 2 entries, a count back
         "partial sums": 2 * 8 * 4 * 4 / 2,
         "gradients": 2 * (4 * 4) * 4,  # 2 * 1/2 of 4 rows of 4 in fp32, of two matrices
     }
     assert mixed.memory(SMALL)["gradients"] == 2 * 4 * 4 * 4
-    assert mixed.memory(SMALL)["codes"] == 8 * 2 * (20 + 16)
+    assert mixed.memory(SMALL)["codes"] == 8 * 2 * (20 + 8)
 
 
 def test_few_touched_rows_are_exchanged_in_place_of_all():

@@ -24,7 +24,7 @@ def test_the_example_names_a_layout_and_what_rules(run):
     assert "16,777,216 latents" in ran.out
     assert "40,000,000,000 tokens in 305,176 steps of 131,072" in ran.out
     assert "512 x h200, not calibrated: no stored result for h200" in ran.out
-    assert "several GPUs are not implemented" in ran.out
+    assert "replicas are not implemented" in ran.out
     rows = {line.split("  ")[0]: line for line in ran.out.splitlines()}
     assert rows["data-parallel"].endswith("does not fit in memory")
     assert rows["latent-sharded"].endswith("communication")

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sae_kernels.bench.plan import Layout, Problem
+from sae_kernels.distributed.batches import GatheredBatches
+from sae_kernels.distributed.collectives import Collectives
 from sae_kernels.distributed.latents import LatentRanks
 from tests.distributed.problems import batch_winners, joined, kept_sets, trained
 from tests.distributed.world import on_ranks
@@ -170,24 +173,44 @@ def test_partial_sums_in_half_the_bytes(size: int) -> None:
         assert 2 * sent["partial sums"] == sent["residuals"]
 
 
-def volume(group: ProcessGroup, n_tokens: int, width: int) -> dict[str, int]:
+def volume(group: ProcessGroup, n_tokens: int, width: int) -> dict[str, dict[str, int]]:
+    """Bytes that a rank sends in a step, and those that it holds, by name."""
     wanted = problem("plain")
     wanted = {**wanted, "config": wanted["config"] | {"d_in": width}}
-    sent: dict[str, int] = trained(group, wanted, 1, n_tokens)["sent"]
-    return sent
+    result = trained(group, wanted, 1, n_tokens)
+    held = {**result["weights"], **result["state"]}
+    ranks, own = Collectives(group), torch.zeros(n_tokens // group.size(), width)
+    next(GatheredBatches(iter([own]), n_tokens, ranks))  # type: ignore[arg-type]
+    sent = {**result["sent"], **ranks.sent}
+    return {"sent": sent, "held": {name: tensor.nbytes for name, tensor in held.items()}}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_a_rank_sends(size: int) -> None:
-    """(G - 1) / G B (8 D + 4 K + 4) bytes; sums of the size of b_dec, ages of dead latents."""
+    """What the planner says; and sums of the size of b_dec, ages of dead latents."""
     B, D, K, F = 96, 64, 6, 99
-    for sent in on_ranks(size, volume, B, D):
+    plan, planned = Problem(D, F, K, B, "float32"), Layout(size, 1)
+    message = {m.what: m.bytes for m in planned.messages(plan)}
+    for found in on_ranks(size, volume, B, D):
+        sent = found["sent"]
         assert sent.pop("sums") <= (size - 1) * (4 * D + 8)
         assert sent.pop("ages") == (size - 1) * 8 * -(-F // size)
-        expected = (size - 1) / size * B * (8 * D + 4 * K + 4)
-        assert sum(sent.values()) == pytest.approx(expected, rel=0.02)
-        assert sent["partial sums"] + sent["residuals"] == (size - 1) / size * B * 8 * D
+        assert sent["activations"] == message["tokens"]
+        assert sent["partial sums"] + sent["residuals"] == message["partial sums"]
+        assert sum(sent.values()) == pytest.approx(sum(message.values()), rel=0.02)
+        assert sum(message.values()) == (size - 1) / size * B * (D * (4 + 8) + 4 * K + 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_rank_holds(size: int) -> None:
+    """Weights, moments and counters of its latents, and b_dec: what the planner says."""
+    D, F = 64, 100
+    plan = Problem(D, F, 6, 96, "float32")
+    for found in on_ranks(size, volume, 96, D):
+        held = sum(found["held"].values())
+        assert held == pytest.approx(Layout(size, 1).memory(plan)["weights and states"], rel=0.03)
 
 
 REFUSED: list[tuple[str, int, dict[str, Any], str]] = [

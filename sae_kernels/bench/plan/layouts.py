@@ -18,7 +18,7 @@ from sae_kernels.bench.work import Work, update_bytes
 from sae_kernels.config import OptimizerConfig
 
 _RESIDUAL = 4  # fp32: x_hat, residual, and gradients that are exchanged
-_ENTRY = 8  # a candidate: fp32 value, int32 latent
+_KEY, _COUNT = 4, 4  # of a candidate, fp32; of a token's winners on a shard, int32
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,13 @@ class Layout:
         return name, min(dense, touched)
 
     def messages(self, problem: Problem) -> list[Message]:
-        """The messages of a step, without vectors of F and D elements."""
+        """The messages of a step, without vectors of F and D elements.
+
+        Those between shards are what :mod:`sae_kernels.distributed.latents` sends.
+        """
         D, S, b = problem.d_in, self.shards, self.tokens(problem)
         rest, rows = (S - 1) / S, self.gradient_rows(problem)[1]
-        candidates = 2 * b * min(problem.k, self.latents(problem)) * _ENTRY * rest
+        candidates = b * (min(problem.k, self.latents(problem)) * _KEY + _COUNT) * rest
         found = [
             Message("tokens", b * D * problem.element_bytes * rest, S),
             Message("candidates", candidates, S),
@@ -156,14 +159,14 @@ class Layout:
         """Bytes of memory of a GPU by purpose, without the kernels' workspace."""
         D, b, f = problem.d_in, self.tokens(problem), self.latents(problem)
         kept = min(problem.k, f)
-        entry = 20 + (2 * _ENTRY if self.shards > 1 else 0)
+        entry = 20 + (2 * _KEY if self.shards > 1 else 0)
         return {
             # And b_enc with its moments, dead-latent counters, offsets, counts, dh_sum.
             "weights and states": f * (D * problem.state_bytes + 32),
             "gradients": 2 * D * _RESIDUAL * self.gradient_rows_held(problem),
             # x and the residual in fp32, the centred x as the product reads it.
             "tokens": b * D * (2 * _RESIDUAL + problem.element_bytes),
-            # Value, latent, gradient and two places in latent order; candidates sent and received.
+            # Value, latent, gradient and two places in latent order; keys sent and received.
             "codes": b * kept * entry,
         }
 
