@@ -42,6 +42,19 @@ class NonFiniteError(SaeKernelsError, ArithmeticError):
         )
 
 
+class RankError(SaeKernelsError, RuntimeError):
+    """Another process of a run failed, ended or does not answer; the message names its rank.
+
+    Args:
+        message: rank and cause.
+        said: whether another process of the run prints it.
+    """
+
+    def __init__(self, message: str, said: bool = False) -> None:
+        super().__init__(message)
+        self.said = said
+
+
 def name_hint(name: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name in an error message: the nearest known name, or all of them.
 

@@ -29,7 +29,7 @@ from sae_kernels.cli.resume import resume
 from sae_kernels.cli.sweep import sweep
 from sae_kernels.cli.train import train
 from sae_kernels.cli.train_e2e import train_e2e
-from sae_kernels.errors import SaeKernelsError
+from sae_kernels.errors import RankError, SaeKernelsError
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -95,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = _verdict(error)
-        if code == 2 and not is_first():
-            return code  # the first rank has it too, and says it once
+        # Of several processes one speaks: with other errors all have the same.
+        if code == 2 and (error.said if isinstance(error, RankError) else not is_first()):
+            return code
         print(f"sae-kernels: {' '.join(message.split())}", file=sys.stderr)
         return code
 

@@ -12,8 +12,9 @@ from sae_kernels.cli.files import check_free
 from sae_kernels.cli.options import Debug, Device, DeviceMap, Json, ModelDtype, Overwrite, placed
 from sae_kernels.cli.output import Output
 from sae_kernels.cli.settings import with_flags, with_given
-from sae_kernels.cli.start import stopped, terminable
+from sae_kernels.cli.start import stopped
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
+from sae_kernels.runs.interrupts import terminable
 
 
 @with_flags(RowFilter)

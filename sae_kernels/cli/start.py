@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -66,8 +64,8 @@ def start(
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
     with (
-        processes(tables) as (mesh, together),
         interruptible(again, out),
+        processes(tables) as (mesh, together),
         output.progress() as show,
     ):
         with together():
@@ -111,7 +109,7 @@ def processes(
     from sae_kernels.distributed.team import Team
 
     with launched(parallel, tables.get("train", {}).get("device", "auto")) as mesh:
-        yield mesh, Team(mesh).together
+        yield mesh, Team(mesh, parallel.timeout).together
 
 
 @contextmanager
@@ -144,27 +142,10 @@ def stopped(again: str, saved: Callable[[], str | None]) -> Iterator[None]:
         where = saved()
         if where is None:
             raise
-        print(f"sae-kernels: stopped, {where}; go on with: {again}", file=sys.stderr)
+        if is_first():
+            print(f"sae-kernels: stopped, {where}; go on with: {again}", file=sys.stderr)
         code = error.code if isinstance(error, SystemExit) else None
         raise typer.Exit(code if isinstance(code, int) else 130) from error
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the block by SystemExit, as Ctrl-C does by KeyboardInterrupt."""
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield  # the caller's own handler stays
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def kind_of_data(tables: Tables) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from sae_kernels.config.base import NATURAL, POSITIVE_INTEGER, Settings, setting
+from sae_kernels.config.base import NATURAL, POSITIVE_INTEGER, SCALE, Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,11 @@ class ParallelConfig(Settings):
         "blocks of latents whose sums are added in one order, a divisor of n_latents: runs on as "
         "many processes as leave each a power of two of them have the same bits; 0 is the fastest",
         NATURAL,
+    )
+    timeout: float = setting(
+        600.0,
+        "seconds to wait for a process that does not answer; all others stop then",
+        SCALE,
     )
     partial_sums: Literal["float32", "bfloat16"] = setting(
         "float32",

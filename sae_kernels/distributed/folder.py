@@ -33,6 +33,8 @@ class TeamFolder(RunFolder):
         path, tables, options, arguments: as of RunFolder.
     """
 
+    shared = True
+
     def __init__(
         self,
         team: Team,

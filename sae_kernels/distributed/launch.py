@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
+from sae_kernels.distributed.faults import first_cause
 from sae_kernels.gpu import training_device
+from sae_kernels.runs.interrupts import terminable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +36,7 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
 
     Raises:
         ValueError: another number of processes than the settings say.
+        RankError: for any error in the block of this or another process, it names the rank.
     """
     world, wanted = int(os.environ.get("WORLD_SIZE", "0")), parallel.latents_over
     if world != wanted:
@@ -40,8 +47,29 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
     kind = training_device(device).type
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    try:
-        yield init_device_mesh(kind, (wanted,), mesh_dim_names=("latents",))
-    finally:
-        dist.destroy_process_group()
+    wait = timedelta(seconds=parallel.timeout)
+    store, rank, _ = next(rendezvous("env://", timeout=wait))
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    with terminable():
+        try:
+            yield init_device_mesh(kind, (wanted,), mesh_dim_names=("latents",))
+        except BaseException as raised:
+            error = _failure(raised)
+            if error is None:
+                raise
+            # torchrun ends those that are left when the first is gone; they say why before.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            dist.destroy_process_group()
+            raise first_cause(error, store, rank, world) from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _failure(error: BaseException | None) -> Exception | None:
+    """The failure, also of a rank that torchrun's signal met on its way out with one."""
+    while error is not None and not isinstance(error, Exception):
+        error = error.__context__
+    return error

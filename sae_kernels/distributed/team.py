@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sae_kernels.distributed.faults import described
 from sae_kernels.distributed.latents import LatentRanks
-from sae_kernels.errors import DataError
+from sae_kernels.errors import RankError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 
 _Made = TypeVar("_Made")
-_USER_ERRORS = (DataError, ValueError, TypeError, OSError, ImportError)
 
 
 class Team:
@@ -32,6 +33,7 @@ class Team:
 
     Args:
         mesh: of one dimension.
+        timeout: seconds to wait for a rank that does not answer.
 
     Attributes:
         mesh, group: as given, and its process group.
@@ -42,15 +44,16 @@ class Team:
         ValueError: a mesh of several dimensions.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
         if mesh.ndim != 1:
             raise ValueError(f"mesh: expected one of one dimension, got {mesh.ndim}")
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         members = dist.get_process_group_ranks(self.group)
         # On the CPU, so that no kernel waits behind what the host asks.
-        self._control = dist.new_group(members, backend="gloo")
-        self.saving = dist.new_group(members, backend="gloo")
+        wait = timedelta(seconds=timeout)
+        self._control = dist.new_group(members, backend="gloo", timeout=wait)
+        self.saving = dist.new_group(members, backend="gloo", timeout=wait)
         self.saving_mesh = DeviceMesh.from_group(self.saving, "cpu")
 
     def ranks(self, n_latents: int, parallel: ParallelConfig) -> LatentRanks:
@@ -112,7 +115,7 @@ class Team:
             group: to talk over, from a thread of its own.
 
         Raises:
-            DataError: another rank failed.
+            RankError: another rank failed.
             OSError: this one did.
         """
         group = group or self._control
@@ -147,14 +150,13 @@ class Team:
 
     def _raise_first(self, error: Exception | None, group: ProcessGroup) -> None:
         """Raises this rank's error, or one that names the first rank with one."""
-        mine = None if error is None else (isinstance(error, _USER_ERRORS), str(error))
+        mine = None if error is None else described(error)
         found = _gathered(mine, group)
         if error is not None:
             raise error
         for rank, other in enumerate(found):
             if other is not None:
-                kind: type[Exception] = DataError if other[0] else RuntimeError
-                raise kind(f"rank {rank}: {other[1]}")
+                raise RankError(f"rank {rank}: {other}")
 
 
 def _gathered(value: Any, group: ProcessGroup) -> list[Any]:

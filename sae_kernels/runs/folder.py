@@ -46,6 +46,7 @@ _FREE = (
     "train.on_nonfinite",
     "train.cuda_graph",
     "parallel.latents_over",
+    "parallel.timeout",
 )
 
 
@@ -68,11 +69,14 @@ class RunFolder:
         checkpoint: the checkpoint to continue from, or None.
         step: steps made at that checkpoint, else 0.
         lines: the metric lines so far.
+        shared: whether other processes write here too, which may be gone after an error.
 
     Raises:
         DataError: the folder is in use, holds another run or a finished one, the settings differ
             from those the run began with, or all its checkpoints are damaged.
     """
+
+    shared = False
 
     def __init__(
         self,

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType
 
     from typing_extensions import Self
 
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, _end)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block by SystemExit, as Ctrl-C does by KeyboardInterrupt."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # the caller's own handler stays
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Interrupts:

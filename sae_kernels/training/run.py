@@ -59,7 +59,8 @@ class TrainingResult:
 class TrainingRun(Generic[Batch]):
     """One run of the loop: an SAE in training, its folder and its callback.
 
-    As a context manager it leaves the SAE usable, and saved, whatever happens inside.
+    As a context manager it leaves the SAE usable whatever happens inside, and saved; but after an
+    error not in a folder of several processes, since the others may be gone.
 
     Args:
         training: fresh, or to be restored by :meth:`load`.
@@ -91,9 +92,10 @@ class TrainingRun(Generic[Batch]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._result is None:
-            self._leave()
+            failed = kind is not None and issubclass(kind, Exception)
+            self._leave(save=not (failed and self.folder is not None and self.folder.shared))
 
     def load(self) -> None:
         """Restores the folder's checkpoint; the SAE has its weights already."""
@@ -147,10 +149,10 @@ class TrainingRun(Generic[Batch]):
                 self.folder.finish(self._summary(self._result))
         return self._result
 
-    def _leave(self) -> None:
+    def _leave(self, save: bool = True) -> None:
         """Restores the SAE's own weights and saves it."""
         self.training.close()
-        if self.folder is not None:
+        if self.folder is not None and save:
             self.folder.save_sae(self.training.sae)
 
     def _provenance(self) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Planned(NamedTuple):
         share: its columns, if several runs read their layers together.
         fitted: whether the SAE has its scales already, so that none are estimated.
         ranks: the processes that the SAE's latents are spread over; None: this one alone.
+        parallel: how they share the run.
     """
 
     sae: SAEConfig | SparseAutoencoder
@@ -58,14 +59,7 @@ class Planned(NamedTuple):
     share: Share | None = None
     fitted: bool = False
     ranks: LatentRanks | None = None
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """How the processes share the run."""
-        ranks = self.ranks
-        if ranks is None:
-            return ParallelConfig()
-        return ParallelConfig(ranks.size, ranks.blocks, ranks.partial_sums)
+    parallel: ParallelConfig = ParallelConfig()
 
     @property
     def latents(self) -> range | None:

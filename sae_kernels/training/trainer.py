@@ -103,6 +103,7 @@ def train(
         NonFiniteError: a loss or gradient norm was not finite and ``on_nonfinite`` is "stop". The
             weights are those before that step, and are saved.
         DataError: the folder is in use, or holds another run.
+        RankError: with a mesh, another process failed where they work on the folder together.
         OSError: something could not be written; older checkpoints are intact.
 
     Example:
@@ -124,12 +125,12 @@ def train(
     if mesh is not None:
         from sae_kernels.distributed.team import Team
 
-        team = Team(mesh)
+        parallel = dataclasses.replace(parallel or ParallelConfig(), latents_over=mesh.size())
+        team = Team(mesh, parallel.timeout)
         with team.together():
             check_spread(plan, opened_source, step)
-            plan = plan._replace(
-                ranks=team.ranks(plan.sae_config.n_latents, parallel or ParallelConfig())
-            )
+            ranks = team.ranks(plan.sae_config.n_latents, parallel)
+            plan = plan._replace(ranks=ranks, parallel=parallel)
         data_there = getattr(opened_source, "fingerprint", None)
         settings_there = run_tables(plan.sae_config, config, {}, OutputConfig(), plan.parallel)
         team.expect_same({**settings_there, "activations": data_there})

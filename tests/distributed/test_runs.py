@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,7 @@ from sae_kernels.runs import checkpoint
 from sae_kernels.runs.metrics import read_metrics
 from tests.distributed import runs
 from tests.distributed.problems import joined
-from tests.distributed.world import on_ranks
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed.world import TIMEOUT, on_ranks, torchrun
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -120,7 +115,7 @@ def test_bad_input_is_an_error_on_all_ranks(tmp_path: Path) -> None:
 
 
 def part_of(group: Any, folder: str) -> dict[str, torch.Tensor]:
-    team = Team(DeviceMesh.from_group(group, "cpu"))
+    team = Team(DeviceMesh.from_group(group, "cpu"), TIMEOUT)
     sae = load_sae(Path(folder), team, LatentRanks(group, 99).latents)
     return {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
 
@@ -132,15 +127,6 @@ def test_ranks_read_their_rows_of_a_saved_sae(tmp_path: Path) -> None:
     whole = joined(on_ranks(2, part_of, str(tmp_path)), sae.state_dict())
     for name, tensor in sae.state_dict().items():
         assert torch.equal(whole[name], tensor), name
-
-
-def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += ["-m", "sae_kernels", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
 
 
 @pytest.mark.full

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -62,3 +65,16 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             assert state == "done", f"rank {rank} of {size}:\n{value}"
             results.append(value)
         return results
+
+
+def torchrun(
+    size: int, *arguments: str, module: str = "sae_kernels", restarts: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a module's command line on so many ranks by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    command += ["--max-restarts", str(restarts), "-m", module, *arguments]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
