@@ -16,6 +16,7 @@ from typing import Any
 from sae_kernels.cli import main
 from sae_kernels.training.run import TrainingRun
 
+
 class Bug(Exception):
     """Of a rank."""
 
