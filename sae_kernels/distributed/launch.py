@@ -48,7 +48,10 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     wait = timedelta(seconds=parallel.timeout)
-    store, rank, _ = next(rendezvous("env://", timeout=wait))
+    store, rank, _ = next(rendezvous("env://"))
+    # Processes start one after the other, for which the setting may be too short.
+    store.set(f"there/{rank}", "")
+    store.wait([f"there/{each}" for each in range(world)])
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     with terminable():

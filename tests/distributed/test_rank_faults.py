@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import subprocess
     from pathlib import Path
 
-STEPS, TIMEOUT = 24, 6
+STEPS, TIMEOUT = 24, 10
 
 
 def of_exchange() -> Exception:
