@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sae_kernels.distributed.faults import first_cause
@@ -49,6 +50,9 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     wait = timedelta(seconds=parallel.timeout)
     store, rank, _ = next(rendezvous("env://"))
+    # torchrun's store may be that of the attempt before, with the addresses of its processes.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"sae_kernels/{attempt}", store)
     # Processes start one after the other, for which the setting may be too short.
     store.set(f"there/{rank}", "")
     store.wait([f"there/{each}" for each in range(world)])
