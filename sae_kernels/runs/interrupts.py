@@ -33,7 +33,8 @@ def terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) == _end:  # a process that ends may ignore it by now
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Interrupts:
