@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 pytestmark = one_graph
 
+# BatchTopK of all layers together asks the host for the batch's cut (docs/architectures.md).
+ASKS_THE_HOST = ("clt-batchtopk", "causal-crosscoder-none")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -75,7 +78,7 @@ def outcome(loss: Callable[..., Tensor], step: AutogradStep, *given: object) -> 
 
 
 @pytest.mark.sampled(5)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ASKS_THE_HOST])
 def test_an_objective_is_one_graph_with_the_bits_of_eager(name: str) -> None:
     case = ARCHITECTURES[name]
     ours, eager = (build(case, AutogradStep, "cpu") for _ in range(2))
