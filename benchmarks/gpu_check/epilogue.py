@@ -20,7 +20,7 @@ _FUSED = ("triton", "gluon")
 def costs(bench: Bench, name: str) -> Iterator[Record]:
     """Whole products that let nothing through, and the k best of each row; then the survivors."""
     shape = bench.shape(name)
-    x, W, b, k, rank_scale, _ = inputs = bench.inputs("select_topk", shape)
+    x, W, b, k, rank_scale, *_ = inputs = bench.inputs("select_topk", shape)
     contestants: dict[str, Callable[[], object]] = {PRODUCT: product(bench, shape)}
     found = calls.runnable("select_topk", inputs, _FUSED)
     facts: list[Record] = []

@@ -117,8 +117,8 @@ class SparseAutoencoder(SingleLatents):
             skip = torch.zeros(config.output_width, config.input_width, device=device)
             self.W_skip = nn.Parameter(skip)
         # Of weights that stay as they are, see InferenceSAE.
-        self.register_buffer("narrow", None, persistent=False)
-        self.register_buffer("kept_rank_scale", None, persistent=False)
+        # No buffers while they are None: torch.export counts those among its inputs.
+        self.narrow = self.kept_rank_scale = None
 
     # -- what an architecture defines ----------------------------------------------------------
 

@@ -69,13 +69,17 @@ class InferenceSAE(nn.Module):
                 f"int8), got {dtype}"
             )
         copy = sae.folded().requires_grad_(False)
-        copy.kept_rank_scale = copy.rank_scale()
+        rank_scale = copy.rank_scale()
         for parameter in copy.parameters():
             high = torch.promote_types(parameter.dtype, torch.float32)
             parameter.data = parameter.data.to(dtype if parameter.dim() > 1 else high)
         copy.compute_dtype = dtype
         copy.fold_b_dec_()
-        copy.narrow = narrowed(copy.W_enc) if is_narrow else None
+        kept = {"narrow": narrowed(copy.W_enc) if is_narrow else None}
+        for name, tensor in {**kept, "kept_rank_scale": rank_scale}.items():
+            if tensor is not None:
+                delattr(copy, name)
+                copy.register_buffer(name, tensor, persistent=False)
         self.sae = copy
         self.train(False)
 

@@ -73,7 +73,9 @@ class SingleLatents(Upkeep):
             True
         """
         bounds = self.bounds()
-        if bounds is None and not self.drops_zeros:
+        if bounds is None and (
+            self.training or not self.drops_zeros
+        ):  # a batch's may depend on all
             whole: SparseCodes = self.encode(x)
             return whole.columns(latents)
         chosen = checks.latents(latents, self.config.n_latents).to(self.W_enc.device)

@@ -139,7 +139,8 @@ def blocky(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_give_the_same_bits_on_any_ranks(size: int) -> None:
     """On those of which each has a power of two of the blocks."""
-    names, blocks = ["auxk", "by_norm", "multi", "batch"], 4 * size
+    # Without AuxK, whose dense products are torch's: their bits depend on where operands lie.
+    names, blocks = ["by_norm", "multi", "batch"], 4 * size
     one = blocks_trained(None, names, blocks)
     found = on_ranks(size, blocks_trained, names, blocks)
     for name in names:

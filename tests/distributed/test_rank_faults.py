@@ -108,7 +108,9 @@ def doomed(
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     """The end of a run with a fault, and the seconds from it."""
     arguments = [*settings(acts, out), *(["--resume"] if restarts else [])]
-    done = torchrun(2, *arguments, module="tests.distributed.doomed", restarts=restarts, DOOM=doom)
+    done = torchrun(
+        2, *arguments, module="tests.distributed.doomed_ranks", restarts=restarts, DOOM=doom
+    )
     at = re.search(r"doomed at ([\d.]+)", done.stderr)
     assert at, done.stderr
     return done, time.time() - float(at[1])
@@ -129,7 +131,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(("doom", "within", "words"), FAULTS)
 def test_all_stop_and_another_number_goes_on(
     acts: str,
@@ -152,7 +154,7 @@ def test_all_stop_and_another_number_goes_on(
     assert_same(out, straight)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_run(
     acts: str, tmp_path: Path, straight: dict[str, torch.Tensor]
 ) -> None:
@@ -163,7 +165,7 @@ def test_torchrun_restarts_a_killed_run(
     assert_same(out, straight)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_signal_to_one_saves_all(
     acts: str, tmp_path: Path, straight: dict[str, torch.Tensor]
 ) -> None:

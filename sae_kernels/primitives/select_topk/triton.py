@@ -170,8 +170,8 @@ def _encode_pass(
             threshold = tl.where(threshold == threshold, threshold, float("inf"))
             lists = candidates + rows.to(tl.int64) * CAPACITY
             by_latent, by_row = (b, rank_scale, first + n_latents), (lengths, rows, B)
-            into = (threshold, counts + rows, lists, CAPACITY, CHUNKS, APPENDED_BY, BY_MAGNITUDE)
-            _append_passing(h, column, by_latent, by_row, *into)
+            into = (by_latent, by_row, threshold, counts + rows, lists)
+            _append_passing(h, column, *into, CAPACITY, CHUNKS, APPENDED_BY, BY_MAGNITUDE)
 
 
 @triton.jit
@@ -209,9 +209,10 @@ def _append_passing(
     COLUMNS: tl.constexpr = product.shape[1] // (2 if CHUNKS > 1 else 1)
     if CHUNKS > 1:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
-        rest = (by_latent, by_row, threshold, counts, lists, CAPACITY, CHUNKS // 2, APPENDED_BY)
-        _append_passing(left, column, *rest, BY_MAGNITUDE)
-        _append_passing(right, column + COLUMNS, *rest, BY_MAGNITUDE)
+        rest = (by_latent, by_row, threshold, counts, lists)
+        half: tl.constexpr = CHUNKS // 2
+        _append_passing(left, column, *rest, CAPACITY, half, APPENDED_BY, BY_MAGNITUDE)
+        _append_passing(right, column + COLUMNS, *rest, CAPACITY, half, APPENDED_BY, BY_MAGNITUDE)
     else:
         b, rank_scale, end = by_latent
         lengths, rows, B = by_row
