@@ -73,9 +73,8 @@ class SingleLatents(Upkeep):
             True
         """
         bounds = self.bounds()
-        if bounds is None and (
-            self.training or not self.drops_zeros
-        ):  # a batch's may depend on all
+        # In training what is kept may depend on the whole batch.
+        if bounds is None and (self.training or not self.drops_zeros):
             whole: SparseCodes = self.encode(x)
             return whole.columns(latents)
         chosen = checks.latents(latents, self.config.n_latents).to(self.W_enc.device)
