@@ -74,7 +74,8 @@ class SingleLatents(Upkeep):
         """
         bounds = self.bounds()
         # In training what is kept may depend on the whole batch.
-        if bounds is None and (self.training or not self.drops_zeros):
+        by_token = self.keeps_fixed_number or not self.training
+        if bounds is None and not (by_token and self.drops_zeros):
             whole: SparseCodes = self.encode(x)
             return whole.columns(latents)
         chosen = checks.latents(latents, self.config.n_latents).to(self.W_enc.device)
