@@ -12,7 +12,7 @@ from sae_kernels.distributed.batches import GatheredBatches
 from sae_kernels.distributed.collectives import Collectives
 from sae_kernels.distributed.latents import LatentRanks
 from tests.distributed.problems import batch_winners, joined, kept_sets, trained
-from tests.distributed.world import on_ranks
+from tests.distributed.world import on_ranks, one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,9 +139,9 @@ def blocky(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_give_the_same_bits_on_any_ranks(size: int) -> None:
     """On those of which each has a power of two of the blocks."""
-    # Without AuxK, whose dense products are torch's: their bits depend on where operands lie.
-    names, blocks = ["by_norm", "multi", "batch"], 4 * size
-    one = blocks_trained(None, names, blocks)
+    names, blocks = ["auxk", "by_norm", "multi", "batch"], 4 * size
+    with one_thread():
+        one = blocks_trained(None, names, blocks)
     found = on_ranks(size, blocks_trained, names, blocks)
     for name in names:
         each = [results[name] for results in found]
