@@ -79,8 +79,12 @@ def sparse_pass(
     gradients, dh_sum = _encoder_gradients(order, preacts.indices, grads, context)
     taught = [d for part, d in zip(parts, decoded, strict=True) if part.trains_decoder]
     by_norms = grads.get("norms")
+    # The codes that were read, or, of several reconstructions, the entries of any.
+    rows = read[0] if len(read) == 1 else sae.decoder_codes(live)
+    if rows.indices is not preacts.indices:  # W_dec has other rows than one a latent
+        order = rows.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend)
     gradients["W_dec"] = Gradient(
-        _decoder_terms(order, live, taught, context),
+        _decoder_terms(order, rows.indices, taught, context),
         None if by_norms is None else sae.row_coefficients(by_norms),
     )
     gradients |= sae.leaf_gradients(preacts, grads, context.x)
@@ -260,13 +264,9 @@ def _one_entry_each(coef: torch.Tensor) -> tuple[LatentOrder, torch.Tensor]:
 
 
 def _decoder_terms(
-    order: LatentOrder, live: SparseCodes, decoded: list[_Decoded], context: Context
+    order: LatentOrder, indices: torch.Tensor, decoded: list[_Decoded], context: Context
 ) -> list[Term]:
-    sae = context.sae
-    codes = sae.decoder_codes(live)
-    if codes is not live:  # W_dec has other rows than one a latent
-        order = codes.latent_order(drop_zeros=sae.drops_zeros, backend=sae.backend)
     if context.prefixes is not None:
         # Residual rows are [G * B, width]; a latent reads those of its own group.
-        order = order.by_group(codes.indices, context.prefixes.ends, context.n_tokens)
+        order = order.by_group(indices, context.prefixes.ends, context.n_tokens)
     return [order.term(d.factor * d.values, d.residual.flatten(0, -2)) for d in decoded]
