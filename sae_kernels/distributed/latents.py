@@ -22,6 +22,7 @@ from sae_kernels.distributed.collectives import Collectives, share
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
+from sae_kernels.primitives.decode_residual.reference import weighted
 from sae_kernels.primitives.terms import tree_sum
 from sae_kernels.step import FusedStep
 from sae_kernels.step.state import DeadRows
@@ -222,15 +223,9 @@ class LatentRanks:
         )
         if group_ends is not None:
             e = e.transpose(0, 1).contiguous()
-        squares = e.square().sum(-1)
-        if group_weights is not None:
-            e = e * group_weights[:, None, None]
-        if group_ends is not None:
-            e = e.flip(0).cumsum(0).flip(0)
+        squares, e = weighted(e, group_ends, group_weights)
         grad = code_grad(e, indices, W, group_ends, offsets, backend=backend)
-        if drop_zeros:
-            grad = torch.where(values == 0, 0, grad)
-        return e, squares, grad
+        return e, squares, torch.where(values == 0, 0, grad) if drop_zeros else grad
 
     def prefixes(self, whole: Prefixes, latents: range) -> Prefixes:
         """Prefixes of all latents as prefixes of those in this process."""

@@ -22,12 +22,19 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes, subtracts, squares and multiplies the residual with the selected rows."""
     e = decode.run(values, indices, W, b_dec, group_ends, offsets, blocks) - target
-    sse = e.square().sum(-1)
+    squares, e = weighted(e, group_ends, group_weights)
+    grad = code_grad.run(e, indices, W, group_ends, offsets)
+    return e, squares, torch.where(values == 0, 0, grad) if drop_zeros else grad
+
+
+def weighted(
+    e: torch.Tensor, group_ends: torch.Tensor | None, group_weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared error of each token, and the residuals as the gradients of the codes read them.
+
+    With groups a latent's is the weighted sum of the residuals of its prefix and all longer ones.
+    """
+    squares = e.square().sum(-1)
     if group_weights is not None:
         e = e * group_weights[:, None, None]
-    if group_ends is not None:
-        e = e.flip(0).cumsum(0).flip(0)
-    grad = code_grad.run(e, indices, W, group_ends, offsets)
-    if drop_zeros:
-        grad = torch.where(values == 0, 0, grad)
-    return e, sse, grad
+    return squares, e if group_ends is None else e.flip(0).cumsum(0).flip(0)
