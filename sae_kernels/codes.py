@@ -124,6 +124,23 @@ class SparseCodes:
         indices = self.indices if indices is None else indices
         return dataclasses.replace(self, values=values, indices=indices)
 
+    @classmethod
+    def cat(cls, parts: Sequence[SparseCodes]) -> SparseCodes:
+        """The codes of several batches [tokens, K], or ragged, as those of one batch.
+
+        Example:
+            >>> one = SparseCodes.from_dense(torch.eye(2), k=1)
+            >>> SparseCodes.cat([one, one]).indices.flatten().tolist()
+            [0, 1, 0, 1]
+        """
+        values = torch.cat([part.values for part in parts])
+        indices = torch.cat([part.indices for part in parts])
+        lengths = [part.offsets.diff() for part in parts if part.offsets is not None]
+        offsets = None
+        if lengths:
+            offsets = torch.nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0)).to(torch.int32)
+        return cls(values, indices, parts[0].n_latents, offsets)
+
     def first(self, counts: torch.Tensor) -> SparseCodes:
         """The first entries of every token, of codes [B, K]: ragged ones, ``counts`` [B] each.
 

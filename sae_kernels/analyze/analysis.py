@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from sae_kernels.analyze.layers import layer_spread
 from sae_kernels.analyze.multidimensional import codes_of, find_clusters
 from sae_kernels.data.rows import TensorRows
 from sae_kernels.training import evaluate
+from sae_kernels.training.evaluate import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from sae_kernels.training import Evaluation
 
 Side = Literal["decoder", "encoder"]
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,11 +149,11 @@ def analyze(
     if source is not None:
         rows, goal = _rows(source), None if target is None else _rows(target)
         measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
-        if sae.latent_experts() is not None:
-            use = _evaluating(sae, expert_use, rows, target=goal)
-        if clusters:
-            codes = _evaluating(sae, codes_of, rows)
-            found = find_clusters(codes, sae.decoder_rows())
+        with evaluating(sae):
+            if sae.latent_experts() is not None:
+                use = expert_use(sae, rows, target=goal)
+            if clusters:
+                found = find_clusters(codes_of(sae, rows), sae.decoder_rows())
     if sae.config.n_layers == 2 and not sae.config.transcodes:
         whose = difference(sae, None if source is None else _rows(source))
     W = sae.decoder_rows() if side == "decoder" else sae.W_enc
@@ -164,15 +164,3 @@ def analyze(
 
 def _rows(source: RowSource | torch.Tensor) -> RowSource:
     return TensorRows(source) if isinstance(source, torch.Tensor) else source
-
-
-def _evaluating(
-    sae: SparseAutoencoder, measure: Callable[..., Result], *args: Any, **kwargs: Any
-) -> Result:
-    """What a function of an SAE in evaluation mode returns; its mode is restored."""
-    training = sae.training
-    sae.eval()
-    try:
-        return measure(sae, *args, **kwargs)
-    finally:
-        sae.train(training)

@@ -10,6 +10,7 @@ import torch
 from sae_kernels.analyze.geometry import summary
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
+from sae_kernels.training.evaluate import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,9 +133,7 @@ def latent_scaling(sae: SparseAutoencoder, source: RowSource) -> tuple[Tensor, T
     dots = torch.stack([(own * part).to(torch.float64).sum(1) for part in parts])  # <d, d_of_model>
     sums = torch.zeros(2, 2, F, dtype=torch.float64, device=W.device)  # target, model, latent
     squares = torch.zeros(F, dtype=torch.float64, device=W.device)
-    was_training = sae.training
-    sae.eval()
-    try:
+    with evaluating(sae):
         for start in range(0, source.n_tokens, _BATCH):
             rows = source.rows(start, min(start + _BATCH, source.n_tokens))
             x = rows.activations.to(W.device)
@@ -149,8 +148,6 @@ def latent_scaling(sae: SparseAutoencoder, source: RowSource) -> tuple[Tensor, T
                     y = y.to(checks.accumulator(W.dtype)).contiguous()
                     along = code_grad(y, codes.indices, own, None, codes.offsets).double()
                     sums[target, model].index_add_(0, latents, along.flatten() * values)
-    finally:
-        sae.train(was_training)
     sums[0] += squares * dots  # the latent's own contribution, which its error is without
     ratios = torch.where(of_chat, sums[:, 0] / sums[:, 1], sums[:, 1] / sums[:, 0])
     ratios[:, squares == 0] = torch.nan

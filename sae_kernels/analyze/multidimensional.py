@@ -243,13 +243,7 @@ def codes_of(sae: SparseAutoencoder, source: RowSource, n_tokens: int = 1 << 16)
     for start in range(0, n, _QUERIES):
         rows = source.rows(start, min(start + _QUERIES, n)).activations
         parts.append(sae.encode(rows.to(sae.W_enc.device)))
-    values = torch.cat([part.values for part in parts])
-    indices = torch.cat([part.indices for part in parts])
-    lengths = [part.offsets.diff() for part in parts if part.offsets is not None]
-    if not lengths:
-        return SparseCodes(values, indices, parts[0].n_latents)
-    offsets = torch.cat([lengths[0].new_zeros(1), *lengths]).cumsum(0).int()
-    return SparseCodes(values, indices, parts[0].n_latents, offsets)
+    return SparseCodes.cat(parts)
 
 
 def find_clusters(

@@ -271,19 +271,12 @@ class Attribution:
         """Activations with all latents ablated but the kept ones [F], and perhaps the error."""
         codes, error = self.parts(layer, x)
         absent = self._absent[layer]
-        out = x - self._decoded(layer, codes, ~kept)
+        out = x - written(self.saes[layer], codes, ~kept)
         if absent.codes is not None:
-            out = out + self._decoded(layer, absent.codes, ~kept)
+            out = out + written(self.saes[layer], absent.codes, ~kept)
         if not keeps_error:
             out = out - error if absent.error is None else out - error + absent.error
         return out
-
-    def _decoded(self, layer: str, codes: SparseCodes, chosen: Tensor) -> Tensor:
-        """What the chosen latents [F] write into the layer, without bias."""
-        sae = self.saes[layer]
-        values = torch.where(chosen[codes.indices.long()], codes.values, 0)
-        rows = decode(codes.with_values(values), sae.W_dec.detach(), backend=sae.backend)
-        return rows / sae.target_scale
 
     def _no_latent(self, layer: str) -> Tensor:
         """A mask of a layer's latents [F] without any."""
@@ -301,17 +294,18 @@ class Attribution:
             of_layer.setdefault(layer, []).append(latent)
         masks = {}
         for layer, latents in of_layer.items():
-            n = self.saes[layer].config.n_latents
-            numbers = [latent for latent in latents if latent is not None]
-            for latent in numbers:
-                if not 0 <= latent < n:
-                    raise ValueError(
-                        f"latent: expected from 0 to {n - 1} (n_latents - 1), got {latent}"
-                    )
             mask = self._no_latent(layer)
-            mask[numbers] = True
+            numbers = [latent for latent in latents if latent is not None]
+            mask[checks.latents(numbers, len(mask)).to(mask.device)] = True
             masks[layer] = (mask, None in latents)
         return masks
+
+
+def written(sae: SparseAutoencoder, codes: SparseCodes, chosen: Tensor) -> Tensor:
+    """What the chosen latents, bool [F], add to the reconstruction: [tokens, D], without bias."""
+    values = torch.where(chosen[codes.indices.long()], codes.values, 0)
+    rows = decode(codes.with_values(values), sae.W_dec.detach(), backend=sae.backend)
+    return rows / sae.target_scale
 
 
 def _exchange(point: Tensor, _rows: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_kernels.codes import SparseCodes
-from sae_kernels.functional import decode
 from sae_kernels.harvest.splice import check_fits, frozen, replaced_rows
 from sae_kernels.harvest.tokens import TokenBatch
+from sae_kernels.interventions.attribution import written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -36,9 +36,7 @@ class Documents(NamedTuple):
         """
         removed = torch.zeros(self.codes.n_latents, dtype=torch.bool, device=self.x.device)
         removed[torch.as_tensor(latents, dtype=torch.long, device=self.x.device)] = True
-        values = torch.where(removed[self.codes.indices.long()], self.codes.values, 0)
-        rows = decode(self.codes.with_values(values), sae.W_dec.detach(), backend=sae.backend)
-        return self.x - rows / sae.target_scale
+        return self.x - written(sae, self.codes, removed)
 
 
 class Probe(NamedTuple):
@@ -81,9 +79,7 @@ def mean_documents(
         ValueError: a document without a token, no batch, an SAE of another width.
     """
     means: list[Tensor] = []
-    values: list[Tensor] = []
-    indices: list[Tensor] = []
-    lengths: list[Tensor] = []
+    parts: list[SparseCodes] = []
     F = sae.config.n_latents
     for inputs in batches:
         batch = TokenBatch.of(inputs)
@@ -102,15 +98,12 @@ def mean_documents(
         keys = (documents[codes.tokens.long()] * F + codes.indices)[fired]
         key, at = keys.unique(return_inverse=True)
         sums = total.new_zeros(len(key)).index_add_(0, at, codes.values[fired])
-        values.append(sums / counts[key // F])
-        indices.append((key % F).int())
-        lengths.append((key // F).bincount(minlength=len(counts)))
-    if not means:
+        lengths = (key // F).bincount(minlength=len(counts))
+        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        parts.append(SparseCodes(sums / counts[key // F], (key % F).int(), F, offsets))
+    if not parts:
         raise ValueError("batches: expected at least one, got none")
-    offsets = torch.cat([lengths[0].new_zeros(1), *lengths]).cumsum(0).int()
-    return Documents(
-        torch.cat(means), SparseCodes(torch.cat(values), torch.cat(indices), F, offsets)
-    )
+    return Documents(torch.cat(means), SparseCodes.cat(parts))
 
 
 def fit_probe(x: Tensor, labels: Tensor, *, l2: float = 1e-3) -> Probe:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels.codes import SparseCodes
+
 if TYPE_CHECKING:
     from sae_kernels.data.rows import Rows
     from sae_kernels.nn import SparseAutoencoder
@@ -61,12 +63,11 @@ class CodesByLatent(NamedTuple):
 def codes_by_latent(sae: SparseAutoencoder, rows: Rows) -> CodesByLatent:
     """Encodes rows and sorts their codes by latent; all of them are held in memory."""
     device = sae.W_enc.device
-    parts = [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
-    values = torch.cat([part.values.flatten().cpu() for part in parts])
-    indices = torch.cat([part.indices.flatten().cpu() for part in parts])
-    tokens = torch.cat(
-        [part.tokens.flatten().long().cpu() + i * _BATCH for i, part in enumerate(parts)]
+    codes = SparseCodes.cat(
+        [sae.encode(x.to(device).float()) for x in rows.activations.split(_BATCH)]
     )
+    values, indices = codes.values.flatten().cpu(), codes.indices.flatten().cpu()
+    tokens = codes.tokens.flatten().long().cpu()
     fired = (values != 0).nonzero().flatten()
     by_value = fired[values[fired].argsort(descending=True, stable=True)]
     latents = indices[by_value]

@@ -96,7 +96,11 @@ def latent_table(
     low, high, histogram = _histograms(codes)
     peaks = _peaks(codes, number)
     neighbours, together = _neighbours(codes, source.n_tokens)
-    table = LatentTable(
+    told = {}
+    if effects is not None:
+        told = {"promoted": parts[1], "promoted_by": effects[1].cpu()}
+        told |= {"suppressed": parts[2], "suppressed_by": effects[3].cpu()}
+    return LatentTable(
         words=[gap + text for gap, text in text_pieces(["", *to_tokens(used.tolist())])[1:]],
         stream=parts[0],
         documents=begins.nonzero().flatten(),
@@ -108,12 +112,8 @@ def latent_table(
         activations=_around(codes, peaks, number),
         neighbours=neighbours,
         together=together,
+        **told,
     )
-    if effects is None:
-        return table
-    told = {"promoted": parts[1], "promoted_by": effects[1].cpu()}
-    told |= {"suppressed": parts[2], "suppressed_by": effects[3].cpu()}
-    return LatentTable(**{**vars(table), **told})
 
 
 def _histograms(codes: CodesByLatent) -> tuple[Tensor, Tensor, Tensor]:

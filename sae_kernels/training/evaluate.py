@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,10 +115,17 @@ def evaluate(
                 f"target: expected activations as wide as the SAE's output {config.output_width}, "
                 f"got {source.d_in - config.input_width}"
             )
+    with evaluating(sae):
+        return _evaluate(sae, source, batch_size)
+
+
+@contextmanager
+def evaluating(sae: SparseAutoencoder) -> Iterator[None]:
+    """Evaluation mode in the block; the mode before is restored."""
     training = sae.training
     sae.eval()
     try:
-        return _evaluate(sae, source, batch_size)
+        yield
     finally:
         sae.train(training)
 
