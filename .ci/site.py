@@ -1,4 +1,4 @@
-"""What mkdocs builds beside docs/: the start page from README.md, and a page of the API a room."""
+"""Hooks of mkdocs: the start page is README.md, and each sub-package gets a page of its API."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _page(room: str, names: list[str] | None) -> str:
 
 
 def _path(room: str, name: str) -> str:
-    """Where the API has a name of a room: sae_kernels.nn.TopKSAE, sae_kernels.formats.load.load."""
+    """The full name of a public object: sae_kernels.nn.TopKSAE, sae_kernels.formats.load.load."""
     file = ROOT / room / f"{name}.py"
     defined = file.exists() and f"\ndef {name}(" in file.read_text()
     return f"sae_kernels.{room}.{name}" + (f".{name}" if defined else "")

@@ -50,14 +50,14 @@ def runs(acts: Path, options: Any) -> Iterator[dict[str, Any]]:
         for seed, peer, arch in itertools.product(options.seeds, options.peers, options.only):
             out = folder / f"{peer}-{arch}-{seed}"
             task = {
-                **{
-                    "peer": peer,
-                    "arch": arch,
-                    "seed": seed,
-                    "steps": options.steps,
-                    "target_l0": L0,
-                },
-                **{"d_in": rows["train"].shape[1], "n_latents": N_LATENTS, "batch_size": BATCH},
+                "peer": peer,
+                "arch": arch,
+                "seed": seed,
+                "steps": options.steps,
+                "target_l0": L0,
+                "d_in": rows["train"].shape[1],
+                "n_latents": N_LATENTS,
+                "batch_size": BATCH,
                 "lr": TrainConfig(steps=options.steps).learning_rate(options.steps // 2, N_LATENTS),
                 "threads": torch.get_num_threads(),
             }

@@ -1,4 +1,4 @@
-"""What the screen of fp32 scores saves, and that it costs nothing where it cannot save anything.
+"""Times fp32 encoders with and without a screen, where it saves work and where it cannot.
 
 ``python -m benchmarks.screen_bars [--only encode hostile dense] [--out FILE]``. Every ratio is to
 the same kernel without a screen, from one process with interleaved contestants.

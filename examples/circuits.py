@@ -45,7 +45,7 @@ def padded(texts: list[bytes]) -> dict[str, Tensor]:
 
 
 def closing(logits: Tensor) -> Tensor:
-    """How much more likely the model finds ``)`` than ``]``, mean over the prompts."""
+    """The logit of ``)`` less that of ``]`` after each prompt, mean over the prompts."""
     return (logits[:, -1, ord(")")] - logits[:, -1, ord("]")]).mean()
 
 

@@ -24,7 +24,7 @@ LAYER, WIDTH, EACH, SHOWN = "layers.1", 48, 300, 200
 
 
 def capitals(batch: Tensor) -> Tensor:
-    """Which bytes are capitals."""
+    """Whether each byte is a capital letter."""
     return (batch >= ord("A")) & (batch <= ord("Z"))
 
 

@@ -67,7 +67,7 @@ def sparsify(batches: Batches) -> Any:
 
 
 def seconds(train: Callable[[Batches], Any], batches: Batches) -> float:
-    """How long a step takes, after one that sets things up."""
+    """Seconds a training step takes; the first one, which sets things up, is not counted."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         torch.manual_seed(0)
         train(batches[:1])

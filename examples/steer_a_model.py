@@ -65,7 +65,7 @@ def language_model(ids: torch.Tensor) -> GPT2LMHeadModel:
 
 
 def outputs_of(model: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
-    """What the layer puts out for every token, [n, 64]."""
+    """The layer's output at every token, [n, 64]."""
     found: list[torch.Tensor] = []
     hook = model.get_submodule(LAYER).register_forward_hook(
         lambda module, inputs, out: found.append(out[0] if isinstance(out, tuple) else out)

@@ -35,7 +35,7 @@ def load() -> LlamaForCausalLM:
 
 
 def out(name: str) -> Path:
-    """Where an example leaves a file."""
+    """The path of an output file of the examples; its folder is made."""
     (folder := Path("examples-out")).mkdir(exist_ok=True)
     return folder / name
 

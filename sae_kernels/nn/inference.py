@@ -75,10 +75,10 @@ class InferenceSAE(nn.Module):
             parameter.data = parameter.data.to(dtype if parameter.dim() > 1 else high)
         copy.compute_dtype = dtype
         copy.fold_b_dec_()
-        kept = {"narrow": narrowed(copy.W_enc) if is_narrow else None}
-        for name, tensor in {**kept, "kept_rank_scale": rank_scale}.items():
+        narrow = narrowed(copy.W_enc) if is_narrow else None
+        for name, tensor in (("narrow", narrow), ("kept_rank_scale", rank_scale)):
             if tensor is not None:
-                delattr(copy, name)
+                delattr(copy, name)  # a plain None until it is a buffer
                 copy.register_buffer(name, tensor, persistent=False)
         self.sae = copy
         self.train(False)

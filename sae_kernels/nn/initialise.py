@@ -147,7 +147,7 @@ def bounds_at(sae: SparseAutoencoder, x: torch.Tensor, l0: float) -> torch.Tenso
         >>> abs(len(sae.encode(x).values) / 1000 - 4) < 0.05
         True
     """
-    x = sae.centred(x[:: max(1, len(x) // _FITTED)])
+    x = sae.centred(_some(x))
     above = round(l0 / sae.config.n_latents * len(x))
     # Tokens and latents change places: of every latent the largest of its tokens.
     W_enc = sae.W_enc.to(x.dtype)
@@ -177,7 +177,7 @@ def scale_encoder_(
     """
     if sae.config.transcodes:
         return 1.0
-    x = x[:: max(1, len(x) // _FITTED)]
+    x = _some(x)
     centred, W_enc = sae.centred(x), sae.W_enc.to(x.dtype)
 
     def part(some: slice) -> torch.Tensor:
@@ -194,3 +194,8 @@ def scale_encoder_(
     sae.W_enc.mul_(factor)
     sae.b_enc.mul_(factor)
     return factor
+
+
+def _some(x: torch.Tensor) -> torch.Tensor:
+    """Every few rows of a sample: as many as a start is fitted on, up to twice."""
+    return x[:: max(1, len(x) // _FITTED)]
