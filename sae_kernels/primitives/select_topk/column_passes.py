@@ -136,9 +136,9 @@ def _select_rows(
     encode_pass: Callable[[EncoderOperands, CandidateLists, ColumnPass, ProductTile], None],
 ) -> None:
     x, _, _, rank_scale, listed, screen, by_magnitude = operands
-    B, k = x.shape[0], values.shape[1]
+    B, k, n_latents = x.shape[0], values.shape[1], operands.n_latents
     capacity = schedule.capacity(k)
-    n_sampled, at_once = min(operands.n_latents, capacity), _rows_a_block(capacity)
+    n_sampled, at_once = min(n_latents, capacity), _rows_a_block(capacity)
     flags = -(-B // _SAMPLE_ROWS)
     padded = flags * _SAMPLE_ROWS
     counts, incomplete = x.new_empty((2, padded), dtype=torch.int32)
@@ -154,16 +154,16 @@ def _select_rows(
     def keep_best(purpose: Any) -> None:
         # Its number: as a constant each purpose would be a kernel of its own.
         candidate_lists.keep_best[(-(-B // at_once),)](
-            *lists, incomplete, pending, rank_scale, *listed[:2], operands.n_latents, B, k,
+            *lists, incomplete, pending, rank_scale, *listed[:2], n_latents, B, k,
             purpose.value, capacity, at_once, by_magnitude, num_warps=4,
         )  # fmt: skip
 
     _sample(operands, lists, overflow, n_sampled)
-    if n_sampled == operands.n_latents:
+    if n_sampled == n_latents:
         keep_best(OF_A_PASS)
     else:
         keep_best(OF_THE_SAMPLE)
-        n_tiles = -(-operands.n_latents // tile.columns)
+        n_tiles = -(-n_latents // tile.columns)
         stride = schedule.stride(n_tiles)
         room = capacity if screen is None else capacity // 2  # for what passes and does not win
         for start, stop in schedule.column_passes(n_tiles, tile.columns, k, room):
@@ -171,7 +171,7 @@ def _select_rows(
             keep_best(OF_A_PASS if stop < n_tiles else OF_THE_LAST_PASS)
         if screen is not None:  # too much passes it where a list has overflowed
             operands, tile = operands._replace(screen=None), tile_for(x, operands.W)
-            n_tiles = -(-operands.n_latents // tile.columns)
+            n_tiles = -(-n_latents // tile.columns)
             stride = schedule.stride(n_tiles)
         encode_pass(operands, lists, ColumnPass(pending[1], 0, n_tiles, stride), tile)
         keep_best(OF_THE_REPEAT)
