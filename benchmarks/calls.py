@@ -271,7 +271,8 @@ def _starts(counts: torch.Tensor) -> torch.Tensor:
 def _bound(shape: Shape) -> torch.Tensor:
     """A bound that about K of a token's scores are above: they are as good as normal."""
     share = torch.tensor(1 - shape.K / shape.F, dtype=torch.float64)
-    return (torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5).float()
+    bound: torch.Tensor = torch.special.ndtri(share) * (1 + 1 / 64) ** 0.5
+    return bound.float()
 
 
 def _routing(B: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:

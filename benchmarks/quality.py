@@ -1,8 +1,8 @@
 """Every architecture on real activations: ``python -m benchmarks.quality ACTS --out FILE``.
 
-ACTS is filled with what two layers of the demo's model make of the demo's text, the same tokens in
-both, unless it holds them already. Each architecture is trained as the command line would, with the
-demo's batch and L0 aimed at 32, and evaluated on held-out documents.
+ACTS is filled with what three layers of the demo's model make of the demo's text, the same tokens
+in each, unless it holds them already. Each architecture is trained as the command line would, with
+the demo's batch and L0 aimed at 32, and evaluated on held-out documents.
 Nothing is timed. ``python -m benchmarks.quality --page`` writes the table into
 docs/architectures.md.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,40 +25,64 @@ from sae_kernels.step.base import compute_dtype
 from sae_kernels.training import evaluate, train
 from sae_kernels.training.run_config import RunConfig, Widths
 
-LAYERS = ("encoder.layer.3", "encoder.layer.4")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LAYER, LAYERS = "encoder.layer.{}", (3, 4, 5)
 TOKENS = {"train": 200_000, "held_out": 24_000}
 PAGE = DOCS / "architectures.md"
 MARK = "<!-- written by benchmarks.quality -->"
 
 
 def fill(acts: Path) -> None:
-    """Harvests both layers over both sides of the text."""
+    """Harvests the layers over both sides of the text."""
     model, tokenizer = load_model(minilm_folder())
     texts = split_documents(python_corpus())
     native = compute_dtype("auto")
-    for layer in LAYERS:
+    for layer in (LAYER.format(n) for n in LAYERS):
         for (side, limit), text in zip(TOKENS.items(), texts, strict=True):
             settings: dict[str, Any] = {"max_tokens": limit, "dtype": torch.float16}
             settings["autocast"] = None if native == torch.float32 else native
             harvest(model, tokenizer, text, layer, acts / layer / side, **settings)
 
 
-def run(acts: Path, arch: str, steps: int, seed: int, lr: float | None) -> dict[str, Any]:
-    """Trains and evaluates one architecture; lr None is the default."""
-    first, second = ({s: ShardDataset(acts / layer / s) for s in TOKENS} for layer in LAYERS)
-    transcodes, crosses = "transcoder" in arch, "crosscoder" in arch
-    sources = [first, second] if crosses else [first if transcodes else second]
-    data = {s: JointRows([each[s] for each in sources]) for s in TOKENS}
-    target = second if transcodes else None
-    d_in = second["train"].d_in
-    widths = Widths([d_in] * len(sources), d_in if transcodes else None)
+def layers_of(arch: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Which of the layers an architecture reads, and which it predicts in place of these."""
+    if arch.endswith("clt"):
+        return (3, 4), (4, 5)
+    if arch.endswith("transcoder"):
+        return (3,), (4,)
+    return ((3, 4) if "crosscoder" in arch else (4,)), ()
+
+
+def of_layer(acts: Path, side: str, layer: int) -> ShardDataset:
+    """One layer's rows of one side of the text."""
+    return ShardDataset(acts / LAYER.format(layer) / side)
+
+
+def _joint(acts: Path, side: str, layers: Sequence[int]) -> JointRows:
+    return JointRows([of_layer(acts, side, layer) for layer in layers])
+
+
+def settings_of(arch: str, d_in: int, steps: int, seed: int, lr: float | None) -> RunConfig:
+    """The demo's settings of an architecture, on all layers that it reads and predicts."""
+    sources, targets = layers_of(arch)
     demo = train_config(steps, seed).to_dict()
     ours = {name: demo[name] for name in ("steps", "batch_size")}
     tables = {"arch": arch, "train": {**ours, "seed": seed, **({"lr": lr} if lr else {})}}
     tables["objective"] = {"dead_after_tokens": DEAD_AFTER_TOKENS}
-    settings = RunConfig.from_tables(tables, widths)
-    done = train(settings.sae, data["train"], settings.train, target=target and target["train"])
-    measured = evaluate(done.sae, data["held_out"], target=target and target["held_out"])
+    return RunConfig.from_tables(tables, Widths([d_in] * len(sources), [d_in] * len(targets)))
+
+
+def run(acts: Path, arch: str, steps: int, seed: int, lr: float | None) -> dict[str, Any]:
+    """Trains and evaluates one architecture; lr None is the default."""
+    sources, targets = layers_of(arch)
+    data = {side: _joint(acts, side, sources) for side in TOKENS}
+    target = {side: _joint(acts, side, targets) if targets else None for side in TOKENS}
+    d_in = of_layer(acts, "train", LAYERS[0]).d_in
+    settings = settings_of(arch, d_in, steps, seed, lr)
+    done = train(settings.sae, data["train"], settings.train, target=target["train"])
+    measured = evaluate(done.sae, data["held_out"], target=target["held_out"])
     return {
         "arch": arch,
         "seed": seed,
@@ -92,7 +116,7 @@ def _cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
     """The means over an architecture's seeds, and each seed's FVU."""
 
     def mean(key: str) -> float:
-        return sum(run[key] for run in runs) / len(runs)
+        return float(sum(run[key] for run in runs) / len(runs))
 
     seeds = ", ".join(f"{run['fvu']:.4f}" for run in runs)
     bits = f"{mean('bits_per_token'):.0f}" if "bits_per_token" in runs[0] else ""

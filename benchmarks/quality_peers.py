@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.quality import LAYERS, TOKENS
+from benchmarks.quality import TOKENS, of_layer
 from benchmarks.study import parser, report
 from sae_kernels.bench.environments import python_of
 from sae_kernels.config import TrainConfig
-from sae_kernels.data import ShardDataset
 from sae_kernels.data.rows import estimate_scale
 from sae_kernels.formats.load import load
 from sae_kernels.training import evaluate
@@ -34,8 +33,8 @@ N_LATENTS, L0, BATCH = 3072, 32, 1024
 
 
 def scaled(acts: Path) -> dict[str, torch.Tensor]:
-    """Both sides' rows of the second layer, in the scale in which we train."""
-    sides = {side: ShardDataset(acts / LAYERS[1] / side) for side in TOKENS}
+    """Both sides' rows of layer 4, in the scale in which we train."""
+    sides = {side: of_layer(acts, side, 4) for side in TOKENS}
     rows = {side: each.rows(0, each.n_tokens).activations.float() for side, each in sides.items()}
     scale = estimate_scale(rows["train"], len(rows["train"]))
     return {side: part * scale for side, part in rows.items()}

@@ -84,7 +84,8 @@ def uneven(kind: str, rounds: int) -> Records:
 def steps(kind: str, rounds: int) -> Records:
     """Training steps against TopK's with the same Adam; all take turns with one another."""
     x, W = activations(kind, B, D, F, K)
-    topk, lazy = TopKConfig(D, F, K), {"adam": "lazy"}
+    topk = TopKConfig(D, F, K)
+    lazy: dict[str, Any] = {"adam": "lazy"}
     cases = {
         "Adam dense": {
             "TopK": fused(topk, W),
@@ -107,9 +108,13 @@ def dense(kind: str, rounds: int) -> Records:
     It clips gradients, and so do ours then; the tuned one, in bf16, is compared without that too.
     """
     x, W = activations(kind, B, D, F, K)
-    router = {"W_router": some_router(x, 8)[0], "balance_coefficient": LB_ALPHA}
+    router: dict[str, Any] = {"W_router": some_router(x, 8)[0], "balance_coefficient": LB_ALPHA}
     for clipped, clip_norm in ((", clipped", 1.0), ("", None)):
-        settings = {"loss": "mse", "clip_norm": clip_norm, "balance_coefficient": LB_ALPHA}
+        settings: dict[str, Any] = {
+            "loss": "mse",
+            "clip_norm": clip_norm,
+            "balance_coefficient": LB_ALPHA,
+        }
         theirs = partial(DenseSwitchStep, W, W, K, clip_norm=clip_norm, **router)
         runs: Runs = {
             **stepping({"FusedStep bf16": switch(x, W, 8, **settings)}, x, LR),

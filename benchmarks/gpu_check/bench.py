@@ -16,7 +16,7 @@ from sae_kernels.bench.timing import interleaved
 from sae_kernels.bench.work import Rates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 Record = dict[str, Any]
 _TINY = Shape(9, 64, 320, 5)
@@ -103,7 +103,7 @@ class Bench(NamedTuple):
 
     @torch.no_grad()
     def time(
-        self, contestants: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 3
+        self, contestants: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 3
     ) -> dict[str, Times]:
         """Interleaved timings: the device's without the host's launches, and the host's."""
         if self.small:

@@ -22,7 +22,8 @@ def unavailable() -> str | None:
     _find()
     from emulator import library
 
-    return library.unavailable()
+    reason: str | None = library.unavailable()
+    return reason
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.study import parser
+from benchmarks.study import RESULTS, parser, read
 from benchmarks.switch_frontier import pictures, tables
 from benchmarks.switch_frontier.runs import ARMS, plans, run
 from sae_kernels.bench.provenance import provenance
@@ -67,7 +67,7 @@ def command(options: argparse.Namespace) -> str:
 def draw(results: Path, folder: Path) -> None:
     """Draws a file's runs into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures.draw(tables.read(results)[1]):
+    for picture in pictures.draw(read(results)[1]):
         (folder / f"{picture.name}.png").write_bytes(picture.png)
 
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             asked.error("--plots: expected --out, the file whose runs are drawn")
         draw(options.out, options.plots)
     if options.page:
-        for path in sorted(tables.RESULTS.glob(tables.PATTERN))[:1]:
+        for path in sorted(RESULTS.glob(tables.PATTERN))[:1]:
             draw(path, tables.PICTURES)
         tables.PAGE.write_text(tables.written(tables.PAGE.read_text()))
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from benchmarks.study import Record
 
+    _Fill = Callable[[Axes, list[Record], str], None]
+
 _LOOKS = ((BLUE, "o"), (GREEN, "v"), (PURPLE, "s"), (ORANGE, "D"))
 _COSTS = {
     "flops": (1e12, "training so far, TFLOP, log scale"),
@@ -35,14 +37,15 @@ def draw(records: list[Record]) -> list[Picture]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    fills = {"frontier": _frontier, **{cost: partial(_cost, cost) for cost in _COSTS}}
+    fills: dict[str, _Fill] = {
+        "frontier": _frontier,
+        **{cost: partial(_cost, cost) for cost in _COSTS},
+    }
     drawings = (Drawing(f"switch-{n}", partial(_panels, records, f)) for n, f in fills.items())
     return figures.render(drawings, "the pictures of the frontier")
 
 
-def _panels(
-    records: list[Record], fill: Callable[[Axes, list[Record], str], None], figure: Figure
-) -> None:
+def _panels(records: list[Record], fill: _Fill, figure: Figure) -> None:
     """A panel for each arm, with TopK in both, and one legend."""
     arms = [arm for arm in TITLES if experts(records, arm)]
     figure.set_size_inches(1.0 + 4.2 * len(arms), 4.2)
@@ -54,8 +57,8 @@ def _panels(
     axes[0].set_ylabel("FVU, log scale")
     log_ticks(axes[0].yaxis)
     handles = {line.get_label(): line for panel in axes for line in panel.get_lines()}
-    look = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
-    figure.legend(handles.values(), handles, **look)
+    place: Any = "outside lower center"
+    figure.legend(handles.values(), handles, loc=place, ncols=len(handles), frameon=False)
 
 
 def _frontier(axes: Axes, records: list[Record], arm: str) -> None:

@@ -140,7 +140,9 @@ def balance(sae: SparseAutoencoder, rows: RowSource) -> Record:
     for start in range(0, rows.n_tokens, _HELD_OUT_BATCH):
         stop = min(start + _HELD_OUT_BATCH, rows.n_tokens)
         codes = sae.encode(rows.rows(start, stop).activations.float())
-        routed = isinstance(codes, RoutedCodes)
-        tokens += codes.routing.starts.diff() if routed else stop - start
+        if isinstance(codes, RoutedCodes):
+            tokens += codes.routing.starts.diff()
+        else:
+            tokens += stop - start
     parts = tokens / tokens.sum()
     return {"largest_load": float(parts.max()), "effective_experts": effective_number(parts)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from sae_kernels.bench.contestants.clock import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sae_kernels.bench.contestants.clock import Reading
 
@@ -27,7 +27,7 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], object]],
+    contestants: Mapping[str, Callable[[], object]],
     rounds: int,
     clock: Clock | None = None,
     warmup: int = 1,
