@@ -65,6 +65,12 @@ class TrainConfig(Settings):
     k_anneal_steps: int = setting(
         0, "steps from k_start to k (sparsify's k_decay_steps); 0 is off", NATURAL
     )
+    resample_every: int | None = setting(
+        None,
+        "steps after which dead latents start anew as directions of badly reconstructed tokens "
+        "(Bricken et al., 2023), while the learning rate does not fall; None is never",
+        POSITIVE_INTEGER,
+    )
     route: Literal["fused", "autograd"] = setting(
         "fused",
         "training step: fused (FusedStep) or autograd (AutogradStep, with torch.optim.Adam)",
@@ -166,9 +172,23 @@ class TrainConfig(Settings):
         warmup = self.warmup_steps
         if warmup is None:
             warmup = min(1000, self.steps // 20)
-        decay = max(1.0, self.decay_fraction * self.steps)
         rising = (step + 1) / warmup if warmup else 1.0
-        return peak * max(0.0, min(1.0, rising, (self.steps - step) / decay))
+        return peak * max(0.0, min(1.0, rising, self._left(step)))
+
+    def _left(self, step: int) -> float:
+        """Steps from a 0-based one to the last in units of the decay, which begins at 1."""
+        return (self.steps - step) / max(1.0, self.decay_fraction * self.steps)
+
+    def resamples(self, made: int) -> bool:
+        """Whether dead latents start anew after so many steps.
+
+        Example:
+            >>> config = TrainConfig(steps=100, resample_every=30, decay_fraction=0.2)
+            >>> [made for made in range(101) if config.resamples(made)]
+            [30, 60]
+        """
+        every = self.resample_every
+        return every is not None and made > 0 and made % every == 0 and self._left(made) >= 1
 
     def _default_lr(self, n_latents: int) -> float:
         usual = 2e-4 / math.sqrt(n_latents / 2**14)

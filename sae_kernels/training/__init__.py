@@ -3,6 +3,7 @@
 from sae_kernels.training.description_length import DescriptionLength, DescriptionLengthSums
 from sae_kernels.training.evaluate import Evaluation, evaluate
 from sae_kernels.training.fresh import prepare
+from sae_kernels.training.resample import resample_dead_
 from sae_kernels.training.run_config import RunConfig
 from sae_kernels.training.trainer import TrainingResult, train, train_many
 
@@ -14,6 +15,7 @@ __all__ = [
     "TrainingResult",
     "evaluate",
     "prepare",
+    "resample_dead_",
     "train",
     "train_many",
 ]

@@ -144,6 +144,7 @@ def check_spread(plan: Planned, source: RowSource | Stream, step: MakeStep) -> N
         ("sae", not isinstance(plan.sae, SparseAutoencoder), "a configuration, got a module"),
         ("activations", is_rows(source), "stored ones, got a stream"),
         ("micro_batch_size", plan.config.micro_batch_size is None, "none, got one"),
+        ("resample_every", plan.config.resample_every is None, "none, got one"),
         ("step", step is make_step, "the package's own, got another"),
     ):
         if not fits:

@@ -16,6 +16,7 @@ from sae_kernels.runs.checkpoint import Contents
 from sae_kernels.step.state import State
 from sae_kernels.training.fresh import split
 from sae_kernels.training.graphed_step import GraphedStep, eager_reason
+from sae_kernels.training.resample import check_resampling, resample_dead_
 
 if TYPE_CHECKING:
     from sae_kernels.config.train import TrainConfig
@@ -200,6 +201,8 @@ class ActivationTraining(Trainable[torch.Tensor]):
         share: Share | None = None,
     ) -> None:
         super().__init__(step, config)
+        if config.resample_every is not None:
+            check_resampling(step)
         self._to_finish = self.sae.rows_to_finish(config.objective)
         if self._to_finish and source is None:
             raise ValueError(
@@ -237,6 +240,8 @@ class ActivationTraining(Trainable[torch.Tensor]):
         looks = self.config.on_nonfinite == "stop" and (self.due or device.type == "cpu")
         if looks and self._skipped:
             raise NonFiniteError.in_step(self.made - 1)
+        if self.config.resamples(self.made):
+            resample_dead_(self.training_step, x, target)
 
     def contents(self, **more: Any) -> Contents:
         """Contents of a checkpoint, from which the run can go on alone too."""

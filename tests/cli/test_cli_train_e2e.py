@@ -157,6 +157,7 @@ def test_every_setting_of_training_has_its_flag_here_too(run):
         (["--adam", "lazy"], "adam: expected 'dense' with route 'autograd'"),
         (["--arch", "relu", "--fix-shrinkage"], "fix_shrinkage: expected false end to end"),
         (["--micro-batch-size", 8], "micro_batch_size: expected none end to end"),
+        (["--resample-every", 8], "resample_every: expected none end to end"),
         (["--sparsity", "l0", "--sparsity-coefficient", 1], "sparsity: expected one of"),
         (["--config", "nowhere.toml"], "nowhere.toml: expected a TOML file, it is not there"),
     ],

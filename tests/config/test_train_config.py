@@ -25,6 +25,7 @@ def test_defaults() -> None:
         "decay_fraction": 0.2,
         "k_start": None,
         "k_anneal_steps": 0,
+        "resample_every": None,
         "route": "fused",
         "device": "auto",
         "normalize_activations": "sqrt_d",

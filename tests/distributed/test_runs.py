@@ -99,6 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n_latents": 4, "k": 2}, "n_latents: expected latents for each of 3 ranks, got 4"),
     ({"blocks": 7}, "blocks: expected a divisor of n_latents = 96, got 7"),
     ({"micro_batch_size": 10}, "micro_batch_size: with latents over processes expected none"),
+    ({"resample_every": 4}, "resample_every: with latents over processes expected none"),
     ({"route": "autograd"}, "route: expected 'fused'"),
 ]
 

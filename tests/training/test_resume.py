@@ -59,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "split": {"compute": "bfloat16", "master_weights": "split", "moment_dtype": "bfloat16"},
     "lazy": {"adam": "lazy", "clip_norm": 1.0},
     "annealed": {"k_start": 20, "k_anneal_steps": 20},
+    "resampled": {"resample_every": 5, "dead_after_tokens": 20},
+    "resampled-autograd": {"resample_every": 5, "dead_after_tokens": 20, "route": "autograd"},
     "micro-batches": {"micro_batch_size": 20, "clip_norm": 1.0},
     "micro-batches-autograd": {"micro_batch_size": 20, "route": "autograd"},
 }

@@ -86,6 +86,11 @@ def train_end_to_end(
             "micro_batch_size: expected none end to end, where a step's sequences go through the "
             f"model together, got {config.micro_batch_size}; take fewer sequences per step"
         )
+    if config.resample_every is not None:
+        raise ValueError(
+            "resample_every: expected none end to end, where a token's squared error is not its "
+            f"loss, got {config.resample_every}"
+        )
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     about = {"model": name, "layer": layer, **dataclasses.asdict(weights), **(metadata or {})}
     place = {key: about.get(key) for key in ("model", "context_length")}
