@@ -10,6 +10,7 @@ from sae_kernels.formats.dictionary_learning import read_dictionary_learning
 from sae_kernels.formats.dictionary_learning_writer import write_dictionary_learning
 from sae_kernels.formats.gemma_scope import read_gemma_scope
 from sae_kernels.formats.layout import Weights
+from sae_kernels.formats.lazy_cross_layer import LazyCrossLayer
 from sae_kernels.formats.load import Found, find, load, locate
 from sae_kernels.formats.native import folded, read_native, write_native
 from sae_kernels.formats.origin import named
@@ -22,6 +23,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "Found",
+    "LazyCrossLayer",
     "Weights",
     "describe",
     "detect",

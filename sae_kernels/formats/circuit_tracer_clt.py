@@ -6,6 +6,7 @@ As circuit_tracer 0.5.0 reads and writes them (transcoder/cross_layer_transcoder
 
 from __future__ import annotations
 
+import itertools
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,13 +43,14 @@ _READ = ("model_kind", "transcoders")
 _HOOKS = {"feature_input_hook": "hook_name", "feature_output_hook": "hook_name_out"}
 
 
-def read_cross_layer(folder_or_file: str | Path) -> Weights:
+def read_cross_layer(folder_or_file: str | Path, *, decoders: bool = True) -> Weights:
     """Reads a cross-layer transcoder, one file after the other.
 
     Without thresholds in the files, which means ReLU, they are 0: the same codes.
 
     Args:
         folder_or_file: the folder, or any of its files.
+        decoders: whether to read W_dec too.
 
     Raises:
         DataError: a layer's file that is missing or damaged, tensors of other shapes than those of
@@ -80,9 +82,10 @@ def read_cross_layer(folder_or_file: str | Path) -> Weights:
             )
         tensors[name][rows] = part
 
-    for i, (encoder, decoder) in enumerate(found.layers):
+    for i, files in enumerate(found.layers):
         own, width = slice(i * each, (i + 1) * each), config.d_in
-        for stored, sizes in zip((encoder, decoder), _sizes(config, i, found.jumps), strict=True):
+        wanted = zip(files, _sizes(config, i, found.jumps), strict=True)
+        for stored, sizes in itertools.islice(wanted, 1 + decoders):
             loaded = stored.load()
             check(stored.path, sizes, loaded)
             for name, tensor in loaded.items():
@@ -103,6 +106,12 @@ def read_cross_layer(folder_or_file: str | Path) -> Weights:
         **{ours: values.get(theirs) for theirs, ours in _HOOKS.items()},
     )
     return Weights(config, tensors, metadata)
+
+
+def stored_decoders(folder_or_file: str | Path) -> list[torch.Tensor]:
+    """W_dec of each layer as it lies in its file, mapped into memory: what is used is read."""
+    files = _open(Path(folder_or_file)).layers
+    return [decoder.load()[f"W_dec_{i}"] for i, (_, decoder) in enumerate(files)]
 
 
 def describe_cross_layer(folder_or_file: str | Path) -> SAEConfig:

@@ -21,6 +21,7 @@ from sae_kernels.codes import SparseCodes
 from sae_kernels.config.base import setting
 from sae_kernels.config.sae import SAEConfig, Size
 from sae_kernels.nn.base import SparseAutoencoder
+from sae_kernels.nn.layer_features import LayerFeatures
 from sae_kernels.primitives import checks
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class CrossLayerConfig(SAEConfig):
         return {**super().shapes(), **own}
 
 
-class CrossLayer(SparseAutoencoder):
+class CrossLayer(LayerFeatures, SparseAutoencoder):
     """Base class of SAEs whose latents read one layer each and write to several.
 
     ``h[f] = W_enc[f] x[layer of f] + b_enc[f]``, and ``x_hat[l] = b_dec[l] + sum_f codes[f]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +13,15 @@ from foreign import refuses
 from safetensors.torch import load_file, save_file
 
 import sae_kernels as sk
-from sae_kernels.formats import detect, read, read_cross_layer, write, write_cross_layer
+from sae_kernels.formats import (
+    LazyCrossLayer,
+    detect,
+    read,
+    read_cross_layer,
+    write,
+    write_cross_layer,
+)
+from sae_kernels.formats.circuit_tracer_clt import stored_decoders
 from sae_kernels.nn import (
     CrossLayerBatchTopK,
     CrossLayerJumpReLU,
@@ -22,7 +32,6 @@ from sae_kernels.nn import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 L, D, F = 3, 4, 6
 HOOKS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
@@ -115,6 +124,45 @@ def test_ours_are_for_raw_activations(tmp_path: Path) -> None:
     write(tmp_path, weights, "circuit_tracer_clt")
     x = torch.randn(20, L * D)
     torch.testing.assert_close(sk.load(tmp_path)(x).x_hat, clt(x).x_hat)
+
+
+def test_rows_are_read_from_the_files_on_demand(tmp_path: Path) -> None:
+    theirs(tmp_path)
+    whole: Any = sk.load(tmp_path)
+    lazy = LazyCrossLayer(tmp_path)
+    x = torch.randn(50, L * D)
+    codes = lazy.encode(x)
+    assert "W_dec" not in lazy.state_dict()
+    assert torch.equal(codes.to_dense(), whole.encode(x).to_dense())
+    torch.testing.assert_close(lazy(x).x_hat, whole(x).x_hat)
+    torch.testing.assert_close(lazy(x.view(5, 10, -1)).x_hat, whole(x.view(5, 10, -1)).x_hat)
+    assert torch.equal(lazy.W_dec, whole.W_dec)
+    assert torch.equal(lazy.folded().W_dec, whole.W_dec)
+    lazy.save_pretrained(tmp_path / "copy")
+    torch.testing.assert_close(sk.load(tmp_path / "copy")(x).x_hat, whole(x).x_hat)
+    prompt = x.view(50, L, D).transpose(0, 1)
+    (features, rows), (expected, their_rows) = (s.encode_sparse(prompt) for s in (lazy, whole))
+    assert torch.equal(features.to_dense(), expected.to_dense())
+    assert torch.equal(rows, their_rows)
+    torch.testing.assert_close(lazy.decode_sparse(features), whole.decode_sparse(expected))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_rows_that_are_not_asked_for_take_no_memory(tmp_path: Path) -> None:
+    clt = CrossLayerJumpReLU(64, 4 * 8000, n_layers=4, d_out=64).eval()
+    write_cross_layer(tmp_path, clt.config, clt.state_dict(), {"activations": PLACE})
+    size = clt.W_dec.nbytes
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    decoders = stored_decoders(tmp_path)
+    assert sum(rows.nbytes for rows in decoders) == size
+    assert decoders[0][[5, 7999]].shape == (2, 4, 64)
+    assert resident() - before < size / 10
+    assert decoders[0].sum() != 0  # reads them
+    assert resident() - before > size / 3
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {

@@ -22,10 +22,10 @@ from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscode
 from transformer_lens import HookedTransformerConfig
 
 import sae_kernels as sk
-from sae_kernels.formats import write_cross_layer
+from sae_kernels.formats import LazyCrossLayer, write_cross_layer
 from sae_kernels.integrations.circuit_tracer import transcoder
-from sae_kernels.integrations.circuit_tracer.attribution import Decoders
 from sae_kernels.nn import CrossLayerBatchTopK, CrossLayerJumpReLU, CrossLayerTopK
+from sae_kernels.nn.layer_features import Decoders
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,6 +148,28 @@ def test_components_are_theirs() -> None:
         vectors, where = theirs["decoder_vecs"][mask], theirs["decoder_locations"][1][mask]
         expected = torch.einsum("bpd,pd->pb", grads[:, where], vectors)
         torch.testing.assert_close(ours["decoder_vecs"][mask].scores(grads), expected)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_our_modules_have_the_calls_themselves(tmp_path: Path, lazy: bool) -> None:
+    made = clt()
+    write_cross_layer(tmp_path, made.config, made.state_dict(), {"activations": PLACE})
+    own, x = LazyCrossLayer(tmp_path) if lazy else made, torch.randn(L, PROMPT, D)
+    with torch.no_grad():
+        theirs = load_clt(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+        features, encoders = theirs.encode_sparse(x, slice(0, 2))
+        *places, vectors, entries = theirs.select_decoder_vectors(features)
+        outputs = theirs.compute_reconstruction(*places[:2], vectors)
+    our_features, our_encoders = own.encode_sparse(x, slice(0, 2))
+    assert torch.equal(our_features.indices(), features.indices())
+    torch.testing.assert_close(our_features.values(), features.values())
+    assert torch.equal(our_encoders, encoders)
+    found = own.select_decoder_vectors(our_features)
+    positions, layers, _, decoders, _ = found
+    for ours, others in zip((*found[:3], found[4]), (*places, entries), strict=True):
+        assert torch.equal(ours, others)
+    torch.testing.assert_close(own.compute_reconstruction(positions, layers, decoders), outputs)
+    torch.testing.assert_close(own.decode_sparse(our_features), outputs)
 
 
 def test_the_other_backend_of_models_takes_the_same_vectors() -> None:

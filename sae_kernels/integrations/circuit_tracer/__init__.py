@@ -69,14 +69,11 @@ def transcoder(
         "activation_function.threshold": tensors["threshold"].view(L, 1, F),
     }
     made.load_state_dict(state, assign=True)
-    starts = [sum(config.writers[:layer]) for layer in range(L)]
 
     def vectors(layer: int, features: torch.Tensor | None = None) -> torch.Tensor:
         """[n, layers from this one on, D]."""
-        own = slice(layer * F, (layer + 1) * F)
-        parts = [tensors["W_dec"][start + own.start : start + own.stop] for start in starts[layer:]]
-        some = slice(None) if features is None else features.to(parts[0].device)
-        return torch.stack([part[some] for part in parts], 1).to(made.device, made.dtype)
+        some = None if features is None else features.to(folded.W_dec.device)
+        return folded.layer_decoders(layer, some).detach().to(made.device, made.dtype)
 
     made._get_decoder_vectors = vectors
     return made
