@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sae_kernels.distributed.collectives import Collectives
 from sae_kernels.distributed.faults import described
 from sae_kernels.distributed.latents import LatentRanks
 from sae_kernels.errors import RankError
@@ -38,6 +39,7 @@ class Team:
     Attributes:
         mesh, group: as given, and its process group.
         rank, size: of the group.
+        collectives: exchanges of activations over it.
         saving, saving_mesh: a group on the CPU for the thread that saves checkpoints alone.
 
     Raises:
@@ -49,6 +51,7 @@ class Team:
             raise ValueError(f"mesh: expected one of one dimension, got {mesh.ndim}")
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.collectives = Collectives(self.group)
         members = dist.get_process_group_ranks(self.group)
         # On the CPU, so that no kernel waits behind what the host asks.
         wait = timedelta(seconds=timeout)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_kernels.config.places import activation_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sae_kernels.config.row_filter import RowFilter
 
@@ -52,21 +52,28 @@ class NormBound:
         """Whether the bounds have to be fixed yet, by the next rows."""
         return self._multiple is not None and self.bounds is None
 
-    def kept(self, rows: Tensor) -> Tensor:
+    def kept(self, rows: Tensor, gathered: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Which rows [n, D] are kept, bool [n] on their device; the first call fixes the bounds.
 
         NaN and infinity are kept, as leaving them out would hide what is wrong with the model.
+
+        Args:
+            rows: those whose norms are judged.
+            gathered: where processes share the rows: all rows' numbers, given those of the rows
+                here. The answer is then of all rows.
         """
         if self._multiple is None:
-            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            every = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            return every if gathered is None else gathered(every)
         layers = rows.split(self._widths, dim=1)
-        norms = [torch.linalg.vector_norm(x.float(), dim=1) for x in layers]
+        norms = torch.stack([torch.linalg.vector_norm(x.float(), dim=1) for x in layers], dim=1)
+        enormous = (~norms.isfinite()).any(1).nonzero().flatten()
+        norms[enormous[~rows[enormous].isfinite().all(1)]] = torch.nan
+        if gathered is not None:
+            norms = gathered(norms)
         if self.bounds is None:
-            self.bounds = tuple(self._multiple * _median(each) for each in norms)
-        over = torch.stack([n > bound for n, bound in zip(norms, self.bounds, strict=True)]).any(0)
-        found = over.nonzero().flatten()
-        over[found] = rows[found].isfinite().all(1)
-        return ~over
+            self.bounds = tuple(self._multiple * _median(each) for each in norms.unbind(1))
+        return ~(norms > norms.new_tensor(self.bounds)).any(1)
 
     def recorded(self) -> list[float | None] | None:
         """The bounds as JSON has them: None for an infinite one."""

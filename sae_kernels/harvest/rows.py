@@ -64,15 +64,33 @@ class LayerRows:
         self.widths = tuple(rows.shape[1] for rows in outputs)
         self.d_in = sum(self.widths)
 
+    def batches(self, window: list[Chunk]) -> list[list[int]]:
+        """The batches in which the model reads a window: the chunks' numbers in it."""
+        return list(by_length(window, self._budget))
+
     def fill(
-        self, window: list[Chunk], out: Tensor, progress: Callable[[int], object] | None = None
+        self,
+        window: list[Chunk],
+        out: Tensor,
+        progress: Callable[[int], object] | None = None,
+        batches: list[list[int]] | None = None,
     ) -> Tensor:
-        """Writes a window's rows [n, D] in the order of the text to the start of ``out``."""
-        for chunk in window:
-            check_ids(self._model, self._tokenizer, chunk)
-        counts = [chunk.rows for chunk in window]
-        places = torch.arange(sum(counts), device=out.device).split(counts)
-        for batch in by_length(window, self._budget):
+        """Writes a window's rows [n, D] in the order of the text to the start of ``out``.
+
+        Args:
+            window: the chunks.
+            out: at least as many rows.
+            progress: called with the number of new rows.
+            batches: some of :meth:`batches`, whose rows alone are written; None: all.
+        """
+        batches = self.batches(window) if batches is None else batches
+        some = sorted(i for batch in batches for i in batch)
+        for i in some:
+            check_ids(self._model, self._tokenizer, window[i])
+        counts = [window[i].rows for i in some]
+        pieces = torch.arange(sum(counts), device=out.device).split(counts)
+        places = dict(zip(some, pieces, strict=True))
+        for batch in batches:
             rows = torch.cat(self._forward([window[i] for i in batch]), dim=1)
             out[torch.cat([places[i] for i in batch])] = rows.to(out.device, out.dtype)
             if progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,19 +10,20 @@ from torch import Tensor
 
 from sae_kernels.config.row_filter import DEFAULT_FILTER, RowFilter
 from sae_kernels.data.windows import permutation
-from sae_kernels.errors import NonFiniteError
 from sae_kernels.harvest.cursor import Cursor, checked_cursor, weights_digest
 from sae_kernels.harvest.limits import check_options
 from sae_kernels.harvest.norms import NormBound, read_bounds
 from sae_kernels.harvest.rows import LayerRows
 from sae_kernels.harvest.spread import some_rows, spread
 from sae_kernels.harvest.text_windows import TextWindows, reopenable
+from sae_kernels.harvest.window_rows import WindowRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sae_kernels.distributed.team import Team
     from sae_kernels.harvest.chunks import Chunk
 
 _AHEAD = 1 << 22  # rows that a sample is spread over: text is tokenized for it that far
@@ -171,6 +173,7 @@ class LiveBatches:
             "layer": list(layers),
             "context_length": context_length,
         }
+        self._team: Team | None = None
         self._cursor, self._digest = Cursor(), ""
         self._counted: tuple[int, int] | None = None  # window whose rows left_out has
         self.close()
@@ -199,11 +202,34 @@ class LiveBatches:
         layers = dict.fromkeys(layer for each in (self, *others) for layer in each.layers)
         return LiveBatches(*self._read, list(layers), self.batch_size, **self._options)
 
+    @contextmanager
+    def spread_over(self, team: Team) -> Iterator[None]:
+        """Several processes give the same batches together in the block, each a part of the work.
+
+        Each runs the model on some of its batches of a window, and holds their rows alone; a batch
+        is gathered from all. Order, rows and saved states are those of one process, so that any
+        number of processes can go on from another. All of them tokenize all of the text.
+
+        Args:
+            team: the processes, all of which ask for the same batches and samples.
+
+        Raises:
+            ValueError: while iterating, if the processes read different texts.
+            RankError: while iterating, if the model failed in another process.
+        """
+        self._team = team
+        self.close()
+        try:
+            yield
+        finally:
+            self._team = None
+            self.close()
+
     def close(self) -> None:
         """Frees the window and the text; the next batch would make them again."""
         self._text.close()
-        self._buffer: Tensor | None = None
-        # Number of the window in the buffer, and its rows that are kept.
+        self._window = WindowRows(self._layer_rows, self.dtype, self.device, self._team)
+        # Number of the window that is at hand, and its rows that are kept.
         self._held: tuple[int, Tensor] | None = None
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
@@ -254,11 +280,10 @@ class LiveBatches:
         chunks = some_rows(spread(ahead, lambda chunk: chunk.rows, 2 * n, self.seed), n, self.seed)
         if not chunks:
             raise ValueError(self._too_few(0))
-        rows = torch.empty(
-            sum(chunk.rows for chunk in chunks), self.d_in, dtype=self.dtype, device=self.device
-        )
-        self._fill(chunks, rows, "sample")
-        return rows[self._norms.kept(rows)]
+        some = WindowRows(self._layer_rows, self.dtype, self.device, self._window.team)
+        some.fill(chunks, "sample")
+        kept = self._norms.kept(some.own, some.gathered)
+        return some.gathered(some.own, kept.nonzero().flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and all settings that the order depends on, as JSON values."""
@@ -302,43 +327,37 @@ class LiveBatches:
         chunks = self._text.window(cursor.window)
         if chunks is None:
             return None
-        rows, kept = self._rows(cursor.window, chunks)
+        kept = self._kept_of(cursor.window, chunks)
         if self._counted is None or self._counted < cursor[:2]:
             self._counted = cursor[:2]
             self.left_out += sum(chunk.rows for chunk in chunks) - len(kept)
-        order = self._permutation(len(kept), cursor)
-        return rows[kept[order[cursor.offset : cursor.offset + most]]]
+        order = self._permutation(kept, cursor)
+        window, some = self._window, order[cursor.offset : cursor.offset + most]
+        return window.gathered(window.own, kept[some])
 
     def _fix_bounds(self) -> None:
         """Runs the model on the first window if no window has fixed the bounds of the norms yet."""
         if self._norms.waits and (chunks := self._text.window(0)) is not None:
-            self._rows(0, chunks)
+            self._kept_of(0, chunks)
 
-    def _rows(self, number: int, chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
-        """The rows of a window, in the order of the text, and the numbers of those to be kept."""
-        if self._buffer is None:
-            shape = (self._window_rows, self.d_in)
-            self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def _kept_of(self, number: int, chunks: list[Chunk]) -> Tensor:
+        """The numbers of the rows of a window that are kept; they are at hand from now on."""
         if self._held is None or self._held[0] != number:
             self._held = None
-            rows = self._fill(chunks, self._buffer, f"window {number}")
-            self._held = (number, self._norms.kept(rows).nonzero().flatten())
-        return self._buffer, self._held[1]
+            window, team = self._window, self._window.team
+            if team is None:
+                window.fill(chunks, f"window {number}", least=self._window_rows)
+            else:
+                team.expect_same({f"text up to window {number}": self._text.digest})
+                window.fill(chunks, f"window {number}")
+            kept = self._norms.kept(window.own, window.gathered).nonzero().flatten()
+            self._held = (number, kept if team is None else kept.cpu())
+        return self._held[1]
 
-    def _fill(self, chunks: list[Chunk], out: Tensor, what: str) -> Tensor:
-        rows = self._layer_rows.fill(chunks, out)
-        extremes = torch.stack(rows.aminmax())
-        if not extremes.isfinite().all():
-            raise NonFiniteError(
-                f"{what}: expected activations that are finite in {self.dtype}, got "
-                f"extremes {extremes.tolist()}; look for NaN in the model or take a wider dtype"
-            )
-        return rows
-
-    def _permutation(self, n: int, cursor: Cursor) -> Tensor:
+    def _permutation(self, kept: Tensor, cursor: Cursor) -> Tensor:
         key = cursor[:2]
         if self._order is None or self._order[0] != key:
-            self._order = (key, permutation(n, self.seed, *key).to(self.device))
+            self._order = (key, permutation(len(kept), self.seed, *key).to(kept.device))
         return self._order[1]
 
     def _too_few(self, rows: int) -> str:

@@ -142,7 +142,11 @@ def check_spread(plan: Planned, source: RowSource | Stream, step: MakeStep) -> N
     """Raises ValueError for a run that several processes cannot share."""
     for what, fits, expected in (
         ("sae", not isinstance(plan.sae, SparseAutoencoder), "a configuration, got a module"),
-        ("activations", is_rows(source), "stored ones, got a stream"),
+        (
+            "activations",
+            is_rows(source) or hasattr(source, "spread_over"),
+            "stored ones or LiveBatches, got other batches",
+        ),
         ("micro_batch_size", plan.config.micro_batch_size is None, "none, got one"),
         ("resample_every", plan.config.resample_every is None, "none, got one"),
         ("step", step is make_step, "the package's own, got another"),

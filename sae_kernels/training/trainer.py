@@ -131,12 +131,18 @@ def train(
             check_spread(plan, opened_source, step)
             ranks = team.ranks(plan.sae_config.n_latents, parallel)
             plan = plan._replace(ranks=ranks, parallel=parallel)
-        data_there = getattr(opened_source, "fingerprint", None)
+        data_there = (
+            getattr(opened_source, "fingerprint", None)
+            if is_rows(opened_source)
+            else opened_source.state_dict()
+        )
         settings_there = run_tables(plan.sae_config, config, {}, OutputConfig(), plan.parallel)
         team.expect_same({**settings_there, "activations": data_there})
     location = RunLocation(folder, output or OutputConfig(), resume, overwrite, team)
     watch = {} if on_step is None else {"": on_step}
-    result = _train(opened_source, {"": plan}, target, location, watch, step)[""]
+    spread = getattr(opened_source, "spread_over", None)  # a model's stream
+    with nullcontext() if team is None or spread is None else spread(team):
+        result = _train(opened_source, {"": plan}, target, location, watch, step)[""]
     if result.error is not None:
         raise result.error
     return result
@@ -270,8 +276,10 @@ def _train(
             device, config = behind.training.sae.W_enc.device, behind.training.config
             # Prefetching batches from a model on the CPU would only take cores from the step.
             stored = is_rows(source) and not isinstance(source, TensorRows)
-            ahead = stored or device.type != "cpu"
             ranks = runs[""].ranks if "" in runs else None
+            # A stream of ranks makes exchanges, which do not mix with the step's in a thread.
+            gathers = ranks is not None and not is_rows(source)
+            ahead = stored or (device.type != "cpu" and not gathers)
             share = (0, 1) if ranks is None else (ranks.rank, ranks.size)
             batches = batches_of(
                 source, config.batch_size, config.order_seed, reuse=not ahead, share=share
@@ -280,7 +288,7 @@ def _train(
                 batches.load_state_dict(behind.cursor)
             if ahead:
                 batches = stack.enter_context(Prefetched(batches, device))
-            if ranks is not None:
+            if ranks is not None and not gathers:
                 batches = ranks.gathered(batches, config.batch_size)
             drive(list(started.values()), batches, bool if team is None else team.any)
         return {name: run.result() for name, run in started.items()}

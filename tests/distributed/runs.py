@@ -53,6 +53,7 @@ def run(
     blocks: int = 0,
     resume: bool = False,
     stop_after: int | None = None,
+    source: Any = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains with the latents over the group's ranks; the metric lines, and what is here."""
@@ -66,7 +67,7 @@ def run(
     try:
         result = train(
             config,
-            activations(),
+            activations() if source is None else source,
             folder=folder,
             output=OutputConfig(checkpoint_every=EVERY),
             resume=resume,

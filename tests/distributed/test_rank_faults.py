@@ -190,6 +190,10 @@ def test_killed_at_any_moment(
     assert done.returncode == 1
     assert said(done).startswith(f"rank {seed % 2}: ended without a message")
     assert seconds < 15
-    assert torchrun(1 + seed % 4 % 3, "resume", str(out)).returncode == 0
-    if seed % 4 < 2:  # on three ranks sums are within rounding
+    print(f"{doom}: {seconds:.1f} s, checkpoints {checkpoint.steps(out / checkpoint.CHECKPOINTS)}")
+    resumed = torchrun(size := 1 + seed % 3, "resume", str(out))
+    assert resumed.returncode == 0, resumed.stderr
+    if size < 3:
         assert_same(out, straight)
+    for name, tensor in weights(out).items():  # on three ranks sums are within rounding
+        torch.testing.assert_close(tensor, straight[name], rtol=0, atol=2e-5)

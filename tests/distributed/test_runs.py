@@ -100,6 +100,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"blocks": 7}, "blocks: expected a divisor of n_latents = 96, got 7"),
     ({"micro_batch_size": 10}, "micro_batch_size: with latents over processes expected none"),
     ({"resample_every": 4}, "resample_every: with latents over processes expected none"),
+    (
+        {"source": [torch.zeros(51, 16)]},
+        "activations: with latents over processes expected stored ones or LiveBatches, got other",
+    ),
     ({"route": "autograd"}, "route: expected 'fused'"),
 ]
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["sae_kernels.training", "sae_kernels.distributed.folder", "tests.distributed.runs", __name__]
+    [
+        "sae_kernels.training",
+        "sae_kernels.distributed.folder",
+        "tests.distributed.runs",
+        "transformers.models.gpt2.modeling_gpt2",  # once for all ranks that run a model
+        __name__,
+    ]
 )
 TIMEOUT = 120  # seconds, on a busy machine
 
