@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sae_kernels.config.objective import ObjectiveConfig
     from sae_kernels.config.optimizer import OptimizerConfig
     from sae_kernels.config.output import OutputConfig
+    from sae_kernels.config.parallel import ParallelConfig
     from sae_kernels.config.row_filter import RowFilter
     from sae_kernels.config.sae import SAEConfig
     from sae_kernels.config.train import TrainConfig
@@ -17,6 +18,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "ParallelConfig",
     "RowFilter",
     "SAEConfig",
     "Settings",
