@@ -101,7 +101,7 @@ def neighbours(rows: Tensor, k: int = 32) -> Neighbours:
 
 
 def co_firing(codes: SparseCodes, latents: Tensor) -> Tensor:
-    """How alike each latent fires to some others: ``n_ij / sqrt(n_i n_j)``, [F, k].
+    """How often each latent fires together with some others: ``n_ij / sqrt(n_i n_j)``, [F, k].
 
     n_i counts the tokens in which latent i fires, n_ij those in which both do: the cosine of the
     two columns of zeros and ones. 0 for latents that never fire.
@@ -182,7 +182,7 @@ def separability(points: Tensor, n_bins: int = _BINS, n_angles: int = _ANGLES) -
 
 
 def mixture(points: Tensor, epsilon: float = 0.1, n_angles: int = _ANGLES) -> float:
-    """The largest part of the points close to a line.
+    """The mixture index: the largest fraction of the points that lie close to one line.
 
     ``max_{v, c} P(|v z + c| < epsilon sqrt(E (v z + c)^2))`` (Engels et al., arXiv 2405.14860),
     over a grid of directions v and of quantiles for -c.
@@ -213,7 +213,7 @@ def _rotated(points: Tensor, n_angles: int, turn: float) -> Tensor:
 
 
 def measure_cluster(codes: SparseCodes, W_dec: Tensor, latents: Tensor) -> Cluster:
-    """Principal components and indices of what a cluster alone reconstructs; NaN of one token."""
+    """Measures a cluster: principal components of what it alone reconstructs, and their indices."""
     x = cluster_points(codes, W_dec, latents).double()
     x = x - x.mean(0) if len(x) else x
     U, S, _ = torch.linalg.svd(x, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Settings: of SAEs, of training steps, of runs, and TOML."""
+"""Settings of SAEs, training steps and runs, checked and written as TOML."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -16,7 +16,7 @@ LOGGERS = ("tensorboard", "wandb")
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig(Settings):
-    """Settings of what a run leaves: checkpoints, loggers, names in the SAE's metadata.
+    """Settings of a run's output: checkpoints, loggers, names in the SAE's metadata.
 
     None of them changes the training.
     """

@@ -10,7 +10,7 @@ from sae_kernels.config.base import NATURAL, POSITIVE_INTEGER, SCALE, Settings, 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig(Settings):
-    """How the processes that torchrun starts share a run (docs/distributed.md).
+    """Settings of training on several processes, started by torchrun (docs/distributed.md).
 
     Example:
         >>> ParallelConfig(latents_over=4).blocks

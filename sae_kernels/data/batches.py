@@ -20,8 +20,14 @@ class Batches(Protocol):
     """An iterator of batches [B, D], finite or endless, that can save and restore its position."""
 
     def __next__(self) -> Tensor: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out, as JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a position that :meth:`state_dict` returned."""
+        ...
 
 
 class ShuffledBatches:

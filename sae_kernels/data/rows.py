@@ -22,12 +22,23 @@ class RowSource(Protocol):
     """Activations [n_tokens, d_in] of which any range of consecutive rows can be read."""
 
     @property
-    def n_tokens(self) -> int: ...
+    def n_tokens(self) -> int:
+        """Number of rows."""
+        ...
+
     @property
-    def d_in(self) -> int: ...
+    def d_in(self) -> int:
+        """Width of a row."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
-    def rows(self, start: int, stop: int) -> Rows: ...
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop`, that one excluded; a view of the source or a copy."""
+        ...
 
 
 class TensorRows:

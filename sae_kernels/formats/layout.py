@@ -26,7 +26,7 @@ _THRESHOLDS = ("threshold", "log_threshold")
 
 
 class Weights(NamedTuple):
-    """An SAE as another tool's files hold it.
+    """An SAE read from any tool's files: configuration, tensors and metadata.
 
     Attributes:
         config: what it is.

@@ -43,7 +43,7 @@ def describe_native(folder: str | Path) -> SAEConfig:
 
 
 def folded(weights: Weights) -> Weights:
-    """The same function without a scale of activations, as that of a training run's checkpoint."""
+    """Folds an SAE's activation scale into its weights, so that it reads raw activations."""
     config = weights.config
     if config.activation_scale == 1 and config.target_scale == 1:
         return weights

@@ -127,7 +127,7 @@ def place_of(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def named(metadata: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-    """Metadata with values of `PLACE` set by the user; None leaves what is there.
+    """Metadata with the model, layer and other values of `PLACE` replaced; None keeps a value.
 
     Example:
         >>> named({"activations": {"layer": "h.6"}}, model="gpt2", hook_name=None)

@@ -172,7 +172,7 @@ FORMATS = {
 
 
 def known(name: str, what: str = "format", *, written: bool = False) -> Format:
-    """The format of a name.
+    """Looks up a format by its name.
 
     Args:
         name: as ``"saelens"``.
@@ -189,7 +189,7 @@ def known(name: str, what: str = "format", *, written: bool = False) -> Format:
 
 
 def present(path: str | Path) -> list[str]:
-    """The formats of which a folder has all files, or whose weights a file is."""
+    """Names of the formats that a folder or a weights file may be of, by file names alone."""
     path = Path(path)
     here = _files(path.parent if path.is_file() else path)
     if path.is_file():
@@ -250,7 +250,7 @@ def one_of(path: object, found: list[str]) -> str:
 
 
 def read(path: str | Path, format: str | None = None, **options: Any) -> Weights:
-    """The tensors of an SAE in anybody's files, in the format that `detect` finds or that is named.
+    """Reads an SAE saved in any known format: the one named, or that `detect` finds.
 
     Args:
         path: a folder, or a weights file in one.
@@ -283,7 +283,7 @@ def read(path: str | Path, format: str | None = None, **options: Any) -> Weights
 
 
 def describe(path: str | Path, format: str | None = None) -> SAEConfig:
-    """What an SAE is, in anybody's files, without reading the weights.
+    """Reads the configuration of an SAE saved in any known format, without its weights.
 
     Args:
         path, format: as of `read`.

@@ -25,7 +25,7 @@ _WINDOW_BATCHES = 16  # sorted by length together, so that hardly any padding is
 
 
 class TokenBatch(NamedTuple):
-    """Token ids of a batch of sequences, and which of them an SAE stands in for.
+    """Token ids of a batch, and at which tokens an SAE's reconstruction replaces the activation.
 
     Attributes:
         input_ids: int64 [B, S].

@@ -1,4 +1,4 @@
-"""These kernels under the trainers of other libraries, from outside, and taken back again.
+"""Runs trainers of other libraries on these kernels, and takes the change back again.
 
 Adapters: ``sae_lens``, ``sparsify``, ``dictionary_learning`` and ``circuit_tracer``. Importing this
 changes nothing.
@@ -76,7 +76,7 @@ class Acceleration:
 def accelerate(
     target: Any, *, level: str | None = None, optimizer: str | None = None, strict: bool = False
 ) -> Acceleration:
-    """Puts these kernels under another library's SAEs and trainers, with the same results.
+    """Runs another library's SAEs and trainers on these kernels, with the same results.
 
     Functions of the library are replaced by ones that call the kernels where the call is one that
     they serve, and the library's own function where it is not (hooks on pre-activations, unknown

@@ -211,7 +211,7 @@ class EditBank(nn.Module):
         prompt_lengths: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Tokens:
-        """Checks what is told of n tokens; what is not is line 0, position 0 and as written."""
+        """The request, position and prompt length of each of n tokens, checked and filled up."""
         zeros = torch.zeros(n, dtype=torch.int64, device=self.spans.device)
         given = {"requests": requests, "positions": positions, "prompt_lengths": prompt_lengths}
         for name, numbers in {**given, "active": active}.items():

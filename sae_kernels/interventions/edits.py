@@ -51,7 +51,7 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edit:
-    """One edit, as the functions of this module make it.
+    """An edit of latents or of the activation, made by :func:`scale`, :func:`steer` and the like.
 
     All of them take, by name:
 

@@ -159,7 +159,7 @@ def fit_probe(x: Tensor, labels: Tensor, *, l2: float = 1e-3) -> Probe:
 def separation(
     probe: Probe, sae: SparseAutoencoder, documents: Documents, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Active latents by their part in how far apart a probe puts two classes, the largest first.
+    """Ranks active latents by how much each separates two classes along a probe's weight.
 
     A latent's part is ``(mean of its value over the true class - over the other) * W_dec[f] @
     weight``: what the distance between the classes' mean margins loses when it is ablated. SHIFT

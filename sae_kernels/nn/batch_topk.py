@@ -181,7 +181,7 @@ class BatchTopKSAE(SparseAutoencoder):
         return None if self.training else _bounds(self.thresholds(), self.rank_scale())
 
     def start_training_(self, x: torch.Tensor, objective: Any, ranks: Ranks | None = None) -> None:
-        """Starts with codes of the size that k latents a token reconstruct with."""
+        """Scales W_enc by the one factor with which k latents a token reconstruct a sample best."""
         scale_encoder_(self, x, bounds_at(self, x, self.config.k), ranks)
 
     def select(
@@ -205,7 +205,7 @@ class BatchTopKSAE(SparseAutoencoder):
         return preacts
 
     def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> KeyCut:
-        """The batch's smallest kept key; encodes every token."""
+        """Finds the smallest key that the whole batch keeps, by encoding every token."""
         count, scale = int(context.k * context.n_tokens), self.rank_scale()
         if not 0 < float(self.last_key) < torch.inf:  # no batch before: the first micro-batch alone
             self._select_alone(next(iter(micro_batches)), context.W_enc, context.k)

@@ -134,7 +134,7 @@ class CrossLayer(LayerFeatures, SparseAutoencoder):
                 )
 
     def start_training_(self, x: torch.Tensor, objective: Any, ranks: Ranks | None = None) -> None:
-        """Nothing: the encoder is no copy of the decoder, whose codes a factor could fit."""
+        """Does nothing: W_enc does not start as a copy of W_dec, so no factor fits its codes."""
 
     def prefixes(self, objective: Any, step: int, seed: int) -> Prefixes | None:
         """None: a cross-layer architecture has no prefixes."""

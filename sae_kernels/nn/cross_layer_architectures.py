@@ -234,7 +234,7 @@ class CrossLayerBatchTopK(CrossLayer, BatchTopKSAE):
         return codes
 
     def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> Any:
-        """The batch's smallest kept key; encodes every token.
+        """Finds the smallest key that the whole batch keeps, by encoding every token.
 
         Raises:
             ValueError: each layer has a batch of its own.

@@ -108,7 +108,7 @@ class GatedSAE(SparseAutoencoder):
     def start_training_(
         self, x: torch.Tensor, objective: PenalisedObjective, ranks: Ranks | None = None
     ) -> None:
-        """Opens the gates of ``target_l0`` latents per token, and fits the size of codes."""
+        """Sets b_enc so that ``target_l0`` gates per token are open, and scales W_enc."""
         if objective.target_l0 is not None:
             bounds = bounds_at(self, x, objective.target_l0)
             self.b_enc.sub_(bounds * scale_encoder_(self, x, bounds, ranks))

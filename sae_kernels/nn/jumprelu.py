@@ -168,7 +168,7 @@ class JumpReLUSAE(SparseAutoencoder):
     def start_training_(
         self, x: torch.Tensor, objective: JumpReLUObjective, ranks: Ranks | None = None
     ) -> None:
-        """Starts at ``target_l0`` latents per token, with codes of fitting size.
+        """Sets thresholds so that ``target_l0`` latents per token pass them, and scales W_enc.
 
         Nothing is changed without a ``target_l0``, or where ``threshold_init`` was given.
         """
@@ -229,7 +229,7 @@ class JumpReLUSAE(SparseAutoencoder):
         return share + 2 * off / target * (l0 - l0.detach())
 
     def survey(self, micro_batches: Iterable[torch.Tensor], context: SurveyContext) -> Any:
-        """The batch's L0, which the penalty target_l0 is a function of; encodes every token."""
+        """Measures the whole batch's L0 for the penalty target_l0, by encoding every token."""
         if context.objective.sparsity != "target_l0":
             return None
         counts = [self._fires(self.select(x, W_enc=context.W_enc)).sum() for x in micro_batches]

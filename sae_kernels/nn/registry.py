@@ -116,7 +116,7 @@ def architecture(name: object) -> type[SparseAutoencoder]:
 
 
 def presets() -> dict[str, Kind]:
-    """Every preset, with its class, by the name that ``--arch`` takes."""
+    """All presets with their classes, by the name that ``--arch`` takes."""
     return {
         name: Kind(sae, preset)
         for sae in architectures().values()
@@ -125,7 +125,7 @@ def presets() -> dict[str, Kind]:
 
 
 def preset(name: str) -> Kind:
-    """The class and preset of a name for ``--arch``.
+    """Looks up an architecture's class and preset by a name that ``--arch`` takes.
 
     Raises:
         ValueError: no such name; the message suggests the nearest.

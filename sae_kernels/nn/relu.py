@@ -102,7 +102,7 @@ class ReLUSAE(SparseAutoencoder):
     def start_training_(
         self, x: torch.Tensor, objective: ReLUObjective, ranks: Ranks | None = None
     ) -> None:
-        """Starts at ``target_l0`` latents per token.
+        """Sets b_enc so that ``target_l0`` latents per token are positive.
 
         Codes are what lies above the bounds, as small as an L1 penalty wants them: measured, a
         larger or smaller encoder learns more slowly.

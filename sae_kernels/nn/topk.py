@@ -123,7 +123,7 @@ class TopKSAE(SparseAutoencoder):
     }
 
     def start_training_(self, x: torch.Tensor, objective: Any, ranks: Ranks | None = None) -> None:
-        """Starts with codes of the size that k latents a token reconstruct with."""
+        """Scales W_enc by the one factor with which k latents a token reconstruct a sample best."""
         if self.config.by_magnitude:
             return  # codes of either sign overlap less, and bounds have one side
         scale_encoder_(self, x, bounds_at(self, x, self.config.k), ranks)
