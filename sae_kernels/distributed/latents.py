@@ -122,6 +122,27 @@ class LatentRanks:
         """The sum over all latents, given the one over some of this rank's."""
         return self.collectives.total(tree_sum([part(block) for block in self._blocks]))
 
+    def over_tokens(
+        self, part: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The sums over all tokens of what ``part`` gives of the rows of some.
+
+        Each rank computes a share. With ``blocks`` there are as many of tokens as of latents, added
+        up in the same order.
+        """
+        n_blocks, n_tokens = len(self._blocks) * self.size, len(rows[0])
+        mine = range(self.rank * len(self._blocks), (self.rank + 1) * len(self._blocks))
+        cuts = [slice(n_tokens * i // n_blocks, n_tokens * (i + 1) // n_blocks) for i in mine]
+        parts = [part(*(x[cut] for x in rows)) for cut in cuts]
+        return tuple(self._summed(tree_sum(each)) for each in zip(*parts, strict=True))
+
+    def _summed(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over ranks; of a large one's rows each sums some for all."""
+        if x.dim() < 2:
+            return self.collectives.total(x)
+        rows = tree_sum(self.collectives.to_owners(x, "sums over tokens").unbind())
+        return self.collectives.gather_rows(rows, len(x), "sums over tokens")
+
     def top(
         self,
         select: Callable[[torch.Tensor, int], tuple[SparseCodes, torch.Tensor]],

@@ -8,7 +8,7 @@ import torch
 
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.step.adam import FusedAdam, added, with_rows
-from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance
+from sae_kernels.step.base import MicroBatches, StepBase, StepResult, Variance, loss_scale
 from sae_kernels.step.dense_pass import dense_pass
 from sae_kernels.step.sparse_pass import PassResult, rows_weighted, sparse_pass
 from sae_kernels.step.state import DeadRows
@@ -363,22 +363,20 @@ class AuxK:
         """Takes in the rows of a batch or micro-batch, given the main residual."""
         if not self._is_on:
             return
-        step, rows = self.step, self.rows
+        step, rows, variance = self.step, self.rows, None
         if self.variance is not None:
             self.variance.add(residual)
-        parts = auxk(
-            context.x,
-            residual,
-            rows.W_enc,
-            rows.b_enc,
-            rows.W_dec,
-            rows.latents,
-            rows.number,
-            step.k_aux,
-            step.objective.auxk_alpha,
-            None if self.variance is None else residual.new_ones(()),
-            backend=step.sae.backend,
-        )
+            variance = residual.new_ones(())
+        elif step.ranks is not None:  # of which each has some tokens
+            variance = loss_scale(residual, "fvu")[1]
+        dead = (rows.W_enc, rows.b_enc, rows.W_dec, rows.latents, rows.number)
+        settings = (step.k_aux, step.objective.auxk_alpha, variance)
+
+        def of(x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return auxk(x, e, *dead, *settings, backend=step.sae.backend)
+
+        given = context.x, residual
+        parts = of(*given) if step.ranks is None else step.ranks.over_tokens(of, *given)
         before = self._sums
         pairs = [] if before is None else zip(before, parts, strict=True)
         self._sums = parts if before is None else tuple(a + b for a, b in pairs)

@@ -99,3 +99,11 @@ class Ranks(Protocol):
 
     def longest_dead(self, own: DeadRows, ages: torch.Tensor, at_most: int) -> DeadRows:
         """The latents of all ranks that are dead longest, given this rank's and their ages."""
+
+    def over_tokens(
+        self, part: Callable[..., tuple[torch.Tensor, ...]], *rows: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The sums over all tokens of what ``part`` gives of the rows of some.
+
+        Each process computes a share of them. ``rows`` are [B, ...] each, its arguments.
+        """
