@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import signal
 import time
 import traceback
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from sae_kernels.errors import RankError, SaeKernelsError
 
@@ -23,7 +27,7 @@ def first_cause(error: Exception, store: Store, rank: int, size: int) -> RankErr
 
     Every rank that can reports its own error to the store. One whose exchange with others failed
     waits for their reports: the cause is the first error of another kind, or the ranks that report
-    nothing.
+    nothing. Of these it ends those that the same torchrun started.
 
     Args:
         error: what this rank stopped with; its connections are closed by now, so that all others
@@ -39,6 +43,26 @@ def first_cause(error: Exception, store: Store, rank: int, size: int) -> RankErr
     store.set(f"fault/{rank}", json.dumps({"message": mine, "follows": follows}))
     message = _awaited(mine, store, size) if follows else mine
     return RankError(message, said=store.add("faults said", 1) > 1)
+
+
+def introduce(store: Store, rank: int) -> None:
+    """Says in the store where this rank's process is, so that others can end it if it hangs."""
+    store.set(f"there/{rank}", json.dumps([*_siblings(), os.getpid()]))
+
+
+def _siblings() -> list[Any]:
+    """The machine, and the number of the process there that started this one: torchrun."""
+    return [platform.node(), os.getppid()]
+
+
+def _end(rank: int, store: Store) -> None:
+    """Ends a rank that the same torchrun started, which would wait for it half a minute."""
+    if not store.check([f"there/{rank}"]):
+        return
+    *siblings, process = json.loads(store.get(f"there/{rank}"))
+    if siblings == _siblings():
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process, signal.SIGKILL)
 
 
 def described(error: Exception) -> str:
@@ -67,6 +91,8 @@ def _awaited(mine: str, store: Store, size: int) -> str:
         time.sleep(0.02)
     if not silent:
         return mine
+    for rank in silent:
+        _end(rank, store)
     ranks = ", ".join(map(str, sorted(silent)))
     return (
         f"rank {ranks}: ended without a message (killed, perhaps out of memory) or hangs; seen by "

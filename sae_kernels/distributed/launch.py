@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from sae_kernels.distributed.faults import first_cause
+from sae_kernels.distributed.faults import first_cause, introduce
 from sae_kernels.gpu import training_device
 from sae_kernels.runs.interrupts import terminable
 
@@ -54,7 +54,7 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"sae_kernels/{attempt}", store)
     # Processes start one after the other, for which the setting may be too short.
-    store.set(f"there/{rank}", "")
+    introduce(store, rank)
     store.wait([f"there/{each}" for each in range(world)])
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import random
 import re
+import signal
+import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -20,7 +25,6 @@ from tests.distributed import runs
 from tests.distributed.world import torchrun
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
 STEPS, TIMEOUT = 24, 10
@@ -59,6 +63,24 @@ def test_a_rank_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(faults, "PATIENCE", 0.1)
     found = faults.first_cause(of_exchange(), HashStore(), 0, 2)
     assert str(found).startswith("rank 1: ended without a message (killed, perhaps out of memory)")
+
+
+def test_a_rank_that_hangs_is_ended_by_its_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by ranks of another machine, nor of another torchrun."""
+    monkeypatch.setattr(faults, "PATIENCE", 0.1)
+    store = HashStore()
+    places = [[platform.node(), os.getppid()], ["elsewhere", os.getppid()], [platform.node(), 1]]
+    sleeping = [subprocess.Popen(["sleep", "60"]) for _ in places]
+    for rank, (place, process) in enumerate(zip(places, sleeping, strict=True), 1):
+        store.set(f"there/{rank}", json.dumps([*place, process.pid]))
+    faults.first_cause(of_exchange(), store, 0, 4)
+    try:
+        assert sleeping[0].wait(10) == -signal.SIGKILL
+        assert [process.poll() for process in sleeping[1:]] == [None, None]
+    finally:
+        for process in sleeping:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +149,7 @@ FAULTS = [
     ("0 18 0 SIGKILL", 15, "rank 0: ended without a message"),
     ("1 18 0 error", 15, "rank 1: Bug: a wrong turn"),
     ("1 18 0 nan", 15, "step 19: expected a finite loss"),
-    ("1 18 0 SIGSTOP", TIMEOUT + 35, "rank 1: ended without a message"),
+    ("1 18 0 SIGSTOP", TIMEOUT + 15, "rank 1: ended without a message"),
 ]
 
 
