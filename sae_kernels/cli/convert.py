@@ -130,5 +130,5 @@ def _facts(weights: "Weights") -> dict[str, Any]:
         "architecture": config.architecture,
         "d_in": config.d_in,
         "n_latents": config.n_latents,
-        "dtype": str(weights.tensors["W_enc"].dtype).removeprefix("torch."),
+        "dtype": str(weights.tensors["W_dec"].dtype).removeprefix("torch."),
     }

@@ -16,7 +16,7 @@ from sae_kernels.formats.layout import Weights, at_least_zero, check, from_forei
 from sae_kernels.formats.saelens_config import WHITENED, read_config, to_config, to_metadata
 from sae_kernels.formats.saelens_whitening import WHITENING_FILE, fold_whitening
 from sae_kernels.io.tensor_files import Stored, Tensors, stored_safetensors
-from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig
+from sae_kernels.nn import BatchTopKConfig, GatedConfig, JumpReLUConfig, MatchingPursuitConfig
 
 if TYPE_CHECKING:
     from sae_kernels.nn import SAEConfig
@@ -54,12 +54,16 @@ def read_saelens(folder: str | Path, *, activation_scale: float | None = None) -
         'blocks.3.hook_resid_post'
     """
     path, values, stored, config = _open(Path(folder), activation_scale)
-    found = load(stored, config, names(config), {"scaling_factor": config.n_latents})
+    tied = isinstance(config, MatchingPursuitConfig)
+    others = {} if tied else {"scaling_factor": config.n_latents}
+    found = load(stored, config, names(config), others)
     factor = found.pop("scaling_factor", None)
     tensors = from_foreign(stored.path, config, names(config), found)
     _fold_scaling_factor(stored.path, values, tensors, factor)
     if isinstance(config, JumpReLUConfig) and not config.log_threshold:
         tensors["threshold"] = at_least_zero(tensors["threshold"])
+    if tied and not values.get("apply_b_dec_to_input", True):
+        tensors["b_dec"].zero_()
     if values.get("normalize_activations") == WHITENED:
         config = fold_whitening(path.with_name(WHITENING_FILE), config, tensors)
     return Weights(config, tensors, to_metadata(path, values))

@@ -13,6 +13,7 @@ from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
+    MatchingPursuitConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
@@ -32,13 +33,14 @@ _MAKERS: dict[str, Callable[..., SAEConfig]] = {
     "matryoshka_batchtopk": BatchTopKConfig,
     "jumprelu": JumpReLUConfig,
     "gated": GatedConfig,
+    "matching_pursuit": MatchingPursuitConfig,
     "transcoder": ReLUConfig,
     "skip_transcoder": ReLUConfig,
     "jumprelu_transcoder": JumpReLUConfig,
     "jumprelu_skip_transcoder": JumpReLUConfig,
 }
 # What sae-lens 6.54.12 registers beside these (its __init__.py).
-_ELSEWHERE = ("matching_pursuit", "temporal")
+_ELSEWHERE = ("temporal",)
 # What configurations before version 6 hold of the model, beside the rest: loaded with SAELens they
 # become metadata (LLM_METADATA_KEYS of its pretrained_sae_loaders.py).
 _OLD_METADATA = {
@@ -75,6 +77,7 @@ READ = (
     *("d_in", "d_sae", "d_out", "dtype", "device", "k", "apply_b_dec_to_input"),
     *("normalize_activations", "reshape_activations", "rescale_acts_by_decoder_norm"),
     *("activation_fn", "activation_fn_str", "activation_fn_kwargs", "finetuning_scaling_factor"),
+    *("max_iterations", "residual_threshold", "stop_on_duplicate_support"),
 )
 # Theirs by ours.
 PLACE = {
@@ -170,6 +173,15 @@ def to_config(
         options["groups"] = _groups(path, values)
     if make is JumpReLUConfig:
         options["log_threshold"] = log_threshold
+    centres = not transcoder and flag(path, values, "apply_b_dec_to_input", True)
+    if make is MatchingPursuitConfig:
+        centres = True  # or its b_dec is not read at all
+        most = values.get("max_iterations")
+        options |= {
+            "k": whole(path, values, "d_in") if most is None else most,
+            "residual_threshold": values.get("residual_threshold", 0.01),
+            "stop_on_repeat": flag(path, values, "stop_on_duplicate_support", True),
+        }
     return configure(
         path,
         make,
@@ -177,7 +189,7 @@ def to_config(
         n_latents=whole(path, values, "d_sae"),
         d_out=whole(path, values, "d_out") if transcoder else None,
         skip=skip,
-        subtract_b_dec=not transcoder and flag(path, values, "apply_b_dec_to_input", True),
+        subtract_b_dec=centres,
         unit_norm_decoder=False,
         activation_scale=scale,
         **options,

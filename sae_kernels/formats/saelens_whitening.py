@@ -38,11 +38,13 @@ def fold_whitening(path: Path, config: SAEConfig, tensors: Tensors) -> SAEConfig
         The configuration of the folded SAE.
 
     Raises:
-        DataError: no such file, tensors that are not what they should be, a transcoder.
+        DataError: no such file, tensors that are not what they should be, a transcoder, an
+            encoder that is the decoder.
     """
-    if config.transcodes:
+    if config.transcodes or "W_enc" not in tensors:
         raise DataError(
-            f"{path}: expected no whitening of a transcoder's activations, which SAELens lacks"
+            f"{path}: expected no whitening of a transcoder's or a matching pursuit SAE's "
+            "activations, which SAELens lacks"
         )
     if not path.is_file():
         raise DataError(

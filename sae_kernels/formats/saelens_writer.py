@@ -23,6 +23,7 @@ from sae_kernels.nn import (
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
+    MatchingPursuitConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
@@ -44,6 +45,7 @@ _ARCHITECTURES = {
     TopKConfig: "topk",
     JumpReLUConfig: "jumprelu",
     GatedConfig: "gated",
+    MatchingPursuitConfig: "matching_pursuit",
 }
 # By the architecture and whether there is a skip connection.
 _TRANSCODERS = {
@@ -121,6 +123,12 @@ def _values(config: SAEConfig, dtype: torch.dtype, metadata: Mapping[str, Any]) 
     }
     if isinstance(config, TopKConfig):
         values |= {"k": config.k, "rescale_acts_by_decoder_norm": config.rank_by_decoder_norm}
+    if isinstance(config, MatchingPursuitConfig):
+        values |= {
+            "max_iterations": config.k,
+            "residual_threshold": config.residual_threshold,
+            "stop_on_duplicate_support": config.stop_on_repeat,
+        }
     if config.transcodes:
         values["d_out"] = config.output_width
     return values

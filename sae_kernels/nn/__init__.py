@@ -18,6 +18,11 @@ from sae_kernels.nn.cross_layer_architectures import (
 from sae_kernels.nn.gated import GatedConfig, GatedSAE
 from sae_kernels.nn.initialise import geometric_median
 from sae_kernels.nn.jumprelu import JumpReLUConfig, JumpReLUObjective, JumpReLUSAE
+from sae_kernels.nn.matching_pursuit import (
+    MatchingPursuitConfig,
+    MatchingPursuitObjective,
+    MatchingPursuitSAE,
+)
 from sae_kernels.nn.objective import nested_groups
 from sae_kernels.nn.registry import (
     Preset,
@@ -52,6 +57,9 @@ __all__ = [
     "JumpReLUConfig",
     "JumpReLUObjective",
     "JumpReLUSAE",
+    "MatchingPursuitConfig",
+    "MatchingPursuitObjective",
+    "MatchingPursuitSAE",
     "Preset",
     "ReLUConfig",
     "ReLUObjective",

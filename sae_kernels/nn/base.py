@@ -80,6 +80,8 @@ class SparseAutoencoder(SingleLatents):
     non_latent_vectors: ClassVar[frozenset[str]] = frozenset({"b_dec"})
     # Whether x_hat is b_dec plus the codes times rows of W_dec, which FusedStep differentiates.
     decodes_by_rows: ClassVar[bool] = True
+    # Whether pre-activations are one product with W_enc, which FusedStep differentiates.
+    encodes_once: ClassVar[bool] = True
     # Whether select_in() selects among latents that are spread over ranks.
     spreads: ClassVar[bool] = False
     keeps_fixed_number: ClassVar[bool] = False  # entries for each token; if not, the host waits

@@ -105,7 +105,9 @@ def initial_weights(
         latents: those whose rows are returned.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    (_, width), (n_rows, out) = config.shapes()["W_enc"], config.shapes()["W_dec"]
+    shapes = config.shapes()
+    n_rows, out = shapes["W_dec"]
+    width = shapes.get("W_enc", shapes["W_dec"])[1]  # without a W_enc W_dec is the encoder too
 
     def rows(width: int, parts: int = 1) -> torch.Tensor:
         """A row of ``width`` numbers for each latent, made of ``parts`` unit vectors."""

@@ -121,9 +121,9 @@ class FusedStep(StepBase):
         self._scratch: torch.Tensor | None = None
 
     def _check_settings(self) -> None:
-        if not self.sae.decodes_by_rows:
+        if not (self.sae.decodes_by_rows and self.sae.encodes_once):
             raise ValueError(
-                "sae: expected a decoder that is a sum of rows of W_dec, got "
+                "sae: expected one product with W_enc and a sum of rows of W_dec, got "
                 f"{type(self.sae).__name__}; train it with AutogradStep (route 'autograd')"
             )
         if self.optimizer.master_weights == "split" and self.dtype != torch.bfloat16:

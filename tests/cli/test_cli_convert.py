@@ -148,6 +148,13 @@ def test_sources_that_are_not_there(run, tmp_path):
     assert not out.exists()
 
 
+def test_an_sae_without_an_encoder_of_its_own(run, tmp_path):
+    nn.MatchingPursuitSAE(D, F, k=3).save_pretrained(tmp_path / "a")
+    ran = run("convert", tmp_path / "a", tmp_path / "b", "--to", "saelens", "--hook-name", "x")
+    assert ran.code == 0
+    assert formats.read(tmp_path / "b").config.k == 3
+
+
 def test_an_sae_that_the_format_lacks(run, tmp_path):
     _sae(nn.GatedConfig(D, F)).save_pretrained(tmp_path / "a")
     ran = run("convert", tmp_path / "a", tmp_path / "b", "--to", "sparsify")

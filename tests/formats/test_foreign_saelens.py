@@ -419,7 +419,7 @@ CFGS: dict[str, tuple[Any, list[str]]] = {
             {"architecture": name},
             [f"SAELens' architecture '{name}', which sae_kernels does not have (it has standard, "],
         )
-        for name in ("matching_pursuit", "temporal")
+        for name in ("temporal",)
     },
     "architecture-a-list": ({"architecture": []}, ["architecture: expected one of", "got []"]),
     "tanh": ({"activation_fn_str": "tanh-relu"}, ["got 'standard with tanh-relu'"]),
