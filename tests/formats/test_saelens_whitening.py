@@ -142,7 +142,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refuses(lambda: read_saelens(tmp_path), "expected the whitening that the SAE's activations go")
     config = ReLUConfig(D, F, d_out=D, **RAW)
     whitened(tmp_path, config)
-    refuses(lambda: read_saelens(tmp_path), "expected no whitening of a transcoder's activations")
+    refuses(
+        lambda: read_saelens(tmp_path),
+        "expected no whitening of a transcoder's or a matching pursuit SAE's activations",
+    )
     cfg["normalize_activations"] = "constant_scalar_rescale"
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     refuses(lambda: read_saelens(tmp_path), "expected 'none', got 'constant_scalar_rescale'")
