@@ -13,10 +13,7 @@ from sae_kernels.cli.output import Output
 from sae_kernels.config import OptimizerConfig
 from sae_kernels.plotting.units import number
 
-NOTE = (
-    "predictions: the package trains with latents spread over GPUs (latent-sharded); replicas are "
-    "not implemented; no part of a step is taken to overlap another"
-)
+NOTE = "predictions: no part of a step is taken to overlap another"
 
 
 def plan(
@@ -145,6 +142,11 @@ def _layouts(
         output.text("", "no layout fits in memory: take more GPUs, split masters or bf16 states")
     elif len(predictions) > 1:
         output.text("", f"fastest that fits: {best.layout.name} ({_split(best.layout)})")
+        chosen = planning.unless_told(problem, best.layout.gpus)
+        output.text(
+            f"train takes {chosen.name} unless told, which sends the fewest bytes of partial sums "
+            "and decoder rows"
+        )
 
 
 def _row(p: planning.Prediction, bounds: list[str], steps: int) -> list[str]:
@@ -162,7 +164,7 @@ def _row(p: planning.Prediction, bounds: list[str], steps: int) -> list[str]:
 
 
 def _split(layout: planning.Layout) -> str:
-    return f"{layout.shards} shards of the latents, {layout.replicas} replicas of each"
+    return f"--latents-over {layout.shards} --tokens-over {layout.replicas}"
 
 
 def _record(
@@ -184,6 +186,5 @@ def _record(
         "memory": p.memory,
         "sent_bytes": p.sent_bytes,
         "sent": {message.what: message.bytes for message in p.messages},
-        "gradients": p.gradients,
         "run_seconds": steps * p.seconds.total,
     }

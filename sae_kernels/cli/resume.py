@@ -41,5 +41,7 @@ def resume(
             "it there, train(..., folder=..., resume=True)"
         )
     # However many processes there were, it goes on with those that are here.
-    tables.setdefault("parallel", {})["latents_over"] = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel, world = tables.setdefault("parallel", {}), int(os.environ.get("WORLD_SIZE", "1"))
+    if parallel.get("latents_over", 0) * parallel.get("tokens_over", 0) != world:
+        parallel |= {"latents_over": 0, "tokens_over": 0}
     start(tables, run, Output(as_json), resume=True, verify=verify)

@@ -61,6 +61,7 @@ def start(
 ) -> None:
     """Trains one run and prints its summary."""
     from sae_kernels import training
+    from sae_kernels.training.layout import laid_out
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
     with (
@@ -73,6 +74,9 @@ def start(
                 check_free(out, overwrite)
             open_data = opener(data_config(tables), tables, show, verify=verify)
             config, data = opened(tables, open_data)
+            if mesh is not None and mesh.size() > 1:
+                whole = config.parallel, mesh.size(), config.sae, config.train
+                output.text(laid_out(*whole)[1])
         result = training.train(
             config.sae,
             data.source,
@@ -102,7 +106,8 @@ def processes(
     from sae_kernels.config.parallel import ParallelConfig
 
     parallel = ParallelConfig(**tables.get("parallel", {}))
-    if parallel.latents_over == 1 and "WORLD_SIZE" not in os.environ:
+    several = max(parallel.latents_over, parallel.tokens_over) > 1
+    if not several and "WORLD_SIZE" not in os.environ:
         yield None, nullcontext
         return
     from sae_kernels.distributed.launch import launched

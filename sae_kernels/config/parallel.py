@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from sae_kernels.config.base import NATURAL, POSITIVE_INTEGER, SCALE, Settings, setting
+from sae_kernels.config.base import NATURAL, SCALE, Settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,16 +13,24 @@ class ParallelConfig(Settings):
     """Settings of training on several processes, started by torchrun (docs/distributed.md).
 
     Example:
-        >>> ParallelConfig(latents_over=4).blocks
-        0
+        >>> some = ParallelConfig(tokens_over=2).fitted(4, 2048, 24576, element_bytes=4)
+        >>> some.latents_over, some.tokens_over
+        (2, 2)
     """
 
     table = "parallel"
 
     latents_over: int = setting(
-        1,
-        "processes that the latents are spread over, those of torchrun",
-        POSITIVE_INTEGER,
+        0,
+        "parts of the latents whose sums of a reconstruction are added up; times tokens_over it is "
+        "the number of processes; 0: what sends the fewest bytes (docs/distributed.md)",
+        NATURAL,
+    )
+    tokens_over: int = setting(
+        0,
+        "processes that decode with the same rows of W_dec, each a part of the tokens; 0: what "
+        "sends the fewest bytes",
+        NATURAL,
     )
     blocks: int = setting(
         0,
@@ -40,3 +48,58 @@ class ParallelConfig(Settings):
         "how processes send each other their parts of reconstructions; bfloat16 is half the bytes "
         "and an error of 2^-9 of each part (docs/distributed.md)",
     )
+
+    def layouts(self, processes: int) -> list[tuple[int, int]]:
+        """The numbers (latents_over, tokens_over) for so many processes, most latents first.
+
+        Raises:
+            ValueError: none that these settings allow.
+        """
+        every = [(s, processes // s) for s in range(processes, 0, -1) if processes % s == 0]
+        S, R = self.latents_over, self.tokens_over
+        found = [(s, r) for s, r in every if S in (0, s) and R in (0, r)]
+        if not found:
+            wanted = max(S, 1) * max(R, 1)
+            raise ValueError(
+                f"latents_over, tokens_over: expected numbers whose product is that of the "
+                f"processes, {processes}, got {S} and {R}; start with torchrun --nproc-per-node "
+                f"{wanted} -m sae_kernels ..."
+            )
+        return found
+
+    def fitted(
+        self, processes: int, batch_size: int, n_latents: int, element_bytes: int
+    ) -> ParallelConfig:
+        """These settings with both numbers: what is 0 so that a process sends the fewest bytes.
+
+        Args:
+            processes: how many there are.
+            batch_size, n_latents: of the run.
+            element_bytes: of a number in the rows of W_dec that kernels read.
+
+        Raises:
+            ValueError: none that these settings allow.
+        """
+
+        def sent(layout: tuple[int, int]) -> float:
+            return self.traffic(*layout, batch_size, n_latents, element_bytes)
+
+        latents, tokens = min(self.layouts(processes), key=sent)
+        return dataclasses.replace(self, latents_over=latents, tokens_over=tokens)
+
+    def traffic(
+        self,
+        latents_over: int,
+        tokens_over: int,
+        batch_size: int,
+        n_latents: int,
+        element_bytes: int,
+    ) -> float:
+        """Bytes that a process sends in a step for each column of W_dec, where layouts differ.
+
+        Partial sums of the tokens' reconstructions, and rows of W_dec.
+        """
+        part = 4 if self.partial_sums == "float32" else 2
+        sums = part * batch_size * (latents_over - 1)
+        rows = element_bytes * n_latents * (tokens_over - 1)
+        return (sums + rows) / (latents_over * tokens_over)

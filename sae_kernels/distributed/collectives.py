@@ -37,6 +37,7 @@ class Collectives:
 
     Args:
         group: of at least one process; None: this process alone.
+        sent: where to count, of another group; None: anew.
 
     Attributes:
         rank, size: of the group.
@@ -44,11 +45,11 @@ class Collectives:
             a ring's share where all get the same.
     """
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: ProcessGroup | None, sent: Counter[str] | None = None) -> None:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self.sent: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter() if sent is None else sent
 
     def share(self, n: int, rank: int | None = None) -> slice:
         """The rows of n that a rank has, by default this one."""
@@ -89,6 +90,19 @@ class Collectives:
         out = torch.empty_like(x)
         dist.all_to_all_single(_bytes(out), _bytes(x), group=self.group)
         self.sent[what] += x.numel() * x.element_size() // self.size * (self.size - 1)
+        return out
+
+    def exchange_rows(
+        self, x: torch.Tensor, sent: torch.Tensor, came: torch.Tensor, what: str
+    ) -> torch.Tensor:
+        """Sends so many rows of x [n, ...] to each rank; returns what came, by sender.
+
+        The host waits for the numbers, int [size] each.
+        """
+        to, of = sent.tolist(), came.tolist()
+        out = x.new_empty((sum(of), *x.shape[1:]))
+        dist.all_to_all_single(out, x, of, to, group=self.group)
+        self.sent[what] += (len(x) - to[self.rank]) * x[:1].numel() * x.element_size()
         return out
 
     def to_owners(self, x: torch.Tensor, what: str) -> torch.Tensor:

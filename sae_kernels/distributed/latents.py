@@ -1,10 +1,11 @@
-"""Latents over ranks: each has the rows of some latents, and sees all tokens.
+"""Ranks that train one SAE: each has the rows of some latents, and encodes all tokens on them.
 
 Each token has an owner among the ranks. Its winners are found exactly, by counts: every rank sends
 the owner the keys of its k best entries, and gets back how many of them are among the k best of
 all. These are the first of its sorted list, and rank order is latent order, so that ties go to the
-lower latent as on one device. The owners add up partial reconstructions, and the residuals are
-gathered; all else is local. With gathered activations of s bytes a number a rank sends
+lower latent as on one device. The owners add up partial reconstructions, or get the codes and
+decode them (:mod:`sae_kernels.distributed.grid`), and the residuals are gathered; all else is
+local. With gathered activations of s bytes a number and sums of parts a rank sends
 ``(G - 1) / G B (D (s + 8) + 4 K + 4)`` bytes a step, whatever F is.
 """
 
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.functional import pad
 
+from sae_kernels.codes import SparseCodes
 from sae_kernels.distributed.batch_topk import largest
 from sae_kernels.distributed.batches import GatheredBatches
 from sae_kernels.distributed.collectives import Collectives, share
+from sae_kernels.distributed.grid import Grid
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from sae_kernels.codes import SparseCodes
     from sae_kernels.data.batches import Batches
     from sae_kernels.nn.objective import Prefixes
     from sae_kernels.step.base import StepBase
@@ -47,10 +49,12 @@ class LatentRanks:
     Args:
         group: the processes; None: this one alone.
         n_latents: of the whole SAE.
+        tokens_over: how many ranks decode with the same rows, each some tokens.
         blocks: every sum over latents is made of this many blocks' sums, added up in the order of a
             binary tree: runs on all numbers of ranks agree bit for bit for which each has a power
             of two of them. 0: as it is fastest.
         partial_sums: dtype in which parts of reconstructions are sent.
+        timeout: seconds to wait for a rank that does not answer.
 
     Attributes:
         rank, size: of the group.
@@ -59,6 +63,7 @@ class LatentRanks:
         crowded: whether many tokens had more winners on some rank than it had listed first, so
             that lists are of k entries from then on.
         collectives: the exchanges, which count the bytes they send.
+        grid: who decodes which tokens.
 
     Raises:
         ValueError: fewer latents than ranks, or blocks that do not divide the latents.
@@ -69,8 +74,10 @@ class LatentRanks:
         group: ProcessGroup | None,
         n_latents: int,
         *,
+        tokens_over: int = 1,
         blocks: int = 0,
         partial_sums: Literal["float32", "bfloat16"] = "float32",
+        timeout: float = 600.0,
     ) -> None:
         self.collectives = Collectives(group)
         self.rank, self.size = self.collectives.rank, self.collectives.size
@@ -85,10 +92,13 @@ class LatentRanks:
         self.n_latents, self.blocks, self.partial_sums = n_latents, blocks, partial_sums
         self.latents = shares[self.rank]
         self._largest_share = len(shares[0])
+        self.grid = Grid(self.collectives, shares, tokens_over, timeout)
         self.crowded = False
         f = len(self.latents)
-        n_blocks = max(1, blocks // self.size) if blocks % self.size == 0 else 1
+        blocks = blocks if blocks % self.size == 0 else 0
+        n_blocks = max(1, blocks // self.size)
         self._blocks = [slice(i * f // n_blocks, (i + 1) * f // n_blocks) for i in range(n_blocks)]
+        self._decoded_blocks = max(1, blocks // self.grid.shards.size)
 
     def gathered(self, batches: Batches, batch_size: int) -> GatheredBatches:
         """Whole batches of ``batch_size`` rows, given this rank's shares of them."""
@@ -229,24 +239,30 @@ class LatentRanks:
             e, squares, grad = decode_residual(values, indices, W, *rest, backend=backend)
             # By blocks with the bits that several ranks have.
             return e, squares if n_blocks == 1 else e.square().sum(-1), grad
-        own = self.collectives.share(n)
-        partial = decode(values, indices, W, None, group_ends, offsets, n_blocks, backend=backend)
+        grid = self.grid
+        own = grid.owned(n)
+        codes = grid.to_decoders(SparseCodes(values, indices, len(self.latents), offsets), n)
+        where = W, None, grid.ends(group_ends), codes.offsets, self._decoded_blocks
+        partial = decode(codes.values, codes.indices, *where, backend=backend)
         # Prefixes [G, B, D] are exchanged as [B, G, D].
-        by_token = partial if group_ends is None else partial.transpose(0, 1)
-        sent = by_token.to(getattr(torch, self.partial_sums))
-        mine = tree_sum(self.collectives.to_owners(sent, "partial sums").float().unbind())
+        mine = partial if group_ends is None else partial.transpose(0, 1)
+        if grid.shards.size > 1:
+            sent = mine.to(getattr(torch, self.partial_sums))
+            mine = tree_sum(grid.shards.to_owners(sent, "partial sums").float().unbind())
         mine = mine[: own.stop - own.start]  # in place: fresh memory would cost more than sums
         if b_dec is not None:
             mine.add_(b_dec)
         mine.sub_(target[own] if group_ends is None else target[own, None])
-        e = self.collectives.gather_rows(
-            mine, n, "residuals", out=partial if group_ends is None else None
-        )
+        e = grid.gather(mine, n, out=partial if group_ends is None else None)
         if group_ends is not None:
             e = e.transpose(0, 1).contiguous()
         squares, e = weighted(e, group_ends, group_weights)
-        grad = code_grad(e, indices, W, group_ends, offsets, backend=backend)
+        grad = code_grad(e, indices, grid.mine(W), group_ends, offsets, backend=backend)
         return e, squares, torch.where(values == 0, 0, grad) if drop_zeros else grad
+
+    def decoder(self, W_dec: torch.Tensor) -> torch.Tensor:
+        """The rows of W_dec that this process decodes with, given its own."""
+        return self.grid.decoder(W_dec)
 
     def prefixes(self, whole: Prefixes, latents: range) -> Prefixes:
         """Prefixes of all latents as prefixes of those in this process."""

@@ -36,15 +36,11 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
         device: the setting of the run.
 
     Raises:
-        ValueError: another number of processes than the settings say.
+        ValueError: a number of processes that the settings do not allow.
         RankError: for any error in the block of this or another process, it names the rank.
     """
-    world, wanted = int(os.environ.get("WORLD_SIZE", "0")), parallel.latents_over
-    if world != wanted:
-        raise ValueError(
-            f"latents_over: expected the number of processes that torchrun started, {world}, got "
-            f"{wanted}; start with torchrun --nproc-per-node {wanted} -m sae_kernels ..."
-        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel.layouts(world)
     kind = training_device(device).type
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -60,7 +56,7 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     with terminable():
         try:
-            yield init_device_mesh(kind, (wanted,), mesh_dim_names=("latents",))
+            yield init_device_mesh(kind, (world,))
         except BaseException as raised:
             error = _failure(raised)
             if error is None:

@@ -33,39 +33,50 @@ class Team:
     Made by all of them at once, as it makes process groups.
 
     Args:
-        mesh: of one dimension.
+        mesh: of one dimension, or of two named "latents" and "tokens".
         timeout: seconds to wait for a rank that does not answer.
 
     Attributes:
-        mesh, group: as given, and its process group.
+        mesh, group: as given, and the process group of all.
         rank, size: of the group.
         collectives: exchanges of activations over it.
+        layout: the settings ``latents_over`` and ``tokens_over`` by the names of its dimensions.
         saving, saving_mesh: a group on the CPU for the thread that saves checkpoints alone.
 
     Raises:
-        ValueError: a mesh of several dimensions.
+        ValueError: a mesh of other dimensions.
     """
 
     def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
-        if mesh.ndim != 1:
-            raise ValueError(f"mesh: expected one of one dimension, got {mesh.ndim}")
-        self.mesh, self.group = mesh, mesh.get_group()
+        names, wait = mesh.mesh_dim_names or (), timedelta(seconds=timeout)
+        if mesh.ndim != 1 and sorted(names) != ["latents", "tokens"]:
+            raise ValueError(
+                "mesh: expected one dimension, or two named 'latents' and 'tokens', got "
+                f"{tuple(mesh.shape)} {names or 'without names'}"
+            )
+        sizes = zip(names, mesh.shape, strict=False)
+        self.layout: dict[str, Any] = {
+            f"{n}_over": size for n, size in sizes if n in ("latents", "tokens")
+        }
+        members = sorted(mesh.mesh.flatten().tolist())
+        self.mesh, self.timeout = mesh, timeout
+        self.group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(members, timeout=wait)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.collectives = Collectives(self.group)
-        members = dist.get_process_group_ranks(self.group)
         # On the CPU, so that no kernel waits behind what the host asks.
-        wait = timedelta(seconds=timeout)
         self._control = dist.new_group(members, backend="gloo", timeout=wait)
         self.saving = dist.new_group(members, backend="gloo", timeout=wait)
         self.saving_mesh = DeviceMesh.from_group(self.saving, "cpu")
 
     def ranks(self, n_latents: int, parallel: ParallelConfig) -> LatentRanks:
-        """What a step of an SAE of so many latents asks of the others."""
+        """What a step of an SAE of so many latents asks of the others, in a fitted layout."""
         return LatentRanks(
             self.group,
             n_latents,
+            tokens_over=parallel.tokens_over,
             blocks=parallel.blocks,
             partial_sums=parallel.partial_sums,
+            timeout=self.timeout,
         )
 
     def any(self, flag: bool) -> bool:

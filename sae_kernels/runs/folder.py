@@ -46,6 +46,7 @@ _FREE = (
     "train.on_nonfinite",
     "train.cuda_graph",
     "parallel.latents_over",
+    "parallel.tokens_over",
     "parallel.timeout",
 )
 

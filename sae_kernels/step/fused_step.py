@@ -183,6 +183,8 @@ class FusedStep(StepBase):
         batch = MicroBatches(x, target, self.checked)
         scale, variance = batch.loss_scale(self.objective.loss, self._scratch_like)
         W_enc, W_dec = self.adam.operand("W_enc"), self.adam.operand("W_dec")
+        if self.ranks is not None:
+            W_dec = self.ranks.decoder(W_dec)
         survey = self.survey(batch.inputs(self._encoder_input), k, W_enc)
         run = dense_pass if self.dense_next else sparse_pass
         aux = AuxK(self, whole=len(batch) == 1)

@@ -78,6 +78,9 @@ class Ranks(Protocol):
     def least(self, x: torch.Tensor) -> torch.Tensor:
         """The smallest of a scalar over ranks."""
 
+    def decoder(self, W_dec: torch.Tensor) -> torch.Tensor:
+        """The rows of W_dec that this process decodes with at this step, given its own."""
+
     def decode_residual(
         self,
         values: torch.Tensor,
@@ -92,7 +95,10 @@ class Ranks(Protocol):
         *,
         backend: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The primitive of this name, with x_hat the sum of the rows of all ranks' entries."""
+        """The primitive of this name, with x_hat the sum of the rows of all ranks' entries.
+
+        ``W`` is what :meth:`decoder` gave.
+        """
 
     def prefixes(self, whole: Prefixes, latents: range) -> Prefixes:
         """Prefixes of all latents as prefixes of those in this process."""

@@ -19,6 +19,7 @@ from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_s
 from sae_kernels.io.files import is_plain_name
 from sae_kernels.nn import SparseAutoencoder, architecture
 from sae_kernels.runs.folder import is_finished
+from sae_kernels.training.layout import laid_out
 from sae_kernels.training.origin import origin
 from sae_kernels.training.run import TrainingResult, drive
 from sae_kernels.training.run_config import run_tables
@@ -84,10 +85,11 @@ def train(
         overwrite: delete a run in the folder.
         on_step: called after every step with the 0-based step and its metric line or None.
         step: makes the training step from the SAE and the settings, to use your own.
-        mesh: the processes that the SAE's latents are spread over, a
-            :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension; all call this with
-            the same arguments, and ``sae`` is a configuration (docs/distributed.md).
-        parallel: with a mesh, how its processes share the run; ``latents_over`` is its size.
+        mesh: the processes that share the run, a
+            :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension, or of two named
+            "latents" and "tokens"; all call this with the same arguments, and ``sae`` is a
+            configuration (docs/distributed.md).
+        parallel: with a mesh, how its processes share the run.
         settings: fields of :class:`~sae_kernels.config.TrainConfig`, OptimizerConfig and the
             architecture's objective, by name.
 
@@ -125,12 +127,13 @@ def train(
     if mesh is not None:
         from sae_kernels.distributed.team import Team
 
-        parallel = dataclasses.replace(parallel or ParallelConfig(), latents_over=mesh.size())
+        parallel = parallel or ParallelConfig()
         team = Team(mesh, parallel.timeout)
         with team.together():
             check_spread(plan, opened_source, step)
-            ranks = team.ranks(plan.sae_config.n_latents, parallel)
-            plan = plan._replace(ranks=ranks, parallel=parallel)
+            parallel = dataclasses.replace(parallel, **team.layout)
+            parallel, _ = laid_out(parallel, team.size, plan.sae_config, config)
+            plan = plan._replace(parallel=parallel)
         data_there = (
             getattr(opened_source, "fingerprint", None)
             if is_rows(opened_source)
@@ -138,6 +141,8 @@ def train(
         )
         settings_there = run_tables(plan.sae_config, config, {}, OutputConfig(), plan.parallel)
         team.expect_same({**settings_there, "activations": data_there})
+        with team.together():
+            plan = plan._replace(ranks=team.ranks(plan.sae_config.n_latents, parallel))
     location = RunLocation(folder, output or OutputConfig(), resume, overwrite, team)
     watch = {} if on_step is None else {"": on_step}
     spread = getattr(opened_source, "spread_over", None)  # a model's stream

@@ -24,11 +24,13 @@ from sae_kernels.bench.plan import (
     layouts,
     predict,
     prediction,
+    unless_told,
 )
 from sae_kernels.bench.plan.calibration import Observation, fit
 from sae_kernels.bench.results import Results
 from sae_kernels.cli import numbers
 from sae_kernels.config import OptimizerConfig
+from sae_kernels.config.parallel import ParallelConfig
 from sae_kernels.errors import DataError
 from sae_kernels.nn import TopKConfig, TopKSAE
 from sae_kernels.step import FusedStep
@@ -77,35 +79,50 @@ def test_bytes_per_weight_are_those_of_the_step(settings, dtype, held, moved):
 def test_memory_of_one_device_by_hand():
     assert Layout(1, 1).memory(SMALL) == {
         "weights and states": 8 * (4 * 28 + 32),
-        "gradients": 0,
+        "decoder rows": 0,
         "tokens": 16 * 4 * (4 + 2 + 4),
+        "partial sums": 0,
         "codes": 16 * 2 * 20,
     }
     assert not Layout(1, 1).messages(SMALL)
 
 
 def test_a_mixed_layout_by_hand():
-    mixed = Layout(shards=2, replicas=2)  # 8 tokens and 4 latents a GPU
+    mixed = Layout(shards=2, replicas=2)  # 2 latents a GPU, which decodes 8 tokens by 4 rows
     work = mixed.work(SMALL)
-    assert (work.B, work.F, work.B * work.K) == (8, 4, 8)
+    assert (work.B, work.F, work.B * work.K) == (16, 2, 8)
     assert messages(mixed, SMALL) == {
-        "tokens": 8 * 4 * 2 / 2,
-        "candidates": 8 * (2 * 4 + 4) / 2,  # a key for each of 2 entries, a count back
-        "partial sums": 2 * 8 * 4 * 4 / 2,
-        "gradients": 2 * (4 * 4) * 4,  # 2 * 1/2 of 4 rows of 4 in fp32, of two matrices
+        "tokens": 3 / 4 * 16 * 4 * 2,
+        "candidates": 3 / 4 * 16 * (2 * 4 + 4),  # a key for each of 2 entries, a count back
+        "codes": 8 * 4 + 8 / 2 * 8,  # a count a token of the other's, and half of 8 entries
+        "partial sums": 8 / 2 * 4 * 4,
+        "residuals": 3 / 4 * 16 * 4 * 4,
+        "decoder rows": 2 * 4 * 2,
     }
-    assert mixed.memory(SMALL)["gradients"] == 2 * 4 * 4 * 4
-    assert mixed.memory(SMALL)["codes"] == 8 * 2 * (20 + 8)
+    assert mixed.memory(SMALL)["decoder rows"] == 4 * 4 * 2
+    assert mixed.memory(SMALL)["partial sums"] == 8 * 4 * 4
+    assert mixed.memory(SMALL)["codes"] == 16 * 2 * (20 + 8)
 
 
-def test_few_touched_rows_are_exchanged_in_place_of_all():
-    wide = Problem(d_in=4, n_latents=1000, k=2, batch=16)
-    pair = Layout(1, 2)
-    assert pair.gradient_rows(wide) == ("touched", 16)
-    assert messages(pair, wide) == {"gradients": 2 * 16 * 4 * 4}
-    assert pair.memory(wide)["gradients"] == 2 * (2 * 16) * 4 * 4
-    # By many replicas the ring over all rows is the cheaper one.
-    assert Layout(1, 200).gradient_rows(dataclasses.replace(wide, batch=1600))[0] == "dense"
+@pytest.mark.parametrize("partial_sums", ["float32", "bfloat16"])
+def test_training_takes_the_layout_that_sends_the_least(partial_sums):
+    """Of what differs between layouts, for tokens in plenty and in want; all others send more."""
+    for gpus, n_latents, batch in itertools.product((2, 4, 8, 12), (2**12, 2**14), (2**11, 2**14)):
+        problem = Problem(1024, n_latents * 3, 32, batch * 3)
+        settings = ParallelConfig(partial_sums=partial_sums)
+        chosen = settings.fitted(gpus, problem.batch, problem.n_latents, problem.decoder_bytes)
+        sent = {}
+        for layout in layouts(gpus):
+            parts = messages(layout, problem)
+            half = 1 if partial_sums == "float32" else 0.5
+            rows, sums = parts.get("decoder rows", 0), parts.get("partial sums", 0) * half
+            sent[layout.shards, layout.replicas] = rows + sums
+        assert sent[chosen.latents_over, chosen.tokens_over] == min(sent.values())
+
+
+def test_both_are_spread_where_rows_and_tokens_weigh_the_same():
+    # 4 B = s F: 3 parts of either by four, or one of each by two and two.
+    assert unless_told(Problem(512, 8192, 32, 4096), 4).name == "2 x 2"
 
 
 def test_parts_of_a_step_by_hand():

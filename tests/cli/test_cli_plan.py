@@ -24,11 +24,13 @@ def test_the_example_names_a_layout_and_what_rules(run):
     assert "16,777,216 latents" in ran.out
     assert "40,000,000,000 tokens in 305,176 steps of 131,072" in ran.out
     assert "512 x h200, not calibrated: no stored result for h200" in ran.out
-    assert "replicas are not implemented" in ran.out
     rows = {line.split("  ")[0]: line for line in ran.out.splitlines()}
-    assert rows["data-parallel"].endswith("does not fit in memory")
+    assert rows["token-sharded"].endswith("does not fit in memory")
     assert rows["latent-sharded"].endswith("communication")
-    assert "fastest that fits: 256 x 2 (256 shards of the latents, 2 replicas of each)" in rows
+    assert "fastest that fits: 64 x 8 (--latents-over 64 --tokens-over 8)" in rows
+    assert (
+        "train takes 256 x 2 unless told, which sends the fewest bytes of partial sums" in ran.out
+    )
 
 
 def test_its_json_adds_up(run):

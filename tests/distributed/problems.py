@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,15 +53,14 @@ def trained(
     problem: dict[str, Any],
     steps: int,
     tokens: int = 50,
-    blocks: int = 0,
     spread: bool = True,
-    partial_sums: Literal["float32", "bfloat16"] = "float32",
+    **layout: Any,
 ) -> dict[str, Any]:
     """The figures of each step, and weights, counters and moments after the last."""
     n_latents = problem["config"]["n_latents"]
     ranks = None
     if spread:
-        ranks = LatentRanks(group, n_latents, blocks=blocks, partial_sums=partial_sums)
+        ranks = LatentRanks(group, n_latents, **layout)
     step = stepper(**problem, ranks=ranks)
     config = step.sae.config
     width = config.input_width + (config.output_width if config.transcodes else 0)

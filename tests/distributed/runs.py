@@ -51,19 +51,24 @@ def run(
     n_latents: int = 96,
     k: int = 6,
     blocks: int = 0,
+    layout: dict[str, int] | None = None,
     resume: bool = False,
     stop_after: int | None = None,
     source: Any = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Trains with the latents over the group's ranks; the metric lines, and what is here."""
+    """Trains on the group's ranks, with the latents over all; metric lines, and what is here."""
 
     def on_step(step: int, line: dict[str, Any] | None) -> None:
         if step + 1 == stop_after:
             raise Stopped
 
     config = architecture(kind).config_class(d_in=16, n_latents=n_latents, k=k)
+    layout = layout or {"tokens_over": 1}
     mesh = None if group is None else DeviceMesh.from_group(group, "cpu")
+    if group is not None and layout.keys() >= {"latents", "tokens"}:
+        ranks = torch.arange(group.size()).view(*layout.values())
+        mesh, layout = DeviceMesh("cpu", ranks, mesh_dim_names=tuple(layout)), {}
     try:
         result = train(
             config,
@@ -73,7 +78,7 @@ def run(
             resume=resume,
             on_step=on_step,
             mesh=mesh,
-            parallel=ParallelConfig(blocks=blocks),
+            parallel=ParallelConfig(blocks=blocks, **layout),
             **(SETTINGS | settings),
         )
     except Stopped:

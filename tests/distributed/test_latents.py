@@ -212,11 +212,13 @@ def test_partial_sums_in_half_the_bytes(size: int) -> None:
         assert 2 * sent["partial sums"] == sent["residuals"]
 
 
-def volume(group: ProcessGroup, n_tokens: int, width: int) -> dict[str, dict[str, int]]:
+def volume(
+    group: ProcessGroup, n_tokens: int, width: int, n_latents: int, over: int = 1
+) -> dict[str, dict[str, int]]:
     """Bytes that a rank sends in a step, and those that it holds, by name."""
     wanted = problem("plain")
-    wanted = {**wanted, "config": wanted["config"] | {"d_in": width}}
-    result = trained(group, wanted, 1, n_tokens)
+    wanted = {**wanted, "config": wanted["config"] | {"d_in": width, "n_latents": n_latents}}
+    result = trained(group, wanted, 1, n_tokens, tokens_over=over)
     held = {**result["weights"], **result["state"]}
     ranks, own = Collectives(group), torch.zeros(n_tokens // group.size(), width)
     next(GatheredBatches(iter([own]), n_tokens, ranks))  # type: ignore[arg-type]
@@ -225,20 +227,22 @@ def volume(group: ProcessGroup, n_tokens: int, width: int) -> dict[str, dict[str
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("size", [2, 4])
-def test_what_a_rank_sends(size: int) -> None:
+@pytest.mark.parametrize(("size", "over"), [(2, 1), (4, 1), (2, 2), (4, 4), (4, 2)])
+def test_what_a_rank_sends(size: int, over: int) -> None:
     """What the planner says; and sums of the size of b_dec, ages of dead latents."""
-    B, D, K, F = 96, 64, 6, 99
-    plan, planned = Problem(D, F, K, B, "float32"), Layout(size, 1)
+    B, D, K, F = 96, 64, 6, 100
+    plan, planned = Problem(D, F, K, B, "float32"), Layout(size // over, over)
     message = {m.what: m.bytes for m in planned.messages(plan)}
-    for found in on_ranks(size, volume, B, D):
+    for found in on_ranks(size, volume, B, D, F, over):
         sent = found["sent"]
         assert sent.pop("sums") <= (size - 1) * (4 * D + 8)
         assert sent.pop("ages") == (size - 1) * 8 * -(-F // size)
         assert sent["activations"] == message["tokens"]
-        assert sent["partial sums"] + sent["residuals"] == message["partial sums"]
+        for what in ("partial sums", "residuals", "decoder rows"):
+            assert sent.get(what, 0) == message.get(what, 0), what
         assert sum(sent.values()) == pytest.approx(sum(message.values()), rel=0.02)
-        assert sum(message.values()) == (size - 1) / size * B * (D * (4 + 8) + 4 * K + 4)
+        if over == 1:
+            assert sum(message.values()) == (size - 1) / size * B * (D * (4 + 8) + 4 * K + 4)
 
 
 @pytest.mark.full
@@ -247,7 +251,7 @@ def test_what_a_rank_holds(size: int) -> None:
     """Weights, moments and counters of its latents, and b_dec: what the planner says."""
     D, F = 64, 100
     plan = Problem(D, F, 6, 96, "float32")
-    for found in on_ranks(size, volume, 96, D):
+    for found in on_ranks(size, volume, 96, D, F):
         held = sum(found["held"].values())
         assert held == pytest.approx(Layout(size, 1).memory(plan)["weights and states"], rel=0.03)
 

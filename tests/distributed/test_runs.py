@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,27 @@ def run_with(group: Any, folder: str, options: dict[str, Any]) -> dict[str, Any]
     return runs.run(group, folder, **options)
 
 
-RESUMED = [(4, 2), *(pytest.param(*sizes, marks=pytest.mark.full) for sizes in ((2, 4), (2, 1)))]
+LATENTS, TOKENS, BOTH = {"tokens_over": 1}, {"latents_over": 1}, {"latents": 2, "tokens": 2}
+RESUMED = [
+    (4, LATENTS, 2, TOKENS),
+    *(
+        pytest.param(*change, marks=pytest.mark.full)
+        for change in ((2, TOKENS, 4, LATENTS), (4, BOTH, 1, LATENTS), (2, LATENTS, 4, BOTH))
+    ),
+]
 
 
-@pytest.mark.parametrize(("first", "then"), RESUMED)
-def test_a_run_goes_on_with_other_ranks_with_the_same_bits(
-    tmp_path: Path, first: int, then: int
+@pytest.mark.parametrize(("first", "began", "then", "went_on"), RESUMED)
+def test_a_run_goes_on_with_other_ranks_and_layouts_with_the_same_bits(
+    tmp_path: Path, first: int, began: dict[str, int], then: int, went_on: dict[str, int]
 ) -> None:
     straight, folder = tmp_path / "straight", tmp_path / "run"
     on_ranks_run(1, straight, blocks=8)
-    on_ranks_run(first, folder, blocks=8, stop_after=6)
+    on_ranks_run(first, folder, blocks=8, stop_after=6, layout=began)
     newest = checkpoint.path_of(folder / "checkpoints", 4)
     assert len(list(newest.glob("shard-*"))) == first
     checkpoint.verify(newest)
-    on_ranks_run(then, folder, blocks=8, resume=True)
+    on_ranks_run(then, folder, blocks=8, resume=True, layout=went_on)
     assert without_time(folder) == without_time(straight)
     for name, tensor in saved(folder).items():
         assert torch.equal(tensor, saved(straight)[name]), name
@@ -97,6 +105,8 @@ def test_one_process_says_how_to_go_on_with_a_run_of_ranks(tmp_path: Path) -> No
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"differs": True}, "train: expected the same on all ranks"),
     ({"n_latents": 4, "k": 2}, "n_latents: expected latents for each of 3 ranks, got 4"),
+    ({"layout": {"tokens_over": 2}}, "processes, 3, got 0 and 2; start with torchrun"),
+    ({"layout": {"tokens": 1, "latents": 3, "others": 1}}, "two named 'latents' and 'tokens', got"),
     ({"blocks": 7}, "blocks: expected a divisor of n_latents = 96, got 7"),
     ({"micro_batch_size": 10}, "micro_batch_size: with latents over processes expected none"),
     ({"resample_every": 4}, "resample_every: with latents over processes expected none"),
@@ -153,4 +163,37 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr  # with however many there are
     assert "latents_over = 1" in (out / "run.toml").read_text()
     other = torchrun(2, "train", acts, "--out", str(out), "--latents-over", "3", *flags)
-    assert other.stderr.count("latents_over: expected the number of processes") == 1
+    assert other.stderr.count("expected numbers whose product is that of the processes, 2") == 1
+
+
+@pytest.mark.full
+def test_the_command_line_goes_on_in_another_layout(tmp_path: Path) -> None:
+    acts, out = str(tmp_path / "acts"), tmp_path / "run"
+    with ShardWriter(acts, 16) as writer:
+        writer.write(runs.activations())
+    flags = [
+        "--n-latents",
+        "96",
+        "--k",
+        "6",
+        "--steps",
+        "9",
+        "--batch-size",
+        "128",
+        "--blocks",
+        "8",
+    ]
+    command = ["train", acts, "--out", str(out), "--checkpoint-every", "3", *flags]
+    done = torchrun(2, *command)
+    assert done.returncode == 0, done.stderr
+    assert "tokens over 2: of reconstructions a process sends" in done.stdout
+    assert "latents_over = 1\ntokens_over = 2\n" in (out / "run.toml").read_text()
+    straight = saved(out)
+    (out / "result.json").unlink()
+    for step in (6, 9):
+        shutil.rmtree(checkpoint.path_of(out / checkpoint.CHECKPOINTS, step))
+    done = torchrun(2, *command, "--latents-over", "2", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "latents_over = 2\ntokens_over = 1\n" in (out / "run.toml").read_text()
+    for name, tensor in saved(out).items():
+        assert torch.equal(tensor, straight[name]), name

@@ -11,7 +11,7 @@ Formulas, sources and what is not known: docs/planning.md.
 from .calibration import Calibration, calibrated
 from .devices import NAMES, Device, device
 from .layouts import Layout, Problem, layouts
-from .prediction import Prediction, default_batch, fastest, predict
+from .prediction import Prediction, default_batch, fastest, predict, unless_told
 
 __all__ = [
     "NAMES",
@@ -26,4 +26,5 @@ __all__ = [
     "fastest",
     "layouts",
     "predict",
+    "unless_told",
 ]

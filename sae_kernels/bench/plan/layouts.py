@@ -1,11 +1,11 @@
 """Layouts of a training over several GPUs, with the memory and messages of each.
 
-G = S R GPUs: the latents are cut into S shards, and R replicas of all shards take different
-tokens. S = 1 is data-parallel, R = 1 latent-sharded. A GPU holds f = F / S latents and sees
-b = B / R tokens.
+G = S R GPUs, as :mod:`sae_kernels.distributed` lays them out: each has the weights and states of
+F / G latents, and encodes all tokens on them. The rows of W_dec are cut into S shards, which R GPUs
+each read whole: each of these decodes the entries of b = B / R tokens. S = 1 spreads tokens alone,
+R = 1 latents alone.
 
-A ring sends 2 (n - 1) / n of its bytes from each of n GPUs to add them up, (n - 1) / n to collect
-them.
+To collect parts a GPU sends (n - 1) / n of the whole to each of n.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from sae_kernels.bench.work import Work, update_bytes
 from sae_kernels.config import OptimizerConfig
 
 _RESIDUAL = 4  # fp32: x_hat, residual, and gradients that are exchanged
-_KEY, _COUNT = 4, 4  # of a candidate, fp32; of a token's winners on a shard, int32
+_KEY, _COUNT = 4, 4  # of a candidate, fp32; of a token's entries on a GPU, int32
+_ENTRY = 8  # an entry that another GPU decodes: value and latent
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Problem:
 class Message(NamedTuple):
     """A message of a step: the bytes that every GPU sends."""
 
-    what: str  # tokens, candidates, partial sums or gradients
+    what: str  # tokens, candidates, codes, partial sums, residuals or decoder rows
     bytes: float  # sent by one GPU
     span: int  # how many neighbouring GPUs its group is spread over
 
@@ -106,84 +107,73 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The name of the layout, such as "data-parallel" or "2 x 2"."""
+        """The name of the layout, such as "latent-sharded" or "2 x 2"."""
         if self.gpus == 1:
             return "one device"
         if self.shards == 1:
-            return "data-parallel"
+            return "token-sharded"
         return "latent-sharded" if self.replicas == 1 else f"{self.shards} x {self.replicas}"
 
     def tokens(self, problem: Problem) -> int:
-        """Tokens that a GPU sees, b."""
+        """Tokens that a GPU decodes entries of, b."""
         return -(-problem.batch // self.replicas)
 
     def latents(self, problem: Problem) -> int:
-        """Latents that a GPU holds, f."""
-        return -(-problem.n_latents // self.shards)
+        """Latents whose weights and states a GPU holds, f."""
+        return -(-problem.n_latents // self.gpus)
+
+    def decoder_rows(self, problem: Problem) -> int:
+        """Rows of W_dec that a GPU decodes with: those of its shard."""
+        return self.latents(problem) * self.replicas
 
     def work(self, problem: Problem) -> Work:
-        """The work of one GPU in a step; its latents get a share k / S of the entries."""
-        share = problem.k / self.shards
-        sizes = self.tokens(problem), problem.d_in, self.latents(problem), share
+        """The work of one GPU in a step; its latents get a share k / G of the entries."""
+        share = problem.k / self.gpus
+        sizes = problem.batch, problem.d_in, self.latents(problem), share
         return Work(*sizes, element_bytes=problem.decoder_bytes)
 
-    def gradient_rows(self, problem: Problem) -> tuple[str, float]:
-        """The kind of gradient rows that replicas exchange, and how many a GPU sends per matrix.
-
-        Dense: all f rows are added up in a ring. Touched: everybody collects everybody's rows that
-        are not zero; it is taken where it sends less. Without replicas there is no exchange.
-        """
-        R = self.replicas
-        dense = 2 * (R - 1) / R * self.latents(problem)
-        touched = (R - 1) * self.work(problem).used_rows
-        name = "none" if R == 1 else "dense" if dense <= touched else "touched"
-        return name, min(dense, touched)
-
     def messages(self, problem: Problem) -> list[Message]:
-        """The messages of a step, without vectors of F and D elements.
-
-        Those between shards are what :mod:`sae_kernels.distributed.latents` sends.
-        """
-        D, S, b = problem.d_in, self.shards, self.tokens(problem)
-        rest, rows = (S - 1) / S, self.gradient_rows(problem)[1]
-        candidates = b * (min(problem.k, self.latents(problem)) * _KEY + _COUNT) * rest
+        """The messages of a step, without sums of the size of b_dec."""
+        B, D, k = problem.batch, problem.d_in, problem.k
+        S, R, G = self.shards, self.replicas, self.gpus
+        candidates = B * (min(k, self.latents(problem)) * _KEY + _COUNT)
+        codes = B / R * (R * _COUNT + k / S * _ENTRY)
         found = [
-            Message("tokens", b * D * problem.element_bytes * rest, S),
-            Message("candidates", candidates, S),
-            Message("partial sums", 2 * b * D * _RESIDUAL * rest, S),
-            Message("gradients", 2 * rows * D * _RESIDUAL, self.gpus),
+            Message("tokens", B * D * problem.element_bytes * (G - 1) / G, G),
+            Message("candidates", candidates * (G - 1) / G, G),
+            Message("codes", codes * (R - 1) / R, R),
+            Message("partial sums", B / R * D * _RESIDUAL * (S - 1) / S, G),
+            Message("residuals", B * D * _RESIDUAL * (G - 1) / G, G),
+            Message("decoder rows", self._row_bytes(problem) * (R - 1) / R, R),
         ]
         return [message for message in found if message.bytes]
 
     def memory(self, problem: Problem) -> dict[str, float]:
         """Bytes of memory of a GPU by purpose, without the kernels' workspace."""
-        D, b, f = problem.d_in, self.tokens(problem), self.latents(problem)
+        D, B, f = problem.d_in, problem.batch, self.latents(problem)
         kept = min(problem.k, f)
-        entry = 20 + (2 * _KEY if self.shards > 1 else 0)
+        entry = 20 + (2 * _KEY if self.gpus > 1 else 0)
         return {
             # And b_enc with its moments, dead-latent counters, offsets, counts, dh_sum.
             "weights and states": f * (D * problem.state_bytes + 32),
-            "gradients": 2 * D * _RESIDUAL * self.gradient_rows_held(problem),
+            "decoder rows": self._row_bytes(problem) if self.replicas > 1 else 0,
             # x and the residual in fp32, the centred x as the product reads it.
-            "tokens": b * D * (2 * _RESIDUAL + problem.element_bytes),
+            "tokens": B * D * (2 * _RESIDUAL + problem.element_bytes),
+            "partial sums": self.tokens(problem) * D * _RESIDUAL if self.gpus > 1 else 0,
             # Value, latent, gradient and two places in latent order; keys sent and received.
-            "codes": b * kept * entry,
+            "codes": B * kept * entry,
         }
 
-    def gradient_rows_held(self, problem: Problem) -> float:
-        """Number of gradient rows of each matrix that a GPU writes to memory and reads again."""
-        how, _ = self.gradient_rows(problem)
-        if how == "touched":
-            return self.replicas * self.work(problem).used_rows
-        return self.latents(problem) if how == "dense" else 0.0
+    def _row_bytes(self, problem: Problem) -> int:
+        return self.decoder_rows(problem) * problem.d_in * problem.decoder_bytes
 
 
 def layouts(gpus: int) -> list[Layout]:
-    """Every split of the GPUs into shards and replicas, data-parallel first.
+    """Every split of the GPUs into shards and replicas, tokens alone first.
 
     Example:
         >>> [layout.name for layout in layouts(4)]
-        ['data-parallel', '2 x 2', 'latent-sharded']
+        ['token-sharded', '2 x 2', 'latent-sharded']
     """
     small = [s for s in range(1, math.isqrt(gpus) + 1) if gpus % s == 0]
     shards = sorted({*small, *(gpus // s for s in small)})

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from sae_kernels.bench.work import Amount
+from sae_kernels.config.parallel import ParallelConfig
 
 from .devices import USABLE_MEMORY, Device
 from .layouts import Layout, Message, Problem, layouts
@@ -66,7 +67,6 @@ class Prediction:
     memory: dict[str, float]  # bytes on a GPU, by what they hold
     messages: list[Message]  # that a GPU sends in a step
     fits: bool  # whether the memory is there
-    gradients: str  # which rows the replicas exchange: "none", "dense" or "touched"
 
     @property
     def memory_bytes(self) -> float:
@@ -97,7 +97,7 @@ def default_batch(gpus: int) -> int:
 def predict(
     problem: Problem, gpus: int, device: Device, calibration: Calibration
 ) -> list[Prediction]:
-    """Predicts every layout of a number of devices, data-parallel first.
+    """Predicts every layout of a number of devices, tokens alone first.
 
     Raises:
         ValueError: several of a device that has no links, or fewer tokens than devices.
@@ -105,7 +105,7 @@ def predict(
     Example:
         >>> from sae_kernels.bench.plan import Problem, calibrated, device
         >>> h200 = device("h200")
-        >>> wide = Problem(d_in=8192, n_latents=2**20, k=64, batch=8192)
+        >>> wide = Problem(d_in=8192, n_latents=9 * 2**17, k=64, batch=8192)
         >>> [p.fits for p in predict(wide, 2, h200, calibrated(h200, []))]
         [False, True]
     """
@@ -122,7 +122,6 @@ def predict(
             memory=(memory := layout.memory(problem)),
             messages=layout.messages(problem),
             fits=sum(memory.values()) <= USABLE_MEMORY * device.memory_bytes,
-            gradients=layout.gradient_rows(problem)[0],
         )
         for layout in layouts(gpus)
     ]
@@ -132,6 +131,19 @@ def fastest(predictions: list[Prediction]) -> Prediction | None:
     """The prediction with the shortest step among those that fit; None if none fits."""
     fitting = [p for p in predictions if p.fits]
     return min(fitting, key=lambda p: p.seconds.total) if fitting else None
+
+
+def unless_told(problem: Problem, gpus: int) -> Layout:
+    """The layout that training takes on so many devices if it is told none.
+
+    Example:
+        >>> wide, narrow = (Problem(4096, n, k=64, batch=16384) for n in (2**20, 2**12))
+        >>> unless_told(wide, 8).name, unless_told(narrow, 8).name
+        ('latent-sharded', 'token-sharded')
+    """
+    sizes = problem.batch, problem.n_latents, problem.decoder_bytes
+    chosen = ParallelConfig().fitted(gpus, *sizes)
+    return Layout(chosen.latents_over, chosen.tokens_over)
 
 
 def step_time(amounts: list[Amount], rates: Mapping[str, float]) -> StepTime:
@@ -154,12 +166,9 @@ def amounts(problem: Problem, layout: Layout, device: Device) -> list[Amount]:
     k = min(problem.k, F)
     # Of scores in random order, the i-th is among the k largest so far with probability k / i.
     candidates = B * k * (1 + math.log(F / k))
-    merged = B * k if layout.shards > 1 else 0
+    merged = B * k if layout.gpus > 1 else 0
     scores = 0 if device.gpu is None else B * F * _SCORE_BYTES  # a CPU scans them in L1
-    touched = min(F, layout.replicas * work.used_rows)
-    updated = touched if problem.config.adam == "lazy" else F
-    # Gradients that are exchanged are written and read in fp32; others never leave the cache.
-    exchanged = layout.gradient_rows_held(problem)
+    updated = min(F, work.used_rows) if problem.config.adam == "lazy" else F
     return [
         Amount("product", "float32" if problem.dtype == "float32" else "bfloat16", work.product),
         Amount("selection", "gathered", scores),
@@ -168,7 +177,6 @@ def amounts(problem: Problem, layout: Layout, device: Device) -> list[Amount]:
         work.code_gradients(),
         work.latent_order(device.traffic, s + 4),  # x, and the fp32 residual
         Amount("optimizer", "moved", updated * D * problem.update_bytes),
-        Amount("optimizer", "moved", exchanged * 2 * D * 8),
         Amount("optimizer", "moved", F * D * s),  # b_dec's gradient reads W_enc
         Amount("optimizer", "latents", 2.0 * F),
         *(

@@ -1,0 +1,102 @@
+"""Tokens over ranks, and both: the same training as one process, and what a rank sends for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from sae_kernels.codes import SparseCodes
+from sae_kernels.distributed.collectives import share
+from sae_kernels.distributed.latents import LatentRanks
+from tests.distributed.problems import joined, trained
+from tests.distributed.test_latents import CASES, blocky, check_together, problem
+from tests.distributed.world import on_ranks, one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+
+# Processes, and over how many of them the tokens are; the latents are over the rest.
+TOKENS = [(3, 3), *(pytest.param(size, size, marks=pytest.mark.full) for size in (1, 2, 4))]
+BOTH = [pytest.param(4, 2, marks=pytest.mark.full)]
+
+
+def all_trained(group: ProcessGroup, names: Sequence[str], steps: int, over: int) -> dict[str, Any]:
+    return {name: trained(group, problem(name), steps, tokens_over=over) for name in names}
+
+
+@pytest.mark.parametrize(("size", "over"), [*TOKENS, *BOTH])
+def test_training_is_that_of_one_process(size: int, over: int) -> None:
+    """Also the kept entries, which :func:`check_together` compares by the L0 of each step."""
+    steps = 6
+    found = on_ranks(size, all_trained, list(CASES), steps, over)
+    for name in CASES:
+        one = trained(None, problem(name), steps, spread=False)
+        check_together([each[name] for each in found], one, steps)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("size", "over"), [(2, 2), (3, 3), (4, 4), (4, 2)])
+def test_training_stays_that_of_one_process(size: int, over: int) -> None:
+    steps = 20
+    one = trained(None, problem("auxk"), steps, spread=False)
+    check_together(on_ranks(size, trained_over, steps, over), one, steps)
+
+
+def trained_over(group: ProcessGroup, steps: int, over: int) -> dict[str, Any]:
+    return trained(group, problem("auxk"), steps, tokens_over=over)
+
+
+def blocks_trained(
+    group: ProcessGroup | None, names: Sequence[str], blocks: int, over: int
+) -> dict[str, Any]:
+    layout = {"blocks": blocks, "tokens_over": over}
+    return {name: trained(group, blocky(name), 4, **layout) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("size", "over"), [(2, 2), *(pytest.param(4, over, marks=pytest.mark.full) for over in (2, 4))]
+)
+def test_blocks_give_the_same_bits_in_any_layout(size: int, over: int) -> None:
+    names, blocks = ["auxk", "by_norm", "multi", "batch", "random_prefixes"], 8
+    with one_thread():
+        one = blocks_trained(None, names, blocks, 1)
+    found = on_ranks(size, blocks_trained, names, blocks, over)
+    for name in names:
+        each = [results[name] for results in found]
+        assert each[0]["lines"] == one[name]["lines"], name
+        for kind in ("weights", "state"):
+            whole = joined([part[kind] for part in each], one[name][kind])
+            for what, tensor in whole.items():
+                assert torch.equal(tensor, one[name][kind][what]), f"{name}: {what}"
+
+
+def moved(group: ProcessGroup, over: int) -> list[str]:
+    """Where entries at their decoders, with ties and tokens without any, are not all of them."""
+    generator = torch.Generator().manual_seed(3)
+    differing = []
+    for case in range(20):
+        F = int(torch.randint(group.size() ** 2, 90, (), generator=generator))
+        B = int(torch.randint(1, 40, (), generator=generator))
+        whole = torch.randint(-3, 4, (B, F), generator=generator).float()
+        grid = LatentRanks(group, F, tokens_over=over).grid
+        ranges = [share(F, rank, group.size()) for rank in range(group.size())]
+        own = whole[:, ranges[group.rank()].start : ranges[group.rank()].stop]
+        codes = SparseCodes.from_dense(own, own.shape[1]).first((own > 0).sum(1))
+        there = grid.to_decoders(codes, B).to_dense()
+        shard = ranges[group.rank() // over * over : group.rank() // over * over + over]
+        part = grid.width(B) * grid.shards.size
+        tokens = slice(part * grid.replicas.rank, part * (grid.replicas.rank + 1))
+        expected = whole[tokens, shard[0].start : shard[-1].stop]
+        beyond = there[len(expected) :].any()
+        if beyond or not torch.equal(there[: len(expected)], expected.relu()):
+            differing.append(f"case {case}: {B=} {F=}")
+    return differing
+
+
+@pytest.mark.parametrize(("size", "over"), [*TOKENS[:1], *TOKENS[2:], *BOTH])
+def test_a_decoder_gets_all_entries_of_its_tokens(size: int, over: int) -> None:
+    assert on_ranks(size, moved, over) == [[]] * size
