@@ -100,3 +100,8 @@ def moved(group: ProcessGroup, over: int) -> list[str]:
 @pytest.mark.parametrize(("size", "over"), [*TOKENS[:1], *TOKENS[2:], *BOTH])
 def test_a_decoder_gets_all_entries_of_its_tokens(size: int, over: int) -> None:
     assert on_ranks(size, moved, over) == [[]] * size
+
+
+def test_tokens_are_over_a_divisor_of_the_ranks() -> None:
+    with pytest.raises(ValueError, match="tokens_over: expected a divisor of the number of proc"):
+        LatentRanks(None, 99, tokens_over=2)
