@@ -75,8 +75,10 @@ def problem(name: str) -> dict[str, Any]:
     }
 
 
-def all_trained(group: ProcessGroup, names: Sequence[str], steps: int) -> dict[str, Any]:
-    return {name: trained(group, problem(name), steps) for name in names}
+def all_trained(
+    group: ProcessGroup, names: Sequence[str], steps: int, over: int = 1
+) -> dict[str, Any]:
+    return {name: trained(group, problem(name), steps, tokens_over=over) for name in names}
 
 
 def check_together(
@@ -164,8 +166,11 @@ def test_training_stays_that_of_one_process(size: int) -> None:
     check_together(found, one, steps)
 
 
-def blocks_trained(group: ProcessGroup | None, names: Sequence[str], blocks: int) -> dict[str, Any]:
-    return {name: trained(group, blocky(name), 6, blocks=blocks) for name in names}
+def blocks_trained(
+    group: ProcessGroup | None, names: Sequence[str], blocks: int, over: int = 1
+) -> dict[str, Any]:
+    layout = {"blocks": blocks, "tokens_over": over}
+    return {name: trained(group, blocky(name), 6, **layout) for name in names}
 
 
 def blocky(name: str) -> dict[str, Any]:

@@ -11,29 +11,36 @@ from sae_kernels.codes import SparseCodes
 from sae_kernels.distributed.collectives import share
 from sae_kernels.distributed.latents import LatentRanks
 from tests.distributed.problems import joined, trained
-from tests.distributed.test_latents import CASES, blocky, check_together, problem
+from tests.distributed.test_latents import (
+    CASES,
+    all_trained,
+    blocks_trained,
+    check_together,
+    problem,
+)
 from tests.distributed.world import on_ranks, one_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch.distributed import ProcessGroup
 
-# Processes, and over how many of them the tokens are; the latents are over the rest.
-TOKENS = [(3, 3), *(pytest.param(size, size, marks=pytest.mark.full) for size in (1, 2, 4))]
-BOTH = [pytest.param(4, 2, marks=pytest.mark.full)]
+FEW = ["auxk", "multi", "matryoshka", "batch", "gated"]  # of all cases, of each kind of exchange
 
 
-def all_trained(group: ProcessGroup, names: Sequence[str], steps: int, over: int) -> dict[str, Any]:
-    return {name: trained(group, problem(name), steps, tokens_over=over) for name in names}
-
-
-@pytest.mark.parametrize(("size", "over"), [*TOKENS, *BOTH])
-def test_training_is_that_of_one_process(size: int, over: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "over", "names"),
+    [
+        (3, 3, FEW),
+        *(
+            pytest.param(size, over, list(CASES), marks=pytest.mark.full)
+            for size, over in ((1, 1), (2, 2), (4, 4), (4, 2))
+        ),
+    ],
+)
+def test_training_is_that_of_one_process(size: int, over: int, names: list[str]) -> None:
     """Also the kept entries, which :func:`check_together` compares by the L0 of each step."""
     steps = 6
-    found = on_ranks(size, all_trained, list(CASES), steps, over)
-    for name in CASES:
+    found = on_ranks(size, all_trained, names, steps, over)
+    for name in names:
         one = trained(None, problem(name), steps, spread=False)
         check_together([each[name] for each in found], one, steps)
 
@@ -43,18 +50,8 @@ def test_training_is_that_of_one_process(size: int, over: int) -> None:
 def test_training_stays_that_of_one_process(size: int, over: int) -> None:
     steps = 20
     one = trained(None, problem("auxk"), steps, spread=False)
-    check_together(on_ranks(size, trained_over, steps, over), one, steps)
-
-
-def trained_over(group: ProcessGroup, steps: int, over: int) -> dict[str, Any]:
-    return trained(group, problem("auxk"), steps, tokens_over=over)
-
-
-def blocks_trained(
-    group: ProcessGroup | None, names: Sequence[str], blocks: int, over: int
-) -> dict[str, Any]:
-    layout = {"blocks": blocks, "tokens_over": over}
-    return {name: trained(group, blocky(name), 4, **layout) for name in names}
+    found = on_ranks(size, all_trained, ["auxk"], steps, over)
+    check_together([each["auxk"] for each in found], one, steps)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +94,9 @@ def moved(group: ProcessGroup, over: int) -> list[str]:
     return differing
 
 
-@pytest.mark.parametrize(("size", "over"), [*TOKENS[:1], *TOKENS[2:], *BOTH])
+@pytest.mark.parametrize(
+    ("size", "over"), [(3, 3), *(pytest.param(4, over, marks=pytest.mark.full) for over in (2, 4))]
+)
 def test_a_decoder_gets_all_entries_of_its_tokens(size: int, over: int) -> None:
     assert on_ranks(size, moved, over) == [[]] * size
 
