@@ -186,13 +186,18 @@ def test_blocks_give_the_same_bits_on_any_ranks(size: int) -> None:
     with one_thread():
         one = blocks_trained(None, names, blocks)
     found = on_ranks(size, blocks_trained, names, blocks)
-    for name in names:
+    check_same_bits(found, one)
+
+
+def check_same_bits(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    """The trainings of ranks, by name, have the figures and weights of one process."""
+    for name, alone in one.items():
         each = [results[name] for results in found]
-        assert each[0]["lines"] == one[name]["lines"]
+        assert each[0]["lines"] == alone["lines"], name
         for kind in ("weights", "state"):
-            whole = joined([part[kind] for part in each], one[name][kind])
+            whole = joined([part[kind] for part in each], alone[kind])
             for what, tensor in whole.items():
-                assert torch.equal(tensor, one[name][kind][what]), f"{name}: {what}"
+                assert torch.equal(tensor, alone[kind][what]), f"{name}: {what}"
 
 
 def test_blocks_divide_the_latents() -> None:

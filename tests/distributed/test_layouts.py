@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,11 +10,12 @@ import torch
 from sae_kernels.codes import SparseCodes
 from sae_kernels.distributed.collectives import share
 from sae_kernels.distributed.latents import LatentRanks
-from tests.distributed.problems import joined, trained
+from tests.distributed.problems import trained
 from tests.distributed.test_latents import (
     CASES,
     all_trained,
     blocks_trained,
+    check_same_bits,
     check_together,
     problem,
 )
@@ -60,15 +61,8 @@ def test_training_stays_that_of_one_process(size: int, over: int) -> None:
 def test_blocks_give_the_same_bits_in_any_layout(size: int, over: int) -> None:
     names, blocks = ["auxk", "by_norm", "multi", "batch", "random_prefixes"], 8
     with one_thread():
-        one = blocks_trained(None, names, blocks, 1)
-    found = on_ranks(size, blocks_trained, names, blocks, over)
-    for name in names:
-        each = [results[name] for results in found]
-        assert each[0]["lines"] == one[name]["lines"], name
-        for kind in ("weights", "state"):
-            whole = joined([part[kind] for part in each], one[name][kind])
-            for what, tensor in whole.items():
-                assert torch.equal(tensor, one[name][kind][what]), f"{name}: {what}"
+        one = blocks_trained(None, names, blocks)
+    check_same_bits(on_ranks(size, blocks_trained, names, blocks, over), one)
 
 
 def moved(group: ProcessGroup, over: int) -> list[str]:
