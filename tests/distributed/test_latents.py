@@ -118,9 +118,14 @@ def test_the_kept_set_of_very_many_tokens(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_training_is_that_of_one_process(size: int) -> None:
+    check_training(size, list(CASES))
+
+
+def check_training(size: int, names: list[str], over: int = 1) -> None:
+    """A few steps of each case on so many ranks, the tokens over some, and in one process."""
     steps = 6
-    found = on_ranks(size, all_trained, list(CASES), steps)
-    for name in CASES:
+    found = on_ranks(size, all_trained, names, steps, over)
+    for name in names:
         one = trained(None, problem(name), steps, spread=False)
         # torch's bf16 products, of which AuxK's sums are made, are off by 2^-9 of each part.
         rounding = {"rounding": 2**-8} if name == "auxk_bf16" else {}
