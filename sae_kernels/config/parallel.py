@@ -74,7 +74,7 @@ class ParallelConfig(Settings):
 
         Args:
             processes: how many there are.
-            batch_size, n_latents: of the run.
+            batch_size, n_latents: of the run; with prefixes, a token counts once for each.
             element_bytes: of a number in the rows of W_dec that kernels read.
 
         Raises:

@@ -35,7 +35,8 @@ def laid_out(
     dtype = compute_dtype(config.optimizer.compute, training_device(config.device))
     if (config.optimizer.master_weights, config.optimizer.compute_copies) == ("float32", "encoder"):
         dtype = torch.float32
-    sizes = config.batch_size, sae.n_latents, dtype.itemsize
+    sums = config.batch_size * _prefixes(sae, config)
+    sizes = sums, sae.n_latents, dtype.itemsize
     chosen = parallel.fitted(processes, *sizes)
 
     def megabytes(layout: tuple[int, int]) -> str:
@@ -46,6 +47,12 @@ def laid_out(
     others = [f"{_named(*each)}: {megabytes(each)}" for each in ends]
     reason = f"{_named(*mine)}: of reconstructions a process sends {megabytes(mine)} a step"
     return chosen, "; ".join([reason, *others])
+
+
+def _prefixes(sae: SAEConfig, config: TrainConfig) -> int:
+    """Prefixes of the latents that reconstruct alone, whose sums are sent one by one."""
+    drawn = getattr(config.objective, "random_prefixes", 0)
+    return drawn + 1 if drawn else len(getattr(sae, "groups", None) or (sae.n_latents,))
 
 
 def _named(latents_over: int, tokens_over: int) -> str:

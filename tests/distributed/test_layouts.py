@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from sae_kernels.codes import SparseCodes
+from sae_kernels.config import OptimizerConfig, ParallelConfig, TrainConfig
 from sae_kernels.distributed.collectives import share
 from sae_kernels.distributed.latents import LatentRanks
+from sae_kernels.nn import TopKConfig
+from sae_kernels.nn.topk import TopKObjective
+from sae_kernels.training.layout import laid_out
 from tests.distributed.problems import trained
 from tests.distributed.test_latents import (
     CASES,
@@ -90,6 +95,20 @@ def moved(group: ProcessGroup, over: int) -> list[str]:
 )
 def test_a_decoder_gets_all_entries_of_its_tokens(size: int, over: int) -> None:
     assert on_ranks(size, moved, over) == [[]] * size
+
+
+def test_sums_of_prefixes_count() -> None:
+    """4 B n of partial sums against 4 F of rows, for n prefixes."""
+    train = TrainConfig(batch_size=512, optimizer=OptimizerConfig(compute="float32"), device="cpu")
+    drawn = dataclasses.replace(train, objective=TopKObjective(random_prefixes=2))
+    nested = TopKConfig(16, 1024, 4, groups=(24, 300, 700))
+    for sae, config, over in (
+        (TopKConfig(16, 1024, 4), train, (2, 1)),
+        (nested, train, (1, 2)),
+        (TopKConfig(16, 1024, 4), drawn, (1, 2)),
+    ):
+        chosen, _ = laid_out(ParallelConfig(), 2, sae, config)
+        assert (chosen.latents_over, chosen.tokens_over) == over
 
 
 def test_tokens_are_over_a_divisor_of_the_ranks() -> None:
