@@ -92,7 +92,7 @@ def kernels(found: list[Result], in_emulator: dict[tuple[str, str], str]) -> lis
             return record["kind"] == kind and (record["kernel"], record["backend"]) == key
 
         ran = _latest(found, lambda r: about(r, "tests") and r["passed"] + r["failed"] > 0)
-        repeated = _latest(found, lambda r: about(r, "check"))
+        repeated = _latest(found, lambda r: about(r, "check") and r["what"] == "repeats")
         said = in_emulator.get((name, backend), "")
         if ran is None:
             lines.append(f"| {name} | {backend} | {NEVER} | | | | | | {said} |")

@@ -36,6 +36,7 @@ STAGES: dict[str, Stage] = {
     "rates": _timed(tasks.RATES),
     "select": _timed(tasks.SELECT),
     "step": _timed(tasks.STEP),
+    "screen": _timed(tasks.SCREEN),
     "decode": _timed(tasks.DECODE),
     "hot": _timed(tasks.HOT),
     "repeats": _at_once(tasks.REPEATS),

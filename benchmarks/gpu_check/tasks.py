@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks import calls
-from benchmarks.gpu_check import epilogue, kernels, oracles, steps
+from benchmarks.gpu_check import epilogue, kernels, oracles, screens, steps
 from sae_kernels import primitives
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ SELECT = {
     for name in ("gpu-small", "gpu-mid")
     for backend in ("triton", "cuda", "gluon")
 }
+SCREEN = {
+    f"screen {name}": _task(screens.select_topk, name, limit_s=90)
+    for name in ("gpu-small", "gpu-mid")
+}
 STEP = {f"step {name}": _task(steps.step, name) for name in ("gpu-small", "gpu-mid")}
 DECODE = {"decode": _task(kernels.decode_both_ways)}
 HOT = {"hot latents": _task(steps.hot)}
@@ -74,4 +78,15 @@ MORE = {
     "topk gpu-mid": _task(kernels.torch_topk, "gpu-mid"),
     "wide encoder-copy": _task(steps.wide, "encoder-copy-only", limit_s=90, least_s=30),
 }
-TASKS = {**ORACLES, **GLUON, **RATES, **SELECT, **STEP, **DECODE, **HOT, **REPEATS, **MORE}
+TASKS = {
+    **ORACLES,
+    **GLUON,
+    **RATES,
+    **SELECT,
+    **STEP,
+    **SCREEN,
+    **DECODE,
+    **HOT,
+    **REPEATS,
+    **MORE,
+}

@@ -264,6 +264,35 @@ def test_the_fused_products_are_watched() -> None:
     assert over == 0
 
 
+@pytest.mark.full
+@emulated
+def test_a_screen_is_timed_once_its_bits_were_compared() -> None:
+    with dry_run.emulated():
+        found = list(tasks.TASKS["screen gpu-small"].run(Bench(torch.device("cpu"), dry=True)))
+    checked, passed, *timed = found
+    assert (checked["kind"], checked["kernel"], checked["ok"]) == ("check", "select_topk", True)
+    assert 5 <= passed["value"] < 320  # of 320 latents at least the k = 5 best
+    assert {record["provider"] for record in timed} == {"screened", "fp32 product", "torch"}
+
+
+@pytest.mark.full
+@emulated
+def test_a_screen_that_changes_a_bit_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sae_kernels.primitives.select_topk import triton
+
+    right = triton.run
+
+    def wrong(*arguments: Any, screened: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = right(*arguments, screened=screened)
+        values[3, 2] *= 1 + 2.0**-23 * screened
+        return values, indices
+
+    monkeypatch.setattr(triton, "run", wrong)
+    with dry_run.emulated():
+        checked, *_ = tasks.TASKS["screen gpu-small"].run(Bench(torch.device("cpu"), dry=True))
+    assert (checked["different"], checked["ok"]) == (1, False)
+
+
 def test_scores_of_the_oracles_are_the_same_in_every_order_of_summation() -> None:
     bench = Bench(torch.device("cpu"))
     x, W, *_ = oracles.arguments(bench, "select_topk", oracles.SHAPES[1])
