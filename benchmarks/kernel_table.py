@@ -135,6 +135,7 @@ CASES: tuple[KernelCase, ...] = (
     *_cases("select_batch_topk", _ONE, matrix=True),
     *_cases("select_threshold", _ONE, matrix=True),
     *_cases("select_threshold", _FP32),
+    *_cases("select_threshold", _at(1024, dtype=torch.float32), matrix=True, B=512),  # screened
     *_cases("select_topk", _TOPK, backend="gluon", matrix=True, architectures=(90,)),
     *_cases("select_topk", _TOPK, _at(1024, K=128), matrix=True),
     *_cases("select_topk", _at(1024, ranked=True), matrix=True),

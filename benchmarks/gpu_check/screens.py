@@ -16,32 +16,31 @@ if TYPE_CHECKING:
 UNSCREENED = "fp32 product"
 
 
-def select_topk(bench: Bench, name: str) -> Iterator[Record]:
-    """select_topk with and without the screen, and torch's product and topk."""
-    shape, case = bench.shape(name), f"select_topk {name} in fp32"
-    x, W, b, k, *_ = inputs = bench.inputs("select_topk", shape, dtype=torch.float32)
-    why = calls.reason("select_topk", inputs, "triton")
+def screened(bench: Bench, primitive: str, name: str) -> Iterator[Record]:
+    """A selection with and without the screen, and torch's product and selection."""
+    shape, case = bench.shape(name), f"{primitive} {name} in fp32"
+    inputs = bench.inputs(primitive, shape, dtype=torch.float32)
+    why = calls.reason(primitive, inputs, "triton")
     if why is not None:
         yield {"kind": "not available", "what": f"{case} on triton", "why": why}
         return
-    run = calls.implementation("select_topk", "triton").run
+    run = calls.implementation(primitive, "triton").run
     contestants: dict[str, Callable[[], Any]] = {
-        provider: functools.partial(run, *inputs, screened=screened)
-        for provider, screened in ((UNSCREENED, False), ("screened", True))
+        provider: functools.partial(run, *inputs, screened=takes)
+        for provider, takes in ((UNSCREENED, False), ("screened", True))
     }
     exact, found = ([t.view(torch.int32) for t in select()] for select in contestants.values())
     different = sum(not mine.equal(right) for mine, right in zip(found, exact, strict=True))
-    yield check(f"{case}, screened: bits", "select_topk", "triton", different)
-    fact = f"{case}: scores of a token that pass the screen, mean"
-    yield {"kind": "fact", "what": fact, "value": passing(x, W, b, k) / shape.B}
+    yield check(f"{case}, screened: bits", primitive, "triton", different)
+    if primitive in PASSING:
+        fact = f"{case}: scores of a token that pass the screen, mean"
+        yield {"kind": "fact", "what": fact, "value": PASSING[primitive](*inputs[:4]) / shape.B}
     if not bench.compiling:  # torch has nothing to be compiled
-        scores = x.new_empty(shape.B, shape.F)
-        contestants["torch"] = lambda: torch.mm(x, W.T, out=scores).topk(k, dim=1)
-    yield from compared(case, "select_topk", bench.time(contestants), UNSCREENED)
+        contestants["torch"] = functools.partial(_by_torch, primitive, *inputs[:4])
+    yield from compared(case, primitive, bench.time(contestants), UNSCREENED)
 
 
-def passing(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int) -> int:
-    """How many scores select_topk's screen lets through to be computed."""
+def _of_select_topk(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int) -> int:
     # Not at the top: the kernels can only be imported where Triton is.
     from sae_kernels.primitives.select_topk import column_passes, screen, triton
 
@@ -58,3 +57,29 @@ def passing(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, k: int) ->
     operands = column_passes.EncoderOperands(x, W, b, None, screen=of)
     column_passes.select(operands, k, triton.tile_for(of.x.rows, of.W.rows), encode)
     return int(sum(found))
+
+
+def _of_select_threshold(*operands: Any) -> int:
+    from sae_kernels.primitives.select_threshold import triton
+
+    found = triton.behind_screen(*operands)
+    x, W, *_ = operands
+    return x.shape[0] * W.shape[0] if found is None else found[0].numel()
+
+
+# How many scores the screen lets through to be computed; select_batch_topk's is select_threshold's.
+PASSING: dict[str, Callable[..., int]] = {
+    "select_topk": _of_select_topk,
+    "select_threshold": _of_select_threshold,
+}
+
+
+def _by_torch(
+    primitive: str, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, wanted: Any
+) -> object:
+    """The selection from scores in memory; without the bias, which would be one more visit."""
+    scores = x @ W.T
+    if primitive == "select_threshold":
+        kept = scores > wanted
+        return scores[kept], kept.nonzero()
+    return scores.topk(wanted) if primitive == "select_topk" else scores.flatten().topk(wanted)

@@ -52,8 +52,13 @@ SELECT = {
     for backend in ("triton", "cuda", "gluon")
 }
 SCREEN = {
-    f"screen {name}": _task(screens.select_topk, name, limit_s=90)
-    for name in ("gpu-small", "gpu-mid")
+    f"screen {primitive} {name}": _task(screens.screened, primitive, name, limit_s=90)
+    for primitive, name in (
+        ("select_topk", "gpu-small"),
+        ("select_topk", "gpu-mid"),
+        ("select_threshold", "gpu-small"),
+        ("select_batch_topk", "gpu-small"),
+    )
 }
 STEP = {f"step {name}": _task(steps.step, name) for name in ("gpu-small", "gpu-mid")}
 DECODE = {"decode": _task(kernels.decode_both_ways)}

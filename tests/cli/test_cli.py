@@ -122,6 +122,9 @@ def test_explain_names_the_backend_and_each_reason(run, monkeypatch):
     assert record["backend"] is None
 
 
+SCREENED = ("select_topk", "select_topk_routed", "select_threshold", "select_batch_topk")
+
+
 @pytest.mark.parametrize(
     ("screening", "by"),
     [
@@ -132,7 +135,7 @@ def test_explain_names_the_backend_and_each_reason(run, monkeypatch):
 )
 def test_explain_says_how_scores_are_screened(run, monkeypatch, screening, by):
     monkeypatch.setattr("sae_kernels.backends.cpu.fastest_screening", lambda _: screening)
-    for primitive in ("select_topk", "select_threshold"):
+    for primitive in SCREENED:
         (record,) = run("explain", primitive, "--json").records()
         assert f"in 8 bits by {by}" in record["note"]
         assert f"in 8 bits by {by}" in run("explain", primitive).out

@@ -11,6 +11,8 @@ from test_screen import HARD
 
 from sae_kernels import gpu
 from sae_kernels.primitives import schedule
+from sae_kernels.primitives.select_batch_topk import triton as select_batch_topk
+from sae_kernels.primitives.select_threshold import triton as select_threshold
 from sae_kernels.primitives.select_topk import screen, triton
 from sae_kernels.primitives.select_topk_routed import triton as routed
 from sae_kernels.testing import Case, assert_bitwise, screening
@@ -23,6 +25,9 @@ pytestmark = [
     pytest.mark.skipif(gpu.interpreted(), reason="sums have no fixed order in the interpreter"),
 ]
 FEW = Case("few", 9, 32, 5000, 3)  # every kind of hard input, in the time that there is
+
+SMALL = Case("small", 9, 16, 1500, 3)
+ALL = SMALL.B * SMALL.F
 
 
 @pytest.fixture(autouse=True, params=triton_driver.ARCHITECTURES)
@@ -46,11 +51,23 @@ def assert_same(
         assert_bitwise(name, came, expected)
 
 
+def assert_same_above(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
+) -> int:
+    """Compares what is above bounds; returns how many scores were computed behind the screen."""
+    plain, screened = (select_threshold.run(x, W, b, bounds, screened=s) for s in (False, True))
+    for name, came, expected in zip(("values", "indices", "offsets"), screened, plain, strict=True):
+        assert_bitwise(name, came, expected)
+    passed = select_threshold.behind_screen(x, W, b, bounds)
+    return x.shape[0] * W.shape[0] if passed is None else passed[0].numel()
+
+
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_inputs(kind: str) -> None:
     x, W, b = FEW.inputs()
     assert b is not None
-    assert_same(*HARD[kind](x, W, b), FEW.K)
+    x, W, b = HARD[kind](x, W, b)
+    assert_same(x, W, b, FEW.K)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -30.0])
@@ -80,6 +97,52 @@ def lossy(which: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return x, W, winners.tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_inputs_above_a_threshold(kind: str) -> None:
+    x, W, b = FEW.inputs()
+    assert b is not None
+    x, W, b = HARD[kind](x, W, b)
+    last = triton.run(x, W, b, 20, None, screened=False)[0][:, -1].nan_to_num(0)
+    assert_same_above(x, W, b, last.mean().expand(FEW.F).contiguous())
+
+
+def test_few_scores_are_computed_for_a_threshold() -> None:
+    x, W, b = SMALL.inputs()
+    bounds = 2 + torch.rand(SMALL.F) / 5  # some 2 % of all scores are above
+    kept = select_threshold.run(x, W, b, bounds, screened=False)[0].numel()
+    assert 100 < kept <= assert_same_above(x, W, b, bounds) < 1.2 * kept
+    assert assert_same_above(x, W, None, bounds.fill_(-0.0)) == ALL  # half of all pass
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_bounds_and_rows_that_are_not_finite(value: float) -> None:
+    x, W, b = SMALL.inputs()
+    bounds = torch.full((SMALL.F,), 2.5)
+    for first, bound in ((0, torch.inf), (100, -torch.inf), (200, torch.nan)):
+        bounds[first::300] = bound
+    x[3, 4] = 0
+    W[::150, 4], W[::400, 5] = value, -value
+    assert assert_same_above(x, W, b, bounds) < SMALL.F
+    x[3, 4] = value  # so all scores of this token pass
+    assert assert_same_above(x, W, b, bounds) == ALL
+
+
+@pytest.mark.parametrize("start", [None, 2.0])
+def test_batch_topk(start: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, b = SMALL.inputs()
+    arguments = (9 * SMALL.K, torch.rand(SMALL.F), None if start is None else torch.tensor(start))
+    scored, score_found = [], select_threshold.score_found
+    note = lambda *found: (scored.append(found), score_found(*found))  # noqa: E731
+    monkeypatch.setattr(select_threshold, "score_found", note)
+    plain = select_batch_topk.run(x, W, b, *arguments, screened=False)
+    assert not scored
+    screened = select_batch_topk.run(x, W, b, *arguments, screened=True)
+    for name, came, expected in zip(("values", "indices", "offsets"), screened, plain, strict=True):
+        assert_bitwise(name, came, expected)
+    assert scored
+
+
 @pytest.mark.parametrize("which", ["latents", "tokens"])
 def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
     x, W, winners = lossy(which)
@@ -88,6 +151,8 @@ def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
     _, indices = triton.run(x, W, None, 4, None, screened=True)
     assert indices.tolist() == [winners] * 9
     assert_same(x, W, None, 4)
+    least = ((x.double() @ W.double().T)[:, winners].min() * (1 - 1e-6)).float()
+    assert_same_above(x, W, None, least.expand(len(W)).contiguous())
 
 
 def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +216,9 @@ def test_nothing_is_known_of_rows_beyond_what_squares_can_hold(value: float) -> 
     rows = torch.zeros(2, 40)
     rows[0, 5] = value
     came = screen.rounded(rows)
-    assert came.length.tolist() == came.lost.tolist() == [torch.inf, 0.0]
+    for known in (came.length, came.lost):
+        assert known.isnan().tolist() == [True, False]
+        assert known[1] == 0
 
 
 @pytest.mark.parametrize("spread", [0.0, 2.0])

@@ -64,9 +64,12 @@ def test_select_topk_in_fp32(
     assert found["_score_unscored"] == screened * (found["_encode_pass"] - 1)
 
 
-def test_explain_says_where_a_screen_is_taken() -> None:
-    assert "in bf16" in str(backends.note("select_topk", "triton", torch.float32))
-    assert backends.note("select_topk", "triton", torch.bfloat16) is None
+@pytest.mark.parametrize(
+    "primitive", ["select_topk", "select_topk_routed", "select_threshold", "select_batch_topk"]
+)
+def test_explain_says_where_a_screen_is_taken(primitive: str) -> None:
+    assert "in bf16" in str(backends.note(primitive, "triton", torch.float32))
+    assert backends.note(primitive, "triton", torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(("n_experts", "most"), [(8, 15), (32, 13), (64, 9), (256, 5)])

@@ -45,6 +45,22 @@ def tokens_own_scores(case: Case) -> torch.Tensor:
     return h[token, torch.arange(case.F)].to(accumulator(case.dtype))
 
 
+def test_a_screen_in_bf16_changes_no_bit_of_exact_sums(backend: str) -> None:
+    if backend != "triton":
+        pytest.skip("scores are screened in bf16 in Triton alone")
+    from sae_kernels.primitives.select_threshold import triton
+
+    # bf16 rounds these numbers, and sums of their products are exact in any order.
+    x, W = (torch.randint(-511, 512, (n, 16)) / 512.0 for n in (9, 600))
+    b, bounds = torch.zeros(600), torch.full((600,), 2.75)
+    plain, screened = (triton.run(x, W, b, bounds, screened=s) for s in (False, True))
+    for name, came, expected in zip(NAMES, screened, plain, strict=True):
+        assert_bitwise(name, came, expected)
+    passed = triton.behind_screen(x, W, b, bounds)
+    assert passed is not None
+    assert 0 < plain[0].numel() < passed[0].numel()
+
+
 @cases
 @dtypes
 @pytest.mark.parametrize("bound", ["zero", "own", "lowest"])

@@ -12,14 +12,14 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from sae_kernels.primitives.checks import accumulator
+from sae_kernels.primitives.tensors import kept_entries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Ragged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    from sae_kernels.primitives.tensors import Ragged
 
 # Of the guess: batches differ, and a second product costs more than some entries do.
 _MARGIN = 0.9
@@ -75,7 +75,7 @@ def select(scores: ScoreSource, count: int, start: torch.Tensor | None) -> Ragge
             break
         if key.numel() >= count and int((~(key <= bound * slack)).sum()) >= count:
             break
-    return _largest(*found, key, count)
+    return kept_entries(found, _largest(key, count))
 
 
 def _guess(scores: ScoreSource, count: int) -> float:
@@ -89,14 +89,8 @@ def _guess(scores: ScoreSource, count: int) -> float:
     return float(key.topk(wanted, sorted=True).values[-1])
 
 
-def _largest(
-    values: torch.Tensor,
-    indices: torch.Tensor,
-    offsets: torch.Tensor,
-    key: torch.Tensor,
-    count: int,
-) -> Ragged:
-    """The first ``count`` of the entries; ties to the earlier ones."""
+def _largest(key: torch.Tensor, count: int) -> torch.Tensor:
+    """Which entries are the first ``count``; ties to the earlier ones."""
     kept = ~(key <= 0)
     if count < key.numel():
         # Bits of positive numbers have their order, and NaN, made one of them, is last.
@@ -106,11 +100,7 @@ def _largest(
         last = _nth_largest(rank, count) if count else rank.max() + 1
         above, tied = rank > last, rank == last
         kept &= above | (tied & (tied.cumsum(0) <= count - above.sum()))
-    entries = kept.nonzero()[:, 0]
-    if entries.numel() == key.numel():
-        return values, indices, offsets
-    before = pad(kept.cumsum(0), (1, 0)).to(torch.int32)
-    return values[entries], indices[entries], before[offsets.long()]
+    return kept
 
 
 def _nth_largest(rank: torch.Tensor, n: int) -> torch.Tensor:

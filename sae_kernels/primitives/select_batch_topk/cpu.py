@@ -10,6 +10,8 @@ from sae_kernels.primitives.select_threshold import cpu as select_threshold
 if TYPE_CHECKING:
     import torch
 
+note = select_threshold.note
+
 
 def run(
     x: torch.Tensor,

@@ -10,6 +10,10 @@ product is done again with lists as long as the longest had to be. Nothing is ev
 
 A block looks through the scores twice, both times in the registers where the matrix unit leaves
 them: it counts what passes, and when it knows where each row's entries begin it stores them.
+
+In fp32 a product in bf16 lists what may be above its bound (``select_topk/screen.py``), and what is
+there is scored in fp32 and compared once more. Where too much may be, blocks stop early and the
+fp32 product does it all.
 """
 
 from __future__ import annotations
@@ -27,9 +31,21 @@ from sae_kernels.primitives.select_topk.append_ptx import (
     TAKE_A_SLOT_ABOVE,
     TAKE_A_SLOT_OPERANDS,
 )
+from sae_kernels.primitives.select_topk.screen import (
+    Screen,
+    bounded,
+    pays,
+    score_found,
+    screen_of,
+)
+from sae_kernels.primitives.select_topk.screen import note as screen_note
+from sae_kernels.primitives.tensors import Ragged, kept_entries
 from sae_kernels.primitives.tensors import packed as in_order
 
 _ROOM = 512  # entries a token on average, for which the lists have room at first
+# Latents for each entry that passes a screen: an entry takes as long as some 30 of the fp32
+# product, for a row of W is read for it alone.
+_LATENTS_PER_ENTRY = 32
 _NOWHERE = tl.constexpr(2**31 - 2**15)  # a place beyond all lists
 _NONE = tl.constexpr((2**31 - 1) << 32)  # an entry of a latent after all
 _MOST = 2**31 - 2**16  # places in all lists: they, and some beyond, are int32
@@ -43,6 +59,7 @@ def _append_passing(
     product,
     column,
     by_latent,
+    by_row,
     cursors,
     entries,
     end,
@@ -59,13 +76,15 @@ def _append_passing(
     COLUMNS: tl.constexpr = product.shape[1] // (2 if CHUNKS > 1 else 1)
     if CHUNKS > 1:
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS)), (0, 2, 1)))
-        rest = (by_latent, cursors, entries, end, F)
+        rest = (by_latent, by_row, cursors, entries, end, F)
         _append_passing(left, column, *rest, CHUNKS // 2, WHOLE, APPENDED_BY)
         _append_passing(right, column + COLUMNS, *rest, CHUNKS // 2, WHOLE, APPENDED_BY)
     else:
         b, bounds = by_latent
         columns = column + tl.arange(0, COLUMNS)
         live = columns < F
+        if by_row[0] is not None:
+            product = bounded(product, *by_row, columns, F, 1.0)
         bias = 0.0 if b is None else tl.load(b + columns, mask=live, other=0.0)[None, :]
         h = product + (bias + 0.0)  # -0 becomes +0
         if not WHOLE:
@@ -104,6 +123,7 @@ def _find(
     W,
     b,
     bounds,
+    lengths,
     counts,
     ends,
     entries,
@@ -135,24 +155,26 @@ def _find(
         rows = row + tl.arange(0, ROWS)
         # Rows beyond the last token have counts too.
         at = rows.to(tl.int64) * column_tiles + nth
-        tl.store(counts + at, 0)
-        product = scores(x, W, row, column, B, F, D, ROWS, COLUMNS, DEPTH, DESCRIBED, WIDEN)
-        by_latent, sizes = (b, bounds), (begin + capacity, F)
-        tl.debug_barrier()
-        _append_passing(
-            product, column, by_latent, counts + at, None, *sizes, CHUNKS, WHOLE, APPENDED_BY
-        )
-        tl.debug_barrier()
-        # An atomic, for what a load would find in a cache may be old.
-        count = tl.where(rows < B, tl.atomic_add(counts + at, 0, sem="relaxed"), 0)
-        # Beyond the capacity nothing is stored, and it does not matter how far beyond.
-        start = begin + tl.minimum(done, capacity).to(tl.int32) + tl.cumsum(count, 0) - count
-        done += tl.sum(count, 0)
-        tl.store(ends + at, tl.where(rows < B, start, _NOWHERE))
-        tl.debug_barrier()
-        _append_passing(
-            product, column, by_latent, ends + at, entries, *sizes, CHUNKS, WHOLE, APPENDED_BY
-        )
+        # How much passes a screen beyond its list nobody needs to know.
+        if lengths is None or done <= capacity:
+            tl.store(counts + at, 0)
+            product = scores(x, W, row, column, B, F, D, ROWS, COLUMNS, DEPTH, DESCRIBED, WIDEN)
+            by, sizes = ((b, bounds), (lengths, rows, B)), (begin + capacity, F)
+            tl.debug_barrier()
+            _append_passing(
+                product, column, *by, counts + at, None, *sizes, CHUNKS, WHOLE, APPENDED_BY
+            )
+            tl.debug_barrier()
+            # An atomic, for what a load would find in a cache may be old.
+            count = tl.where(rows < B, tl.atomic_add(counts + at, 0, sem="relaxed"), 0)
+            # Beyond the capacity nothing is stored, and it does not matter how far beyond.
+            start = begin + tl.minimum(done, capacity).to(tl.int32) + tl.cumsum(count, 0) - count
+            done += tl.sum(count, 0)
+            tl.store(ends + at, tl.where(rows < B, start, _NOWHERE))
+            tl.debug_barrier()
+            _append_passing(
+                product, column, *by, ends + at, entries, *sizes, CHUNKS, WHOLE, APPENDED_BY
+            )
     tl.store(found + tl.program_id(0), done)
 
 
@@ -187,28 +209,72 @@ def _put_in_order(
         tl.store(indices + (place + before), latents, mask=nth < count)
 
 
+def note(dtype: torch.dtype) -> str | None:
+    """What `explain` adds about calls of this dtype."""
+    few = f"where at most {_ROOM} scores of a token and one of {_LATENTS_PER_ENTRY} pass"
+    return screen_note(dtype, few)
+
+
 def run(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
     bounds: torch.Tensor,
     narrow: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Finds all entries, waits for their number and puts them in order."""
+    screened: bool | None = None,
+) -> Ragged:
+    """Finds all entries, waits for their number and puts them in order, in fp32 behind a screen.
+
+    Whether there is one makes no difference to the result; None takes it where it is worth it.
+    """
     B, F = x.shape[0], W.shape[0]
-    offsets = x.new_zeros(B + 1, dtype=torch.int32)
     if B == 0 or F == 0:
+        offsets = x.new_zeros(B + 1, dtype=torch.int32)
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
-    operands = (x.contiguous(), W.contiguous(), in_order(b))
-    tile = _tile(*operands[:2])
+    x, W, b, bounds = x.contiguous(), W.contiguous(), in_order(b), bounds.contiguous()
+    found = None
+    if pays(x, 0, F) if screened is None else screened:
+        found = behind_screen(x, W, b, bounds)
+    if found is None:
+        found = _listed((x, W), b, bounds, None)
+        assert found is not None  # lists that are too short are made longer
+        return found
+    score_found(x, W, b, found)
+    values, indices, _ = found
+    return kept_entries(found, ~(values <= bounds[indices.long()]))
+
+
+def behind_screen(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, bounds: torch.Tensor
+) -> Ragged | None:
+    """What may be above its bound, with upper bounds for values; None where that is too much."""
+    screen = screen_of(x, W)
+    return None if screen is None else _listed((screen.x.rows, screen.W.rows), b, bounds, screen)
+
+
+def _listed(
+    multiplied: tuple[torch.Tensor, torch.Tensor],
+    b: torch.Tensor | None,
+    bounds: torch.Tensor,
+    screen: Screen | None,
+) -> Ragged | None:
+    """The entries above their bounds; None where a screen let more through than it has room for."""
+    x, W = multiplied
+    B, F = x.shape[0], W.shape[0]
+    tile = _tile(x, W, screen)
     n_tiles = -(-F // tile.columns)
     padded = -(-B // tile.rows) * tile.rows
     counts, ends = x.new_empty((2, padded * n_tiles), dtype=torch.int32)
     runs, room = (counts, ends), min(B, 1 << 21) * _ROOM
-    entries, found = _find_all(operands, bounds.contiguous(), runs, tile, room)
+    lengths = None
+    if screen is not None:
+        room, lengths = min(room, B * F // _LATENTS_PER_ENTRY), (screen.x[1:], screen.W[1:])
+    entries, found = _find_all(multiplied, (b, bounds, lengths), runs, tile, room)
     if max(found) * len(found) > entries.numel():
+        if screen is not None:
+            return None
         room = max(found) * len(found)
-        entries, found = _find_all(operands, bounds.contiguous(), runs, tile, room)
+        entries, found = _find_all(multiplied, (b, bounds, lengths), runs, tile, room)
     n = sum(found)
     places = counts[: B * n_tiles].cumsum(0, dtype=torch.int32)
     values = x.new_empty(n, dtype=torch.float32)
@@ -216,25 +282,29 @@ def run(
     _put_in_order[(-(-(B * n_tiles) // _RUNS),)](
         *runs, places, entries, values, indices, B * n_tiles, RUNS=_RUNS, STEP=_STEP, num_warps=4
     )
+    offsets = x.new_zeros(B + 1, dtype=torch.int32)
     offsets[1:] = places[n_tiles - 1 :: n_tiles]
     return values, indices, offsets
 
 
-def _tile(x: torch.Tensor, W: torch.Tensor) -> ProductTile:
+def _tile(x: torch.Tensor, W: torch.Tensor, screen: Screen | None) -> ProductTile:
+    """The product's tile, changed where looking through it twice would spill registers."""
     tile = tile_for(x, W)
-    # Without matrix units the operands take registers that looking through a tile needs too.
+    if screen is not None:  # what bounds are computed from takes some
+        return tile._replace(chunks=2 * tile.chunks)
+    # Without matrix units the operands do.
     return tile._replace(depth=tile.depth // 2) if x.dtype == torch.float32 else tile
 
 
 def _find_all(
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    bounds: torch.Tensor,
+    multiplied: tuple[torch.Tensor, torch.Tensor],
+    compared: tuple[object, ...],
     runs: tuple[torch.Tensor, torch.Tensor],
     tile: ProductTile,
     room: int,
 ) -> tuple[torch.Tensor, list[int]]:
     """The lists, in one tensor and as far as there is room, and the number of entries of each."""
-    x, W, b = operands
+    x, W = multiplied
     n_tiles = -(-x.shape[0] // tile.rows) * -(-W.shape[0] // tile.columns)
     blocks = min(n_tiles, gpu.multiprocessors(x.device))
     capacity = -(-room // blocks)
@@ -245,8 +315,7 @@ def _find_all(
     matrices, constants = tiled(x, W, tile)
     _find[(blocks,)](
         *matrices,
-        b,
-        bounds,
+        *compared,
         *runs,
         entries,
         found,

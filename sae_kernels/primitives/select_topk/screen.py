@@ -5,7 +5,8 @@ few scores can win. A score is above the product of the rows in bf16 by no more 
 what rounding took allow (docs/numerics.md). Entries whose upper bound reaches their row's threshold
 are appended to the lists and scored there in fp32, in the fp32 product's order of sums. So a list
 holds what it would hold without the screen, and some entries more that do not win. Rows whose lists
-overflow are scored again by the fp32 product.
+overflow are scored again by the fp32 product. select_threshold does the same with the entries whose
+upper bound is above their latent's, and leaves out those whose score is not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sae_kernels.primitives.products import product
 
 if TYPE_CHECKING:
     from sae_kernels.primitives.candidate_lists import CandidateLists
+    from sae_kernels.primitives.tensors import Ragged
 
 # With fewer latents, what is scored in fp32 all the same is no small part; with fewer products
 # the launches, 8 more in most calls, would take longer than what they spare.
@@ -35,7 +37,7 @@ UNSCORED = tl.constexpr(-(1 << 31))
 
 
 class RoundedRows(NamedTuple):
-    """Rows in bf16 and what is known of them, rounded up; infinite where nothing is.
+    """Rows in bf16 and what is known of them, rounded up; NaN where nothing is.
 
     Attributes:
         rows: bf16 [n, D].
@@ -59,8 +61,18 @@ class Screen(NamedTuple):
         return Screen(RoundedRows(*(t[rows] for t in self.x)), self.W)
 
 
+def note(dtype: torch.dtype, few: str) -> str | None:
+    """What `explain` adds about calls of this dtype; ``few`` says when few enough scores pass."""
+    if dtype != torch.float32:
+        return None
+    return (
+        f"screens scores in bf16, with the same results, from {FEWEST_LATENTS} latents and "
+        f"{FEWEST_PRODUCTS:.0e} products on, {few}"
+    )
+
+
 def pays(x: torch.Tensor, k: int, n_latents: int) -> bool:
-    """Whether so many tokens and latents are worth a screen."""
+    """Whether so many tokens and latents are worth a screen; k is 0 where nobody knows it."""
     enough = n_latents >= max(FEWEST_LATENTS, LATENTS_PER_KEPT * k)
     return enough and x.numel() * n_latents >= FEWEST_PRODUCTS
 
@@ -109,12 +121,12 @@ def _round_rows(matrix, rows, lengths, losts, D, error, COLUMNS: tl.constexpr):
     length = tl.sqrt(squares) * up + lost
     # Where squares overflow or vanish, and where anything is NaN, no bound holds.
     holds = ((squares >= 2.0**-60) & (squares <= 2.0**120)) | ((squares == 0) & (most == 0))
-    tl.store(lengths + row, tl.where(holds, length, float("inf")))
-    tl.store(losts + row, tl.where(holds, lost + error * length, float("inf")))
+    tl.store(lengths + row, tl.where(holds, length, float("nan")))
+    tl.store(losts + row, tl.where(holds, lost + error * length, float("nan")))
 
 
 @triton.jit
-def bounds(product, lengths, rows, B, columns, end, scale):
+def bounded(product, lengths, rows, B, columns, end, scale):
     """What scores are at most, or at least where the scale turns their order around.
 
     Args:
@@ -128,8 +140,45 @@ def bounds(product, lengths, rows, B, columns, end, scale):
     lost = tl.load(tokens[1] + rows, mask=rows < B, other=0)[:, None]
     other = tl.load(latents[0] + columns, mask=columns < end, other=0)[None, :]
     other_lost = tl.load(latents[1] + columns, mask=columns < end, other=0)[None, :]
-    margin = length * other_lost + lost * other
+    # Not left to the compiler: where a product is looked through twice, its bounds are the same.
+    margin = tl.fma(length, other_lost, lost * other)
     return product + tl.where(scale < 0, -margin, margin)
+
+
+def score_found(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, found: Ragged) -> None:
+    """Puts fp32 scores into ragged codes in place of the bounds that a screen let through."""
+    constants = {"ENTRIES": _ENTRIES, "DEPTH": _DEPTH, "WIDEN": gpu.interpreted()}
+    _score_found[(x.shape[0],)](x, W, b, *found, *W.shape, **constants, num_warps=4)
+
+
+@triton.jit
+def _score_found(
+    x,
+    W,
+    b,
+    values,
+    indices,
+    offsets,
+    F,
+    D,
+    ENTRIES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    end = tl.load(offsets + tl.program_id(0) + 1)
+    for start in range(tl.load(offsets + tl.program_id(0)), end, ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        columns = tl.load(indices + entries, mask=entries < end, other=0)
+        h = _scores(x, W, b, columns, F, D, DEPTH, WIDEN)
+        tl.store(values + entries, h, mask=entries < end)
+
+
+@triton.jit
+def _scores(x, W, b, columns, F, D, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
+    """Scores of this block's token in fp32, in the order of the fp32 product's sums; never -0."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    h = product(x, W, row, tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
+    return tl.reshape(h, (columns.shape[0],)) + (bias(b, columns, F) + 0.0)
 
 
 def score_unscored(
@@ -165,7 +214,6 @@ def _score_unscored(
     DEPTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    row = tl.program_id(0) + tl.arange(0, 1)
     count = tl.minimum(tl.load(counts + tl.program_id(0)), CAPACITY)
     for start in range(0, count, ENTRIES):
         slots = start + tl.arange(0, ENTRIES)
@@ -174,6 +222,5 @@ def _score_unscored(
         if tl.min(entries) < 0:
             columns = (entries >> 32).to(tl.int32) & 0x7FFFFFFF
             # NaN lets columns beyond the last latent through, which the cut of the list drops.
-            h = product(x, W, row, tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
-            h = tl.reshape(h, (ENTRIES,)) + bias(b, columns, F)
+            h = _scores(x, W, b, columns, F, D, DEPTH, WIDEN)
             tl.store(at, packed(h, columns), mask=entries < 0)

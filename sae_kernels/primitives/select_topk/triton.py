@@ -7,7 +7,8 @@ comparison is cheap and that waiting for a place in the lists is not done one en
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
@@ -33,15 +34,17 @@ from sae_kernels.primitives.select_topk.column_passes import (
     select,
 )
 from sae_kernels.primitives.select_topk.screen import (
-    FEWEST_LATENTS,
-    FEWEST_PRODUCTS,
     LATENTS_PER_KEPT,
     UNSCORED,
-    bounds,
+    bounded,
     pays,
     score_unscored,
     screen_of,
 )
+from sae_kernels.primitives.select_topk.screen import note as screen_note
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["encode_pass", "refuses", "run", "tile_for"]
 
@@ -50,12 +53,7 @@ _APPENDED_BY = "portable" if gpu.interpreted() else "ptx"
 
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
-    if dtype != torch.float32:
-        return None
-    return (
-        f"screens scores in bf16, with the same results, from {FEWEST_LATENTS} latents, "
-        f"{LATENTS_PER_KEPT} for each that is kept, and {FEWEST_PRODUCTS:.0e} products on"
-    )
+    return screen_note(dtype, f"where at most one of {LATENTS_PER_KEPT} latents is kept")
 
 
 def run(
@@ -222,7 +220,7 @@ def _append_passing(
         if rank_scale is not None:
             scale = tl.load(rank_scale + columns, mask=columns < end, other=1.0)[None, :]
         if lengths is not None:
-            product = bounds(product, lengths, rows, B, columns, end, scale)
+            product = bounded(product, lengths, rows, B, columns, end, scale)
             columns |= UNSCORED
         h = product + offset
         key = h

@@ -9,6 +9,8 @@ from sae_kernels.primitives.select_topk import cpu
 if TYPE_CHECKING:
     import torch
 
+note = cpu.note
+
 
 def run(
     x: torch.Tensor,

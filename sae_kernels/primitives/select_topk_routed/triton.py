@@ -25,6 +25,7 @@ from sae_kernels.primitives.tensors import packed
 if TYPE_CHECKING:
     import torch
 
+note = whole.note
 _MOST_EXPERTS = 512  # as many as route_top1 takes; every block looks through all of them
 _FEWEST = 16
 _ROWS: int = ROWS_A_FLAG.value
