@@ -143,6 +143,12 @@ def test_batch_topk(start: float | None, monkeypatch: pytest.MonkeyPatch) -> Non
     assert scored
 
 
+def just_below(x: torch.Tensor, W: torch.Tensor, winners: list[int]) -> torch.Tensor:
+    """Bounds that all scores of the winners are above, the lowest by little."""
+    scores = (x.double() @ W.double().T)[:, winners]
+    return (scores.min() * (1 - 1e-6)).float().expand(len(W)).contiguous()
+
+
 @pytest.mark.parametrize("which", ["latents", "tokens"])
 def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
     x, W, winners = lossy(which)
@@ -151,8 +157,7 @@ def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
     _, indices = triton.run(x, W, None, 4, None, screened=True)
     assert indices.tolist() == [winners] * 9
     assert_same(x, W, None, 4)
-    least = ((x.double() @ W.double().T)[:, winners].min() * (1 - 1e-6)).float()
-    assert_same_above(x, W, None, least.expand(len(W)).contiguous())
+    assert_same_above(x, W, None, just_below(x, W, winners))
 
 
 def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +171,8 @@ def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(screen, "rounded", too_narrow)
     _, indices = triton.run(x, W, None, 4, None, screened=True)
     assert not set(indices.flatten().tolist()) & set(winners)
+    kept = select_threshold.run(x, W, None, just_below(x, W, winners), screened=True)[1]
+    assert not set(kept.tolist()) & set(winners)
 
 
 def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
