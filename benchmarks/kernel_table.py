@@ -70,6 +70,8 @@ class KernelCase(NamedTuple):
         words = [f"D={self.D}", f"K={self.K}", _short(self.dtype)]
         if self._field_defaults["F"] != self.F:
             words.append(f"F={self.F}")
+        if self._field_defaults["B"] > self.B:  # few
+            words.append(f"B={self.B}")
         return " ".join(words + [f"{name}={_short(value)}" for name, value in self.options])
 
     @property
@@ -136,14 +138,21 @@ CASES: tuple[KernelCase, ...] = (
     *_cases("select_threshold", _ONE, matrix=True),
     *_cases("select_threshold", _FP32),
     *_cases("select_threshold", _at(1024, dtype=torch.float32), matrix=True, B=512),  # screened
+    *_cases("select_threshold", _at(1024), matrix=True, B=16),
     *_cases("select_topk", _TOPK, backend="gluon", matrix=True, architectures=(90,)),
     *_cases("select_topk", _TOPK, _at(1024, K=128), matrix=True),
     *_cases("select_topk", _at(1024, ranked=True), matrix=True),
+    # Few tokens: how many latents there are and are kept decides of what the second kernel holds.
+    *_cases("select_topk", _ONE, _at(1024, F=65536), _at(1024, ranked=True), matrix=True, B=1),
+    *_cases("select_topk", _at(1024, K=64, F=131072), _at(64, F=1 << 20), matrix=True, B=8),
+    *(case for B in (1, 4) for case in _cases("select_topk", _at(1024, dtype=torch.float32), B=B)),
+    *_cases("select_topk", _FP32, B=16),
     # As many tokens as the screen in bf16 takes; what it leaves over the fp32 product scores.
     *_cases("select_topk", _at(1024, dtype=torch.float32), matrix=True, B=512),
     *_cases("select_topk", _at(1024, dtype=torch.float32, ranked=True), matrix=True, B=512),
     # How many latents an expert has decides the length of the lists.
     *_routed("select_topk_routed"),
+    *_cases("select_topk_routed", _at(1024), matrix=True, B=16),
     *_cases("transpose_codes", _ONE, wide=False),
 )
 
@@ -223,7 +232,9 @@ def compile_case(case: KernelCase, architecture: int) -> CompiledCase:
     inputs = calls.arguments(case.primitive, shape, case.dtype, **dict(case.options))
     module = calls.implementation(case.primitive, case.backend)
     error = ""
-    with torch.no_grad(), compiled_for(architecture) as kernels:
+    # Zeros, for a size that no kernel has counted is waited for.
+    empty = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    with torch.no_grad(), empty, compiled_for(architecture) as kernels:
         try:
             module.run(*inputs)
         except Exception as raised:  # one case must not hide what became of the others

@@ -56,6 +56,12 @@ def _select(backend: str, name: str, limit: float) -> Iterable[Bar]:
     yield Bar(case, backend, "extra_mib", share, f"{of}: MiB allocated, a 16th of bf16 scores")
 
 
+def _few_tokens() -> Iterable[Bar]:
+    for n in (1, 4, 16):
+        text = f"select_topk on triton of {n} tokens at gpu-small: time over reading W once"
+        yield Bar(f"select_topk gpu-small B={n}", "triton", "of_floor", 1.6, text)
+
+
 def _routed() -> Iterable[Bar]:
     for experts, limit in ((8, 0.32), (32, 0.16)):
         case, of = f"select_topk_routed gpu-small E={experts}", f"{experts} experts at gpu-small"
@@ -94,6 +100,7 @@ BARS: tuple[Bar, ...] = (
     *_select("triton", "gpu-small", 1.45),
     *_select("triton", "gpu-mid", 1.25),
     *_select("gluon", "gpu-mid", 1.15),
+    *_few_tokens(),
     *_routed(),
     *_decode(),
     *_steps(),

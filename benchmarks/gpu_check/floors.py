@@ -33,6 +33,11 @@ def decode_and_backward(shape: Shape, rates: Rates) -> float:
     return rates.seconds(work.decode(rates), rows, order, written)
 
 
+def few_tokens(shape: Shape, rates: Rates) -> float:
+    """The least seconds of encoding so few tokens that the encoder's rows, read once, are all."""
+    return rates.seconds(Amount("encoder", "moved", shape.F * Work.of(shape).row))
+
+
 def row_update(shape: Shape, rates: Rates, weight_bytes: int = update_bytes(2)) -> float:
     """The least seconds of an update: one matrix's weights and states, once in and once out."""
     return rates.seconds(Amount("optimizer", "moved", shape.F * shape.D * weight_bytes))

@@ -66,6 +66,29 @@ def select(bench: Bench, name: str, backend: str) -> Iterator[Record]:
         yield record
 
 
+def few_tokens(bench: Bench, name: str, n_tokens: int) -> Iterator[Record]:
+    """select_topk of a few tokens against the column passes, whose bits it must have, and torch.
+
+    The floor is reading W once.
+    """
+    shape, case = bench.shape(name)._replace(B=n_tokens), f"select_topk {name} B={n_tokens}"
+    x, W, b, k, *_ = inputs = bench.inputs("select_topk", shape)
+    contestants = bench.runs("select_topk", inputs, ("triton",))
+    if not contestants:
+        why = calls.reason("select_topk", inputs, "triton")
+        yield {"kind": "not available", "what": case, "why": why}
+        return
+    run = calls.implementation("select_topk", "triton").run
+    few, passes = contestants["triton"], functools.partial(run, *inputs, screened=False)
+    contestants["column passes"] = passes
+    contestants["torch: product, topk"] = lambda: torch.addmm(b.to(W.dtype), x, W.T).topk(k)
+    different = sum(not came.equal(wanted) for came, wanted in zip(few(), passes(), strict=True))
+    yield check("few tokens and column passes", "select_topk", "triton", different)
+    floor = 1e3 * floors.few_tokens(shape, rates(bench))
+    for record in compared(case, "select_topk", bench.time(contestants), "triton"):
+        yield {**record, "floor_ms": floor, "of_floor": record["median_ms"] / floor}
+
+
 def routed(bench: Bench, name: str, experts: int) -> Iterator[Record]:
     """select_topk_routed against the dense product, of which it needs one part in so many."""
     shape, case = bench.shape(name), f"select_topk_routed {name} E={experts}"

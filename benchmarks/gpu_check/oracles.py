@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from benchmarks.gpu_check.bench import Record
 
 SHAPES = (Shape(67, 200, 1031, 5), Shape(33, 768, 4099, 32))
-MORE = {"pick_dead": (Shape(3, 16, 40_001, 4),)}  # with many latents it launches other kernels
+# With many latents pick_dead launches other kernels, encoders with few tokens.
+_FEW = tuple(Shape(B, 768, 4099, 32) for B in (1, 4, 16))
+MORE = {
+    "pick_dead": (Shape(3, 16, 40_001, 4),),
+    **dict.fromkeys(("select_topk", "select_topk_routed", "select_threshold"), _FEW),
+}
 # bf16 results: one unit in the last place. Of fp32 ones the order of sums differs, and what was
 # rounded to bf16 on the way may be its neighbour.
 TOLERANCE = 2.0**-7

@@ -50,7 +50,7 @@ SELECT = {
     f"select {name} {backend}": _task(kernels.select, name, backend)
     for name in ("gpu-small", "gpu-mid")
     for backend in ("triton", "cuda", "gluon")
-}
+} | {f"few tokens {n}": _task(kernels.few_tokens, "gpu-small", n) for n in (1, 4, 16)}
 SCREEN = {
     f"screen {primitive} {name}": _task(screens.screened, primitive, name, limit_s=90)
     for primitive, name in (

@@ -70,7 +70,7 @@ def encode_topk(
 
     ``h = (x - b_dec) W_enc^T + b_enc``; kept are the first k of ``h * rank_scale``, or of its
     magnitude (largest first, ties to the lower latent, NaN first), with values ``relu(h)`` or
-    ``h``. The [B, F] matrix h is never stored.
+    ``h``. The [B, F] matrix h of more than 16 tokens is never stored.
 
     Args:
         x: [..., D].

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OF_THE_SAMPLE, OF_A_PASS, OF_THE_LAST_PASS, OF_THE_REPEAT = map(tl.constexpr, range(4))
 ROWS_A_FLAG = tl.constexpr(128)  # a multiple of every tile's rows
 _MOST = tl.constexpr(0x7FFFFFFF)
-_FIRST_PLACE, _NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
+_FIRST_PLACE, NO_PLACE = tl.constexpr(2**63 - 1), tl.constexpr(-(2**63))
 
 
 class CandidateLists(NamedTuple):
@@ -100,6 +100,12 @@ def key_of(order):
 
 
 @triton.jit
+def latent_of(place):
+    """The latent whose place `places` gave."""
+    return place.to(tl.int32) & _MOST ^ _MOST
+
+
+@triton.jit
 def rank_key(h, columns, live, rank_scale, BY_MAGNITUDE: tl.constexpr):
     """What ranks scores h of some latents: h, times its latent's scale or the magnitude of that."""
     if rank_scale is not None:
@@ -115,7 +121,7 @@ def places(entries, valid, rank_scale, BY_MAGNITUDE: tl.constexpr):
     h, columns = unpacked(entries)
     key = rank_key(h, columns, valid, rank_scale, BY_MAGNITUDE)
     order = ordered(key).to(tl.int64) << 32 | (columns ^ _MOST).to(tl.int64)
-    return tl.where(valid, order, _NO_PLACE)
+    return tl.where(valid, order, NO_PLACE)
 
 
 @triton.jit
@@ -196,12 +202,12 @@ def sample(
 
 
 @triton.jit
-def _last_place(place, live, k):
+def last_place(place, live, k):
     """The k-th largest place of each row, found bit by bit from the top.
 
     Sorting would take more instructions, registers and barriers, and its order is of no use yet.
     """
-    last = tl.full((place.shape[0],), _NO_PLACE, tl.int64)
+    last = tl.full((place.shape[0],), NO_PLACE, tl.int64)
     is_open = live
     bit = tl.full((), 63, tl.int64)
     while (bit >= 0) & (tl.sum(is_open.to(tl.int32), 0) > 0):
@@ -240,7 +246,7 @@ def keep(
     # A NaN or an infinity in x can let columns beyond the last latent through.
     valid = (slots < count[:, None]) & (columns < end[:, None])
     place = places(entries, valid, rank_scale, BY_MAGNITUDE)
-    wins = (place >= _last_place(place, live, k)[:, None]) & valid
+    wins = (place >= last_place(place, live, k)[:, None]) & valid
     n_wins = tl.sum(wins.to(tl.int32), 1)
     last = tl.min(tl.where(wins, place, _FIRST_PLACE), 1)
     target = tl.cumsum(wins.to(tl.int32), 1) - 1

@@ -66,7 +66,7 @@ def test_instructions_of_an_element(
         found[name] = ptx
         return ptx
 
-    arguments = calls.arguments(primitive, Shape(3, 128, 4096, 8), experts=2)
+    arguments = calls.arguments(primitive, Shape(17, 128, 4096, 8), experts=2)
     with triton_driver.emulated(sm, note):
         calls.implementation(primitive, written_in).run(*arguments)
         tile = calls.implementation("select_topk", written_in).tile_for(*arguments[:2])
@@ -80,3 +80,23 @@ def test_instructions_of_an_element(
     done = sum(math.prod(map(int, shape)) for shape in matrix.findall(found[kernel]))
     depth = tile.depth // arguments[0].element_size()
     assert done * tile.warps // together // copies == tile.rows * tile.columns * depth
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_few_tokens_read_the_rows_of_a_tile_once(dtype: torch.dtype) -> None:
+    found: dict[str, list[str]] = {}
+
+    def note(name: str, ptx: str) -> str:
+        found.setdefault(name, []).append(ptx)
+        return ptx
+
+    with triton_driver.emulated(90, note):
+        for n_tokens in (16, 9) if dtype == torch.float32 else (16, 9, 2, 1):
+            arguments = calls.arguments("select_topk", Shape(n_tokens, 256, 512, 8), dtype)
+            calls.implementation("select_topk", "triton").run(*arguments)
+    (ptx,) = found["_score"]  # one kernel for as many tokens as a tile has room for
+    assert len(found["_merge"]) == 1
+    # The loop over d_in is there once and its first three steps before it: what 128 threads copy,
+    # 16 bytes each, is 128 bytes of 64 rows of W and of 16 tokens, four times.
+    copied = len(re.findall(r"cp\.async\.cg\.shared\.global [^,]*, [^,]*, 0x10", ptx))
+    assert 128 * 16 * copied == 4 * 128 * (64 + 16)

@@ -1,4 +1,7 @@
-"""What a step on a GPU asks of the host: launches that do nothing are left of its kernels."""
+"""What a step, or a decoded token, on a GPU asks of the host.
+
+Of a step's kernels launches that do nothing are left.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sae_kernels as sk
 from emulator import library, triton_driver
+from sae_kernels.interventions import add, scale
 from sae_kernels.nn import TopKSAE
 from sae_kernels.step import FusedStep
+from tests.interventions import dense_edits
 from tests.settings import settings
 from tests.step.host_work import host_work
 
@@ -60,7 +66,7 @@ class _Strict(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("the host waits for a number")
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(func, args):
             raise RuntimeError(f"the host waits for the size that {func} finds")
         if func.namespace == "sae_kernels":
             name = func._schema.name.partition("::")[2]
@@ -69,6 +75,13 @@ class _Strict(TorchDispatchMode):
                 *arguments, backend = operator._arguments([*args, *(kwargs or {}).values()])
                 return operator._run(arguments, backend)
         return func(*args, **(kwargs or {}))
+
+
+def _by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it takes elements by their numbers, whose count is known, and not by a mask."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(index is None or index.dtype in (torch.int32, torch.int64) for index in args[1])
 
 
 @pytest.mark.full
@@ -85,3 +98,27 @@ def test_no_launch_waits_for_the_device(options: dict[str, Any]) -> None:
 def test_waiting_is_noticed(waits: Any) -> None:
     with pytest.raises(RuntimeError, match="the host waits"), _Strict():
         waits(torch.ones(3))
+
+
+@pytest.mark.full
+def test_a_decoded_token_is_read_and_edited_without_waiting() -> None:
+    pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
+    if library.unavailable() is not None:
+        pytest.skip(str(library.unavailable()))
+    model = dense_edits.causal_model(pad_token_id=None).float()  # for a pad token it asks its input
+    sae = TopKSAE(dense_edits.D, dense_edits.F, k=5, backend="triton").for_inference(torch.float32)
+    tokens = torch.tensor([[3], [4]])
+
+    def launches() -> int:
+        before = library.library().emulator_launches()
+        with torch.no_grad(), _Strict():
+            model(tokens)
+        return int(library.library().emulator_launches()) - before
+
+    with triton_driver.emulated(90):
+        with sk.watch(model, {"h.1": sae}) as watched:
+            assert launches() == 2
+            assert watched.codes["h.1"].values.shape == (2, 1, 5)
+        edits = [scale(3, 2.0), add(4, 1.0)]
+        with sk.intervene(model, {"h.1": sae}, {"h.1": edits}):
+            assert launches() == 3  # what changes is decoded

@@ -61,6 +61,22 @@ def test_a_screen_changes_no_bit(gpu_backend: str, device: torch.device) -> None
         assert_bitwise(name, came, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n_tokens", [1, 4, 16])
+def test_few_tokens_have_the_bits_of_a_block(
+    n_tokens: int, dtype: torch.dtype, gpu_backend: str, device: torch.device
+) -> None:
+    if gpu_backend != "triton":
+        pytest.skip("few tokens have kernels of their own in Triton alone")
+    from sae_kernels.primitives.select_topk import triton
+
+    x, W, b = operands(B, F, device, dtype)
+    block = triton.run(x, W, b, K, None, screened=False)
+    few = triton.run(x[:n_tokens], W, b, K, None)
+    for name, came, expected in zip(("values", "indices"), few, block, strict=True):
+        assert_bitwise(name, came, expected[:n_tokens])
+
+
 def test_a_sorted_dictionary_is_no_worse(gpu_backend: str, device: torch.device) -> None:
     # Latents in ascending order of their bias: every tile beats all tiles before it.
     x, W, b = operands(B, F, device)

@@ -82,6 +82,18 @@ def test_select_topk_routed(
     assert found["_lay_out"] == 1
 
 
+@pytest.mark.parametrize("n_tokens", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_few_tokens(
+    n_tokens: int, dtype: torch.dtype, launched: Callable[..., Counter[str]]
+) -> None:
+    x, W, b = operands(dtype=dtype)
+    routes = [torch.empty(n, dtype=torch.int32, device="meta") for n in (n_tokens, 9)]
+    for primitive, more in (("select_topk", [None]), ("select_topk_routed", routes)):
+        found = launched(primitive, x[:n_tokens], W, b, K, *more)
+        assert found == {"_score": 1, "_merge": 1}, primitive
+
+
 @pytest.mark.parametrize(("n_latents", "most"), [(16384, 1), (16385, 3), (1 << 24, 3)])
 def test_pick_dead(n_latents: int, most: int, launched: Callable[..., Counter[str]]) -> None:
     ages = torch.empty(n_latents, dtype=torch.int64, device="meta")

@@ -24,7 +24,9 @@ import triton.language as tl
 
 from sae_kernels import gpu
 from sae_kernels.primitives.candidate_lists import packed, unpacked
+from sae_kernels.primitives.few_tokens import tile_of_few
 from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
+from sae_kernels.primitives.select_threshold import few_tokens
 from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
     APPEND_OPERANDS,
@@ -232,6 +234,9 @@ def run(
         offsets = x.new_zeros(B + 1, dtype=torch.int32)
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
     x, W, b, bounds = x.contiguous(), W.contiguous(), in_order(b), bounds.contiguous()
+    few = tile_of_few(B, F) if screened is None else None
+    if few is not None:
+        return few_tokens.select(x, W, b, bounds, few)
     found = None
     if pays(x, 0, F) if screened is None else screened:
         found = behind_screen(x, W, b, bounds)

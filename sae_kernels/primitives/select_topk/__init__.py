@@ -18,11 +18,12 @@ def select_topk(
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selects the k latents with the largest scores of every token; [B, F] is never stored.
+    """Selects the k latents with the largest scores of every token, without storing all scores.
 
     The scores are ``h = x W^T + b`` in the accumulator dtype. A token's latents are ranked by
     ``h * rank_scale``, or by its magnitude, descending, then by number ascending, where NaN of any
-    payload ranks above +inf and -0 equals +0.
+    payload ranks above +inf and -0 equals +0. No [B, F] is stored, but for up to 16 tokens on GPUs,
+    of at most 32 MiB.
 
     Args:
         x: tokens [B, D] in an operand dtype.

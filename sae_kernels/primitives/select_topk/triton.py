@@ -20,7 +20,9 @@ from sae_kernels.primitives.candidate_lists import (
     first_of,
     packed,
 )
+from sae_kernels.primitives.few_tokens import tile_of_few
 from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
+from sae_kernels.primitives.select_topk import few_tokens
 from sae_kernels.primitives.select_topk.append_ptx import (
     APPEND,
     APPEND_OPERANDS,
@@ -66,9 +68,12 @@ def run(
     by_magnitude: bool = False,
     screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selects in passes over the columns, each scored by ``_encode_pass``."""
-    operands = EncoderOperands(x.contiguous(), W.contiguous(), b, rank_scale)
-    return selected(operands._replace(by_magnitude=by_magnitude), k, screened)
+    """Selects a few tokens' in two launches, others in passes scored by ``_encode_pass``."""
+    tile = tile_of_few(x.shape[0], W.shape[0], k) if screened is None else None
+    if tile is not None:
+        return few_tokens.select(x, W, b, rank_scale, k, tile, by_magnitude)
+    given = (x.contiguous(), W.contiguous(), b, rank_scale)
+    return selected(EncoderOperands(*given, by_magnitude=by_magnitude), k, screened)
 
 
 def selected(

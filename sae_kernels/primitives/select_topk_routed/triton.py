@@ -18,7 +18,8 @@ import triton.language as tl
 from sae_kernels import gpu
 from sae_kernels.primitives import schedule
 from sae_kernels.primitives.candidate_lists import ROWS_A_FLAG, ListRows
-from sae_kernels.primitives.select_topk import column_passes
+from sae_kernels.primitives.few_tokens import tile_of_few
+from sae_kernels.primitives.select_topk import column_passes, few_tokens
 from sae_kernels.primitives.select_topk import triton as whole
 from sae_kernels.primitives.tensors import packed
 
@@ -111,11 +112,15 @@ def run(
     starts: torch.Tensor,
     narrow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lays the tokens out by expert and selects in passes over the experts' columns."""
+    """Selects a few tokens' in two launches; others in passes, laid out by expert."""
     n_experts = starts.shape[0] - 1
     if n_experts == 1:
         return whole.run(x, W, b, k, None)
-    laid_out, listed = _laid_out(packed(x), packed(tokens), packed(starts), W.shape[0] // n_experts)
+    routes, n_latents = (packed(tokens), packed(starts)), W.shape[0] // n_experts
+    tile = tile_of_few(x.shape[0], n_latents, k)
+    if tile is not None:
+        return few_tokens.select(x, W, b, None, k, tile, routes=routes)
+    laid_out, listed = _laid_out(packed(x), *routes, n_latents)
     operands = column_passes.EncoderOperands(laid_out, packed(W), packed(b), None, listed)
     return whole.selected(operands, k)
 
