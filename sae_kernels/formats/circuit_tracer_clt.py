@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sae_kernels.config.places import parts
 from sae_kernels.errors import DataError
 from sae_kernels.formats.circuit_tracer import CONFIG_FILE
-from sae_kernels.formats.layout import Weights, check, check_sizes, configure
+from sae_kernels.formats.layout import Weights, check, check_dtype, check_sizes, configure
 from sae_kernels.formats.origin import described, own_fields, own_of, place_of
 from sae_kernels.io.files import replacing
 from sae_kernels.io.tensor_files import Stored, Tensors, stored_safetensors
@@ -109,9 +109,17 @@ def read_cross_layer(folder_or_file: str | Path, *, decoders: bool = True) -> We
 
 
 def stored_decoders(folder_or_file: str | Path) -> list[torch.Tensor]:
-    """W_dec of each layer as it lies in its file, mapped into memory: what is used is read."""
-    files = _open(Path(folder_or_file)).layers
-    return [decoder.load()[f"W_dec_{i}"] for i, (_, decoder) in enumerate(files)]
+    """W_dec of each layer as it lies in its file, mapped into memory: what is used is read.
+
+    Raises:
+        DataError: as `read_cross_layer`, but for numbers that are not finite.
+    """
+    found = []
+    for _, decoder in _open(Path(folder_or_file)).layers:
+        for name, rows in decoder.load().items():
+            check_dtype(decoder.path, name, rows)
+            found.append(rows)
+    return found
 
 
 def describe_cross_layer(folder_or_file: str | Path) -> SAEConfig:

@@ -138,14 +138,19 @@ def check(where: object, expected: Mapping[str, tuple[int, ...]], found: Tensors
     """
     check_sizes(where, expected, {name: tuple(tensor.shape) for name, tensor in found.items()})
     for name, tensor in found.items():
-        if tensor.dtype not in OPERAND_DTYPES:
-            known = ", ".join(str(dtype) for dtype in OPERAND_DTYPES)
-            raise DataError(f"{where}: {name}: expected one of {known}, got {tensor.dtype}")
+        check_dtype(where, name, tensor)
         if not is_sound(name, tensor):
             raise DataError(
                 f"{where}: {name}: expected finite numbers, got NaN or infinity; use an earlier "
                 "checkpoint"
             )
+
+
+def check_dtype(where: object, name: str, tensor: torch.Tensor) -> None:
+    """Raises DataError for a tensor of a dtype that weights do not have."""
+    if tensor.dtype not in OPERAND_DTYPES:
+        known = ", ".join(str(dtype) for dtype in OPERAND_DTYPES)
+        raise DataError(f"{where}: {name}: expected one of {known}, got {tensor.dtype}")
 
 
 def check_sizes(where: object, expected: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:

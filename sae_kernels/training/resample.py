@@ -80,9 +80,9 @@ def resample_dead_(
         if not (sae.has_row_per_latent(name) and parameter.requires_grad):
             continue
         if name == "W_enc":
-            rows = _ENCODER_NORM * _as_long_as(parameter[...], alive, sae.centred(x), 1)
+            rows = _ENCODER_NORM * _as_long_as(parameter, alive, sae.centred(x), 1)
         elif name == "W_dec":
-            rows = _as_long_as(parameter[...], alive, target, sae.config.row_parts)
+            rows = _as_long_as(parameter, alive, target, sae.config.row_parts)
         else:
             mean = 0.0 if name == "b_enc" else float(parameter[alive].mean())
             rows = parameter.new_full((len(dead),), mean)

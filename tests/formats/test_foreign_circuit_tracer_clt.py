@@ -21,6 +21,7 @@ from sae_kernels.formats import (
     write,
     write_cross_layer,
 )
+from sae_kernels.formats.circuit_tracer_clt import DECODER_FILE as DECODER
 from sae_kernels.formats.circuit_tracer_clt import stored_decoders
 from sae_kernels.nn import (
     CrossLayerBatchTopK,
@@ -145,6 +146,14 @@ def test_rows_are_read_from_the_files_on_demand(tmp_path: Path) -> None:
     assert torch.equal(features.to_dense(), expected.to_dense())
     assert torch.equal(rows, their_rows)
     torch.testing.assert_close(lazy.decode_sparse(features), whole.decode_sparse(expected))
+
+
+def test_rows_on_demand_are_checked_as_far_as_they_are_not_read(tmp_path: Path) -> None:
+    theirs(tmp_path)
+    save_file({"W_dec_2": torch.zeros(F, 1, D, dtype=torch.int32)}, tmp_path / DECODER.format(2))
+    refuses(lambda: LazyCrossLayer(tmp_path), "W_dec_2: expected one of", "got torch.int32")
+    (tmp_path / DECODER.format(2)).unlink()
+    refuses(lambda: LazyCrossLayer(tmp_path), "expected W_dec_2.safetensors, as of every layer")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
