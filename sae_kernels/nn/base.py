@@ -254,7 +254,7 @@ class SparseAutoencoder(SingleLatents):
         return preacts
 
     def leaf_gradients(
-        self, preacts: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
+        self, preacts: SparseCodes, grads: dict[str, torch.Tensor], context: Context
     ) -> dict[str, Gradient]:
         """Parameter gradients from the gradients of the :meth:`entry_leaves`, by name."""
         return {}

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from sae_kernels import functional
 from sae_kernels.config.base import NOT_NEGATIVE, POSITIVE_INTEGER, setting
 from sae_kernels.config.objective import ObjectiveConfig
 from sae_kernels.config.sae import SAEConfig, Size
-from sae_kernels.functional import RoutedCodes
+from sae_kernels.functional import RoutedCodes, Routing
 from sae_kernels.functional.recording import autocast_dtype
 from sae_kernels.functional.route import softmax_backward
 from sae_kernels.nn.base import SparseAutoencoder
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from sae_kernels.codes import SparseCodes
-    from sae_kernels.functional import Routing
     from sae_kernels.nn.objective import Context, Reconstruction, SurveyContext
 
 _WIDENED = 256  # tokens widened to fp32 at once
@@ -153,6 +153,7 @@ class SwitchSAE(SparseAutoencoder):
     }
     non_latent_vectors = frozenset({"b_dec", "b_router"})
     keeps_fixed_number: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -174,30 +175,69 @@ class SwitchSAE(SparseAutoencoder):
         W_enc = self.W_enc if W_enc is None else W_enc
         k = int(self.config.k if k is None else k)
         routing = self._route(x_centred, W_enc)
-        options: dict[str, Any] = {
-            "k": k,
-            "relu": False,
-            "compute_dtype": self.compute_dtype,
-            "backend": self.backend,
-        }
         first = self.config.expert_width if self.config.shared_expert else 0
-        shared_narrow = routed_narrow = self.narrow
-        if self.narrow is not None:
-            shared_narrow, routed_narrow = self.narrow[:first], self.narrow[first:]
-        routed = functional.encode_topk(
-            x_centred,
-            W_enc[first:],
-            self.b_enc[first:],
-            routing=routing,
-            narrow=routed_narrow,
-            **options,
-        )
+        routed: RoutedCodes = self._encode(x_centred, W_enc, k, slice(first, None), routing=routing)
         if not first:
             return routed
-        shared = functional.encode_topk(
-            x_centred, W_enc[:first], self.b_enc[:first], narrow=shared_narrow, **options
+        return self._largest(self._encode(x_centred, W_enc, k, slice(first)), routed)
+
+    def _encode(
+        self, x_centred: torch.Tensor, W_enc: torch.Tensor, k: int, some: slice, **routing: Any
+    ) -> Any:
+        """The k largest pre-activations of some latents."""
+        return functional.encode_topk(
+            x_centred,
+            W_enc[some],
+            self.b_enc[some],
+            k,
+            relu=False,
+            narrow=None if self.narrow is None else self.narrow[some],
+            compute_dtype=self.compute_dtype,
+            backend=self.backend,
+            **routing,
         )
-        return self._largest(shared, routed)
+
+    def check_objective(self, objective: ObjectiveConfig) -> None:
+        """Checks the objective's class, and that latents over ranks are of whole experts."""
+        super().check_objective(objective)
+        latents, width = self.latents, self.config.expert_width
+        if len(latents) == self.config.n_latents:
+            return
+        if latents.start % width or len(latents) % width:
+            raise ValueError(
+                f"n_experts: expected whole experts on each rank, got {self.config.n_experts}, of "
+                f"{width} latents each, and {len(latents)} latents here"
+            )
+        if self.config.shared_expert:
+            raise ValueError("shared_expert: expected false with latents over ranks, got true")
+
+    def select_in(self, context: Context, W_enc: torch.Tensor | None = None) -> SparseCodes:
+        """:meth:`select`; of experts over ranks the entries of the tokens whose expert is here."""
+        if context.ranks is None:
+            return super().select_in(context, W_enc)
+        W_enc, k = self.W_enc if W_enc is None else W_enc, int(context.k)
+        routing = self._route(context.x, W_enc)
+        here = self._is_here(routing)
+        (tokens,) = here.nonzero(as_tuple=True)
+        first, n = (n // self.config.expert_width for n in (self.latents.start, len(W_enc)))
+        experts, starts = routing.experts[tokens] - first, routing.starts[first : first + n + 1]
+        own = Routing(
+            experts,
+            routing.probabilities[tokens],
+            experts.argsort(stable=True).to(torch.int32),
+            starts - starts[0],
+        )
+        codes = self._encode(context.x[tokens], W_enc, k, slice(None), routing=own)
+        offsets = pad((k * here).cumsum(0), (1, 0)).to(torch.int32)
+        flat = codes.values.flatten(), codes.indices.flatten(), len(W_enc), offsets
+        return RoutedCodes(*flat, routing=routing)
+
+    def _is_here(self, routing: Routing) -> torch.Tensor:
+        """Which tokens go to an expert of this process, bool [B]."""
+        first, last = (
+            n // self.config.expert_width for n in (self.latents.start, self.latents.stop)
+        )
+        return (routing.experts >= first) & (routing.experts < last)
 
     def activate(self, preacts: SparseCodes) -> SparseCodes:
         """ReLU times the gate of the token's expert."""
@@ -221,6 +261,9 @@ class SwitchSAE(SparseAutoencoder):
         # In units of the squared error: over as many outputs as "mse" adds up.
         unit = self.config.output_width if objective.loss == "mse" else 1
         routing = self._routed(preacts).routing
+        if context.ranks is not None:  # all have its value, each the gradient of its tokens
+            P, here = routing.probabilities, self._is_here(routing)[:, None]
+            routing = routing._replace(probabilities=torch.where(here, P, P.detach()))
         if context.survey is None:
             balance = functional.load_balance(routing)
         else:  # the micro-batch's part of the whole batch's sum
@@ -256,18 +299,23 @@ class SwitchSAE(SparseAutoencoder):
         return dataclasses.replace(routed, routing=routing)
 
     def leaf_gradients(
-        self, preacts: SparseCodes, grads: dict[str, torch.Tensor], x_centred: torch.Tensor
+        self, preacts: SparseCodes, grads: dict[str, torch.Tensor], context: Context
     ) -> dict[str, Gradient]:
         """Gradients of W_router and b_router."""
         if "probabilities" not in grads:
             return {}
-        routing = self._routed(preacts).routing
-        return router_gradients(
-            self.W_router, self.router_shift(), routing, grads["probabilities"], x_centred
-        )
+        grad, routing = grads["probabilities"], self._routed(preacts).routing
+        if context.ranks is not None:  # a token's row is of the rank that has its expert
+            grad = context.ranks.total(grad)
+        return router_gradients(self.W_router, self.router_shift(), routing, grad, context.x)
 
     def step_figures(self, fired: torch.Tensor) -> dict[str, float]:
-        """``largest_load``: the busiest routed expert's share of all fired codes."""
+        """``largest_load``: the busiest routed expert's share of all fired codes.
+
+        Nothing where some experts are on other ranks.
+        """
+        if len(fired) < self.config.n_latents:
+            return {}
         by_expert = fired.view(self.config.n_experts, -1).sum(1)[-self.config.n_routed :]
         return {"largest_load": float(by_expert.max() / by_expert.sum().clamp(min=1))}
 
@@ -299,7 +347,11 @@ class SwitchSAE(SparseAutoencoder):
 
     def _gates(self, preacts: SparseCodes) -> torch.Tensor:
         """The gate of each entry, shaped like the values or [..., 1]."""
-        gates = self._routed(preacts).routing.gates().reshape(*preacts.batch_shape, 1)
+        gates = self._routed(preacts).routing.gates()
+        if preacts.offsets is None:
+            gates = gates.reshape(*preacts.batch_shape, 1)
+        else:
+            gates = gates[preacts.tokens.long()]
         if self.config.gate == "heaviside":  # a router's NaN must reach the codes
             gates = torch.where(gates.detach().isnan(), torch.nan, 1.0)
         if not self.config.shared_expert:

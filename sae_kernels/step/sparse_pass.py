@@ -87,7 +87,7 @@ def sparse_pass(
         _decoder_terms(order, rows.indices, taught, context),
         None if by_norms is None else sae.row_coefficients(by_norms),
     )
-    gradients |= sae.leaf_gradients(preacts, grads, context.x)
+    gradients |= sae.leaf_gradients(preacts, grads, context)
     if context.skip_input is not None:
         dx_hat = total_of([d.factor * d.total for d in taught])
         gradients["W_skip"] = Gradient.whole(dx_hat.T @ context.skip_input)

@@ -13,7 +13,7 @@ from sae_kernels.distributed.collectives import Collectives
 from sae_kernels.distributed.latents import LatentRanks
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.step import fused_step
-from tests.distributed.problems import batch_winners, joined, kept_sets, trained
+from tests.distributed.problems import batch_winners, joined, kept_sets, stepper, trained
 from tests.distributed.world import on_ranks, one_thread
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CLIPPED = {"compute": "float32", "clip_norm": 0.05}
 TRANSCODER = {"skip": True, "d_out": 12, "subtract_b_dec": False}
+SWITCH = {"k": 6, "n_latents": 96, "n_experts": 12}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"optimizer": CLIPPED},
@@ -57,6 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "relu": {"kind": "relu", "objective": {"sparsity_norm_weighted": True}},
     "gated": {"kind": "gated"},
+    "switch": {"kind": "switch", "config": SWITCH, "optimizer": CLIPPED},
+    "switch_auxk": {
+        "kind": "switch",
+        "config": {**SWITCH, "gate": "heaviside"},
+        "objective": {"dead_after_tokens": 150, "auxk_alpha": 0.1, "loss": "mse"},
+    },
 }
 SIZES = [3, *(pytest.param(size, marks=pytest.mark.full) for size in (1, 2, 4))]
 LR = 1e-3
@@ -187,7 +194,7 @@ def blocky(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_give_the_same_bits_on_any_ranks(size: int) -> None:
     """On those of which each has a power of two of the blocks."""
-    names, blocks = ["auxk", "by_norm", "multi", "batch"], 4 * size
+    names, blocks = ["auxk", "by_norm", "multi", "batch", "switch"], 4 * size
     with one_thread():
         one = blocks_trained(None, names, blocks)
     found = on_ranks(size, blocks_trained, names, blocks)
@@ -271,18 +278,38 @@ def test_what_a_rank_holds(size: int) -> None:
         assert held == pytest.approx(Layout(size, 1).memory(plan)["weights and states"], rel=0.03)
 
 
-REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
-    ("topk", 5, {}, "n_latents: expected latents for each of 4 ranks, got 5"),
-    ("relu", 64, {"sparsity": "lp"}, "sparsity: expected another than 'lp'"),
-    ("relu", 64, {"fix_shrinkage": True}, "fix_shrinkage: expected false"),
-    ("switch", 512, {}, "latents over ranks: expected an architecture"),
+def all_to_one_expert(group: ProcessGroup | None) -> list[list[float]]:
+    """The figures of two steps on tokens that are alike."""
+    ranks = None if group is None else LatentRanks(group, 96)
+    step = stepper(**problem("switch"), ranks=ranks)
+    x = torch.randn(1, 16, generator=torch.Generator().manual_seed(5)).expand(40, 16)
+    x = x + torch.arange(40.0)[:, None] * 1e-3
+    results = [step(x, lr=LR) for _ in range(2)]
+    assert sum(rows.any() for rows in results[0].fired.view(-1, 8)) <= 1
+    return [[float(r.loss), float(r.l0), float(step.sae.W_router.detach().sum())] for r in results]
+
+
+@pytest.mark.full
+def test_a_rank_without_tokens() -> None:
+    one = all_to_one_expert(None)
+    for found in on_ranks(2, all_to_one_expert):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(one), rtol=1e-5, atol=1e-6)
+
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("topk", {"n_latents": 5}, {}, "n_latents: expected latents for each of 4 ranks, got 5"),
+    ("relu", {}, {"sparsity": "lp"}, "sparsity: expected another than 'lp'"),
+    ("relu", {}, {"fix_shrinkage": True}, "fix_shrinkage: expected false"),
+    ("switch", {"n_experts": 2}, {}, "n_experts: expected whole experts on each rank, got 2"),
+    ("switch", {"shared_expert": True}, {}, "shared_expert: expected false with latents over"),
+    ("cross_layer_topk", {}, {}, "latents over ranks: expected an architecture"),
 ]
 
 
 def refusals(group: ProcessGroup) -> list[str]:
     messages = []
-    for kind, n_latents, objective, _ in REFUSED:
-        config = {"d_in": 16, "n_latents": n_latents}
+    for kind, changed, objective, _ in REFUSED:
+        config = {"d_in": 16, "n_latents": 512, **changed}
         wanted = {"kind": kind, "config": config, "objective": objective, "optimizer": {}}
         try:
             trained(group, wanted, 1)

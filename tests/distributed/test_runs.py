@@ -86,6 +86,17 @@ def test_a_run_goes_on_with_other_ranks_and_layouts_with_the_same_bits(
 
 
 @pytest.mark.full
+def test_a_run_of_experts_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    straight, folder, experts = tmp_path / "straight", tmp_path / "run", {"kind": "switch"}
+    on_ranks_run(1, straight, blocks=8, **experts)
+    on_ranks_run(4, folder, blocks=8, stop_after=6, **experts)
+    on_ranks_run(2, folder, blocks=8, resume=True, **experts)
+    assert "W_router" in saved(straight)
+    for name, tensor in saved(folder).items():
+        assert torch.equal(tensor, saved(straight)[name]), name
+
+
+@pytest.mark.full
 def test_ranks_go_on_with_the_run_of_one_process(tmp_path: Path) -> None:
     straight, folder = tmp_path / "straight", tmp_path / "run"
     runs.run(None, str(straight))
