@@ -150,9 +150,8 @@ def auxk_tokens(group: ProcessGroup, blocks: int) -> list[int]:
         return auxk(x, *args, **options)
 
     fused_step.auxk = counted  # type: ignore[assignment]
-    trained(
-        group, {**problem("auxk"), "config": {"d_in": 16, "n_latents": 96, "k": 6}}, 4, 50, blocks
-    )
+    wanted = {**problem("auxk"), "config": {"d_in": 16, "n_latents": 96, "k": 6}}
+    trained(group, wanted, 4, 50, blocks=blocks)
     return seen
 
 
