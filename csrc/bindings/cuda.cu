@@ -1,6 +1,7 @@
 // All of csrc/cuda as one translation unit, and the table that finds a kernel by its name.
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -100,6 +101,10 @@ void cuda_launch(const std::string& name, int device, int64_t grid, int64_t bloc
 
   const DeviceGuard guard(device);
   cudaError_t error = guard.error;
+  // The limit of shared memory is the function's, whichever thread set it: a launch follows its
+  // own.
+  static std::mutex limit;
+  const std::lock_guard<std::mutex> held(limit);
   constexpr int64_t kDefaultSharedBytes = 48 << 10;
   if (error == cudaSuccess && shared_bytes > kDefaultSharedBytes) {
     error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,

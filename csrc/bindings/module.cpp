@@ -123,7 +123,9 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
+// Every call works on its own arguments, and what is static here and in the kernels never changes
+// once it is made; so a free-threaded interpreter may run calls at the same time.
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "Kernels of sae_kernels over raw pointers; use sae_kernels.functional instead.";
 
   module.def("build_info", &build_info);
