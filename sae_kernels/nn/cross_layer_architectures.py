@@ -270,7 +270,7 @@ class CrossLayerJumpReLUObjective(JumpReLUObjective):
 
     loss: Literal["fvu", "mse"] = "mse"
     sparsity: str = "tanh"
-    sparsity_coefficient: float = 3.0
+    sparsity_coefficient: float = 0.1
     sparsity_norm_weighted: bool = True
     target_l0: float | None = None
     preact_coefficient: float = 3e-6
