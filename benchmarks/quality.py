@@ -104,7 +104,7 @@ def table(path: Path) -> str:
         f"{line['train']['lr'] or 'by default'}; "
         f"{facts['cpu']}, torch {facts['torch']}, {commit(facts)}: "
         f"`{facts['command']}`. Transcoders predict layer 4 from layer 3, across layers 4 and 5 "
-        "from 3 and 4; crosscoders reconstruct 3 and 4, the others 4. L0 is of both layers together."
+        "from 3 and 4; crosscoders reconstruct 3 and 4, the others 4. L0 is of both layers."
     )
     head = ("architecture", "FVU", "of the seeds", "L0", "dead in training", "bits a token")
     names = dict.fromkeys(line["arch"] for line in lines)
