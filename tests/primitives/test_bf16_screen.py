@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="the screen is one of the Triton kernels")
+
 from emulator import library, triton_driver
 from test_screen import HARD
 

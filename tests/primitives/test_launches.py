@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="the launches are those of the Triton kernels")
+
 from triton.runtime.jit import JITFunction
 
 from benchmarks import calls
