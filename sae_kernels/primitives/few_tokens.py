@@ -30,16 +30,18 @@ _DEPTH = 1024 if gpu.interpreted() else 128
 
 
 @functools.cache
-def tile_of_few(n_tokens: int, n_latents: int, k: int = 1) -> int | None:
+def tile_of_few(n_tokens: int, d_in: int, n_latents: int, k: int = 1) -> int | None:
     """How many latents a tile has where these kernels take a call; None where they do not.
 
     Args:
         n_tokens: tokens of the call.
+        d_in: of W. Of 1 Triton makes a constant, and the product of Hopper, a loop no more, is
+            given registers that are written after its fence.
         n_latents: latents that each chooses from.
         k: how many it keeps, of a selection by rank.
     """
     tile = _TILE if n_latents <= _TILE * _MOST_LOOKED_AT else _WIDE_TILE
-    few = 1 <= n_tokens <= _MOST_TOKENS and 1 <= n_latents * n_tokens <= _MOST_SCORES
+    few = 1 <= n_tokens <= _MOST_TOKENS and 1 <= n_latents * n_tokens <= _MOST_SCORES and d_in > 1
     looked_at = max(-(-n_latents // tile), gpu.next_power_of_two(k) * tile)
     return tile if few and looked_at <= _MOST_LOOKED_AT else None
 

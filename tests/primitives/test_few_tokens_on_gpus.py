@@ -62,7 +62,7 @@ def assert_same(
     bounds = block[0][:, -1].nan_to_num(0).mean().expand(W.shape[0]).contiguous()
     above = select_threshold.run(x, W, b, bounds)
     for n in counts:
-        assert tile_of_few(n, W.shape[0], k) is not None
+        assert tile_of_few(n, *W.T.shape, k) is not None
         few = triton.run(x[:n], W, b, *rank)
         for name, came, expected in zip(("values", "indices"), few, block, strict=True):
             assert_bitwise(f"{name} of {n} tokens", came, expected[:n])
@@ -74,14 +74,18 @@ def assert_same(
 
 
 def test_which_calls_are_of_few_tokens() -> None:
-    assert [tile_of_few(n, 65536, 32) for n in (0, 1, 16, 17)] == [None, 64, 64, None]
+    assert [tile_of_few(n, 768, 65536, 32) for n in (0, 1, 16, 17)] == [None, 64, 64, None]
+    assert [tile_of_few(1, d_in, 65536) for d_in in (1, 2)] == [None, 64]
     # A block looks through 8192 entries: scores of the tiles that may win, and tiles.
-    assert [tile_of_few(1, 65536, k) for k in (128, 129)] == [64, None]
-    assert [tile_of_few(1, F, 64) for F in (1 << 19, (1 << 19) + 1, 1 << 20)] == [64, 128, 128]
-    assert [tile_of_few(1, F, k) for F, k in ((1 << 20, 65), ((1 << 20) + 1, 1))] == [None, None]
+    assert [tile_of_few(1, 768, 65536, k) for k in (128, 129)] == [64, None]
+    assert [tile_of_few(1, 768, F, 64) for F in (1 << 19, (1 << 19) + 1, 1 << 20)] == [64, 128, 128]
+    assert [tile_of_few(1, 768, F, k) for F, k in ((1 << 20, 65), ((1 << 20) + 1, 1))] == [
+        None,
+        None,
+    ]
     # Their scores fill 32 MiB at most.
-    assert [tile_of_few(n, 1 << 20, 32) for n in (8, 9)] == [128, None]
-    assert [tile_of_few(n, (1 << 19) + 1, 32) for n in (15, 16)] == [128, None]
+    assert [tile_of_few(n, 768, 1 << 20, 32) for n in (8, 9)] == [128, None]
+    assert [tile_of_few(n, 768, (1 << 19) + 1, 32) for n in (15, 16)] == [128, None]
 
 
 @pytest.mark.full

@@ -234,7 +234,7 @@ def run(
         offsets = x.new_zeros(B + 1, dtype=torch.int32)
         return x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32), offsets
     x, W, b, bounds = x.contiguous(), W.contiguous(), in_order(b), bounds.contiguous()
-    few = tile_of_few(B, F) if screened is None else None
+    few = tile_of_few(*x.shape, F) if screened is None else None
     if few is not None:
         return few_tokens.select(x, W, b, bounds, few)
     found = None

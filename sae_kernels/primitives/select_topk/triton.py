@@ -69,7 +69,7 @@ def run(
     screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects a few tokens' in two launches, others in passes scored by ``_encode_pass``."""
-    tile = tile_of_few(x.shape[0], W.shape[0], k) if screened is None else None
+    tile = tile_of_few(*x.shape, W.shape[0], k) if screened is None else None
     if tile is not None:
         return few_tokens.select(x, W, b, rank_scale, k, tile, by_magnitude)
     given = (x.contiguous(), W.contiguous(), b, rank_scale)

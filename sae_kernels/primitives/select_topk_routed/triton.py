@@ -117,7 +117,7 @@ def run(
     if n_experts == 1:
         return whole.run(x, W, b, k, None)
     routes, n_latents = (packed(tokens), packed(starts)), W.shape[0] // n_experts
-    tile = tile_of_few(x.shape[0], n_latents, k)
+    tile = tile_of_few(*x.shape, n_latents, k)
     if tile is not None:
         return few_tokens.select(x, W, b, None, k, tile, routes=routes)
     laid_out, listed = _laid_out(packed(x), *routes, n_latents)
