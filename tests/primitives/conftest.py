@@ -10,7 +10,7 @@ import torch
 from sae_kernels.backends import cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from drawn import Drawn
 
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _surroundings(poisoned: None, one_thread: None) -> None:
     """See the fixtures."""
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def emulated_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs the GPU kernels that a test launches emulated, on each architecture."""
+    from emulator import library, triton_driver  # Triton need not be installed
+
+    reason = library.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with triton_driver.emulated(triton_driver.ARCHITECTURES[request.param]):
+        yield
 
 
 @pytest.fixture

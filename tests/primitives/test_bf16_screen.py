@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the screen is one of the Triton kernels")
 
-from emulator import library, triton_driver
 from test_screen import HARD
 
 from sae_kernels import gpu
@@ -20,26 +17,15 @@ from sae_kernels.primitives.select_topk import screen, triton
 from sae_kernels.primitives.select_topk_routed import triton as routed
 from sae_kernels.testing import Case, assert_bitwise, screening
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(gpu.interpreted(), reason="sums have no fixed order in the interpreter"),
+    pytest.mark.usefixtures("emulated_gpu"),
 ]
 FEW = Case("few", 9, 32, 5000, 3)  # every kind of hard input, in the time that there is
 
 SMALL = Case("small", 9, 16, 1500, 3)
 ALL = SMALL.B * SMALL.F
-
-
-@pytest.fixture(autouse=True, params=triton_driver.ARCHITECTURES)
-def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    reason = library.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-    with triton_driver.emulated(triton_driver.ARCHITECTURES[request.param]):
-        yield
 
 
 def assert_same(

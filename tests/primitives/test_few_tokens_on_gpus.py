@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("triton", reason="the launches are those of the Triton kernels")
 
-from emulator import library, triton_driver
 from encoding import DTYPES, scales
 from test_screen import HARD
 
@@ -22,29 +21,13 @@ from sae_kernels.primitives.select_topk_routed import triton as routed
 from sae_kernels.testing import Case, assert_bitwise, oracles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 emulated_only = pytest.mark.skipif(
     gpu.interpreted(), reason="sums have no fixed order in the interpreter"
 )
+on_one_architecture = pytest.mark.parametrize("emulated_gpu", ["sm_80"], indirect=True)
 BLOCK = 40  # more tokens than count as few
-
-
-@pytest.fixture(params=triton_driver.ARCHITECTURES)
-def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    reason = library.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-    with triton_driver.emulated(triton_driver.ARCHITECTURES[request.param]):
-        yield
-
-
-@pytest.fixture
-def _one_architecture() -> Iterator[None]:
-    if library.unavailable() is not None:
-        pytest.skip(str(library.unavailable()))
-    with triton_driver.emulated(80):
-        yield
 
 
 def assert_same(
@@ -90,7 +73,7 @@ def test_which_calls_are_of_few_tokens() -> None:
 
 @pytest.mark.full
 @emulated_only
-@pytest.mark.usefixtures("_emulated")
+@pytest.mark.usefixtures("emulated_gpu")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 def test_the_bits_of_a_block(dtype: torch.dtype) -> None:
     x, W, b = Case("few", 16, 72, 1031, 13, dtype=dtype).inputs()
@@ -100,7 +83,7 @@ def test_the_bits_of_a_block(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @emulated_only
-@pytest.mark.usefixtures("_emulated")
+@pytest.mark.usefixtures("emulated_gpu")
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_inputs(kind: str, dtype: torch.dtype) -> None:
@@ -114,7 +97,8 @@ def test_hard_inputs(kind: str, dtype: torch.dtype) -> None:
 # Fewer tiles than latents are kept, and more; a last tile of one or two latents.
 @pytest.mark.full
 @emulated_only
-@pytest.mark.usefixtures("_one_architecture")
+@pytest.mark.usefixtures("emulated_gpu")
+@on_one_architecture
 @pytest.mark.parametrize(("F", "k"), [(1, 1), (65, 65), (130, 128), (1025, 16)])
 def test_ties_and_the_last_tile(F: int, k: int) -> None:
     # Integers are exact and many are equal: the latents are those of the reference.
@@ -128,7 +112,8 @@ def test_ties_and_the_last_tile(F: int, k: int) -> None:
 
 @pytest.mark.slow
 @emulated_only
-@pytest.mark.usefixtures("_one_architecture")
+@pytest.mark.usefixtures("emulated_gpu")
+@on_one_architecture
 @pytest.mark.parametrize(("F", "k"), [(1 << 19, 128), ((1 << 19) + 1, 64)])
 def test_as_many_tiles_as_a_block_looks_through(F: int, k: int) -> None:
     x, W, b = Case("tiles", 2, 2, F, k, "integer", torch.bfloat16).inputs()
@@ -139,7 +124,7 @@ def test_as_many_tiles_as_a_block_looks_through(F: int, k: int) -> None:
 
 @pytest.mark.full
 @emulated_only
-@pytest.mark.usefixtures("_emulated")
+@pytest.mark.usefixtures("emulated_gpu")
 @pytest.mark.parametrize("n_experts", [4, 50])
 def test_routed_tokens(n_experts: int) -> None:
     width, k = 90, 7
@@ -154,7 +139,8 @@ def test_routed_tokens(n_experts: int) -> None:
 
 @pytest.mark.full
 @emulated_only
-@pytest.mark.usefixtures("_one_architecture")
+@pytest.mark.usefixtures("emulated_gpu")
+@on_one_architecture
 def test_routes_that_leave_tokens_out_reach_no_memory_of_others() -> None:
     x, W, b = Case("wrong", 4, 8, 2 * 80, 3).inputs()
     tokens, starts = torch.tensor([2, -1, 9, 4]), torch.tensor([0, 3, 7])
