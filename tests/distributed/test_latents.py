@@ -14,7 +14,8 @@ from sae_kernels.distributed.latents import LatentRanks
 from sae_kernels.primitives.auxk import auxk
 from sae_kernels.step import fused_step
 from tests.distributed.problems import batch_winners, joined, kept_sets, stepper, trained
-from tests.distributed.world import on_ranks, one_thread
+from tests.distributed.world import on_ranks
+from tests.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

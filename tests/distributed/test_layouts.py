@@ -25,7 +25,8 @@ from tests.distributed.test_latents import (
     check_training,
     problem,
 )
-from tests.distributed.world import on_ranks, one_thread
+from tests.distributed.world import on_ranks
+from tests.threads import one_thread
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from sae_kernels.nn import SparseAutoencoder
 from tests.distributed import live_ranks, runs
 from tests.distributed.live_ranks import given
-from tests.distributed.world import on_ranks, one_thread, torchrun
+from tests.distributed.world import on_ranks, torchrun
 from tests.harvest.causal import CONTEXT, LAYER, D, documents, gpt2, tokenizer
+from tests.threads import one_thread
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
@@ -30,17 +29,6 @@ FORKED.set_forkserver_preload(
     ]
 )
 TIMEOUT = 120  # seconds, on a busy machine
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread, as ranks have: AuxK's dense products are torch's, whose bits depend on that."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(

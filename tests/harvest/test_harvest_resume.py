@@ -24,6 +24,7 @@ from sae_kernels.harvest.progress import HarvestProgress
 from sae_kernels.io.files import publish
 from sae_kernels.io.lock import locked
 from tests.harvest.causal import CONTEXT, LAYER, documents, gpt2, sinking, tokenizer
+from tests.threads import one_thread
 from tests.training.same_runs import Stop
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def counted(model: Any) -> list[int]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
+    # As the tests are: fixtures of a module come before what sets the threads of a test.
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "_WINDOW_ROWS", 60)
         begin(folder)
     return contents(folder)
