@@ -280,7 +280,7 @@ class LiveBatches:
         chunks = some_rows(spread(ahead, lambda chunk: chunk.rows, 2 * n, self.seed), n, self.seed)
         if not chunks:
             raise ValueError(self._too_few(0))
-        some = WindowRows(self._layer_rows, self.dtype, self.device, self._window.team)
+        some = WindowRows(self._layer_rows, self.dtype, self.device, self._team)
         some.fill(chunks, "sample")
         kept = self._norms.kept(some.own, some.gathered)
         return some.gathered(some.own, kept.nonzero().flatten())
@@ -344,7 +344,7 @@ class LiveBatches:
         """The numbers of the rows of a window that are kept; they are at hand from now on."""
         if self._held is None or self._held[0] != number:
             self._held = None
-            window, team = self._window, self._window.team
+            window, team = self._window, self._team
             if team is None:
                 window.fill(chunks, f"window {number}", least=self._window_rows)
             else:

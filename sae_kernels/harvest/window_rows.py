@@ -29,13 +29,12 @@ class WindowRows:
 
     Attributes:
         own: the rows that are here.
-        team: as given.
     """
 
     def __init__(
         self, model: LayerRows, dtype: torch.dtype, device: torch.device, team: Team | None = None
     ) -> None:
-        self._model, self.team = model, team
+        self._model, self._team = model, team
         self._nothing = torch.empty(0, model.d_in, dtype=dtype, device=device)
         self._buffer = self.own = self._nothing
 
@@ -50,7 +49,7 @@ class WindowRows:
         Raises:
             NonFiniteError: the model's output holds NaN or infinity, on any of the processes.
         """
-        batches, team = self._model.batches(window), self.team
+        batches, team = self._model.batches(window), self._team
         mine = batches if team is None else batches[team.rank :: team.size]
         n = max(sum(window[i].rows for batch in mine for i in batch), least)
         if len(self._buffer) < n:
@@ -77,7 +76,7 @@ class WindowRows:
         Returns:
             [m, ...], in the order of the numbers.
         """
-        team = self.team
+        team = self._team
         if team is None:
             return own if numbers is None else own[numbers]
         numbers = torch.arange(len(self._holders)) if numbers is None else numbers.cpu()
