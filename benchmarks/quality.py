@@ -47,7 +47,7 @@ def fill(acts: Path) -> None:
 
 
 def layers_of(arch: str) -> tuple[Sequence[int], Sequence[int]]:
-    """Which of the layers an architecture reads, and which it predicts in place of these."""
+    """The layers that an architecture reads, and those it predicts; none if it reconstructs."""
     if arch.endswith("clt"):
         return (3, 4), (4, 5)
     if arch.endswith("transcoder"):

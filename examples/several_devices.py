@@ -30,7 +30,7 @@ LAYER, N_LATENTS, STEPS = "layers.2", 1024, 300
 
 
 def train_a_part() -> None:
-    """What every process runs: the same call, with the mesh of them all."""
+    """Trains the SAE: every process makes this same call, and has its part of the latents."""
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
     run = sk.train(
         sk.TopKConfig(128, N_LATENTS, k=16),

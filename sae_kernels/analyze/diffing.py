@@ -25,7 +25,7 @@ _BATCH = 4096
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference:
-    """Which of two models each latent of their crosscoder belongs to (arXiv 2504.02922).
+    """Comparison of two models by their crosscoder: whose each latent is (arXiv 2504.02922).
 
     Attributes:
         relative_norm: fp32 [F], ``((|d_1| - |d_0|) / max(|d_0|, |d_1|) + 1) / 2`` of the decoder's

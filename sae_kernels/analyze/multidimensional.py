@@ -101,7 +101,7 @@ def neighbours(rows: Tensor, k: int = 32) -> Neighbours:
 
 
 def co_firing(codes: SparseCodes, latents: Tensor) -> Tensor:
-    """How often each latent fires together with some others: ``n_ij / sqrt(n_i n_j)``, [F, k].
+    """Co-firing of each latent with some others, a cosine similarity: ``n_ij / sqrt(n_i n_j)``.
 
     n_i counts the tokens in which latent i fires, n_ij those in which both do: the cosine of the
     two columns of zeros and ones. 0 for latents that never fire.
@@ -109,6 +109,9 @@ def co_firing(codes: SparseCodes, latents: Tensor) -> Tensor:
     Args:
         codes: of any form.
         latents: int64 [F, k], the others of each latent, as :class:`Neighbours` has them.
+
+    Returns:
+        fp64 [F, k].
     """
     flat, F = codes.flat(), codes.n_latents
     fired = flat.values != 0

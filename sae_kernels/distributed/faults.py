@@ -1,4 +1,4 @@
-"""Which process of a run failed, found out by those that are left."""
+"""Finds the process whose failure stopped a run of several, and names it in one error."""
 
 from __future__ import annotations
 

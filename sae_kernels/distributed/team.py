@@ -69,7 +69,7 @@ class Team:
         self.saving_mesh = DeviceMesh.from_group(self.saving, "cpu")
 
     def ranks(self, n_latents: int, parallel: ParallelConfig) -> LatentRanks:
-        """What a step of an SAE of so many latents asks of the others, in a fitted layout."""
+        """The exchanges of a training step, for an SAE of so many latents; the layout is fitted."""
         return LatentRanks(
             self.group,
             n_latents,

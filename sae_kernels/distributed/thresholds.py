@@ -1,4 +1,4 @@
-"""What a BatchTopK SAE in a user's own data-parallel loop has to agree on."""
+"""One BatchTopK threshold for all processes of a user's own data-parallel loop."""
 
 from __future__ import annotations
 

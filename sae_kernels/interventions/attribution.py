@@ -302,7 +302,7 @@ class Attribution:
 
 
 def written(sae: SparseAutoencoder, codes: SparseCodes, chosen: Tensor) -> Tensor:
-    """What the chosen latents, bool [F], add to the reconstruction: [tokens, D], without bias."""
+    """The part of some latents, bool [F], in the reconstruction, [tokens, D]; without b_dec."""
     values = torch.where(chosen[codes.indices.long()], codes.values, 0)
     rows = decode(codes.with_values(values), sae.W_dec.detach(), backend=sae.backend)
     return rows / sae.target_scale
