@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -21,10 +23,14 @@ class LatentRows:
     want more: they walk through memory, in one order for all, and on a CPU copy what is not
     contiguous. So for their step the parameter, its gradient and its states are [F, D].
     ``state_dict`` gives the states as torch lays them by default.
+
+    ``DistributedDataParallel`` fills its buckets by the strides that a weight had when it was
+    wrapped and reads them by those that it has: a weight that it wraps keeps its strides, and a
+    forward pass gets its rows as a copy.
     """
 
     def __init__(self) -> None:
-        self._turned = WeakIdKeyDictionary()
+        self._turned = WeakIdKeyDictionary()  # and whether it was wrapped after that
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._hooks: list[Any] = []
         self._state_hooks: list[Any] = []
@@ -34,6 +40,8 @@ class LatentRows:
         """The rows [F, D] of a weight [D, F], contiguous: a view, after at most one turn."""
         self._back()
         if not weight.T.is_contiguous():
+            if _in_wrapped():
+                return weight.T.contiguous()
             with torch.inference_mode(False):  # or it could never be trained again
                 weight.data = weight.data.T.contiguous().T
         if not weight.is_contiguous():
@@ -44,6 +52,8 @@ class LatentRows:
         """A weight [F, D] itself, contiguous: made as a transpose, it is laid anew once."""
         self._back()
         if not weight.is_contiguous():
+            if _in_wrapped():
+                return weight.contiguous()
             with torch.inference_mode(False):
                 weight.data = weight.data.contiguous()
             self._note(weight)
@@ -51,10 +61,12 @@ class LatentRows:
 
     def _note(self, weight: torch.Tensor) -> None:
         if weight not in self._turned:
-            self._turned[weight] = True
+            self._turned[weight] = False
             if not self._hooks:
                 before = register_optimizer_step_pre_hook(self._before)
                 self._hooks = [before, register_optimizer_step_post_hook(self._back)]
+        if _in_wrapped():
+            self._turned[weight] = True
 
     def why_not(self, weight: torch.Tensor) -> str | None:
         """Why a weight cannot be laid anew, or None."""
@@ -65,6 +77,12 @@ class LatentRows:
     def undo(self) -> None:
         """Lays all weights and their optimizer states as torch does by default."""
         self._back()
+        if any(self._turned.values()):
+            warnings.warn(
+                "a weight that DistributedDataParallel wraps was laid as torch does by default; "
+                "wrap it again before it is trained further, or its gradients are wrong",
+                stacklevel=2,
+            )
         for weight in list(self._turned):
             with torch.inference_mode(False):
                 weight.data = weight.data.contiguous()
@@ -115,6 +133,11 @@ class LatentRows:
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor) and value.shape == p.shape:
                         state[name] = laid_like(value, p)
+
+
+def _in_wrapped() -> bool:
+    """Whether this is a forward pass of a module in ``DistributedDataParallel``."""
+    return DistributedDataParallel._active_ddp_module is not None
 
 
 def _transpose(weight: torch.Tensor, state: dict[str, Any]) -> None:

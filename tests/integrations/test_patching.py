@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from sae_kernels import backends
 from sae_kernels.backends import Candidate
@@ -15,6 +17,9 @@ from sae_kernels.integrations import patching
 from sae_kernels.integrations.layout import LatentRows
 from sae_kernels.integrations.optimizer import FusedAdam
 from sae_kernels.integrations.patching import Ledger, Left, Patches, hooked, unfit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Base:
@@ -196,6 +201,59 @@ def test_a_step_that_raises_leaves_the_weight_as_it_was() -> None:
     assert rows.of(weight).shape == (4, 3)
     assert weight.shape == (3, 4)
     rows.undo()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Product(torch.nn.Module):
+    """x W of a weight as an adapter reads it: one stored [D, F] and one [F, D], as a transpose."""
+
+    def __init__(self, rows: LatentRows | None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.tall = torch.nn.Parameter(torch.randn(3, 4, generator=generator))
+        self.straight = torch.nn.Parameter(torch.randn(3, 4, generator=generator).T)
+        self.rows = rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rows is None:
+            tall, straight = self.tall.T, self.straight
+        else:
+            tall, straight = self.rows.of(self.tall), self.rows.straight(self.straight)
+            assert tall.is_contiguous()
+            assert straight.is_contiguous()
+        return ((x @ tall.T).relu() * (x @ straight.T)).sum()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("unused", [False, True], ids=["buckets built anew", "buckets kept"])
+@pytest.mark.parametrize("laid", ["before wrapping", "while wrapped"])
+def test_gradients_of_a_wrapped_weight_are_its_own(unused: bool, laid: str) -> None:
+    # DistributedDataParallel reads its buckets with the strides that a weight has after a backward
+    # pass, and writes them with those that it had when it was wrapped.
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    rows = LatentRows()
+    own, alone = Product(rows), Product(None)
+    if laid == "before wrapping":
+        own(x)
+    wrapped = DistributedDataParallel(own, find_unused_parameters=unused)
+    for _ in range(3):
+        own.zero_grad()
+        alone.zero_grad()
+        wrapped(x).backward()
+        alone(x).backward()
+        for one, two in zip(own.parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(one.grad, two.grad, rtol=1e-5)
+    if laid == "before wrapping":
+        with pytest.warns(UserWarning, match="wrap it again"):
+            rows.undo()
+    else:
+        rows.undo()
 
 
 def test_a_view_of_a_larger_buffer_is_not_laid_anew() -> None:
