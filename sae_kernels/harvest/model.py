@@ -232,6 +232,7 @@ def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
         if name in modules:
             return modules[name]
     # Likeliest is a wrong prefix, then a misspelling.
+    given, layer = layer, str(layer)
     near = [name for name in modules if name.endswith(f".{layer}") or layer.endswith(f".{name}")]
     known = dict.fromkeys([*modules, *(name.removeprefix(f"{body}.") for name in modules)])
     near += difflib.get_close_matches(layer, known, n=5, cutoff=0.4)
@@ -239,7 +240,7 @@ def resolve_layer(model: nn.Module, layer: str) -> nn.Module:
     nearest = ", ".join(list(dict.fromkeys(near))[:5])
     hint = f"nearest: {nearest}" if near else f"its parts: {children}"
     raise ModelError(
-        f"expected the dotted path of a module of {type(model).__name__}, got {layer!r}; {hint}"
+        f"expected the dotted path of a module of {type(model).__name__}, got {given!r}; {hint}"
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from sae_kernels.codes import SparseCodes
 
 At = Literal["all", "prompt", "generated"] | int | Sequence[int]
-Latents = int | Sequence[int]
+Latents = int | Sequence[int] | Tensor  # whole numbers of any library
 ENDLESS = 1 << 40
 
 
@@ -206,12 +207,12 @@ def steer(
 
     A vector is a row of ``sae.W_dec``, one of :func:`~sae_kernels.interventions.contrast`, or any.
     """
-    if vector.dim() != 1 or not vector.is_floating_point():
-        raise ValueError(
-            f"vector: expected one direction [D] of floating point, got {vector.dtype} "
-            f"{list(vector.shape)}"
-        )
+    if not isinstance(vector, Tensor) or vector.dim() != 1 or not vector.is_floating_point():
+        got = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector)
+        raise ValueError(f"vector: expected one direction [D] of floating point, got {got}")
     moved = vector.detach() * strength
+    if not moved.isfinite().all():
+        raise ValueError(f"vector: expected finite numbers, got NaN or infinity in {strength} * it")
     return dataclasses.replace(_edit((), (), rows, at, None), vector=moved)
 
 
@@ -242,16 +243,29 @@ def _edit(
     if any(map(math.isnan, numbers)):
         raise ValueError("edit: expected numbers, got NaN")
     of = None if rows is None else _numbers("row", rows)
-    condition = -1 if when is None else _numbers("latent", when)[0]
-    return Edit(chosen, each, of, _spans(at), condition)
+    condition = (-1,) if when is None else _numbers("latent", when)
+    if len(condition) != 1:
+        raise ValueError(f"when: expected one latent, got {len(condition)}")
+    return Edit(chosen, each, of, _spans(at), *condition)
 
 
-def _numbers(what: str, given: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = (given,) if isinstance(given, int) else tuple(given)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"{what}: expected whole numbers from 0 on, got {number!r}")
+def _numbers(what: str, given: Latents) -> tuple[int, ...]:
+    numbers = _whole(given)
+    if numbers is None or any(number < 0 for number in numbers):
+        raise ValueError(f"{what}: expected whole numbers from 0 on, got {given!r}")
     return numbers
+
+
+def _whole(given: object) -> tuple[int, ...] | None:
+    """A whole number or several, of any library, as integers; None of anything else."""
+    try:
+        numbers = torch.as_tensor(sorted(given) if isinstance(given, Set) else given)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not numbers.is_floating_point() and numbers.dtype != torch.bool
+    if numbers.dim() > 1 or not (whole or numbers.numel() == 0):
+        return None
+    return tuple(numbers.reshape(-1).tolist())
 
 
 def _spans(at: At) -> tuple[Span, ...]:
@@ -259,8 +273,8 @@ def _spans(at: At) -> tuple[Span, ...]:
         if at not in _SPANS:
             raise ValueError(f"at: expected {', '.join(_SPANS)} or positions, got {at!r}")
         return (_SPANS[at],)
-    places = (at,) if isinstance(at, int) else tuple(at)
-    if not places or not all(isinstance(place, int) for place in places):
+    places = _whole(at)
+    if not places:
         raise ValueError(f"at: expected {', '.join(_SPANS)} or positions, got {at!r}")
     spans: list[Span] = []
     for p in sorted(set(places)):

@@ -13,6 +13,7 @@ from sae_kernels.errors import ModelError, name_hint
 from sae_kernels.harvest.model import layer_device, resolve_layer
 from sae_kernels.harvest.splice import check_fits, frozen, splice
 from sae_kernels.interventions.bank import EditBank
+from sae_kernels.interventions.edits import Edit
 from sae_kernels.interventions.feed import Feed, followed
 from sae_kernels.interventions.plan import plan_of
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from sae_kernels.interventions.edits import Edit
     from sae_kernels.nn.inference import AnySAE
 
 
@@ -166,6 +166,12 @@ def _by_layer(
     saes: Mapping[str, AnySAE | None],
     edits: Sequence[Edit] | Mapping[str, Sequence[Edit]],
 ) -> Mapping[str, Sequence[Edit]]:
+    for each in edits.values() if isinstance(edits, Mapping) else (edits,):
+        if not isinstance(each, Sequence) or not all(isinstance(edit, Edit) for edit in each):
+            raise ValueError(
+                "edits: expected a list of scale(...), steer(...) and the like, got "
+                f"{type(each).__name__} {each!r:.60}"
+            )
     if isinstance(edits, Mapping):
         for layer in edits:
             if layer not in saes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from dense_edits import D, F, Place, edit_all
@@ -204,11 +205,19 @@ def test_resampled_values_come_together(sae: TopKSAE, codes: SparseCodes) -> Non
     [
         (lambda: scale(-1, 2.0), "latent: expected whole numbers from 0 on, got -1"),
         (lambda: scale(True, 2.0), "latent: expected whole numbers from 0 on, got True"),
+        (lambda: scale(1.5, 2.0), "latent: expected whole numbers from 0 on, got 1.5"),
+        (lambda: scale("7", 2.0), "latent: expected whole numbers from 0 on, got '7'"),
+        (lambda: scale(torch.ones(2), 2.0), "latent: expected whole numbers from 0 on, got tensor"),
+        (lambda: scale(1, 2.0, when=[1, 2]), "when: expected one latent, got 2"),
         (lambda: scale(1, float("nan")), "expected numbers, got NaN"),
         (lambda: clamp(1, 2.0, 1.0), "clamp: expected low <= high, got 2.0 and 1.0"),
-        (lambda: set_to(1, 1.0, rows=[-2]), "row: expected whole numbers from 0 on, got -2"),
+        (lambda: set_to(1, 1.0, rows=[-2]), r"row: expected whole numbers from 0 on, got \[-2\]"),
         (lambda: set_to(1, 1.0, at="later"), "at: expected all, prompt, generated or positions"),
         (lambda: set_to(1, 1.0, at=[]), r"or positions, got \[\]"),
+        (lambda: set_to(1, 1.0, at=slice(0, 2)), r"or positions, got slice"),
+        (lambda: steer([1.0, 2.0]), r"one direction \[D\] of floating point, got <class 'list'>"),
+        (lambda: steer(torch.tensor([1.0, torch.nan])), "vector: expected finite numbers, got NaN"),
+        (lambda: steer(torch.ones(2), float("inf")), "got NaN or infinity in inf"),
         (lambda: steer(torch.ones(2, 2)), r"one direction \[D\] of floating point, got"),
         (lambda: ablate(5, torch.ones(5)), r"\[F\] with F above 5, got \[5\]"),
     ],
@@ -216,6 +225,22 @@ def test_resampled_values_come_together(sae: TopKSAE, codes: SparseCodes) -> Non
 def test_edits_that_mean_nothing(edit: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         edit()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [torch.tensor([3, 5]), [torch.tensor(3), torch.tensor(5)], np.array([3, 5]), {3, 5}],
+    ids=["tensor", "tensors", "array", "set"],
+)
+def test_numbers_of_any_library_name_latents_rows_and_positions(numbers: Any) -> None:
+    edit = scale(numbers, 2.0, rows=numbers, at=numbers, when=next(iter(numbers)))
+    want = scale([3, 5], 2.0, rows=[3, 5], at=[3, 5], when=3)
+    assert (edit.latents, edit.rows, edit.spans, edit.when) == (
+        want.latents,
+        want.rows,
+        want.spans,
+        want.when,
+    )
 
 
 @pytest.mark.parametrize(

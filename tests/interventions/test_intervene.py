@@ -271,6 +271,13 @@ def test_nested_blocks_come_apart_in_order(model: Any, saes: dict[str, Any]) -> 
             [scale(1, 2.0)],
             "expected a list for each layer by its name, got one for 2 layers",
         ),
+        ({"h.1": TopKSAE(D, F, k=4)}, scale(1, 2.0), "edits: expected a list of .* got Edit"),
+        ({"h.1": TopKSAE(D, F, k=4)}, {"h.1": ["scale"]}, r"the like, got list \['scale'\]"),
+        (
+            {1: TopKSAE(D, F, k=4)},
+            [scale(1, 2.0)],
+            "dotted path of a module of .* got 1; nearest: transformer.h.1",
+        ),
         ({"h.1": None}, [scale(1, 2.0)], "expected steer alone for a layer without an SAE"),
         ({"h.1": None}, [steer(torch.ones(D + 2))], r"hidden: expected \[tokens, 18\]"),
         (
