@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from sae_kernels.analyze.diffing import difference
 from sae_kernels.analyze.experts import expert_use
 from sae_kernels.analyze.geometry import geometry
 from sae_kernels.analyze.layers import layer_spread
 from sae_kernels.analyze.multidimensional import codes_of, find_clusters
-from sae_kernels.data.rows import TensorRows
+from sae_kernels.data.sources import open_rows
 from sae_kernels.training import evaluate
 from sae_kernels.training.evaluate import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
 
     from sae_kernels.analyze.diffing import Difference
     from sae_kernels.analyze.experts import ExpertUse
@@ -108,9 +109,9 @@ class Analysis:
 
 def analyze(
     sae: SparseAutoencoder,
-    source: RowSource | torch.Tensor | None = None,
+    source: RowSource | torch.Tensor | str | Path | None = None,
     *,
-    target: RowSource | torch.Tensor | None = None,
+    target: RowSource | torch.Tensor | str | Path | None = None,
     name: str = "SAE",
     side: Side = "decoder",
     threshold: float = 0.9,
@@ -121,7 +122,8 @@ def analyze(
 
     Args:
         sae: the SAE; left in the mode in which it was.
-        source: raw activations [N, D] to run it on; None for its weights' geometry alone.
+        source: raw activations to run it on, [N, D] or a folder; None for its weights' geometry
+            alone.
         target: what a transcoder is to reconstruct.
         name: what to call it.
         side: whose rows to compare: the "decoder"'s or the "encoder"'s.
@@ -147,7 +149,7 @@ def analyze(
         raise ValueError("clusters: expected activations to find them in, got none")
     measured = use = found = whose = None
     if source is not None:
-        rows, goal = _rows(source), None if target is None else _rows(target)
+        rows, goal = open_rows(source), None if target is None else open_rows(target)
         measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
         with evaluating(sae):
             if sae.latent_experts() is not None:
@@ -155,12 +157,8 @@ def analyze(
             if clusters:
                 found = find_clusters(codes_of(sae, rows), sae.decoder_rows())
     if sae.config.n_layers == 2 and not sae.config.transcodes:
-        whose = difference(sae, None if source is None else _rows(source))
+        whose = difference(sae, None if source is None else open_rows(source))
     W = sae.decoder_rows() if side == "decoder" else sae.W_enc
     shape = geometry(W, sae.latent_experts(), threshold=threshold, progress=progress)
     spread = layer_spread(sae)
     return Analysis(name, sae.config, side, shape, measured, use, spread, found, whose)
-
-
-def _rows(source: RowSource | torch.Tensor) -> RowSource:
-    return TensorRows(source) if isinstance(source, torch.Tensor) else source

@@ -108,12 +108,17 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _hint(folder: Path) -> str:
     """What to do about a folder without an index."""
+    if not folder.exists():
+        return "nothing is there"
     if (folder / PROGRESS).exists():
         return "its harvest is unfinished, go on with it by resume=True (--resume)"
     inside = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
     if inside:
         return f"it holds data sets, name one of them: {', '.join(inside)[:200]}"
-    return "name a folder that a ShardWriter finished, and write an interrupted one again"
+    return (
+        "write activations that you have into one by sae_kernels.data.ShardWriter (docs/data.md), "
+        "and an interrupted one again"
+    )
 
 
 def _field(path: Path, record: dict[str, Any], name: str, kind: type[T]) -> T:

@@ -68,6 +68,26 @@ def open_source(source: Any) -> RowSource | Stream:
     )
 
 
+def open_rows(source: Any) -> RowSource:
+    """What a user passes as activations that are read more than once: tensor, folder, row source.
+
+    Raises:
+        TypeError: none of these; a stream or an iterable, which ends after one reading.
+        DataError: a folder without activations.
+
+    Example:
+        >>> open_rows(torch.zeros(6, 2)).d_in
+        2
+    """
+    opened = open_source(source)
+    if not is_rows(opened):
+        raise TypeError(
+            "activations: expected a tensor [N, D] or a folder of activations, as they are read "
+            f"more than once, got {type(source).__name__}"
+        )
+    return opened
+
+
 def batches_of(
     source: RowSource | Stream,
     batch_size: int,

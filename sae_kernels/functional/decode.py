@@ -50,6 +50,11 @@ def decode(
         >>> decode(codes, torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2)).tolist()
         [[1.0, 7.0]]
     """
+    if not isinstance(codes, SparseCodes):
+        raise TypeError(
+            f"codes: expected SparseCodes, as an encoder gives them, got {type(codes).__name__}; "
+            "SparseCodes.from_dense makes them of a dense tensor"
+        )
     checks.shape("W_dec", W_dec, [codes.n_latents, "D"], "one row per latent of the codes")
     if not W_dec.is_contiguous():
         warn_of_copies("W_dec", W_dec, stacklevel=3)

@@ -137,9 +137,7 @@ def preset(name: str) -> Kind:
     """
     known = presets()
     if name not in known:
-        raise ValueError(
-            f"arch: expected one of {', '.join(known)}, got {name!r}; {name_hint(name, known)}"
-        )
+        raise ValueError(f"arch: expected a preset, got {name!r:.80}; {name_hint(name, known)}")
     return known[name]
 
 

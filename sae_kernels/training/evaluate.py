@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.data.joint import JointRows
-from sae_kernels.data.rows import RowSource, TensorRows
+from sae_kernels.data.sources import open_rows
 from sae_kernels.training.description_length import DescriptionLengthSums
 from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
+    from sae_kernels.data.rows import RowSource
     from sae_kernels.nn import SparseAutoencoder
 
 DENSE = 0.1  # a latent that fires on more than this part of the tokens counts as dense
@@ -69,9 +71,9 @@ class Evaluation:
 
 def evaluate(
     sae: SparseAutoencoder,
-    source: RowSource | torch.Tensor,
+    source: RowSource | torch.Tensor | str | Path,
     *,
-    target: RowSource | torch.Tensor | None = None,
+    target: RowSource | torch.Tensor | str | Path | None = None,
     batch_size: int = 4096,
 ) -> Evaluation:
     """Measures an SAE on every row of a source, in evaluation mode, with sums in fp64.
@@ -80,14 +82,16 @@ def evaluate(
 
     Args:
         sae: an SAE of any architecture; its mode is restored.
-        source: raw activations, a tensor [N, D] or a row source; a crosscoder's layers side by side
-            (:class:`~sae_kernels.data.JointRows`).
+        source: raw activations, a tensor [N, D], a folder or a row source; a crosscoder's layers
+            side by side (:class:`~sae_kernels.data.JointRows`).
         target: a transcoder's target activations, of the same tokens; all measures are of it.
         batch_size: tokens per batch.
 
     Raises:
         ValueError: no rows, rows of another width than the SAE's d_in, a transcoder without its
             target or a target for another SAE.
+        TypeError: batches that can be read once only.
+        DataError: a folder without activations.
 
     Example:
         >>> from sae_kernels.nn import TopKConfig, TopKSAE
@@ -95,28 +99,27 @@ def evaluate(
         >>> evaluate(sae, torch.randn(100, 4)).l0 <= 2
         True
     """
-    source = TensorRows(source) if isinstance(source, torch.Tensor) else source
+    rows = open_rows(source)
     config = sae.config
     if config.transcodes != (target is not None):
         came = "none for a transcoder" if target is None else "one for an SAE of its input"
         raise ValueError(f"target: expected one for a transcoder and none else, got {came}")
-    if source.d_in != config.input_width:
+    if rows.d_in != config.input_width:
         layers = f" times {config.n_layers} layers" if config.n_layers > 1 else ""
         raise ValueError(
-            f"expected activations as wide as the SAE's d_in {config.d_in}{layers}, got "
-            f"{source.d_in}"
+            f"expected activations as wide as the SAE's d_in {config.d_in}{layers}, got {rows.d_in}"
         )
-    if source.n_tokens == 0:
+    if rows.n_tokens == 0:
         raise ValueError("expected at least one row to evaluate on, got none")
     if target is not None:
-        source = JointRows([source, target])
-        if source.d_in != config.input_width + config.output_width:
+        rows = JointRows([rows, open_rows(target)])
+        if rows.d_in != config.input_width + config.output_width:
             raise ValueError(
                 f"target: expected activations as wide as the SAE's output {config.output_width}, "
-                f"got {source.d_in - config.input_width}"
+                f"got {rows.d_in - config.input_width}"
             )
     with evaluating(sae):
-        return _evaluate(sae, source, batch_size)
+        return _evaluate(sae, rows, batch_size)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def test_groups_from_a_flag_and_from_a_file(run, data, tmp_path):
     [
         (["--arch", "topkk"], "got 'topkk'; did you mean 'topk'?"),
         (["--arch", "jump_relu"], "got 'jump_relu'; did you mean 'jumprelu'?"),
-        (["--arch", "zzz"], "arch: expected one of topk, abstopk, "),
+        (["--arch", "zzz"], "arch: expected a preset, got 'zzz'; known are topk, abstopk, "),
         (
             ["--arch", "relu", "--k", 4],
             "k: no setting of architecture 'relu', which has d_in, n_latents, ",

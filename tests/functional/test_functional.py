@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sae_kernels import SparseCodes, decode, encode_topk
+from sae_kernels import SparseCodes, TopKSAE, decode, encode_topk
 from sae_kernels.primitives.checks import gradient_operand
 from sae_kernels.testing import (
     Case,
@@ -321,3 +321,11 @@ def test_the_decoder_bias_is_subtracted_before_the_product(either_backend: str) 
     centred = encode_topk(x - b_dec, W_enc, b_enc, K, backend=either_backend)
     assert_bitwise("values", codes.values, centred.values)
     assert_bitwise("indices", codes.indices, centred.indices)
+
+
+def test_dense_codes_are_refused_with_the_way_to_make_them_sparse() -> None:
+    dense = torch.zeros(3, 16)
+    with pytest.raises(TypeError, match=r"codes: expected SparseCodes.*got Tensor; .*from_dense"):
+        decode(dense, torch.zeros(16, 4))
+    with pytest.raises(TypeError, match="got Tensor"):
+        TopKSAE(4, 16, k=2).decode(dense)

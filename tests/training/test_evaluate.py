@@ -159,9 +159,16 @@ def test_a_tensor_and_shards_are_evaluated_alike(tmp_path: Path) -> None:
     sae, x = _trained(), tokens(300, seed=77)
     with ShardWriter(tmp_path, D, rows_per_shard=70) as writer:
         writer.write(x)
-    a, b = evaluate(sae, x), evaluate(sae, ShardDataset(tmp_path))
-    assert a.scalars() == b.scalars()
-    assert_bitwise("density", a.latent_density, b.latent_density)
+    a = evaluate(sae, x)
+    for source in (ShardDataset(tmp_path), tmp_path, str(tmp_path)):
+        b = evaluate(sae, source)
+        assert a.scalars() == b.scalars()
+        assert_bitwise("density", a.latent_density, b.latent_density)
+
+
+def test_what_is_read_once_is_refused() -> None:
+    with pytest.raises(TypeError, match="as they are read more than once, got list"):
+        evaluate(TopKSAE(TopKConfig(D, F, K)), [torch.zeros(3, D)])
 
 
 def test_half_precision_rows_are_the_numbers_they_hold() -> None:
