@@ -42,6 +42,9 @@ def resume(
         )
     # However many processes there were, it goes on with those that are here.
     parallel, world = tables.setdefault("parallel", {}), int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel.get("latents_over", 0) * parallel.get("tokens_over", 0) != world:
+    if parallel.get("harvest_ranks", 0) >= world:
+        parallel["harvest_ranks"] = 0
+    trained_by = world - parallel.get("harvest_ranks", 0)
+    if parallel.get("latents_over", 0) * parallel.get("tokens_over", 0) != trained_by:
         parallel |= {"latents_over": 0, "tokens_over": 0}
     start(tables, run, Output(as_json), resume=True, verify=verify)

@@ -18,27 +18,31 @@ from sae_kernels.training.run_config import RunConfig, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
-
-    from torch.distributed.device_mesh import DeviceMesh
 
     from sae_kernels.cli.data import RunData
     from sae_kernels.cli.output import Output
     from sae_kernels.config.data import DataConfig
+    from sae_kernels.config.parallel import ParallelConfig
     from sae_kernels.config.toml import Tables
+    from sae_kernels.distributed.team import Team
+    from sae_kernels.training.run_config import Widths
 
 METRICS = ("loss", "fvu", "l0")
 
 
 def opened(tables: Tables, open_data: Callable[[DataConfig], RunData]) -> tuple[RunConfig, RunData]:
     """Opens a run's data and completes its settings by their widths."""
-    config = data_config(tables)
-    data = open_data(config)
-    whole = RunConfig.from_tables(tables, data.widths)
-    if whole.sae.transcodes and not data.widths.targets:
+    data = open_data(data_config(tables))
+    return completed(tables, data.widths), data
+
+
+def completed(tables: Tables, widths: Widths) -> RunConfig:
+    """A run's settings with the widths of its data."""
+    whole = RunConfig.from_tables(tables, widths)
+    if whole.sae.transcodes and not widths.targets:
         raise ValueError("--target: expected the activations that the transcoder reconstructs")
-    return whole, data
+    return whole
 
 
 def data_config(tables: Tables) -> DataConfig:
@@ -61,25 +65,34 @@ def start(
 ) -> None:
     """Trains one run and prints its summary."""
     from sae_kernels import training
-    from sae_kernels.training.layout import laid_out
+    from sae_kernels.training.layout import fitted, reason
 
     again = f"sae-kernels resume {shlex.quote(str(out))}"
     with (
         interruptible(again, out),
-        processes(tables) as (mesh, together),
+        processes(tables) as team,
         output.progress() as show,
     ):
+        together = nullcontext if team is None else team.together
         with together():
             if not resume and is_first():
                 check_free(out, overwrite)
-            open_data = opener(data_config(tables), tables, show, verify=verify)
-            config, data = opened(tables, open_data)
-            if mesh is not None and mesh.size() > 1:
-                whole = config.parallel, mesh.size(), config.sae, config.train
-                output.text(laid_out(*whole)[1])
+            own, data = data_config(tables), None
+            if team is None or team.rank in parallel_config(tables).model_ranks(team.size):
+                data = opener(own, tables, show, verify=verify)(own)
+        widths = data and data.widths
+        if team is not None:  # others than the last may not have the model
+            widths = team.told(widths, by=team.size - 1)
+        assert widths is not None
+        with together():
+            config = completed(tables, widths)
+            parallel = config.parallel
+            if team is not None and len(train_on := parallel.training_ranks(team.size)) > 1:
+                parallel = fitted(parallel, len(train_on), config.sae, config.train)
+                output.text(reason(parallel, config.sae, config.train))
         result = training.train(
             config.sae,
-            data.source,
+            data and data.source,
             config.train,
             folder=out,
             output=config.output,
@@ -87,34 +100,35 @@ def start(
             resume=resume,
             overwrite=overwrite,
             on_step=follow(output, show, config.train.steps),
-            mesh=mesh,
-            parallel=config.parallel,
+            mesh=None if team is None else team.mesh,
+            parallel=parallel,
         )
-    summarise(output, result, out, METRICS)
-    if left_out := getattr(data.source, "left_out", 0):
+    if result.metrics:  # a process that runs the model for others has none
+        summarise(output, result, out, METRICS)
+    if left_out := getattr(data and data.source, "left_out", 0):
         output.text(f"{left_out:,} rows left out, their norm above the bound of max_norm_multiple")
 
 
-@contextmanager
-def processes(
-    tables: Tables,
-) -> Iterator[tuple[DeviceMesh | None, Callable[[], AbstractContextManager[None]]]]:
-    """The mesh of the processes that torchrun started for a run; None: there is this one alone.
-
-    With it comes a context in which an error on one of them is an error on all.
-    """
+def parallel_config(tables: Tables) -> ParallelConfig:
+    """The settings of several processes."""
     from sae_kernels.config.parallel import ParallelConfig
 
-    parallel = ParallelConfig(**tables.get("parallel", {}))
-    several = max(parallel.latents_over, parallel.tokens_over) > 1
+    return ParallelConfig(**tables.get("parallel", {}))
+
+
+@contextmanager
+def processes(tables: Tables) -> Iterator[Team | None]:
+    """The processes that torchrun started for a run; None: there is this one alone."""
+    parallel = parallel_config(tables)
+    several = max(parallel.latents_over, parallel.tokens_over, 1 + parallel.harvest_ranks) > 1
     if not several and "WORLD_SIZE" not in os.environ:
-        yield None, nullcontext
+        yield None
         return
     from sae_kernels.distributed.launch import launched
     from sae_kernels.distributed.team import Team
 
     with launched(parallel, tables.get("train", {}).get("device", "auto")) as mesh:
-        yield mesh, Team(mesh, parallel.timeout).together
+        yield Team(mesh, parallel.timeout)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class ParallelConfig(Settings):
     latents_over: int = setting(
         0,
         "parts of the latents whose sums of a reconstruction are added up; times tokens_over it is "
-        "the number of processes; 0: what sends the fewest bytes (docs/distributed.md)",
+        "the number of processes that train; 0: what sends the fewest bytes (docs/distributed.md)",
         NATURAL,
     )
     tokens_over: int = setting(
@@ -49,8 +49,33 @@ class ParallelConfig(Settings):
         "and an error of 2^-9 of each part (docs/distributed.md)",
     )
 
+    harvest_ranks: int = setting(
+        0,
+        "processes, the last ones, that run the language model for the others, which train; 0: all "
+        "do both",
+        NATURAL,
+    )
+
+    def training_ranks(self, processes: int) -> range:
+        """The ranks that train, of so many processes.
+
+        Raises:
+            ValueError: none.
+        """
+        if self.harvest_ranks >= processes:
+            raise ValueError(
+                f"harvest_ranks: expected fewer than the {processes} processes, as others train, "
+                f"got {self.harvest_ranks}; start with torchrun --nproc-per-node "
+                f"{self.harvest_ranks + 1} or more -m sae_kernels ..."
+            )
+        return range(processes - self.harvest_ranks)
+
+    def model_ranks(self, processes: int) -> range:
+        """The ranks that run the model, of so many processes: those that do not train, or all."""
+        return range(processes - self.harvest_ranks if self.harvest_ranks else 0, processes)
+
     def layouts(self, processes: int) -> list[tuple[int, int]]:
-        """The numbers (latents_over, tokens_over) for so many processes, most latents first.
+        """The numbers (latents_over, tokens_over) for so many that train, most latents first.
 
         Raises:
             ValueError: none that these settings allow.
@@ -59,7 +84,7 @@ class ParallelConfig(Settings):
         S, R = self.latents_over, self.tokens_over
         found = [(s, r) for s, r in every if S in (0, s) and R in (0, r)]
         if not found:
-            wanted = max(S, 1) * max(R, 1)
+            wanted = max(S, 1) * max(R, 1) + self.harvest_ranks
             raise ValueError(
                 f"latents_over, tokens_over: expected numbers whose product is that of the "
                 f"processes, {processes}, got {S} and {R}; start with torchrun --nproc-per-node "
@@ -73,7 +98,7 @@ class ParallelConfig(Settings):
         """These settings with both numbers: what is 0 so that a process sends the fewest bytes.
 
         Args:
-            processes: how many there are.
+            processes: how many train.
             batch_size, n_latents: of the run; with prefixes, a token counts once for each.
             element_bytes: of a number in the rows of W_dec that kernels read.
 

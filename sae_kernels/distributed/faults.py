@@ -38,7 +38,7 @@ def first_cause(error: Exception, store: Store, rank: int, size: int) -> RankErr
     Returns:
         The error for this rank to raise; ``said`` is false on one rank alone.
     """
-    mine = str(error) if isinstance(error, RankError) else f"rank {rank}: {described(error)}"
+    mine = named(error, rank)
     follows = _follows(error)
     store.set(f"fault/{rank}", json.dumps({"message": mine, "follows": follows}))
     message = _awaited(mine, store, size) if follows else mine
@@ -65,7 +65,12 @@ def _end(rank: int, store: Store) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def described(error: Exception) -> str:
+def named(error: Exception, rank: int) -> str:
+    """The message of a rank's error with the rank that caused it."""
+    return str(error) if isinstance(error, RankError) else f"rank {rank}: {_described(error)}"
+
+
+def _described(error: Exception) -> str:
     """The message of an error, with its type unless the user can mend it."""
     return str(error) if isinstance(error, _USER_ERRORS) else f"{type(error).__name__}: {error}"
 

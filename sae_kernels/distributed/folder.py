@@ -53,7 +53,7 @@ class TeamFolder(RunFolder):
         with self._team.together():
             if self._team.rank == 0:
                 super().__enter__()
-        found = self._team.from_first(None if self.checkpoint is None else str(self.checkpoint))
+        found = self._team.told(None if self.checkpoint is None else str(self.checkpoint))
         if self._team.rank:
             if found is not None:
                 self.checkpoint, self.step = Path(found), checkpoint.step_of(Path(found))

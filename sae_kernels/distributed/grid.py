@@ -129,7 +129,8 @@ class Grid:
 
 
 def _own(groups: list[list[int]], like: Collectives, timeout: float) -> Collectives:
-    """The exchanges of the one of these groups of ranks that has this one; all make all."""
-    made = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for ranks in groups]
-    (own,) = [group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks]
-    return Collectives(own, like.sent)
+    """The exchanges of the one of these groups of ranks that has this one."""
+    (ranks,) = [ranks for ranks in groups if dist.get_rank() in ranks]
+    wait = timedelta(seconds=timeout)
+    made = dist.new_group(ranks, timeout=wait, use_local_synchronization=True)
+    return Collectives(made, like.sent)

@@ -40,7 +40,7 @@ def launched(parallel: ParallelConfig, device: str) -> Iterator[DeviceMesh]:
         RankError: for any error in the block of this or another process, it names the rank.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel.layouts(world)
+    parallel.layouts(len(parallel.training_ranks(world)))
     kind = training_device(device).type
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sae_kernels.distributed.collectives import Collectives
-from sae_kernels.distributed.faults import described
+from sae_kernels.distributed.faults import named
 from sae_kernels.distributed.latents import LatentRanks
 from sae_kernels.errors import RankError
 
@@ -41,7 +42,8 @@ class Team:
         rank, size: of the group.
         collectives: exchanges of activations over it.
         layout: the settings ``latents_over`` and ``tokens_over`` by the names of its dimensions.
-        saving, saving_mesh: a group on the CPU for the thread that saves checkpoints alone.
+        control: a group on the CPU, for what the hosts agree on.
+        saving, saving_mesh: another for the thread that saves checkpoints alone.
 
     Raises:
         ValueError: a mesh of other dimensions.
@@ -60,12 +62,16 @@ class Team:
         }
         members = sorted(mesh.mesh.flatten().tolist())
         self.mesh, self.timeout = mesh, timeout
-        self.group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(members, timeout=wait)
+        # Others that torchrun started take no part in making groups: they may run the model.
+        new_group = functools.partial(
+            dist.new_group, members, timeout=wait, use_local_synchronization=True
+        )
+        self.group = mesh.get_group() if mesh.ndim == 1 else new_group()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.collectives = Collectives(self.group)
         # On the CPU, so that no kernel waits behind what the host asks.
-        self._control = dist.new_group(members, backend="gloo", timeout=wait)
-        self.saving = dist.new_group(members, backend="gloo", timeout=wait)
+        self.control = new_group(backend="gloo")
+        self.saving = new_group(backend="gloo")
         self.saving_mesh = DeviceMesh.from_group(self.saving, "cpu")
 
     def ranks(self, n_latents: int, parallel: ParallelConfig) -> LatentRanks:
@@ -82,12 +88,12 @@ class Team:
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
         flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._control)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's plain value."""
-        return _broadcast(value, self._control)
+    def told(self, value: Any, by: int = 0) -> Any:
+        """The plain value of one rank."""
+        return _broadcast(value, self.control, by)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -97,7 +103,7 @@ class Team:
             yield
         except Exception as raised:
             error = raised
-        self._raise_first(error, self._control)
+        self._raise_first(error, self.control)
 
     def expect_same(self, facts: Mapping[str, Any]) -> None:
         """Raises ValueError on all ranks unless all have the same facts; it names the first other.
@@ -105,13 +111,14 @@ class Team:
         Args:
             facts: settings and fingerprints by name, plain values.
         """
-        others = _gathered({n: repr(v) for n, v in facts.items()}, self._control)
-        for rank, other in enumerate(others):
+        others = _gathered({n: repr(v) for n, v in facts.items()}, self.control)
+        ranks = dist.get_process_group_ranks(self.control)
+        for rank, other in zip(ranks, others, strict=True):
             for name, value in others[0].items():
                 if other.get(name) != value:
                     raise ValueError(
-                        f"{name}: expected the same on all ranks, rank 0 has {value:.200}, rank "
-                        f"{rank} has {other.get(name, 'nothing'):.200}"
+                        f"{name}: expected the same on all ranks, rank {ranks[0]} has "
+                        f"{value:.200}, rank {rank} has {other.get(name, 'nothing'):.200}"
                     )
 
     def write(
@@ -132,7 +139,7 @@ class Team:
             RankError: another rank failed.
             OSError: this one did.
         """
-        group = group or self._control
+        group = group or self.control
         asked = False
 
         def everywhere(path: Path | None) -> list[_Made]:
@@ -164,13 +171,12 @@ class Team:
 
     def _raise_first(self, error: Exception | None, group: ProcessGroup) -> None:
         """Raises this rank's error, or one that names the first rank with one."""
-        mine = None if error is None else described(error)
-        found = _gathered(mine, group)
+        found = _gathered(None if error is None else named(error, dist.get_rank()), group)
         if error is not None:
             raise error
-        for rank, other in enumerate(found):
+        for other in found:
             if other is not None:
-                raise RankError(f"rank {rank}: {other}")
+                raise RankError(other)
 
 
 def _gathered(value: Any, group: ProcessGroup) -> list[Any]:
@@ -180,8 +186,8 @@ def _gathered(value: Any, group: ProcessGroup) -> list[Any]:
     return values
 
 
-def _broadcast(value: Any, group: ProcessGroup) -> Any:
-    """A plain value of rank 0."""
+def _broadcast(value: Any, group: ProcessGroup, rank: int = 0) -> Any:
+    """A plain value of one rank."""
     values = [value]
-    dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group=group)
+    dist.broadcast_object_list(values, dist.get_global_rank(group, rank), group=group)
     return values[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,7 @@ class LayerRows:
         self._modules = [resolve_layer(model, layer) for layer in layers]
         self._budget, self._autocast = batch_size * context_length, autocast
         self._pad = padding_id(model, tokenizer)
+        self._alone = Lock()  # hooks in a model would meet those of another thread
         self.device = input_device(model)
         # One sequence of full length finds the widths, and errors before any work is done.
         outputs = probe(self._one_sequence, model, layers, context_length)
@@ -113,6 +115,7 @@ class LayerRows:
         inputs = {"input_ids": ids.to(self.device), "attention_mask": attended.to(self.device)}
         self._model.eval()
         with (
+            self._alone,
             torch.inference_mode(),
             torch.autocast(
                 self.device.type, dtype=self._autocast, enabled=self._autocast is not None

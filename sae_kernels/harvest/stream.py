@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sae_kernels.distributed.team import Team
     from sae_kernels.harvest.chunks import Chunk
 
+_Piece = TypeVar("_Piece")
 _AHEAD = 1 << 22  # rows that a sample is spread over: text is tokenized for it that far
 
 
@@ -174,6 +175,8 @@ class LiveBatches:
             "context_length": context_length,
         }
         self._team: Team | None = None
+        self._ahead = False
+        self._window = WindowRows(self._layer_rows, dtype, self.device)
         self._cursor, self._digest = Cursor(), ""
         self._counted: tuple[int, int] | None = None  # window whose rows left_out has
         self.close()
@@ -203,7 +206,7 @@ class LiveBatches:
         return LiveBatches(*self._read, list(layers), self.batch_size, **self._options)
 
     @contextmanager
-    def spread_over(self, team: Team) -> Iterator[None]:
+    def spread_over(self, team: Team, *, ahead: bool = False) -> Iterator[None]:
         """Several processes give the same batches together in the block, each a part of the work.
 
         Each runs the model on some of its batches of a window, and holds their rows alone; a batch
@@ -212,22 +215,25 @@ class LiveBatches:
 
         Args:
             team: the processes, all of which ask for the same batches and samples.
+            ahead: run the model on the next window of an epoch while one is handed out, in a
+                thread. Memory then holds two windows.
 
         Raises:
             ValueError: while iterating, if the processes read different texts.
             RankError: while iterating, if the model failed in another process.
         """
-        self._team = team
+        self._team, self._ahead = team, ahead
         self.close()
         try:
             yield
         finally:
-            self._team = None
+            self._team, self._ahead = None, False
             self.close()
 
     def close(self) -> None:
         """Frees the window and the text; the next batch would make them again."""
         self._text.close()
+        self._window.close()
         self._window = WindowRows(self._layer_rows, self.dtype, self.device, self._team)
         # Number of the window that is at hand, and its rows that are kept.
         self._held: tuple[int, Tensor] | None = None
@@ -237,28 +243,48 @@ class LiveBatches:
         return self
 
     def __next__(self) -> Tensor:
-        pieces: list[Tensor] = []
+        pieces = self._pieces(lambda window, numbers: window.gathered(window.own, numbers))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def part(self) -> tuple[Tensor, Tensor] | None:
+        """Of the next batch the rows [n, D] that are in this process, and who has each of all.
+
+        In a block of :meth:`spread_over`, whose processes all call it in place of ``next``; nothing
+        is gathered.
+
+        Returns:
+            The rows in the order of the batch, and the rank of each of the batch's, int64 [B]. None
+            after the last batch.
+        """
+        try:
+            rows, holders = zip(*self._pieces(WindowRows.part), strict=True)
+        except StopIteration:
+            return None
+        return torch.cat(rows), torch.cat(holders)
+
+    def _pieces(self, read: Callable[[WindowRows, Tensor], _Piece]) -> list[_Piece]:
+        """What ``read`` gives of the next batch's rows, window by window, by their numbers."""
+        pieces: list[_Piece] = []
         cursor, missing = self._cursor, self.batch_size
         while missing:
             if self.epochs is not None and cursor.epoch >= self.epochs:
                 self._cursor = cursor
                 raise StopIteration
-            rows = self._take(cursor, missing)
-            if rows is None:
+            numbers = self._take(cursor, missing)
+            if numbers is None:
                 if self._cursor <= Cursor(cursor.epoch):
                     raise ValueError(self._too_few(self.batch_size - missing))
                 cursor, pieces, missing = Cursor(cursor.epoch + 1), [], self.batch_size
                 continue
-            pieces.append(rows)
-            missing -= len(rows)
+            pieces.append(read(self._window, numbers))
+            missing -= len(numbers)
             if missing:
                 cursor = Cursor(cursor.epoch, cursor.window + 1)
             else:
-                cursor = cursor._replace(offset=cursor.offset + len(rows))
-        batch = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                cursor = cursor._replace(offset=cursor.offset + len(numbers))
         self._cursor, self._digest = cursor, self._text.digest
         self.position += 1
-        return batch
+        return pieces
 
     def sample(self, n: int) -> Tensor:
         """About n rows drawn at random from the whole text, or all there are; moves nothing.
@@ -322,18 +348,21 @@ class LiveBatches:
         self._counted = cursor[:2] if cursor.offset else None
 
     def _take(self, cursor: Cursor, most: int) -> Tensor | None:
-        """Up to `most` rows from a cursor on, within its window; None after the last window."""
+        """Numbers of up to `most` rows from a cursor on, in its window; None after the last."""
         self._fix_bounds()
         chunks = self._text.window(cursor.window)
         if chunks is None:
             return None
         kept = self._kept_of(cursor.window, chunks)
+        if self._ahead and not self._window.runs_ahead:
+            following = self._text.ahead(cursor.window + 1)
+            if following is not None:
+                self._window.run_ahead(following)
         if self._counted is None or self._counted < cursor[:2]:
             self._counted = cursor[:2]
             self.left_out += sum(chunk.rows for chunk in chunks) - len(kept)
         order = self._permutation(kept, cursor)
-        window, some = self._window, order[cursor.offset : cursor.offset + most]
-        return window.gathered(window.own, kept[some])
+        return kept[order[cursor.offset : cursor.offset + most]]
 
     def _fix_bounds(self) -> None:
         """Runs the model on the first window if no window has fixed the bounds of the norms yet."""

@@ -40,12 +40,12 @@ def reopenable(
 
 
 class TextWindows:
-    """The windows of a text by number; going forward is cheap, going back starts over.
+    """The windows of a text by number; going forward is cheap, going back by two starts over.
 
     Only the tokenizer makes windows, so skipping one does not run the model.
 
     Attributes:
-        digest: a hash of the tokens and document numbers up to the last window returned.
+        digest: a hash of the tokens and document numbers up to the last window that `window` gave.
     """
 
     def __init__(
@@ -67,40 +67,45 @@ class TextWindows:
         """Drops the iterator; the next window opens the text again."""
         self._source: Iterator[list[Chunk]] | None = None
         self._number = -1
-        self._window: list[Chunk] | None = None
         self._hash = hashlib.blake2b(digest_size=16)
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+        self.digest = self._hash.hexdigest()
+        self._recent: dict[int, tuple[list[Chunk] | None, str]] = {}  # the last two
 
     def window(self, number: int) -> list[Chunk] | None:
         """The chunks of window `number`, or None after the last window."""
-        if self._source is None or number < self._number:
-            self._open()
-        try:
-            while self._number < number:
-                self._advance()
-                if self._window is None:
-                    break
-        except BaseException:
-            self.close()  # an interrupted generator would look exhausted
-            raise
-        return self._window
+        chunks, self.digest = self._read(number)
+        return chunks
+
+    def ahead(self, number: int) -> list[Chunk] | None:
+        """The chunks of the window after the last one, or None; `digest` stays."""
+        return self._read(number)[0]
 
     def chunks(self, most: int | None = None) -> Iterator[Chunk]:
         """All chunks from the first on, of at most ``most`` rows, apart from the windows."""
         chunks = cut_documents(self._tokenizer, self._documents(), self._length, self._row_filter)
         return limit_rows(limit_rows(chunks, self._max_tokens), most)
 
-    def _open(self) -> None:
-        self.close()
-        self._source = windows(self.chunks(), self._rows)
+    def _read(self, number: int) -> tuple[list[Chunk] | None, str]:
+        if self._source is None or (number < self._number and number not in self._recent):
+            self.close()
+            self._source = windows(self.chunks(), self._rows)
+        try:
+            while self._number < number and self._advance(self._source):
+                pass
+        except BaseException:
+            self.close()  # an interrupted generator would look exhausted
+            raise
+        return self._recent[min(number, self._number)]
 
-    def _advance(self) -> None:
-        assert self._source is not None
-        self._window = next(self._source, None)
+    def _advance(self, source: Iterator[list[Chunk]]) -> bool:
+        """Reads a window more, if there is one."""
+        chunks = next(source, None)
         self._number += 1
-        for chunk in self._window or ():
+        for chunk in chunks or ():
             self._hash.update(f"{chunk.document} {len(chunk.ids)} {chunk.rows}".encode())
             self._hash.update(chunk.ids.numpy().tobytes())
+        before = self._recent.get(self._number - 1)
+        self._recent = {self._number: (chunks, self._hash.hexdigest())}
+        if before is not None:
+            self._recent[self._number - 1] = before
+        return chunks is not None

@@ -47,6 +47,7 @@ _FREE = (
     "train.cuda_graph",
     "parallel.latents_over",
     "parallel.tokens_over",
+    "parallel.harvest_ranks",
     "parallel.timeout",
 )
 

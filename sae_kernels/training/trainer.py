@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sae_kernels.config.output import OutputConfig
 from sae_kernels.config.parallel import ParallelConfig
@@ -17,9 +20,9 @@ from sae_kernels.data.rows import TensorRows
 from sae_kernels.data.shared import shared
 from sae_kernels.data.sources import IterableStream, batches_of, is_rows, open_source
 from sae_kernels.io.files import is_plain_name
-from sae_kernels.nn import SparseAutoencoder, architecture
+from sae_kernels.nn import SparseAutoencoder, architecture, build
 from sae_kernels.runs.folder import is_finished
-from sae_kernels.training.layout import laid_out
+from sae_kernels.training.layout import fitted
 from sae_kernels.training.origin import origin
 from sae_kernels.training.run import TrainingResult, drive
 from sae_kernels.training.run_config import run_tables
@@ -35,7 +38,6 @@ from sae_kernels.training.start import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch.distributed.device_mesh import DeviceMesh
 
     from sae_kernels.config.sae import SAEConfig
@@ -50,7 +52,7 @@ __all__ = ["TrainingResult", "train", "train_many"]
 
 def train(
     sae: SAEConfig | SparseAutoencoder,
-    source: Source | str | Path | Iterable[torch.Tensor],
+    source: Source | str | Path | Iterable[torch.Tensor] | None,
     config: TrainConfig | None = None,
     *,
     target: RowSource | torch.Tensor | None = None,
@@ -73,7 +75,8 @@ def train(
         source: raw activations: a tensor [N, D], a folder of stored ones, any row source such as
             :class:`~sae_kernels.data.ShardDataset`, or batches [B, D] to iterate over; for a
             crosscoder its layers side by side (:class:`~sae_kernels.data.JointRows`); or a stream
-            of batches that a model makes (:class:`~sae_kernels.harvest.LiveBatches`).
+            of batches that a model makes (:class:`~sae_kernels.harvest.LiveBatches`). With
+            ``parallel.harvest_ranks`` such a stream in the last processes, None in the others.
         config: the settings; or give them by name, as ``steps=10_000, lr=2e-4``.
         target: a transcoder's target activations, of the same tokens.
         folder: folder for the settings, metric lines, checkpoints and the SAE (docs/runs.md); None
@@ -97,7 +100,8 @@ def train(
     the process at once.
 
     Returns:
-        The trained SAE (with a mesh, this process's latents of it), the metric lines and counters.
+        The trained SAE (with a mesh, this process's latents of it), the metric lines and counters;
+        of processes that run a model for others neither latents nor lines.
 
     Raises:
         ValueError: settings, data and SAE that do not fit together; with a mesh, processes that do
@@ -115,39 +119,65 @@ def train(
         >>> len(result.metrics), result.skipped
         (2, 0)
     """
-    opened_source = open_source(source)
     objective = _architecture(sae).objective_class
     if config is None:
         config = TrainConfig.of(objective, **settings)
     elif settings:
         raise ValueError(f"expected config or settings by name, got both ({', '.join(settings)})")
-    if isinstance(opened_source, IterableStream):  # the batches are as large as they come
-        config = dataclasses.replace(config, batch_size=opened_source.batch_size)
-    plan, team = Planned(sae, config, dict(data or {})), None
+    parallel = ParallelConfig() if mesh is None or parallel is None else parallel
+    plan = Planned(sae, config, dict(data or {}), parallel=parallel)
+    location = RunLocation(folder, output or OutputConfig(), resume, overwrite)
+    train_on = functools.partial(_train_one, plan, location, target, on_step, step)
+    if mesh is None or not parallel.harvest_ranks:
+        return train_on(open_source(source), mesh)
+    from sae_kernels.distributed.feed import Feed
+
+    feed = Feed(mesh, parallel)
+    feed.check(source, run_tables(plan.sae_config, config, {}, OutputConfig(), parallel))
+    if feed.runs_model:
+        feed.serve(source)
+        with torch.device("meta"):
+            nothing = build(plan.sae_config, latents=range(0))
+        return TrainingResult(nothing, [], 0.0, torch.zeros(0, dtype=torch.bool), 0)
+    with feed.batches() as batches:
+        return train_on(batches, feed.mesh)
+
+
+def _train_one(
+    plan: Planned,
+    location: RunLocation,
+    target: RowSource | torch.Tensor | None,
+    on_step: OnStep | None,
+    step: MakeStep,
+    source: RowSource | Stream,
+    mesh: DeviceMesh | None,
+) -> TrainingResult:
+    """Trains one SAE, in this process or with those of a mesh."""
+    if isinstance(source, IterableStream):  # the batches are as large as they come
+        config = dataclasses.replace(plan.config, batch_size=source.batch_size)
+        plan = plan._replace(config=config)
+    team = None
     if mesh is not None:
         from sae_kernels.distributed.team import Team
 
-        parallel = parallel or ParallelConfig()
-        team = Team(mesh, parallel.timeout)
+        team = Team(mesh, plan.parallel.timeout)
         with team.together():
-            check_spread(plan, opened_source, step)
-            parallel = dataclasses.replace(parallel, **team.layout)
-            parallel, _ = laid_out(parallel, team.size, plan.sae_config, config)
+            check_spread(plan, source, step)
+            parallel = dataclasses.replace(plan.parallel, **team.layout)
+            parallel = fitted(parallel, team.size, plan.sae_config, plan.config)
             plan = plan._replace(parallel=parallel)
         data_there = (
-            getattr(opened_source, "fingerprint", None)
-            if is_rows(opened_source)
-            else opened_source.state_dict()
+            getattr(source, "fingerprint", None) if is_rows(source) else source.state_dict()
         )
-        settings_there = run_tables(plan.sae_config, config, {}, OutputConfig(), plan.parallel)
+        settings_there = run_tables(plan.sae_config, plan.config, {}, OutputConfig(), parallel)
         team.expect_same({**settings_there, "activations": data_there})
         with team.together():
             plan = plan._replace(ranks=team.ranks(plan.sae_config.n_latents, parallel))
-    location = RunLocation(folder, output or OutputConfig(), resume, overwrite, team)
+    location = dataclasses.replace(location, team=team)
     watch = {} if on_step is None else {"": on_step}
-    spread = getattr(opened_source, "spread_over", None)  # a model's stream
+    spread = getattr(source, "spread_over", None)  # a model's stream
     with nullcontext() if team is None or spread is None else spread(team):
-        result = _train(opened_source, {"": plan}, target, location, watch, step)[""]
+        result = _train(source, {"": plan}, target, location, watch, step)[""]
     if result.error is not None:
         raise result.error
     return result
@@ -295,7 +325,8 @@ def _train(
                 batches = stack.enter_context(Prefetched(batches, device))
             if ranks is not None and not gathers:
                 batches = ranks.gathered(batches, config.batch_size)
-            drive(list(started.values()), batches, bool if team is None else team.any)
+            on_any_rank = bool if team is None else getattr(source, "any", team.any)
+            drive(list(started.values()), batches, on_any_rank)
         return {name: run.result() for name, run in started.items()}
 
 

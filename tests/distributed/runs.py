@@ -51,6 +51,7 @@ def run(
     n_latents: int = 96,
     k: int = 6,
     blocks: int = 0,
+    harvest_ranks: int = 0,
     layout: dict[str, int] | None = None,
     resume: bool = False,
     stop_after: int | None = None,
@@ -78,7 +79,7 @@ def run(
             resume=resume,
             on_step=on_step,
             mesh=mesh,
-            parallel=ParallelConfig(blocks=blocks, **layout),
+            parallel=ParallelConfig(blocks=blocks, harvest_ranks=harvest_ranks, **layout),
             **(SETTINGS | settings),
         )
     except Stopped:

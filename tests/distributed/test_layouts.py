@@ -14,7 +14,7 @@ from sae_kernels.distributed.collectives import share
 from sae_kernels.distributed.latents import LatentRanks
 from sae_kernels.nn import TopKConfig
 from sae_kernels.nn.topk import TopKObjective
-from sae_kernels.training.layout import laid_out
+from sae_kernels.training.layout import fitted
 from tests.distributed.problems import trained
 from tests.distributed.test_latents import (
     CASES,
@@ -108,7 +108,7 @@ def test_sums_of_prefixes_count() -> None:
         (nested, train, (1, 2)),
         (TopKConfig(16, 1024, 4), drawn, (1, 2)),
     ):
-        chosen, _ = laid_out(ParallelConfig(), 2, sae, config)
+        chosen = fitted(ParallelConfig(), 2, sae, config)
         assert (chosen.latents_over, chosen.tokens_over) == over
 
 

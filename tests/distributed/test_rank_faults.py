@@ -91,11 +91,11 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def settings(acts: str, out: Path) -> list[str]:
+def settings(acts: str, out: Path, over: str = "latents") -> list[str]:
     """A run whose weights are the same bits on 1, 2 and 4 ranks."""
     flags = {
         "out": out,
-        "latents-over": 2,
+        f"{over}-over": 2,
         "blocks": 8,
         "timeout": TIMEOUT,
         "n-latents": 96,
@@ -126,13 +126,19 @@ def assert_same(out: Path, straight: dict[str, torch.Tensor]) -> None:
 
 
 def doomed(
-    acts: str, out: Path, doom: str, restarts: int = 0
+    acts: str, out: Path, doom: str, restarts: int = 0, over: str = "latents"
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     """The end of a run with a fault, and the seconds from it."""
-    arguments = [*settings(acts, out), *(["--resume"] if restarts else [])]
-    done = torchrun(
-        2, *arguments, module="tests.distributed.doomed_ranks", restarts=restarts, DOOM=doom
-    )
+    arguments = [*settings(acts, out, over), *(["--resume"] if restarts else [])]
+    return ended(2, arguments, doom, restarts)
+
+
+def ended(
+    size: int, arguments: list[str], doom: str, restarts: int = 0
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The end of a command with a fault, and the seconds from it."""
+    module = "tests.distributed.doomed_ranks"
+    done = torchrun(size, *arguments, module=module, restarts=restarts, DOOM=doom)
     at = re.search(r"doomed at ([\d.]+)", done.stderr)
     assert at, done.stderr
     return done, time.time() - float(at[1])
@@ -145,26 +151,30 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 
 
 FAULTS = [
-    ("1 18 0 SIGKILL", 15, "rank 1: ended without a message"),
-    ("0 18 0 SIGKILL", 15, "rank 0: ended without a message"),
-    ("1 18 0 error", 15, "rank 1: Bug: a wrong turn"),
-    ("1 18 0 nan", 15, "step 19: expected a finite loss"),
-    ("1 18 0 SIGSTOP", TIMEOUT + 15, "rank 1: ended without a message"),
+    ("latents", "1 18 0 SIGKILL", 15, "rank 1: ended without a message"),
+    ("latents", "0 18 0 SIGKILL", 15, "rank 0: ended without a message"),
+    ("latents", "1 18 0 error", 15, "rank 1: Bug: a wrong turn"),
+    ("latents", "1 18 0 nan", 15, "step 19: expected a finite loss"),
+    ("latents", "1 18 0 SIGSTOP", TIMEOUT + 15, "rank 1: ended without a message"),
+    ("tokens", "1 18 0.002 SIGKILL", 15, "rank 1: ended without a message"),
+    ("tokens", "0 18 0 SIGKILL", 15, "rank 0: ended without a message"),
+    ("tokens", "1 18 0 nan", 15, "step 19: expected a finite loss"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("doom", "within", "words"), FAULTS)
+@pytest.mark.parametrize(("over", "doom", "within", "words"), FAULTS)
 def test_all_stop_and_another_number_goes_on(
     acts: str,
     tmp_path: Path,
     straight: dict[str, torch.Tensor],
+    over: str,
     doom: str,
     within: float,
     words: str,
 ) -> None:
     out = tmp_path / "run"
-    done, seconds = doomed(acts, out, doom)
+    done, seconds = doomed(acts, out, doom, over=over)
     print(f"{doom}: {seconds:.1f} s")
     assert done.returncode == 1
     assert words in said(done)
