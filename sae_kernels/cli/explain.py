@@ -1,7 +1,8 @@
-"""Command ``sae-kernels explain``: which backend runs a primitive, and why."""
+"""Command ``sae-kernels explain``: which backend runs a primitive, which layout a run has."""
 
 import difflib
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -9,6 +10,9 @@ import typer
 from sae_kernels import backends, primitives
 from sae_kernels.cli.options import Debug, Json
 from sae_kernels.cli.output import Output
+from sae_kernels.cli.settings import given, with_flags
+from sae_kernels.training.layout import fitted, reason
+from sae_kernels.training.run_config import RunConfig
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -16,17 +20,65 @@ DTYPES = {
 }
 
 
+LAYOUT = "layout"
+
+
+@with_flags("parallel")
 def explain(
-    primitive: Annotated[str, typer.Argument(help=f"One of {', '.join(primitives.NAMES)}.")],
-    device: Annotated[str, typer.Option(help="Device of the tensors.")] = "cpu",
+    what: Annotated[
+        str, typer.Argument(help=f"{LAYOUT}, or a primitive: {', '.join(primitives.NAMES)}.")
+    ],
+    device: Annotated[
+        str | None, typer.Option(help="Device of the tensors. [default: cpu, or the run's]")
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="|".join(DTYPES), help="Dtype of the operands.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            metavar="|".join(DTYPES), help="Dtype of the operands. [default: float32, or the run's]"
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Of a layout: how many processes torchrun starts.", min=1)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Of a layout: the run's TOML, as of train or its run.toml.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
+    **flags: Any,
 ) -> None:
-    """Show which backend runs a primitive, and why the others do not."""
-    _check("PRIMITIVE", primitive, primitives.NAMES)
+    """Show which backend runs a primitive or which layout several processes have, and why."""
+    _check("WHAT", what, (LAYOUT, *primitives.NAMES))
+    output = Output(as_json)
+    if what != LAYOUT:
+        for name, value in {"processes": processes, "config": config, **flags}.items():
+            if value is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: expected it with {LAYOUT} alone")
+        _primitive(output, what, device or "cpu", dtype or "float32")
+        return
+    if processes is None or config is None:
+        raise ValueError("layout: expected --processes and --config, got one or none of them")
+    tables = given(config, flags, None, ("parallel",))
+    if device is not None:
+        tables["train"] = {**tables.get("train", {}), "device": device}
+    if dtype is not None:
+        tables["optimizer"] = {**tables.get("optimizer", {}), "compute": dtype}
+    _layout(output, RunConfig.from_tables(tables), processes)
+
+
+def _layout(output: Output, run: RunConfig, processes: int) -> None:
+    there = len(run.parallel.training_ranks(processes))
+    parallel = fitted(run.parallel, there, run.sae, run.train)
+    why = reason(parallel, run.sae, run.train)
+    names = ("latents_over", "tokens_over", "harvest_ranks")
+    layout = {name: getattr(parallel, name) for name in names}
+    output.record({"processes": processes, **layout, "reason": why})
+    output.text(why)
+    if parallel.harvest_ranks:
+        output.text(f"the last {parallel.harvest_ranks} of {processes} processes run the model")
+
+
+def _primitive(output: Output, primitive: str, device: str, dtype: str) -> None:
     _check("--dtype", dtype, tuple(DTYPES))
     try:
         where = torch.device(device)
@@ -39,7 +91,6 @@ def explain(
     able = [c.backend for c in candidates if c.reason is None and choice in (None, c.backend)]
     runs = able[0] if able else None
     note = None if runs is None else backends.note(primitive, runs, DTYPES[dtype])
-    output = Output(as_json)
     output.record(
         {
             "primitive": primitive,

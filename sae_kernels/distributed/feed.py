@@ -179,7 +179,7 @@ class FedBatches:
         feed: the processes.
 
     Attributes:
-        d_in, batch_size, widths, metadata: of the stream there.
+        d_in, batch_size, metadata: of the stream there.
         facts: which rows are left out; known with the sample.
         stops: whether all that train stop after this batch, as some process got a signal.
     """

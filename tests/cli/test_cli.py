@@ -149,10 +149,44 @@ def test_explain_says_nothing_where_no_score_is_screened(run, monkeypatch):
     assert record["note"] is None
 
 
+RUN = """
+[sae]
+d_in = 768
+n_latents = 6144
+[train]
+batch_size = 8192
+device = "cpu"
+[optimizer]
+compute = "float32"
+"""
+
+
+def test_explain_says_which_layout_a_run_has(run, tmp_path):
+    """With the bytes of the formula: 4 D / G (B (S - 1) + F (R - 1)), of sums and of rows."""
+    config = tmp_path / "run.toml"
+    config.write_text(RUN)
+    of = ["explain", "layout", "--processes", "4", "--config", str(config)]
+    (record,) = run(*of, "--json").records()
+    assert (record["latents_over"], record["tokens_over"]) == (2, 2)
+    sums, rows = 4 * 8192 * 768 / 4e6, 4 * 6144 * 768 / 4e6
+    each = (f"{sums + rows:.3g}", f"{3 * sums:.3g}", f"{3 * rows:.3g}")
+    assert record["reason"] == (
+        "latents over 2, tokens over 2: of reconstructions a process sends {} MB a step; latents "
+        "over 4: {} MB; tokens over 4: {} MB".format(*each)
+    )
+    said = run(*of, "--latents-over", "2", "--harvest-ranks", "2").out
+    assert said.startswith("latents over 2: of reconstructions")
+    assert "the last 2 of 4 processes run the model" in said
+    refused = run(*of, "--latents-over", "3").refusal()
+    assert "expected numbers whose product is that of the processes, 4, got 3" in refused
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["decod"], "did you mean 'decode'?"),
+        (["layout", "--processes", "2"], "layout: expected --processes and --config"),
+        (["decode", "--tokens-over", "2"], "--tokens-over: expected it with layout alone"),
         (["decode", "--dtype", "int8"], "expected one of float32"),
         (["decode", "--device", "toaster"], "'toaster'"),
     ],
