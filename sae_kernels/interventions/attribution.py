@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -146,8 +147,9 @@ class Attribution:
         O(1 / steps^2).
 
         Raises:
-            ValueError: a metric that is no scalar, or does not depend on a layer.
+            ValueError: a metric that is no scalar, or does not depend on a layer; steps below 0.
         """
+        checks.count("steps", steps)
         run = self.record()
         x = {layer: rows.detach() for layer, rows in run.x.items()}
         if not steps:
@@ -253,8 +255,9 @@ class Attribution:
             for layer, function in replace.items():
                 hooks.enter_context(splice(self.model, layer, function, self.batch.replaced))
             value = self.measure(clean_logits(self.model, self.batch))
-        if value.numel() != 1:
-            raise ValueError(f"metric: expected one that gives a scalar, got {list(value.shape)}")
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"metric: expected one that gives a scalar tensor, got {got}")
         return value.reshape(())
 
     @torch.no_grad()
@@ -315,6 +318,7 @@ def _exchange(point: Tensor, _rows: Tensor) -> Tensor:
 
 def strongest(effects: Mapping[str, Effects], n: int) -> list[tuple[Node, float]]:
     """The n nodes with the largest effects over all tokens, errors among them, with the effects."""
+    checks.count("n", n)
     found: list[tuple[Node, float]] = []
     for layer, each in effects.items():
         latents, sums = each.by_latent()
@@ -327,12 +331,21 @@ def strongest(effects: Mapping[str, Effects], n: int) -> list[tuple[Node, float]
 def rank_correlation(a: Sequence[float] | Tensor, b: Sequence[float] | Tensor) -> float:
     """Spearman's rank correlation of two lists, equal values having their mean rank.
 
+    NaN where a list holds NaN, or where all of its values are equal.
+
+    Raises:
+        ValueError: lists of different lengths.
+
     >>> round(rank_correlation([1.0, 2.0, 5.0], [10.0, 30.0, 20.0]), 6)
     0.5
     """
+    if len(a) != len(b):
+        raise ValueError(f"expected two lists of one length, got {len(a)} and {len(b)} values")
     ranks = []
     for values in (a, b):
         x = torch.as_tensor(values, dtype=torch.float64)
+        if x.isnan().any():
+            return math.nan
         # The mean rank: how many lie below, and half of those that are equal.
         ranks.append((x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2)
     centred = [rank - rank.mean() for rank in ranks]

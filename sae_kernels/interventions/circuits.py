@@ -15,6 +15,7 @@ from sae_kernels.io.files import json_writer, publish, read_json
 from sae_kernels.plotting.figure import Drawing, Picture, render
 from sae_kernels.plotting.style import BLUE, INK, MUTED, ORANGE
 from sae_kernels.plotting.units import number
+from sae_kernels.primitives import checks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,6 +121,9 @@ def find_circuit(
         n_nodes: of each layer.
         n_edges: in all.
 
+    Raises:
+        ValueError: less than one node, or less than no edge.
+
     Example:
         >>> import pytest
         >>> from sae_kernels.interventions import Attribution
@@ -134,6 +138,8 @@ def find_circuit(
         >>> len(circuit.effects), len(circuit.edges)
         (6, 5)
     """
+    checks.count("n_nodes", n_nodes, least=1)
+    checks.count("n_edges", n_edges)
     run = study.record()
     layers = tuple(run.x)  # in the order in which they ran
     nodes = {layer: strongest({layer: effects[layer]}, n_nodes) for layer in layers}
@@ -182,8 +188,10 @@ def circuit_curves(
     of all but C. Nodes downstream see what is ablated upstream. Two forward passes a count.
 
     Raises:
-        ValueError: a metric that ablating everything does not change.
+        ValueError: a metric that ablating everything does not change; a count below 0.
     """
+    for n in counts:
+        checks.count("counts", n)
     ranked = [node for node, _ in strongest(effects, max(counts, default=0))]
     nothing, whole = study.only([]), study.without([])
     if nothing == whole:

@@ -11,6 +11,7 @@ from sae_kernels.codes import SparseCodes
 from sae_kernels.harvest.splice import check_fits, frozen, replaced_rows
 from sae_kernels.harvest.tokens import TokenBatch
 from sae_kernels.interventions.attribution import written
+from sae_kernels.primitives import checks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,9 +34,12 @@ class Documents(NamedTuple):
         """The activations [N, D] with latents ablated to 0; what the SAE misses stays.
 
         As the mean is linear, they are the means of activations whose latents are ablated.
+
+        Raises:
+            ValueError: an unknown latent.
         """
         removed = torch.zeros(self.codes.n_latents, dtype=torch.bool, device=self.x.device)
-        removed[torch.as_tensor(latents, dtype=torch.long, device=self.x.device)] = True
+        removed[checks.latents(latents, self.codes.n_latents).to(removed.device)] = True
         return self.x - written(sae, self.codes, removed)
 
 

@@ -33,7 +33,8 @@ def stored_state_dict(path: Path) -> Stored:
         zipped = file.read(4) == b"PK\3\4"
         found = _zipped(file) if zipped else _old(file)
     if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a state dict of tensors, got {type(found).__name__}")
+        got = "one tensor" if isinstance(found, View) else type(found).__name__
+        raise DataError(f"{path}: expected a state dict of tensors, got {got}")
     for name, view in found.items():
         if not (isinstance(view, View) and view.dense):
             raise DataError(f"{path}: {name!r:.80}: expected a dense tensor")

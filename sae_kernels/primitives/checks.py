@@ -112,6 +112,12 @@ def narrow(rows: torch.Tensor | None, W: torch.Tensor) -> None:
         same_device(W=W, narrow=rows)
 
 
+def count(name: str, value: int, least: int = 0) -> None:
+    """Raises ValueError unless a value is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
 def latents(given: Sequence[int] | torch.Tensor, n_latents: int) -> torch.Tensor:
     """Checks a list of latents from 0 to n_latents - 1; returns it as int64 [n].
 

@@ -220,6 +220,7 @@ TENSORS: dict[str, tuple[Any, list[str]]] = {
         ["bias: expected one of torch.float32", "got torch.int64"],
     ),
     "a-list": ([1, 2], ["expected a state dict of tensors, got list"]),
+    "a-tensor": (torch.zeros(2), ["expected a state dict of tensors, got one tensor"]),
     "numbers": ({"bias": 3.0}, ["'bias': expected a dense tensor"]),
     "nested": ({"bias": {"bias": torch.ones(D)}}, ["'bias': expected a dense tensor"]),
     "names": ({1: torch.ones(D)}, ["expected names of tensors, got int"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -247,6 +248,10 @@ def test_memory_grows_with_kept_entries_alone(model: Any) -> None:
     assert 0 < more < 300 * entries, "bytes, some tensors of int64 and fp64 an entry"
 
 
+def test_a_rank_correlation_with_nan_is_nan() -> None:
+    assert math.isnan(rank_correlation([1.0, math.nan, 2.0], [2.0, 3.0, 4.0]))
+
+
 def test_refusals(model: Any, saes: dict[str, Any]) -> None:
     study = Attribution(model, saes, prompts(0), metric)
     cases: list[tuple[Callable[[], object], str]] = [
@@ -259,6 +264,13 @@ def test_refusals(model: Any, saes: dict[str, Any]) -> None:
             lambda: Attribution(model, saes, prompts(0), lambda x: torch.ones(())).effects(),
             "depends on every layer",
         ),
+        (
+            lambda: Attribution(model, saes, prompts(0), lambda x: 1.0).effects(),  # type: ignore[arg-type, return-value]
+            "a scalar tensor, got float",
+        ),
+        (lambda: study.effects(-1), "steps: expected a whole number of at least 0, got -1"),
+        (lambda: strongest(study.effects(), -1), "n: expected a whole number of at least 0"),
+        (lambda: rank_correlation([1.0, 2.0], [1.0]), "of one length, got 2 and 1 values"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -129,6 +129,12 @@ def test_curves_start_and_end_where_they_must(study: Attribution) -> None:
     flat = Attribution(study.model, study.saes, study.batch, lambda logits: 0 * logits.sum())
     with pytest.raises(ValueError, match="ablating all layers changes"):
         circuit_curves(flat, effects, [1])
+    with pytest.raises(ValueError, match="counts: expected a whole number of at least 0, got -1"):
+        circuit_curves(study, effects, [2, -1])
+    with pytest.raises(ValueError, match="n_nodes: expected a whole number of at least 1, got 0"):
+        find_circuit(study, effects, n_nodes=0)
+    with pytest.raises(ValueError, match="n_edges: expected a whole number of at least 0, got -2"):
+        find_circuit(study, effects, n_edges=-2)
 
 
 def test_a_picture_is_drawn(study: Attribution) -> None:

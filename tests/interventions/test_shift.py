@@ -104,3 +104,6 @@ def test_refusals(model: Any, sae: SparseAutoencoder) -> None:
         mean_documents(model, LAYER, sae, [empty])
     with pytest.raises(ValueError, match="at least one, got none"):
         mean_documents(model, LAYER, sae, [])
+    documents = mean_documents(model, LAYER, sae, [torch.ones(2, 3).long()])
+    with pytest.raises(ValueError, match=r"latents: expected numbers from 0 to .* got -1"):
+        documents.without(sae, [-1])
