@@ -7,15 +7,12 @@ many bytes as it reads of decoder rows. The bars: a ratio of 8 and of 4, and of 
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from benchmarks.study import Records, Runs, bars, ratios
-from sae_kernels.bench.contestants.clock import PeakMemory
+from benchmarks.study import Records, Runs, bars, peak_of, peaks, ratios
 from sae_kernels.bench.inputs import activations
 from sae_kernels.config import OptimizerConfig
 from sae_kernels.nn import CrossLayerTopK
@@ -106,17 +103,9 @@ def step(kind: str, rounds: int, shape: Shape = ASKED) -> Records:
 
 def memory(kind: str, rounds: int, shape: Shape = ASKED) -> Records:
     """Peak of a step above weights and moments: the dense one's ratio is to be 4 or more."""
-    spawn = multiprocessing.get_context("spawn")
-    peaks = {}
-    for name in ("FusedStep fp32", "dense fp32"):
-        with ProcessPoolExecutor(1, mp_context=spawn) as own:
-            threads = torch.get_num_threads()
-            peaks[name] = own.submit(peak, name, kind, shape, threads).result()
-    base = peaks["FusedStep fp32"]
-    for name, size in peaks.items():
-        mib, ratio = round(size / 2**20, 1), round(size / max(1, base), 3)
-        values = {"peak_mib": mib, "ratio": ratio, "base": "FusedStep fp32"}
-        yield {"case": f"CLT memory {kind}", "provider": name, **values}
+    names, threads = ("FusedStep fp32", "dense fp32"), torch.get_num_threads()
+    runs = {name: partial(peak, name, kind, shape, threads) for name in names}
+    yield from peaks(f"CLT memory {kind}", runs, "FusedStep fp32")
 
 
 def peak(name: str, kind: str, shape: Shape, threads: int) -> int:
@@ -132,13 +121,7 @@ def peak(name: str, kind: str, shape: Shape, threads: int) -> int:
     if isinstance(dense := run.func, DenseCrossLayerStep):  # type: ignore[attr-defined]
         run()  # Adam's states are made in the first
         dense.optimizer.zero_grad(set_to_none=True)
-    measured = PeakMemory(torch.device("cpu"))
-    measured.start()
-    run()
-    found = measured.stop()
-    if found is None:
-        raise OSError("memory: expected Linux's /proc/self/clear_refs, it is not there")
-    return found
+    return peak_of(run)
 
 
 def decode(kind: str, rounds: int, shape: Shape = ASKED) -> Records:

@@ -2,9 +2,10 @@
 
 ACTS is filled with what three layers of the demo's model make of the demo's text, the same tokens
 in each, unless it holds them already. Each architecture is trained as the command line would, with
-the demo's batch and L0 aimed at 32, and evaluated on held-out documents.
-Nothing is timed. ``python -m benchmarks.quality --page`` writes the table into
-docs/architectures.md.
+the demo's batch and L0 aimed at 32, and evaluated on held-out documents. ``--revival`` trains each
+with AuxK, with resampling and without either, in the place of what is its default.
+Nothing is timed. ``python -m benchmarks.quality --page`` writes the tables into
+docs/architectures.md, and ``quality_peers``' too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ LAYER, LAYERS = "encoder.layer.{}", (3, 4, 5)
 TOKENS = {"train": 200_000, "held_out": 24_000}
 PAGE = DOCS / "architectures.md"
 MARK = "<!-- written by benchmarks.quality -->"
+COLUMNS = ("architecture", "FVU", "of the seeds", "L0", "dead in training", "bits a token")
+# Ways to revive dead latents, as tables of settings: a latent is dead after a quarter of 800 steps.
+REVIVAL: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "AuxK": {"objective": {"auxk_alpha": 1 / 32}},
+    "resampling": {"objective": {"auxk_alpha": 0.0}, "train": {"resample_every": 200}},
+    "neither": {"objective": {"auxk_alpha": 0.0}},
+}
 
 
 def fill(acts: Path) -> None:
@@ -64,27 +73,36 @@ def _joint(acts: Path, side: str, layers: Sequence[int]) -> JointRows:
     return JointRows([of_layer(acts, side, layer) for layer in layers])
 
 
-def settings_of(arch: str, d_in: int, steps: int, seed: int, lr: float | None) -> RunConfig:
+def settings_of(
+    arch: str, d_in: int, steps: int, seed: int, lr: float | None, revival: str = "default"
+) -> RunConfig:
     """The demo's settings of an architecture, on all layers that it reads and predicts."""
     sources, targets = layers_of(arch)
     demo = train_config(steps, seed).to_dict()
     ours = {name: demo[name] for name in ("steps", "batch_size")}
-    tables = {"arch": arch, "train": {**ours, "seed": seed, **({"lr": lr} if lr else {})}}
+    tables: dict[str, Any] = {
+        "arch": arch,
+        "train": {**ours, "seed": seed, **({"lr": lr} if lr else {})},
+    }
     tables["objective"] = {"dead_after_tokens": DEAD_AFTER_TOKENS}
+    for name, changes in REVIVAL[revival].items():
+        tables[name].update(changes)
     return RunConfig.from_tables(tables, Widths([d_in] * len(sources), [d_in] * len(targets)))
 
 
-def run(acts: Path, arch: str, steps: int, seed: int, lr: float | None) -> dict[str, Any]:
+def run(
+    acts: Path, arch: str, steps: int, seed: int, lr: float | None, revival: str = "default"
+) -> dict[str, Any]:
     """Trains and evaluates one architecture; lr None is the default."""
     sources, targets = layers_of(arch)
     data = {side: _joint(acts, side, sources) for side in TOKENS}
     target = {side: _joint(acts, side, targets) if targets else None for side in TOKENS}
     d_in = of_layer(acts, "train", LAYERS[0]).d_in
-    settings = settings_of(arch, d_in, steps, seed, lr)
+    settings = settings_of(arch, d_in, steps, seed, lr, revival)
     done = train(settings.sae, data["train"], settings.train, target=target["train"])
     measured = evaluate(done.sae, data["held_out"], target=target["held_out"])
     return {
-        "arch": arch,
+        "arch": arch if revival == "default" else f"{arch}, {revival}",
         "seed": seed,
         "steps": steps,
         **measured.scalars(),
@@ -106,13 +124,12 @@ def table(path: Path) -> str:
         f"`{facts['command']}`. Transcoders predict layer 4 from layer 3, across layers 4 and 5 "
         "from 3 and 4; crosscoders reconstruct 3 and 4, the others 4. L0 is of both layers."
     )
-    head = ("architecture", "FVU", "of the seeds", "L0", "dead in training", "bits a token")
     names = dict.fromkeys(line["arch"] for line in lines)
     rows = [_cells(name, [line for line in lines if line["arch"] == name]) for name in names]
-    return f"{about}\n\n{markdown(head, rows)}"
+    return f"{about}\n\n{markdown(COLUMNS, rows)}"
 
 
-def _cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
+def _cells(name: str, runs: list[dict[str, Any]], silent: str = "dead_in_training") -> list[str]:
     """The means over an architecture's seeds, and each seed's FVU."""
 
     def mean(key: str) -> float:
@@ -120,15 +137,35 @@ def _cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
 
     seeds = ", ".join(f"{run['fvu']:.4f}" for run in runs)
     bits = f"{mean('bits_per_token'):.0f}" if "bits_per_token" in runs[0] else ""
-    dead = f"{100 * mean('dead_in_training'):.1f} %"
+    dead = f"{100 * mean(silent):.1f} %"
     return [name, f"{mean('fvu'):.4f}", seeds, f"{mean('l0'):.1f}", dead, bits]
 
 
-def write_page() -> None:
-    """Replaces what follows the mark in docs/architectures.md."""
-    head = PAGE.read_text().partition(MARK)[0]
+def peers_table() -> str:
+    """The peers' runs and ours of the same architectures as Markdown."""
+    files = [read(path) for path in sorted(RESULTS.glob("peers-*.jsonl"))]
+    theirs = [(facts, line) for facts, lines in files for line in lines]
+    kinds = sorted({line["arch"] for _, line in theirs})
+    _, own = read(RESULTS / "quality-zen5.jsonl")
+    rows = []
+    for arch in kinds:
+        runs = {"ours": [line for line in own if line["arch"] == arch]}
+        for _, line in sorted(theirs, key=lambda each: (each[1]["peer"], each[1]["seed"])):
+            if line["arch"] == arch:
+                runs.setdefault(line["peer"], []).append(line)
+        rows += [_cells(f"{arch}, {name}", lines, "dead_fraction") for name, lines in runs.items()]
+    commits = ", ".join(dict.fromkeys(commit(facts) for facts, _ in theirs))
+    about = (
+        f"Other trainers on the same tokens: `python -m benchmarks.quality_peers acts`; {commits}."
+    )
+    head = ("architecture and trainer", *COLUMNS[1:4], "silent on held-out", COLUMNS[5])
+    return f"{about}\n\n{markdown(head, rows)}"
+
+
+def text(page: str) -> str:
+    """The page with tables of today's results after its mark."""
     tables = [table(path) for path in sorted(RESULTS.glob("quality-*.jsonl"))]
-    PAGE.write_text("\n\n".join([head + MARK, *tables]) + "\n")
+    return "\n\n".join([page.partition(MARK)[0] + MARK, peers_table(), *tables]) + "\n"
 
 
 def main() -> None:
@@ -138,16 +175,20 @@ def main() -> None:
     made.add_argument("--lr", type=float, help="default: the default learning rate")
     made.add_argument("acts", type=Path, nargs="?")
     made.add_argument("--only", nargs="+", choices=presets(), default=list(presets()))
+    made.add_argument("--revival", nargs="+", choices=REVIVAL, default=["default"])
     made.add_argument("--page", action="store_true")
     options = made.parse_args()
     if options.acts is not None:
         if not options.acts.exists():
             fill(options.acts)
-        each = itertools.product(options.seeds, options.only)
-        records = (run(options.acts, arch, options.steps, seed, options.lr) for seed, arch in each)
+        each = itertools.product(options.seeds, options.only, options.revival)
+        records = (
+            run(options.acts, arch, options.steps, seed, options.lr, revival)
+            for seed, arch, revival in each
+        )
         report("quality", records, options.out)
     if options.page:
-        write_page()
+        PAGE.write_text(text(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.bench.cases import CPU_SMALL
+from sae_kernels.bench.contestants.clock import PeakMemory
 from sae_kernels.bench.provenance import provenance
 from sae_kernels.bench.timing import Timing, interleaved
 from sae_kernels.config import SAEConfig, TrainConfig
@@ -72,6 +75,37 @@ def ratios(case: str, runs: Runs, base: str, rounds: int, untimed: int = 0) -> R
     """Times runs in turns and gives the record of each, with its ratio to the base."""
     for name, timing in (times := interleaved(runs, rounds, untimed=untimed)).items():
         yield record(case, name, timing, times[base], base)
+
+
+def peaks(case: str, runs: Mapping[str, Callable[[], int]], base: str) -> Records:
+    """The peak in bytes that each run finds, in a process of its own, with its ratio to the base.
+
+    Args:
+        case, base: of the records.
+        runs: by name; they return their :func:`peak_of`.
+    """
+    found = {}
+    for name, run in runs.items():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+            found[name] = own.submit(run).result()
+    for name, size in found.items():
+        mib, ratio = round(size / 2**20, 1), round(size / max(1, found[base]), 3)
+        yield {"case": case, "provider": name, "peak_mib": mib, "ratio": ratio, "base": base}
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The bytes that a run takes at its highest, above what was there before.
+
+    Raises:
+        OSError: another system than Linux.
+    """
+    measured = PeakMemory(torch.device("cpu"))
+    measured.start()
+    run()
+    found = measured.stop()
+    if found is None:
+        raise OSError("memory: expected Linux's /proc/self/clear_refs, it is not there")
+    return found
 
 
 def record(case: str, name: str, timing: Timing, base: Timing, base_name: str) -> Record:

@@ -130,7 +130,10 @@ class JumpReLUSAE(SparseAutoencoder):
     presets: ClassVar[dict[str, Preset]] = {
         "jumprelu": Preset("a learned threshold per latent, L0 held at a target"),
         "matryoshka_jumprelu": Preset(
-            "JumpReLU, prefixes of the latents reconstruct alone", sae={"groups": NESTED}
+            "JumpReLU, prefixes of the latents reconstruct alone",
+            sae={"groups": NESTED},
+            # The last group is in one prefix of five: the penalty silences two fifths for good.
+            objective={"auxk_alpha": 1 / 32},
         ),
     }
 

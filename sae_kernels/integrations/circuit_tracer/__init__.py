@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _CLT = "circuit_tracer.transcoder.cross_layer_transcoder"
 _CONTEXTS = "circuit_tracer.attribution.context_"
+_MODEL = "circuit_tracer.replacement_model.replacement_model_transformerlens"
 
 
 def transcoder(
@@ -89,6 +90,8 @@ def _install(installation: Installation) -> None:
     )
     replace(lens, "_compute_score_hook", attribution.score_hook)
     replace(nnsight, "compute_score", attribution.score)
+    model = importlib.import_module(_MODEL).TransformerLensReplacementModel
+    replace(model, "run_forward_pass", attribution.forward_pass(installation))
 
 
 def _modules_of(target: Any) -> Iterable[torch.nn.Module]:
@@ -105,6 +108,7 @@ _CODE = {
     f"{_CLT}:CrossLayerTranscoder.compute_attribution_components": "d8c2158d2d47",
     f"{_CONTEXTS}transformerlens:AttributionContext": "c4a52cb213c3",
     f"{_CONTEXTS}nnsight:AttributionContext": "0637e752673f",
+    f"{_MODEL}:TransformerLensReplacementModel.run_forward_pass": "5644a681f25e",
 }
 
 ADAPTER = Adapter(

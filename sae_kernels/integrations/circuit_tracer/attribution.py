@@ -2,7 +2,8 @@
 
 circuit-tracer holds a_s W_dec of every active feature, position and layer that it writes to: [n, D]
 of nnz (L + 1) / 2 rows; in a backward pass it copies the gradient of every position as often as
-features fire there, for all of a batch. Here rows are read a few positions at a time.
+features fire there, for all of a batch. Here rows are read a few positions at a time. And a batch
+is one prompt repeated, whose attention is held as often; here once.
 """
 
 from __future__ import annotations
@@ -93,6 +94,42 @@ def components(installation: Installation) -> Callable[..., Any]:
             }
 
         return torch.no_grad()(compute)
+
+    return make
+
+
+def forward_pass(installation: Installation) -> Callable[..., Any]:
+    """Makes TransformerLens' ``run_forward_pass(input_ids, batch_size, ctx)``.
+
+    The batch is one prompt repeated and attention is frozen, so one pattern [1, H, n_pos, n_pos]
+    serves all of it: it reads the values of the batch side by side, as if heads were wider.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: Any, input_ids: torch.Tensor, batch_size: int, ctx: Any) -> None:
+            if not installation.covers(self.transcoders):
+                original(self, input_ids, batch_size, ctx)
+                return
+
+            def first(x: torch.Tensor, hook: Any) -> torch.Tensor:
+                return x[:1]
+
+            def side_by_side(v: torch.Tensor, hook: Any) -> torch.Tensor:
+                return v.movedim(0, 2).flatten(2)[None]  # [1, n_pos, H, B d_head]
+
+            def apart(z: torch.Tensor, hook: Any) -> torch.Tensor:
+                return z[0].unflatten(2, (batch_size, -1)).movedim(2, 0).contiguous()
+
+            made = {"q": first, "k": first, "pattern": first, "v": side_by_side, "z": apart}
+            hooks = [
+                (f"blocks.{layer}.attn.hook_{name}", hook)
+                for layer in range(self.cfg.n_layers)
+                for name, hook in made.items()
+            ]
+            with self.hooks(fwd_hooks=hooks):
+                original(self, input_ids, batch_size, ctx)
+
+        return run
 
     return make
 
