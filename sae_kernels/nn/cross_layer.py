@@ -240,7 +240,7 @@ class CrossLayer(LayerFeatures, SparseAutoencoder):
         )[:, None]
         indices, values = flat.indices.flatten(), flat.values.flatten()
         writes = indices < writers  # [L, N]
-        before = pad(writes.flatten().cumsum(0), (1, 0)).to(torch.int32)
+        before = pad(writes.flatten().cumsum(0, dtype=torch.int32), (1, 0))
         firsts = flat.offsets
         if firsts is None:
             firsts = torch.arange(len(flat.values) + 1, device=device) * flat.k
@@ -250,8 +250,8 @@ class CrossLayer(LayerFeatures, SparseAutoencoder):
         ]
         (kept,) = writes.flatten().nonzero(as_tuple=True)
         return SparseCodes(
-            values.repeat(config.n_layers)[kept],
-            (indices + starts).flatten()[kept],
+            values.repeat(config.n_layers).index_select(0, kept),
+            (indices + starts).flatten().index_select(0, kept),
             sum(config.writers),
             offsets,
         )
