@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
 
 ASKED = Shape(6, 256, 8, 2048, 512, 64, (8, 32))
-SMALL = Shape(2, 16, 2, 64, 12, 8, (4,))
+SMALL = Shape(2, 16, 2, 512, 12, 8, (4,))
 
 
 def transcoder(shape: Shape) -> CrossLayerJumpReLU:

@@ -5,6 +5,8 @@ Runs where circuit-tracer is installed.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +88,12 @@ def model(transcoders: Any) -> Any:
     return made
 
 
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(5))
+
+
 def graph(transcoders: Any, batch_size: int = 7) -> Any:
-    tokens = torch.randint(0, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(5))
-    return attribute(tokens, model(transcoders), batch_size=batch_size, max_n_logits=3)
+    return attribute(tokens(), model(transcoders), batch_size=batch_size, max_n_logits=3)
 
 
 def assert_same_graph(ours: Any, theirs: Any) -> None:
@@ -113,6 +118,18 @@ def test_graphs_are_the_same(tmp_path: Path, lazy: bool) -> None:
         ours = graph(load_clt(str(tmp_path), **options))
     assert_same_graph(ours, theirs)
     assert run.report().taken["attribution"] == 1
+
+
+def test_a_batch_has_one_attention_pattern() -> None:
+    made, shapes = transcoder(clt()), []
+    for accelerated in (False, True):
+        replaced = model(made)
+        keep = partial(lambda kept, pattern, hook: kept.append(list(pattern.shape)), shapes)
+        replaced.blocks[1].attn.hook_pattern.add_hook(keep, is_permanent=True)
+        with sk.accelerate(made) if accelerated else nullcontext():
+            replaced.run_forward_pass(tokens(), 7, replaced.setup_attribution(tokens()))
+    one, many = [1, 2, PROMPT, PROMPT], [7, 2, PROMPT, PROMPT]
+    assert shapes == [one, many, one, one]
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])

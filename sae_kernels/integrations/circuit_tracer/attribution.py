@@ -118,7 +118,8 @@ def forward_pass(installation: Installation) -> Callable[..., Any]:
                 return v.movedim(0, 2).flatten(2)[None]  # [1, n_pos, H, B d_head]
 
             def apart(z: torch.Tensor, hook: Any) -> torch.Tensor:
-                return z[0].unflatten(2, (batch_size, -1)).movedim(2, 0).contiguous()
+                each: torch.Tensor = z[0].unflatten(2, (batch_size, -1)).movedim(2, 0)
+                return each.contiguous()
 
             made = {"q": first, "k": first, "pattern": first, "v": side_by_side, "z": apart}
             hooks = [
