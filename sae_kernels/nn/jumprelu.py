@@ -132,8 +132,7 @@ class JumpReLUSAE(SparseAutoencoder):
         "matryoshka_jumprelu": Preset(
             "JumpReLU, prefixes of the latents reconstruct alone",
             sae={"groups": NESTED},
-            # A latent of the last group helps one prefix of five and soon falls to the penalty.
-            # AuxK teaches its rows again; the other loss lowers its threshold too.
+            # The last group is in one prefix of five; three fifths of it would soon be dead.
             objective={"auxk_alpha": 1 / 32, "preact_coefficient": 3e-6},
         ),
     }
