@@ -1,49 +1,27 @@
-"""Activations on disk and the order they are read in."""
+"""Activations on disk: what is written comes back, and what is damaged is refused."""
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from sae_kernels.data import ShardDataset, ShardWriter, ShuffledBatches, TensorRows, estimate_scale
+from sae_kernels.data import ShardDataset, ShardWriter, ShuffledBatches, estimate_scale
 from sae_kernels.errors import DataError, NonFiniteError
+from tests.data.made_shards import D, named_rows, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sae_kernels.data.rows import Rows
-
-D = 5
-
-
-def _rows(n: int) -> Tensor:
-    """Rows that name themselves in column 0."""
-    x = torch.randn(n, D, generator=torch.Generator().manual_seed(0))
-    x[:, 0] = torch.arange(n)
-    return x
-
-
-def _write(folder: Path, n: int = 25, **options: Any) -> Tensor:
-    x = _rows(n)
-    options = {"rows_per_shard": 10} | options
-    with ShardWriter(folder, D, **options) as writer:
-        for start in range(0, n, 7):
-            ids = torch.arange(start, min(start + 7, n))
-            writer.write(x[start : start + 7], tokens=ids + 100, documents=ids // 4)
-    return x
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_written_rows_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
-    x = _write(tmp_path, dtype=dtype, metadata={"layer": "h.3"}).to(dtype)
+    x = write(tmp_path, dtype=dtype, metadata={"layer": "h.3"}).to(dtype)
     data = ShardDataset(tmp_path)
     data.verify()
     assert (data.n_tokens, data.d_in, data.dtype) == (25, D, dtype)
@@ -63,21 +41,21 @@ def test_written_rows_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_rows_inside_a_shard_are_views_of_the_file(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write(tmp_path)
     data = ShardDataset(tmp_path)
     first, second = data.rows(0, 5).activations, data.rows(2, 9).activations
     assert second.data_ptr() == first.data_ptr() + 2 * D * 4
 
 
 def test_other_tools_read_a_shard(tmp_path: Path) -> None:
-    x = _write(tmp_path)
+    x = write(tmp_path)
     tensors = load_file(tmp_path / "shard_00001.safetensors")
     assert torch.equal(tensors["activations"], x[10:20])
 
 
 def test_only_activations(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, D) as writer:
-        writer.write(_rows(3))
+        writer.write(named_rows(3))
     assert ShardDataset(tmp_path).rows(0, 3)[1:] == (None, None)
 
 
@@ -94,9 +72,9 @@ def test_an_empty_data_set_opens_and_cannot_be_trained_on(tmp_path: Path) -> Non
 def test_an_exception_keeps_finished_shards_and_leaves_no_index(
     tmp_path: Path, overwrite: bool
 ) -> None:
-    x = _rows(25)
+    x = named_rows(25)
     if overwrite:
-        _write(tmp_path, n=15)
+        write(tmp_path, n=15)
 
     def interrupted() -> None:
         with ShardWriter(tmp_path, D, rows_per_shard=10, overwrite=overwrite) as writer:
@@ -112,7 +90,7 @@ def test_an_exception_keeps_finished_shards_and_leaves_no_index(
     assert torch.equal(load_file(tmp_path / "shard_00001.safetensors")["activations"], x[10:20])
     with pytest.raises(DataError, match=r"not a data set: it has no index\.json"):
         ShardDataset(tmp_path)
-    _write(tmp_path, n=5)
+    write(tmp_path, n=5)
     assert not (tmp_path / "shard_00001.safetensors").exists()
     assert ShardDataset(tmp_path).n_tokens == 5
 
@@ -126,15 +104,15 @@ def test_a_failed_write_of_a_file_leaves_nothing(
 
     monkeypatch.setattr("sae_kernels.data.shard_writer.save_file", full)
     with pytest.raises(OSError, match="No space"):
-        _write(tmp_path)
+        write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_data_set_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write(tmp_path)
     with pytest.raises(DataError, match="overwrite=True"):
         ShardWriter(tmp_path, D)
-    _write(tmp_path, n=12, overwrite=True)
+    write(tmp_path, n=12, overwrite=True)
     assert ShardDataset(tmp_path).n_tokens == 12
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -142,7 +120,7 @@ def test_a_data_set_is_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_the_writer_holds_one_shard(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, D, rows_per_shard=10) as writer:
         for _ in range(100):
-            writer.write(_rows(7))
+            writer.write(named_rows(7))
             assert sum(t.numel() for t in writer._buffer.values()) == 10 * D
     assert ShardDataset(tmp_path).n_tokens == 700
 
@@ -152,24 +130,28 @@ def test_the_writer_holds_one_shard(tmp_path: Path) -> None:
     [
         (lambda w: w.write(torch.ones(3, D + 1)), ValueError, r"\[n, 5\], got \[3, 6\]"),
         (lambda w: w.write(torch.ones(3, D, dtype=torch.int32)), TypeError, "floating point"),
-        (lambda w: w.write(_rows(3), torch.ones(3)), TypeError, "integer tokens"),
-        (lambda w: w.write(_rows(3), torch.arange(4)), ValueError, r"tokens \[3\]"),
-        (lambda w: w.write(_rows(1), torch.tensor([2**31])), ValueError, "fit int32"),
-        (lambda w: w.write(_rows(3)), ValueError, "columns of the first write"),
-        (lambda w: w.write(_rows(3) / 0, torch.arange(3)), NonFiniteError, "finite"),
-        (lambda w: w.write(_rows(3) * 1e5, torch.arange(3)), NonFiniteError, "=torch.bfloat16"),
+        (lambda w: w.write(named_rows(3), torch.ones(3)), TypeError, "integer tokens"),
+        (lambda w: w.write(named_rows(3), torch.arange(4)), ValueError, r"tokens \[3\]"),
+        (lambda w: w.write(named_rows(1), torch.tensor([2**31])), ValueError, "fit int32"),
+        (lambda w: w.write(named_rows(3)), ValueError, "columns of the first write"),
+        (lambda w: w.write(named_rows(3) / 0, torch.arange(3)), NonFiniteError, "finite"),
+        (
+            lambda w: w.write(named_rows(3) * 1e5, torch.arange(3)),
+            NonFiniteError,
+            "=torch.bfloat16",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
     tmp_path: Path, call: Callable[[ShardWriter], None], error: type[Exception], message: str
 ) -> None:
     with ShardWriter(tmp_path, D, dtype=torch.float16) as writer:
-        writer.write(_rows(2), tokens=torch.arange(2))
+        writer.write(named_rows(2), tokens=torch.arange(2))
         with pytest.raises(error, match=message):
             call(writer)
     assert ShardDataset(tmp_path).n_tokens == 2
     with pytest.raises(ValueError, match="`with` block"):
-        writer.write(_rows(2))
+        writer.write(named_rows(2))
 
 
 @pytest.mark.parametrize(
@@ -263,14 +245,14 @@ def test_damage_shows_on_opening(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     folder = tmp_path / "data"
-    _write(folder)
+    write(folder)
     damage(folder)
     with pytest.raises(DataError, match=message):
         ShardDataset(folder)
 
 
 def test_a_cut_shows_wherever_it_is(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write(tmp_path)
     path = tmp_path / "shard_00000.safetensors"
     whole = path.read_bytes()
     for size in range(0, len(whole), len(whole) // 16):
@@ -282,7 +264,7 @@ def test_a_cut_shows_wherever_it_is(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_shows_in_verify(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write(tmp_path)
     path = tmp_path / "shard_00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
@@ -293,135 +275,14 @@ def test_a_flipped_bit_shows_in_verify(tmp_path: Path) -> None:
 
 
 def test_rows_out_of_range(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write(tmp_path)
     for start, stop in ((-1, 3), (0, 26), (5, 4)):
         with pytest.raises(ValueError, match="<= 25 rows"):
             ShardDataset(tmp_path).rows(start, stop)
 
 
-def _names(batches: ShuffledBatches) -> list[list[int]]:
-    return [batch[:, 0].int().tolist() for batch in batches]
-
-
-SMALL = {"block_rows": 8, "window_blocks": 3}
-
-
-@pytest.mark.parametrize("n", [1, 7, 8, 24, 25, 103])
-@pytest.mark.parametrize("batch_size", [1, 4, 10, 60, 200])
-def test_each_epoch_covers_each_row_once(n: int, batch_size: int) -> None:
-    x = _rows(n)
-    batches = ShuffledBatches(x, batch_size, epochs=2, drop_last=False, **SMALL)
-    names = []
-    for batch in batches:
-        assert torch.equal(batch, x[batch[:, 0].long()])
-        names.append(batch[:, 0].int().tolist())
-    per_epoch = math.ceil(n / batch_size)
-    assert batches.position == len(names) == 2 * per_epoch
-    epochs = [list(chain(*part)) for part in (names[:per_epoch], names[per_epoch:])]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(n))
-    if n >= 7:  # also those of one block, whose rows alone can change places
-        assert epochs[0] != epochs[1] != list(range(n))
-
-
-def test_drop_last_gives_full_batches_only() -> None:
-    batches = ShuffledBatches(_rows(103), 10, epochs=2, **SMALL)
-    names = _names(batches)
-    assert batches.batches_per_epoch == 10
-    assert [len(batch) for batch in names] == [10] * 20
-    for part in (names[:10], names[10:]):
-        assert len(set(chain(*part))) == 100
-
-
-def test_shards_and_memory_give_the_same_batches(tmp_path: Path) -> None:
-    x = _write(tmp_path, n=103)
-    options: dict[str, Any] = {"seed": 3, "epochs": 2, **SMALL}
-    disk = ShuffledBatches(ShardDataset(tmp_path), 10, **options)
-    for ours, theirs in zip(disk, ShuffledBatches(x, 10, **options), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("skip", [0, 1, 9, 10, 17, 20, 25])
-def test_skip_resumes_exactly(skip: int) -> None:
-    x = _rows(103)
-    straight = _names(ShuffledBatches(x, 10, epochs=2, **SMALL))
-    assert _names(ShuffledBatches(x, 10, epochs=2, skip=skip, **SMALL)) == straight[skip:]
-
-
-def test_endless_by_default_and_another_seed_is_another_order() -> None:
-    x = _rows(40)
-    one, two = ShuffledBatches(x, 20), ShuffledBatches(x, 20, seed=1)
-    first = [next(one)[:, 0].tolist() for _ in range(9)]
-    assert first != [next(two)[:, 0].tolist() for _ in range(9)]
-    assert one.position == 9
-
-
-class _Counting:
-    """A source that notes what is read."""
-
-    def __init__(self, n: int) -> None:
-        self._source = TensorRows(_rows(n))
-        self.n_tokens, self.d_in, self.dtype = n, D, torch.float32
-        self.reads: list[tuple[int, int]] = []
-
-    def rows(self, start: int, stop: int) -> Rows:
-        self.reads.append((start, stop))
-        return self._source.rows(start, stop)
-
-
-def test_reading_is_by_blocks_and_each_once() -> None:
-    source = _Counting(800)
-    assert len(list(ShuffledBatches(source, 5, epochs=1, **SMALL))) == 160
-    blocks = [read for read in source.reads if read != (0, 1)]
-    assert sorted(blocks) == [(i, i + 8) for i in range(0, 800, 8)]
-
-
-def test_blocks_and_each_window_have_an_order_of_their_own() -> None:
-    source = _Counting(48)
-    windows = _names(ShuffledBatches(source, 24, epochs=1, **SMALL))
-    blocks = [start for start, stop in source.reads if stop - start == 8]
-    assert blocks != sorted(blocks)
-    places = []
-    for window, firsts in zip(windows, (blocks[:3], blocks[3:]), strict=True):
-        lying = [first + i for first in firsts for i in range(8)]
-        places.append([lying.index(name) for name in window])
-    assert sorted(places[0]) == sorted(places[1]) == list(range(24))
-    assert places[0] != places[1]
-
-
-def test_skipping_reads_nothing_that_is_skipped() -> None:
-    source = _Counting(800)
-    next(ShuffledBatches(source, 5, skip=100, **SMALL))
-    assert len(source.reads) <= 1 + 2 * 3
-
-
-def test_batches_stay_as_they_were_given() -> None:
-    x = _rows(103)
-    kept = list(ShuffledBatches(x, 10, epochs=1, **SMALL))
-    assert all(torch.equal(batch, x[batch[:, 0].long()]) for batch in kept)
-    kept[0].zero_()
-    assert x[1:, 0].all()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_size": 0},
-        {"batch_size": 11},
-        {"batch_size": 1, "skip": -1},
-        {"batch_size": 1, "epochs": 0},
-        {"batch_size": 1, "block_rows": 0},
-    ],
-)
-def test_batches_refuse(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        ShuffledBatches(_rows(10), **options)
-    with pytest.raises(ValueError, match=r"\[N, D\]"):
-        ShuffledBatches(torch.ones(3), 1)
-
-
 def test_scale_gives_rows_norm_sqrt_d(tmp_path: Path) -> None:
-    x = _write(tmp_path, n=30)
+    x = write(tmp_path, n=30)
     scale = estimate_scale(ShardDataset(tmp_path), n=20)
     norms = (x[:20].double() * scale).norm(dim=1)
     assert norms.mean().item() == pytest.approx(math.sqrt(D), rel=1e-6)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from foreign import F64, D, F, K, assert_same, exact_tensors, formula, refuses, tokens, wide
+from saelens_files import FREE, RAW, their_formula
 from safetensors.torch import load_file, save_file
-from test_foreign_saelens import their_formula
 
 import sae_kernels as sk
 from sae_kernels.formats import read_saelens, write_saelens
@@ -28,8 +28,6 @@ from sae_kernels.nn import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-RAW: dict[str, Any] = {"unit_norm_decoder": False, "subtract_b_dec": False}
-FREE: dict[str, Any] = {"unit_norm_decoder": False}
 CONFIGS: dict[str, SAEConfig] = {
     "standard": ReLUConfig(D, F, **FREE),
     "standard, input as it is": ReLUConfig(D, F, **RAW),

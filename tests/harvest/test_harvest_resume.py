@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,75 +15,29 @@ import pytest
 import torch
 
 from sae_kernels.config.row_filter import KEEP_ALL
-from sae_kernels.data import JointRows, ShardDataset
+from sae_kernels.data import ShardDataset
 from sae_kernels.data.shard_writer import ShardWriter
-from sae_kernels.errors import DataError, NonFiniteError
-from sae_kernels.harvest import collect, harvest
+from sae_kernels.errors import DataError
 from sae_kernels.harvest.progress import HarvestProgress
 from sae_kernels.io.files import publish
 from sae_kernels.io.lock import locked
-from tests.harvest.causal import CONTEXT, LAYER, documents, gpt2, sinking, tokenizer
+from tests.harvest.causal import LAYER, gpt2
+from tests.harvest.stopped import LAYERS, TEXT, begin, contents, counted, until
 from tests.threads import one_thread
 from tests.training.same_runs import Stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TEXT = documents(40)
-LAYERS = ["h.0", "h.1"]
-
-
-@pytest.fixture(autouse=True)
-def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "_WINDOW_ROWS", 60)
-
-
-def begin(folder: Path, text: Any = TEXT, layer: Any = LAYER, **options: Any) -> int:
-    """A harvest of some 500 rows: a shard ends in every second window, and in its middle."""
-    given = {"context_length": CONTEXT, "batch_size": 2, "rows_per_shard": 100, **options}
-    return harvest(given.pop("model", None) or gpt2(), tokenizer(), text, layer, folder, **given)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def stopping(n: int) -> Callable[[int], None]:
-    """Stops the harvest once it has computed n rows."""
-    seen = 0
-
-    def progress(rows: int) -> None:
-        nonlocal seen
-        seen += rows
-        if seen >= n:
-            raise Stop
-
-    return progress
-
-
-def until(folder: Path, n: int, **options: Any) -> None:
-    """A harvest that is stopped after n rows, with the document it was at left half-way."""
-    with pytest.raises(Stop):
-        begin(folder, progress=stopping(n), **options)
-
-
-def counted(model: Any) -> list[int]:
-    """The tokens of each of the model's forward passes, as they are made."""
-    tokens: list[int] = []
-    model.transformer.wte.register_forward_pre_hook(lambda _m, args: tokens.append(args[0].numel()))
-    return tokens
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("straight")
-    # As the tests are: fixtures of a module come before what sets the threads of a test.
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "_WINDOW_ROWS", 60)
+    with one_thread():  # fixtures of a module come before what sets the threads of a test
         begin(folder)
     return contents(folder)
 
@@ -200,8 +153,8 @@ def _damaged(folder: Path) -> dict[str, Any]:
         ({"row_filter": KEEP_ALL}, "drop_special_tokens was True and is False"),
         ({"rows_per_shard": 101}, "rows_per_shard was 100 and is 101"),
         ({"max_tokens": 400}, "max_tokens was None and is 400"),
-        ({"model": gpt2().bfloat16()}, "model_dtype was 'float32' and is 'bfloat16'"),
-        ({"model": gpt2(initializer_range=0.2)}, "weights was"),
+        (lambda _: {"model": gpt2().bfloat16()}, "model_dtype was 'float32' and is 'bfloat16'"),
+        (lambda _: {"model": gpt2(initializer_range=0.2)}, "weights was"),
         ({"text": ["a dog", *TEXT[1:]]}, "expected the text that its unfinished harvest read"),
         ({"text": ["", *TEXT]}, "expected the text that its unfinished harvest read"),
         ({"text": TEXT[:3]}, "expected the text that its unfinished harvest read"),
@@ -240,165 +193,6 @@ def test_a_writer_goes_on_after_finished_shards(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-# Rows that are not finite.
-
-
-@contextmanager
-def spoilt(model: Any, layer: int, word: str, value: float) -> Iterator[Any]:
-    """A model whose block puts out a value at every token of a word."""
-    seen: list[torch.Tensor] = []
-    number = tokenizer().convert_tokens_to_ids(word)
-
-    def note(_module: Any, arguments: Any) -> None:
-        seen[:] = [arguments[0]]
-
-    def spoil(_module: Any, _arguments: Any, output: Any) -> Any:
-        x = output[0] if isinstance(output, tuple) else output
-        at = (seen[0] == number)[..., None] & (torch.arange(x.shape[-1]) == 3)
-        x = x.masked_fill(at, value)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    handles = [
-        model.transformer.wte.register_forward_pre_hook(note),
-        model.transformer.h[layer].register_forward_hook(spoil),
-    ]
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-RARE = ["dog cat" if i == 31 else text.replace("dog", "cat") for i, text in enumerate(TEXT)]
-
-
-def test_a_row_that_is_not_finite_stops_and_loses_nothing(tmp_path: Path) -> None:
-    with spoilt(gpt2(), 1, "dog", torch.nan) as model:
-        with pytest.raises(
-            NonFiniteError, match=r"h\.1, document 31: .*got nan; look for"
-        ) as caught:
-            begin(tmp_path, RARE, model=model)
-        assert "--resume" in str(caught.value)
-        assert "--on-nonfinite skip" in str(caught.value)
-        stood = HarvestProgress.read(tmp_path)
-        assert stood is not None
-        assert stood.stored >= 300
-        n = begin(tmp_path, RARE, model=model, resume=True, on_nonfinite="skip")
-        begin(tmp_path / "straight", RARE, model=model, on_nonfinite="skip")
-    assert contents(tmp_path / "straight").items() <= contents(tmp_path).items()
-    data = ShardDataset(tmp_path)
-    assert data.metadata["nonfinite_rows"] == 1
-    begin(tmp_path / "sound", RARE)
-    sound = ShardDataset(tmp_path / "sound")
-    rows, whole = data.rows(0, n), sound.rows(0, n + 1)
-    dog = whole.tokens != tokenizer().convert_tokens_to_ids("dog")
-    assert sound.metadata["nonfinite_rows"] == 0
-    for name in ("activations", "tokens", "documents"):
-        assert torch.equal(getattr(rows, name), getattr(whole, name)[dog])
-
-
-def test_stopped_between_rows_that_are_left_out(tmp_path: Path) -> None:
-    """The rows of a window that are left out are none of those in finished shards."""
-    options = {"on_nonfinite": "skip", "resume": True}
-    with spoilt(gpt2(), 1, "cat", torch.inf) as model:
-        begin(tmp_path / "straight", model=model, **options)
-        for n in (120, 240, 260, 400):
-            until(tmp_path / "stopped", n, model=model, **options)
-        begin(tmp_path / "stopped", model=model, **options)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
-    assert ShardDataset(tmp_path / "stopped").metadata["nonfinite_rows"] > 20
-
-
-def test_an_overflow_is_named_as_one(tmp_path: Path) -> None:
-    with spoilt(gpt2(), 1, "dog", 7e4) as model:
-        options: dict[str, Any] = {"model": model, "dtype": torch.float16}
-        with pytest.raises(NonFiniteError, match=r"got 70000.0; torch\.float16 ends at 65504"):
-            begin(tmp_path / "16", RARE, **options)
-        assert begin(tmp_path / "skip", RARE, on_nonfinite="skip", **options) > 400
-        options = {"model": model, "dtype": torch.bfloat16, "row_filter": KEEP_ALL}
-        n = begin(tmp_path / "b16", RARE, **options)
-    assert ShardDataset(tmp_path / "b16").rows(0, n).activations.amax() == 70144  # 7e4 in bfloat16
-
-
-def test_nothing_but_rows_that_are_left_out(tmp_path: Path) -> None:
-    with (
-        spoilt(gpt2(), 1, "dog", torch.nan) as model,
-        pytest.raises(NonFiniteError, match="none of the 3 rows is finite"),
-    ):
-        begin(tmp_path, ["dog dog", "dog"], model=model, on_nonfinite="skip")
-    with pytest.raises(ValueError, match="on_nonfinite: expected stop or skip, got 'ignore'"):
-        begin(tmp_path, on_nonfinite="ignore")
-
-
-# Several layers.
-
-
-def test_several_layers_are_each_what_it_would_be_alone(tmp_path: Path) -> None:
-    model = gpt2()
-    computed = counted(model)
-    n = begin(tmp_path / "all", layer=LAYERS, model=model)
-    both = list(computed)
-    computed.clear()
-    for layer in LAYERS:
-        begin(tmp_path / layer, layer=layer)
-        assert contents(tmp_path / "all" / layer) == contents(tmp_path / layer)
-    begin(tmp_path / "one", layer=LAYERS[:1], model=model)
-    assert contents(tmp_path / "one" / "h.0") == contents(tmp_path / "h.0")
-    assert computed == both  # the model ran as often for two layers as for one
-    with pytest.raises(DataError, match=r"it holds data sets, name one of them: h\.0, h\.1"):
-        ShardDataset(tmp_path / "all")
-    joint = JointRows([ShardDataset(tmp_path / "all" / layer) for layer in LAYERS])
-    assert joint.rows(0, n).activations.shape == (n, 32)
-
-
-def test_several_layers_go_on_together(tmp_path: Path) -> None:
-    begin(tmp_path / "straight", layer=LAYERS)
-    for n in (130, 330):
-        until(tmp_path / "stopped", n, layer=LAYERS, resume=True)
-    stopped = tmp_path / "stopped"
-    (stopped / "h.1" / ".shard_00004.safetensors.partial-elsewhere-1").touch()
-    n = begin(stopped, layer=LAYERS, resume=True)
-    (stopped / "h.1" / ".shard_00004.safetensors.partial-elsewhere-1").unlink()
-    assert contents(stopped) == contents(tmp_path / "straight")
-    assert begin(stopped, layer=LAYERS, resume=True) == n
-    (stopped / "h.0" / "index.json").unlink()  # nothing says whose the other one is
-    with pytest.raises(DataError, match="holds a data set already"):
-        begin(stopped, layer=LAYERS, resume=True)
-    with pytest.raises(ValueError, match="expected layers that differ"):
-        begin(tmp_path / "new", layer=["h.0", "h.0"])
-
-
-@pytest.mark.parametrize("rows", [100, 1000])
-def test_several_may_end_between_their_indexes(
-    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin(tmp_path / "straight", layer=LAYERS, rows_per_shard=rows)
-    with monkeypatch.context() as patch:
-
-        def once(path: Path, write: Any) -> None:
-            publish(path, write)
-            raise Stop
-
-        patch.setattr("sae_kernels.data.shard_index.publish", once)
-        with pytest.raises(Stop):
-            begin(tmp_path / "stopped", layer=LAYERS, rows_per_shard=rows)
-    assert len(list(tmp_path.glob("stopped/*/index.json"))) == 1
-    begin(tmp_path / "stopped", layer=LAYERS, rows_per_shard=rows, resume=True)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
-
-
-def test_what_one_layer_leaves_out_all_do(tmp_path: Path) -> None:
-    with spoilt(gpt2(), 1, "dog", torch.inf) as model:
-        with pytest.raises(NonFiniteError, match=r"h\.1, document 31"):
-            begin(tmp_path, RARE, layer=LAYERS, model=model)
-        n = begin(tmp_path, RARE, layer=LAYERS, model=model, on_nonfinite="skip", resume=True)
-    rows = [ShardDataset(tmp_path / layer).rows(0, n) for layer in LAYERS]
-    for name in ("tokens", "documents"):
-        assert torch.equal(*(getattr(each, name) for each in rows))
-    whole = begin(tmp_path / "sound", RARE, layer="h.0")
-    assert whole == n + 1
-
-
 # What the process dies of.
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -406,11 +200,10 @@ FORKED.set_forkserver_preload(["tests.harvest.test_harvest_resume"])
 
 
 def in_a_process(folder: str, layer: Any, running: Any) -> None:
-    """A harvest at the pace of a larger model: 2 s in all, once it says that it runs."""
+    """A harvest at the pace of a larger model: a second in all, once it says that it runs."""
     torch.set_num_threads(1)
-    collect._WINDOW_ROWS = 60
     running.set()
-    begin(Path(folder), layer=layer, resume=True, progress=lambda _: time.sleep(0.05))
+    begin(Path(folder), layer=layer, resume=True, progress=lambda _: time.sleep(0.02))
 
 
 @pytest.mark.full
@@ -426,7 +219,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path, layer: Any) -> None:
         process = FORKED.Process(target=in_a_process, args=(str(folder), layer, running))
         process.start()
         assert running.wait(60)  # a busy machine takes its time to start one
-        process.join(drawn.uniform(0.1, 2.0))
+        process.join(drawn.uniform(0.05, 1.0))
         process.kill()
         process.join()
         if process.exitcode == 0:  # done before its time: once more from the start
@@ -442,31 +235,6 @@ def test_killed_at_ten_random_moments(tmp_path: Path, layer: Any) -> None:
     assert process.exitcode == 0
     assert contents(folder) == contents(tmp_path / "straight")
     assert max(stored) > 100, stored
-
-
-# Rows of enormous norm.
-
-
-def test_sinks_are_left_out_alike_however_often_it_stops(tmp_path: Path) -> None:
-    """Of two layers with a bound each: the same bytes, and a row goes from both or none."""
-    model = sinking()
-    n = begin(tmp_path / "straight", layer=LAYERS, model=model)
-    for stop in (1, 130, 330):
-        until(tmp_path / "stopped", stop, layer=LAYERS, model=model, resume=True)
-    assert begin(tmp_path / "stopped", layer=LAYERS, model=model, resume=True) == n
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
-    every = begin(tmp_path / "every", layer=LAYERS, model=model, row_filter=KEEP_ALL)
-    sets = [ShardDataset(tmp_path / "straight" / layer) for layer in LAYERS]
-    whole = [ShardDataset(tmp_path / "every" / layer).rows(0, every) for layer in LAYERS]
-    over = torch.zeros(every, dtype=torch.bool)
-    for data, rows in zip(sets, whole, strict=True):
-        over |= rows.activations.norm(dim=1) > data.metadata["max_norm"]
-        assert data.metadata["rows_above_max_norm"] == every - n > 20
-    for data, rows in zip(sets, whole, strict=True):
-        assert torch.equal(data.rows(0, n).activations, rows.activations[~over])
-        assert rows.tokens is not None
-        assert torch.equal(data.rows(0, n).tokens, rows.tokens[~over])
-    assert JointRows(sets).facts["max_norm"] == [data.metadata["max_norm"] for data in sets]
 
 
 @pytest.mark.parametrize("damage", [None, [], [1.0, 2.0], [-1.0], "x"])

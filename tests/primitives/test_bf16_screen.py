@@ -28,7 +28,7 @@ SMALL = Case("small", 9, 16, 1500, 3)
 ALL = SMALL.B * SMALL.F
 
 
-def assert_same(
+def assert_same_best(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
@@ -56,7 +56,7 @@ def test_hard_inputs(kind: str) -> None:
     x, W, b = FEW.inputs()
     assert b is not None
     x, W, b = HARD[kind](x, W, b)
-    assert_same(x, W, b, FEW.K)
+    assert_same_best(x, W, b, FEW.K)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -30.0])
@@ -64,7 +64,7 @@ def test_hard_rank_scales(value: float) -> None:
     x, W, b = FEW.inputs()
     scale = torch.rand(FEW.F)
     scale[[700, 3000, 4990]] = value
-    assert_same(x, W, b, FEW.K, scale)
+    assert_same_best(x, W, b, FEW.K, scale)
 
 
 def lossy(which: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -145,7 +145,7 @@ def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
     assert bool((products[:, winners] < products.median()).all())
     _, indices = triton.run(x, W, None, 4, None, screened=True)
     assert indices.tolist() == [winners] * 9
-    assert_same(x, W, None, 4)
+    assert_same_best(x, W, None, 4)
     assert_same_above(x, W, None, just_below(x, W, winners))
 
 
@@ -167,7 +167,7 @@ def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch)
 def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("chunks", 150, 8, 600, 4)
     monkeypatch.setattr(schedule, "_LIST_BYTES", 64 * 8 * schedule.capacity(case.K))
-    assert_same(*case.inputs(), case.K)
+    assert_same_best(*case.inputs(), case.K)
 
 
 def test_routed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ BLOCK = 40  # more tokens than count as few
 threads_1_to_3 = pytest.mark.parametrize("threads", [1, 2, 3])
 
 
-def assert_same(
+def assert_few_as_in_a_block(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
@@ -65,8 +65,10 @@ def test_every_case(case: Case, dtype: torch.dtype, isa: str) -> None:
     x, W, b = case.cast(dtype).inputs()
     if x.shape[0] == 0:
         pytest.skip("no tokens")
-    assert_same(x, W, b, case.K)
-    assert_same(x, W, b, case.K, scales(case.F).to(torch.promote_types(dtype, torch.float32)))
+    assert_few_as_in_a_block(x, W, b, case.K)
+    assert_few_as_in_a_block(
+        x, W, b, case.K, scales(case.F).to(torch.promote_types(dtype, torch.float32))
+    )
 
 
 @threads_1_to_3
@@ -77,7 +79,7 @@ def test_hard_inputs_on_threads(kind: str, dtype: torch.dtype, threads: int, isa
     x, W, b = LARGE.inputs()
     assert b is not None
     x, W, b = HARD[kind](x, W, b)
-    assert_same(x.to(dtype), W.to(dtype), b, LARGE.K, counts=(1, 2, 9, 16))
+    assert_few_as_in_a_block(x.to(dtype), W.to(dtype), b, LARGE.K, counts=(1, 2, 9, 16))
 
 
 @threads_1_to_3
@@ -85,7 +87,7 @@ def test_hard_inputs_on_threads(kind: str, dtype: torch.dtype, threads: int, isa
 def test_threads_that_keep_more_than_they_come_by(k: int, threads: int, isa: str) -> None:
     torch.set_num_threads(threads)
     x, W, b = LARGE.inputs()
-    assert_same(x, W, b, k, torch.rand(LARGE.F), counts=(1, 3, 16))
+    assert_few_as_in_a_block(x, W, b, k, torch.rand(LARGE.F), counts=(1, 3, 16))
 
 
 @threads_1_to_3
@@ -119,7 +121,7 @@ def test_rank_scales_that_bounds_cannot_follow(value: float, isa: str) -> None:
     x, W, b = LARGE.inputs()
     scale = torch.rand(LARGE.F)
     scale[[700, 3000, 4990]] = value
-    assert_same(x, W, b, LARGE.K, scale, counts=(1, 5))
+    assert_few_as_in_a_block(x, W, b, LARGE.K, scale, counts=(1, 5))
 
 
 @lossy_rows
@@ -127,7 +129,7 @@ def test_winners_whose_narrow_scores_are_as_low_as_can_be(lossy: str, isa: str) 
     x, W, winners = underrated(lossy)
     _, indices = select_topk.run(x[:3], W, None, 4, None, narrowed(W))
     assert indices.unique().tolist() == winners.tolist()
-    assert_same(x, W, None, 4, counts=(3,))
+    assert_few_as_in_a_block(x, W, None, 4, counts=(3,))
 
 
 @pytest.mark.parametrize("D", [1, 31, 4097, 1 << 15, (1 << 15) + 1])
@@ -135,7 +137,7 @@ def test_widths_at_which_tokens_have_fewer_steps(D: int, isa: str) -> None:
     x, W = torch.randn(2, D), torch.randn(70, D)
     W[:2] = x.sign() * 3  # the largest sums there can be
     x[1] = x[1].sign()
-    assert_same(x, W, None, 3, counts=(2,))
+    assert_few_as_in_a_block(x, W, None, 3, counts=(2,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -30,7 +30,7 @@ on_one_architecture = pytest.mark.parametrize("emulated_gpu", ["sm_80"], indirec
 BLOCK = 40  # more tokens than count as few
 
 
-def assert_same(
+def assert_few_on_gpus_as_in_a_block(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
@@ -77,8 +77,8 @@ def test_which_calls_are_of_few_tokens() -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 def test_the_bits_of_a_block(dtype: torch.dtype) -> None:
     x, W, b = Case("few", 16, 72, 1031, 13, dtype=dtype).inputs()
-    assert_same(x, W, b, 13, counts=(1, 16))
-    assert_same(x, W, None, 13, scales(1031), counts=(5,))
+    assert_few_on_gpus_as_in_a_block(x, W, b, 13, counts=(1, 16))
+    assert_few_on_gpus_as_in_a_block(x, W, None, 13, scales(1031), counts=(5,))
 
 
 @pytest.mark.slow
@@ -90,8 +90,8 @@ def test_hard_inputs(kind: str, dtype: torch.dtype) -> None:
     x, W, b = Case("few", 9, 32, 5000, 3).inputs()
     assert b is not None
     x, W, b = HARD[kind](x, W, b)
-    assert_same(x.to(dtype), W.to(dtype), b, 3, torch.rand(5000))
-    assert_same(x.to(dtype), W.to(dtype), b, 3, counts=(2,))
+    assert_few_on_gpus_as_in_a_block(x.to(dtype), W.to(dtype), b, 3, torch.rand(5000))
+    assert_few_on_gpus_as_in_a_block(x.to(dtype), W.to(dtype), b, 3, counts=(2,))
 
 
 # Fewer tiles than latents are kept, and more; a last tile of one or two latents.

@@ -22,7 +22,7 @@ small = pytest.mark.parametrize("layout", LAYOUTS[1:])
 SHAPES = list(itertools.product((1, 3), (None, 3), (3, 36, 129), (False, True)))
 
 
-def assert_same(actual: AdamMatrix, expected: AdamMatrix, case: object) -> None:
+def assert_same_matrix(actual: AdamMatrix, expected: AdamMatrix, case: object) -> None:
     for name, a, e in zip(actual._fields, actual, expected, strict=True):
         assert (a is None) == (e is None)
         if a is not None and e is not None:
@@ -88,7 +88,7 @@ def test_a_layout_is_the_fp32_update_cut_as_the_reference_cuts(
         for changed in (updated, plain):
             row_update(changed, gradient, HYPER, norm=norm, slices=slices, lazy=lazy, backend="cpu")
         moved = rows_with_an_entry(gradient) if lazy else torch.ones(rows.F, dtype=torch.bool)
-        assert_same(updated, recut(plain, before, moved), case)
+        assert_same_matrix(updated, recut(plain, before, moved), case)
         assert not torch.equal(updated.m, before.m)
 
 
@@ -123,7 +123,7 @@ def test_where_every_operation_is_exact_the_kernel_has_the_references_bits(
         row_update(
             changed, gradient, hyper, betas=(0.0, 0.0), eps=1e-30, lazy=lazy, backend=backend
         )
-    assert_same(ours, specified, layout)
+    assert_same_matrix(ours, specified, layout)
     assert ours.m.float().unique().numel() > 200, "hardly a number to round"
 
 
@@ -154,5 +154,5 @@ def test_repeats_and_thread_counts_are_bitwise_equal(
         torch.set_num_threads((1, 2, 4)[repeat % 3])
         results.append(clone(row))
         row_update(results[-1], gradient, HYPER, norm="unit", slices=3, backend="cpu")
-        assert_same(results[-1], results[0], f"repeat {repeat}")
+        assert_same_matrix(results[-1], results[0], f"repeat {repeat}")
     assert not torch.equal(results[0].m, row.m)

@@ -30,7 +30,7 @@ LARGE = Case("large", 150, 200, 5000, 3)
 Changed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, W, b
 
 
-def assert_same(
+def assert_every_screen_alike(
     x: torch.Tensor,
     W: torch.Tensor,
     b: torch.Tensor | None,
@@ -54,16 +54,16 @@ def assert_same(
 @cases
 def test_every_case(case: Case, isa: str) -> None:
     x, W, b = case.inputs()
-    assert_same(x, W, b, case.K)
-    assert_same(x, W, b, case.K, scales(case.F))
+    assert_every_screen_alike(x, W, b, case.K)
+    assert_every_screen_alike(x, W, b, case.K, scales(case.F))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_large_inputs(threads: int, isa: str) -> None:
     torch.set_num_threads(threads)
     x, W, b = LARGE.inputs()
-    assert_same(x, W, b, LARGE.K)
-    assert_same(x, W, b, LARGE.K, torch.rand(LARGE.F))
+    assert_every_screen_alike(x, W, b, LARGE.K)
+    assert_every_screen_alike(x, W, b, LARGE.K, torch.rand(LARGE.F))
 
 
 def special(value: float) -> Change:
@@ -139,7 +139,7 @@ HARD: dict[str, Change] = {
 def test_hard_inputs(kind: str, isa: str) -> None:
     x, W, b = LARGE.inputs()
     assert b is not None
-    assert_same(*HARD[kind](x, W, b), LARGE.K)
+    assert_every_screen_alike(*HARD[kind](x, W, b), LARGE.K)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -30.0])
@@ -147,7 +147,7 @@ def test_hard_rank_scales(value: float, isa: str) -> None:
     x, W, b = LARGE.inputs()
     scale = torch.rand(LARGE.F)
     scale[[700, 3000, 4990]] = value
-    assert_same(x, W, b, LARGE.K, scale)
+    assert_every_screen_alike(x, W, b, LARGE.K, scale)
 
 
 lossy_rows = pytest.mark.parametrize("lossy", ["latents", "tokens"])
@@ -180,7 +180,7 @@ def test_winners_whose_narrow_scores_are_as_low_as_can_be(lossy: str, isa: str) 
     x, W, winners = underrated(lossy)
     _, indices = select_topk.run(x, W, None, 4, None)
     assert indices.unique().tolist() == winners.tolist()
-    assert_same(x, W, None, 4)
+    assert_every_screen_alike(x, W, None, 4)
 
 
 def test_routed_tokens(isa: str) -> None:
@@ -212,7 +212,9 @@ def test_drawn_inputs(drawn: Drawn, spread: float, repeated: int, scaled: bool, 
     x, W = torch.randn(drawn.B, drawn.D) * columns, torch.randn(drawn.F, drawn.D)
     W = W.repeat(repeated, 1)
     scale = torch.rand(W.shape[0]) if scaled else None
-    assert_same(drawn.place("x", x), drawn.place("W", W), None, min(drawn.k, 20), scale)
+    assert_every_screen_alike(
+        drawn.place("x", x), drawn.place("W", W), None, min(drawn.k, 20), scale
+    )
 
 
 @pytest.mark.slow
