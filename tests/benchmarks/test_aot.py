@@ -21,35 +21,51 @@ from benchmarks.aot import ARCHITECTURES, compiled_for
 from benchmarks.gpu_check.gather import gather_sum
 from benchmarks.kernel_table import CASES, FORMS, PAGE, CompiledCase, KernelCase
 from sae_kernels import gpu
+from tests.tiers import covers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 pytestmark = pytest.mark.skipif(
     gpu.interpreted(), reason="compiles kernels: TRITON_INTERPRET must not be set"
 )
-# Of every kernel the calls at one width, each on one architecture in turn.
+
+
+def of_each_kernel(cases: Iterable[KernelCase]) -> list[list[KernelCase]]:
+    """The cases of each primitive and backend."""
+    found: dict[tuple[str, str], list[KernelCase]] = {}
+    for case in cases:
+        found.setdefault((case.primitive, case.backend), []).append(case)
+    return list(found.values())
+
+
+def sample(cases: list[KernelCase]) -> list[KernelCase]:
+    """Of one kernel's calls as many as have every K, dtype, size and set of options in them."""
+    rows = [tuple(enumerate(map(str, (c.K, c.dtype, c.F, c.B, c.options)))) for c in cases]
+    return [cases[i] for i in sorted(covers(rows)[0])]
+
+
+def on_one(case: KernelCase, i: int) -> KernelCase:
+    """The case on the i-th architecture, in turns."""
+    return case._replace(architectures=(case.architectures[i % len(case.architectures)],))
+
+
+# Of every kernel calls at one width, and one of its forms, the next at each.
 SAMPLE = [
-    case._replace(architectures=(case.architectures[i % len(case.architectures)],))
-    for i, case in enumerate(case for case in CASES if case.sampled)
-]
-
-
-# Of every kernel one form, the next at each, and the architectures in turn.
-FORMS_SAMPLE = [
-    forms[i % len(forms)]._replace(
-        architectures=(forms[0].architectures[i % len(forms[0].architectures)],)
-    )
-    for i, forms in enumerate(
-        [form for form in FORMS if (form.primitive, form.backend) == kernel]
-        for kernel in dict.fromkeys((form.primitive, form.backend) for form in FORMS)
+    on_one(case, i)
+    for i, case in enumerate(
+        case
+        for cases in of_each_kernel(case for case in CASES if case.sampled)
+        for case in sample(cases)
     )
 ]
+FORMS_SAMPLE = [on_one(forms[i % len(forms)], i) for i, forms in enumerate(of_each_kernel(FORMS))]
+EVERY_CHANGE = (*SAMPLE, *FORMS_SAMPLE)
 
 
 @functools.cache
 def compiled(which: tuple[KernelCase, ...]) -> dict[tuple[KernelCase, int], CompiledCase]:
-    """All of them, once a session, on all cores."""
+    """All of them by one start of processes, once a session, on all cores."""
     return {(row.case, row.architecture): row for row in kernel_table.compile_all(which)}
 
 
@@ -67,7 +83,7 @@ def on_every_architecture(cases: Sequence[KernelCase]) -> pytest.MarkDecorator:
 @pytest.mark.full
 @on_every_architecture(SAMPLE)
 def test_passes_the_gates_and_is_on_the_page(case: KernelCase, architecture: int) -> None:
-    check(compiled(tuple(SAMPLE))[case, architecture])
+    check(compiled(EVERY_CHANGE)[case, architecture])
 
 
 @pytest.mark.slow
@@ -79,7 +95,7 @@ def test_all_of_them_too(case: KernelCase, architecture: int) -> None:
 @pytest.mark.full
 @on_every_architecture(FORMS_SAMPLE)
 def test_optional_arguments_given_or_left_out(case: KernelCase, architecture: int) -> None:
-    assert compiled(tuple(FORMS_SAMPLE))[case, architecture].faults() == []
+    assert compiled(EVERY_CHANGE)[case, architecture].faults() == []
 
 
 @pytest.mark.slow

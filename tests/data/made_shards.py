@@ -23,6 +23,7 @@ def named_rows(n: int) -> Tensor:
 
 
 def write(folder: Path, n: int = 25, **options: Any) -> Tensor:
+    """A data set of n such rows with tokens and documents, ten to a shard, written by sevens."""
     x = named_rows(n)
     options = {"rows_per_shard": 10} | options
     with ShardWriter(folder, D, **options) as writer:

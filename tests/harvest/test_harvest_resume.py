@@ -199,27 +199,35 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.harvest.test_harvest_resume"])
 
 
-def in_a_process(folder: str, layer: Any, running: Any) -> None:
-    """A harvest at the pace of a larger model: a second in all, once it says that it runs."""
+def in_a_process(folder: str, layer: Any, rows: Any) -> None:
+    """A harvest that tells how many rows it has come to, so slowly that one can follow."""
+
+    def progress(n: int) -> None:
+        rows.value += n
+        time.sleep(0.01)
+
     torch.set_num_threads(1)
-    running.set()
-    begin(Path(folder), layer=layer, resume=True, progress=lambda _: time.sleep(0.02))
+    begin(Path(folder), layer=layer, resume=True, progress=progress)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("layer", [LAYER, LAYERS], ids=["one", "several"])
 def test_killed_at_ten_random_moments(tmp_path: Path, layer: Any) -> None:
+    """Moments are rows and up to as long as a batch takes: they come however busy a machine is."""
     begin(tmp_path / "straight", layer=layer)
     drawn = random.Random(len(layer))
     folder = tmp_path / "killed"
-    running = FORKED.Event()
+    rows = FORKED.Value("q", lock=False)  # whoever is killed would keep a lock
     stored: list[int] = []
     while len(stored) < 10:
-        running.clear()
-        process = FORKED.Process(target=in_a_process, args=(str(folder), layer, running))
+        rows.value = 0
+        process = FORKED.Process(target=in_a_process, args=(str(folder), layer, rows))
         process.start()
-        assert running.wait(60)  # a busy machine takes its time to start one
-        process.join(drawn.uniform(0.05, 1.0))
+        moment, end = drawn.randrange(480), time.monotonic() + 120
+        while rows.value <= moment and process.is_alive():
+            assert time.monotonic() < end, rows.value
+            time.sleep(0.001)
+        time.sleep(drawn.uniform(0, 0.012))
         process.kill()
         process.join()
         if process.exitcode == 0:  # done before its time: once more from the start
@@ -229,7 +237,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path, layer: Any) -> None:
         assert process.exitcode == -signal.SIGKILL
         record = HarvestProgress.read(folder) if folder.exists() else None
         stored.append(record.stored if record else 0)
-    process = FORKED.Process(target=in_a_process, args=(str(folder), layer, running))
+    process = FORKED.Process(target=in_a_process, args=(str(folder), layer, rows))
     process.start()
     process.join()
     assert process.exitcode == 0

@@ -127,7 +127,7 @@ def batch(**changes: Any) -> None:
 
 
 def assert_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """In one line, with what was expected and what came."""
+    """Raises AssertionError unless the call raises that error, in one line that has the message."""
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value), "one line, please"
