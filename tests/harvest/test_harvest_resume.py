@@ -196,7 +196,10 @@ def test_a_writer_goes_on_after_finished_shards(tmp_path: Path) -> None:
 # What the process dies of.
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["tests.harvest.test_harvest_resume"])
+# With the model's own module: imported in each process, it would take longer than the harvest.
+FORKED.set_forkserver_preload(
+    ["tests.harvest.test_harvest_resume", "transformers.models.gpt2.modeling_gpt2"]
+)
 
 
 def in_a_process(folder: str, layer: Any, rows: Any) -> None:
