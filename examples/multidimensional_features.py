@@ -14,7 +14,6 @@ from tiny_causal_model import documents, load, out, outputs, train_sae, windows
 
 from sae_kernels.analyze import codes_of, find_clusters
 from sae_kernels.analyze.latent_plots import cluster_panel
-from sae_kernels.data.rows import TensorRows
 from sae_kernels.plotting.figure import Drawing, render
 
 LAYER, SHOWN = "layers.1", 8
@@ -25,7 +24,7 @@ def main() -> None:
     batch = windows(texts, 384)
     x = outputs(model, [LAYER], batch)[LAYER]
     sae = train_sae(x)
-    codes = codes_of(sae.eval(), TensorRows(x))
+    codes = codes_of(sae.eval(), x)
     clusters = find_clusters(codes, sae.W_dec, threshold=0.3, together=0.1)
     clusters = [cluster for cluster in clusters if cluster.n_tokens >= 1000][:SHOWN]
     at = batch[:, 1:].flatten()

@@ -16,7 +16,6 @@ from sae_kernels.training.evaluate import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import torch
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from sae_kernels.analyze.geometry import Geometry
     from sae_kernels.analyze.layers import LayerSpread
     from sae_kernels.analyze.multidimensional import Cluster
-    from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.sources import Stored
     from sae_kernels.nn import SAEConfig, SparseAutoencoder
     from sae_kernels.training import Evaluation
 
@@ -109,9 +108,9 @@ class Analysis:
 
 def analyze(
     sae: SparseAutoencoder,
-    source: RowSource | torch.Tensor | str | Path | None = None,
+    source: Stored | None = None,
     *,
-    target: RowSource | torch.Tensor | str | Path | None = None,
+    target: Stored | None = None,
     name: str = "SAE",
     side: Side = "decoder",
     threshold: float = 0.9,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.analyze.geometry import summary
+from sae_kernels.data.sources import open_rows
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.training.evaluate import evaluating
@@ -15,7 +16,7 @@ from sae_kernels.training.evaluate import evaluating
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.sources import Stored
     from sae_kernels.nn import SparseAutoencoder
 
 ONLY, SHARED = 0.1, 0.1  # distance of the relative norm from an end, and from the middle
@@ -78,22 +79,22 @@ class Difference:
         return found
 
 
-def difference(sae: SparseAutoencoder, source: RowSource | None = None) -> Difference:
+def difference(sae: SparseAutoencoder, source: Stored | None = None) -> Difference:
     """The relative decoder norms of a crosscoder's latents and, given data, their latent scaling.
 
     Args:
         sae: a crosscoder of two models, the base model first, trained with
             ``unit_norm_decoder=False``: unit norms are equal and say nothing.
-        source: raw activations [N, 2 D] of both models for the same tokens, side by side.
+        source: raw activations [N, 2 D] of both models for the same tokens, side by side; a folder,
+            too.
 
     Raises:
         ValueError: no crosscoder of two.
 
     Example:
-        >>> from sae_kernels.data.rows import TensorRows
         >>> from sae_kernels.nn import TopKSAE
         >>> sae = TopKSAE(8, 32, k=4, n_layers=2)
-        >>> found = difference(sae, TensorRows(torch.randn(100, 16)))
+        >>> found = difference(sae, torch.randn(100, 16))
         >>> found.relative_norm.shape, found.nu_error.shape
         (torch.Size([32]), torch.Size([32]))
     """
@@ -104,7 +105,7 @@ def difference(sae: SparseAutoencoder, source: RowSource | None = None) -> Diffe
 
 
 @torch.no_grad()
-def latent_scaling(sae: SparseAutoencoder, source: RowSource) -> tuple[Tensor, Tensor]:
+def latent_scaling(sae: SparseAutoencoder, source: Stored) -> tuple[Tensor, Tensor]:
     """How much of each latent is in the other model, relative to its own: nu_error and nu_recon.
 
     A latent's own model m is that with the larger decoder part d, o the other one. For a target y
@@ -124,6 +125,7 @@ def latent_scaling(sae: SparseAutoencoder, source: RowSource) -> tuple[Tensor, T
         fp64 [F] each; NaN for a latent that never fired.
     """
     _check(sae)
+    source = open_rows(source)
     F, D = sae.config.n_latents, sae.config.d_in
     W = sae.decoder_rows().detach()
     parts = [W[:, :D].contiguous(), W[:, D:].contiguous()]

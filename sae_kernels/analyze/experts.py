@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_kernels.data.joint import JointRows
+from sae_kernels.data.sources import open_rows
 from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
-    from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.sources import Stored
     from sae_kernels.nn import SparseAutoencoder
 
 _ROWS, _NUMBERS = 4096, 1 << 22  # of a batch; its rows are in fp64 for a moment
@@ -135,9 +136,9 @@ class ExpertMoments:
 @torch.inference_mode()
 def expert_use(
     sae: SparseAutoencoder,
-    source: RowSource,
+    source: Stored,
     *,
-    target: RowSource | None = None,
+    target: Stored | None = None,
 ) -> ExpertUse:
     """Runs the SAE on every row of the source and measures each expert.
 
@@ -148,14 +149,15 @@ def expert_use(
 
     Example:
         >>> from sae_kernels.nn import SwitchConfig, SwitchSAE
-        >>> from sae_kernels.data import TensorRows
         >>> sae = SwitchSAE(SwitchConfig(d_in=4, n_latents=16, k=2, n_experts=4))
-        >>> use = expert_use(sae, TensorRows(torch.randn(100, 4)))
+        >>> use = expert_use(sae, torch.randn(100, 4))
         >>> int(use.n_tokens.sum()), 1 <= use.effective_experts <= 4
         (100, True)
     """
     config, device = sae.config, sae.W_enc.device
-    rows_of = source if target is None else JointRows([source, target])
+    rows_of = open_rows(source)
+    if target is not None:
+        rows_of = JointRows([rows_of, open_rows(target)])
     n_experts = config.n_routed
     inputs = ExpertMoments(n_experts, config.input_width, device)
     targets = ExpertMoments(n_experts, config.output_width, device) if config.transcodes else inputs

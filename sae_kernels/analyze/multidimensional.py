@@ -11,12 +11,14 @@ import torch
 from sae_kernels.analyze.cosines import unit_rows
 from sae_kernels.analyze.groups import UnionFind
 from sae_kernels.codes import SparseCodes
+from sae_kernels.data.sources import open_rows
+from sae_kernels.primitives import checks
 from sae_kernels.primitives.select_topk import select_topk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.sources import Stored
     from sae_kernels.nn import SparseAutoencoder
 
 _QUERIES, _LOOKUPS = 4096, 1 << 22  # rows, or pairs of latents in a token, that are done at once
@@ -239,9 +241,10 @@ def measure_cluster(codes: SparseCodes, W_dec: Tensor, latents: Tensor) -> Clust
 
 
 @torch.no_grad()
-def codes_of(sae: SparseAutoencoder, source: RowSource, n_tokens: int = 1 << 16) -> SparseCodes:
+def codes_of(sae: SparseAutoencoder, source: Stored, n_tokens: int = 1 << 16) -> SparseCodes:
     """The codes of the first tokens of a source, encoded in batches; the SAE is in eval mode."""
     parts: list[SparseCodes] = []
+    source = open_rows(source)
     n = min(n_tokens, source.n_tokens)
     for start in range(0, n, _QUERIES):
         rows = source.rows(start, min(start + _QUERIES, n)).activations
@@ -268,6 +271,9 @@ def find_clusters(
         together: least :func:`co_firing` of them; 0 looks at decoders alone.
         largest: see :func:`join_neighbours`.
 
+    Raises:
+        ValueError: codes of another number of latents than W_dec has rows.
+
     Example:
         >>> from sae_kernels.nn import TopKSAE
         >>> sae = TopKSAE(8, 64, k=4)
@@ -276,6 +282,7 @@ def find_clusters(
         >>> all(one.score >= other.score for one, other in zip(clusters, clusters[1:]))
         True
     """
+    checks.shape("W_dec", W_dec, [codes.n_latents, "D"], "one row per latent of the codes")
     near = neighbours(W_dec, min(k, len(W_dec) - 1))
     keep = near.cosines >= threshold
     if together > 0:

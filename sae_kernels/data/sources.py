@@ -29,6 +29,7 @@ class Stream(Batches, Protocol):
 
 
 Source = RowSource | torch.Tensor | Stream
+Stored = RowSource | torch.Tensor | str | Path  # what can be read more than once; a folder by path
 
 
 def is_rows(source: RowSource | Stream) -> TypeIs[RowSource]:
@@ -68,7 +69,7 @@ def open_source(source: Any) -> RowSource | Stream:
     )
 
 
-def open_rows(source: Any) -> RowSource:
+def open_rows(source: Stored) -> RowSource:
     """What a user passes as activations that are read more than once: tensor, folder, row source.
 
     Raises:

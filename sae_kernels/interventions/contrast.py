@@ -56,7 +56,7 @@ def contrast(
 
     Raises:
         ModelError: an unknown layer, or one that puts out no tensor [B, S, D].
-        ValueError: not as many positive as negative prompts.
+        ValueError: not as many positive as negative prompts; one layer in place of a list.
 
     Example:
         >>> import pytest
@@ -66,6 +66,8 @@ def contrast(
         >>> contrast(model, ["h.0"], torch.tensor([[1, 2]]), torch.tensor([[1, 3]]))["h.0"].shape
         torch.Size([8])
     """
+    if isinstance(layers, str):
+        raise ValueError(f"layers: expected a list of paths of layers, got {layers!r}")
     pair = [TokenBatch.of(prompts) for prompts in (positive, negative)]
     counts = [len(batch.input_ids) for batch in pair]
     if counts[0] != counts[1]:

@@ -16,9 +16,9 @@ from sae_kernels.training.fresh import split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from sae_kernels.data.rows import RowSource
+    from sae_kernels.data.sources import Stored
     from sae_kernels.nn import SparseAutoencoder
 
 DENSE = 0.1  # a latent that fires on more than this part of the tokens counts as dense
@@ -71,9 +71,9 @@ class Evaluation:
 
 def evaluate(
     sae: SparseAutoencoder,
-    source: RowSource | torch.Tensor | str | Path,
+    source: Stored,
     *,
-    target: RowSource | torch.Tensor | str | Path | None = None,
+    target: Stored | None = None,
     batch_size: int = 4096,
 ) -> Evaluation:
     """Measures an SAE on every row of a source, in evaluation mode, with sums in fp64.

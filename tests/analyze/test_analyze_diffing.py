@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sae_kernels.analyze import analyze, diffing, tables, write_analyses
 from sae_kernels.analyze.diffing import Difference, difference, latent_scaling
-from sae_kernels.data.rows import TensorRows
 from sae_kernels.nn import BatchTopKSAE, SparseAutoencoder, TopKSAE
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def test_latent_scaling_is_least_squares_on_dense_codes(
     if kind is TopKSAE:  # a batch of BatchTopK is not the sum of its parts
         monkeypatch.setattr(diffing, "_BATCH", 64)
     sae.train()
-    for got, want in zip(latent_scaling(sae, TensorRows(x)), expected, strict=True):
+    for got, want in zip(latent_scaling(sae, x), expected, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
     assert sae.training
 
@@ -99,7 +98,7 @@ def test_scaling_tells_a_true_chat_latent_from_apparent_ones() -> None:
     base, chat = a.clone(), a.clone()
     base[:, 0] = 0
     x = torch.cat([base @ directions[:3].double(), chat @ directions[:3].double()], 1)
-    found = difference(sae, TensorRows(x))
+    found = difference(sae, x)
     assert found.chat_only.tolist() == [True, True, True, False]
     assert found.truly_own is not None
     assert found.truly_own.tolist()[:3] == [True, False, False]
@@ -124,7 +123,7 @@ def test_an_analysis_of_a_crosscoder_of_two_has_its_difference(tmp_path: Path) -
     assert alone.values()["difference"]["chat_only"] == 1
     assert "truly_chat_only" not in alone.values()["difference"]
     assert measured.difference is not None
-    expected = latent_scaling(sae, TensorRows(x))
+    expected = latent_scaling(sae, x)
     torch.testing.assert_close(measured.difference.nu_error, expected[0], equal_nan=True)
     rows = dict(row[:2] for row in tables.comparison([measured]))
     assert rows["  of the second alone"] == "1 (5 %)"

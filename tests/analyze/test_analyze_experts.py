@@ -9,7 +9,6 @@ import torch
 
 from sae_kernels.analyze import analyze, effective_number, expert_use
 from sae_kernels.analyze.experts import ExpertMoments
-from sae_kernels.data import TensorRows
 from sae_kernels.nn import SwitchConfig, SwitchSAE, TopKConfig, TopKSAE
 from sae_kernels.testing.budgets import gamma
 from sae_kernels.training import evaluate
@@ -35,7 +34,7 @@ def test_a_router_made_by_hand():
         sae.b_router.zero_()
     # Four tokens for expert 0, two for 2, one for 3, none for 1; logits are 3 and zeros.
     x = 3 * torch.eye(4)[[0, 2, 0, 3, 0, 2, 0]]
-    use = expert_use(sae, TensorRows(x))
+    use = expert_use(sae, x)
     high = math.exp(3) / (math.exp(3) + 3)
     low = (1 - high) / 3
     F = torch.tensor([4, 0, 2, 1], dtype=torch.float64) / 7
@@ -61,7 +60,7 @@ def test_a_router_made_by_hand():
 def test_sums_are_those_of_the_tokens_one_by_one(gate, shared):
     sae = switch(gate=gate, shared_expert=shared)
     x = tokens(5000, 6)  # more than a batch
-    use = expert_use(sae, TensorRows(x))
+    use = expert_use(sae, x)
     with torch.no_grad():
         x_hat, codes = sae(x)
     experts, centred = codes.routing.experts, x.double() - x.double().mean(0)
@@ -83,7 +82,7 @@ def test_sums_are_those_of_the_tokens_one_by_one(gate, shared):
 def test_one_expert_has_it_all_and_agrees_with_evaluate():
     sae = switch(n_experts=1)
     x = tokens(300, 6)
-    use, measured = expert_use(sae, TensorRows(x)), evaluate(sae, x)
+    use, measured = expert_use(sae, x), evaluate(sae, x)
     assert (use.balance, use.effective_experts) == (1, 1)
     assert use.between == pytest.approx(0, abs=SUMS)
     assert float(use.fvu[0]) == pytest.approx(measured.fvu, rel=RESIDUALS)
@@ -92,7 +91,7 @@ def test_one_expert_has_it_all_and_agrees_with_evaluate():
 def test_a_transcoder_is_measured_on_its_target():
     sae = switch(d_out=5, subtract_b_dec=False)
     x, target = tokens(200, 6), tokens(200, 5, seed=1)
-    use = expert_use(sae, TensorRows(x), target=TensorRows(target))
+    use = expert_use(sae, x, target=target)
     with torch.no_grad():
         x_hat, codes = sae(x)
     own = codes.routing.experts == 0
@@ -104,7 +103,7 @@ def test_a_transcoder_is_measured_on_its_target():
 
 
 def test_equal_tokens_have_no_variance_and_give_no_nan():
-    use = expert_use(switch(), TensorRows(torch.ones(20, 6)))
+    use = expert_use(switch(), torch.ones(20, 6))
     assert use.between == 0
     assert use.effective_experts == 1
 

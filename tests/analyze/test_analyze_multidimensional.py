@@ -23,7 +23,7 @@ from sae_kernels.analyze.multidimensional import (
     separability,
 )
 from sae_kernels.codes import SparseCodes
-from sae_kernels.data.rows import TensorRows
+from sae_kernels.data import ShardWriter
 from sae_kernels.nn import JumpReLUSAE, SparseAutoencoder, TopKSAE
 from tests.made_tensors import Sizes
 
@@ -203,7 +203,7 @@ def test_codes_of_a_source_are_those_of_its_rows(
 ) -> None:
     monkeypatch.setattr(multidimensional, "_QUERIES", 16)
     sae, x = kind(8, 40), torch.randn(50, 8, generator=generator())
-    codes = codes_of(sae, TensorRows(x), n_tokens=37)
+    codes = codes_of(sae, x, n_tokens=37)
     assert codes.batch_shape == (37,)
     torch.testing.assert_close(codes.to_dense(), sae.encode(x[:37]).to_dense().detach())
 
@@ -213,7 +213,7 @@ def test_an_analysis_has_clusters_where_asked(tmp_path: Path) -> None:
     found = analyze(sae, x, clusters=True)
     assert found.clusters
     sae.eval()
-    expected = find_clusters(codes_of(sae, TensorRows(x)), sae.W_dec)
+    expected = find_clusters(codes_of(sae, x), sae.W_dec)
     assert [c.values() for c in found.clusters] == [c.values() for c in expected]
     assert found.values()["clusters"][0]["score"] == found.clusters[0].score
     assert ("clusters of latents", str(len(expected))) in tables.comparison([found])
@@ -222,6 +222,21 @@ def test_an_analysis_has_clusters_where_asked(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs sae-kernels[report]")
     files = write_analyses([found], tmp_path)
     assert "clusters.png" in [path.name for path in files]
+
+
+def test_a_folder_is_read_like_a_tensor(sae: SparseAutoencoder, tmp_path: Path) -> None:
+    x = torch.randn(50, sae.config.d_in)
+    with ShardWriter(tmp_path, x.shape[1]) as writer:
+        writer.write(x)
+    assert torch.equal(codes_of(sae, tmp_path).values, codes_of(sae, x).values)
+    with pytest.raises(TypeError, match="read more than once, got list"):
+        codes_of(sae, [x])  # type: ignore[arg-type]
+
+
+def test_codes_of_another_sae_are_refused(sae: SparseAutoencoder) -> None:
+    codes = codes_of(sae, torch.randn(50, sae.config.d_in))
+    with pytest.raises(ValueError, match=r"W_dec: expected shape .*one row per latent"):
+        find_clusters(codes, sae.decoder_rows()[:10])
 
 
 def test_no_tensor_has_all_pairs() -> None:

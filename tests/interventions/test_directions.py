@@ -84,6 +84,8 @@ def test_a_contrast_steers(model: Any) -> None:
 def test_pairs_come_in_pairs(model: Any) -> None:
     with pytest.raises(ValueError, match="a pair a row, got 1 and 2"):
         contrast(model, ["h.0"], torch.tensor([[1]]), torch.tensor([[1], [2]]))
+    with pytest.raises(ValueError, match=r"layers: expected a list of paths .* got 'h\.0'"):
+        contrast(model, "h.0", torch.tensor([[1]]), torch.tensor([[2]]))
     with pytest.raises(ModelError, match="h: expected a layer that runs, it did not"):
         contrast(model, ["h"], torch.tensor([[1]]), torch.tensor([[2]]))
 
