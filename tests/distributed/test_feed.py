@@ -169,9 +169,13 @@ def refused(group: Any, fault: str) -> str:
         stream._read[0].transformer.h[1].mlp.c_proj.bias.data[3] = float("nan")
     if fault == "stored":
         stream = runs.activations()
-    lr = 2e-3 if last and fault == "settings" else 1e-3
+    given: dict[str, Any] = {
+        "harvest_ranks": 3 if fault == "all" else 2,
+        "lr": 2e-3 if last and fault == "settings" else 1e-3,
+        "layout": {"latents": 1, "tokens": 3} if fault == "mesh" else None,
+    }
     try:
-        runs.run(group, None, source=stream, harvest_ranks=3 if fault == "all" else 2, lr=lr)
+        runs.run(group, None, source=stream, **given)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -184,6 +188,7 @@ REFUSED = {
     "stored": ["RankError: rank 1: activations: expected LiveBatches with harvest_ranks, got Te"],
     "settings": ["ValueError: train: expected the same on all ranks"] * 3,
     "all": ["ValueError: harvest_ranks: expected fewer than the 3 processes"] * 3,
+    "mesh": ["ValueError: mesh: expected one dimension with harvest_ranks"] * 3,
     "end": ["ValueError: batches: expected one for each of the 12 steps"],
 }
 
