@@ -15,7 +15,7 @@ from sae_kernels.distributed.feed import Feed
 from sae_kernels.distributed.team import Team
 from tests.distributed import live_ranks, runs
 from tests.distributed.world import TIMEOUT, on_ranks
-from tests.harvest.causal import CONTEXT, D, documents
+from tests.harvest.causal import CONTEXT, documents
 from tests.threads import one_thread
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 
 STEPS = 40  # more than an epoch of batches of 25
-ORDERS: list[dict[str, Any]] = [
+ORDERS: list[dict[str, Any]] = [  # in a window, and over several
     {"batch_size": 25},
-    {"batch_size": 130, "sinks": True},
-]  # in a window, and over several
+    {"batch_size": 130, "sinks": True, "dtype": torch.bfloat16},
+]
 
 
 def fed(group: Any, harvest: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def test_batches_are_those_of_one_process(size: int, harvest: int) -> None:
                 assert torch.equal(x, y)
             assert "sample" not in each or torch.equal(each["sample"], expected["sample"])
         sent = sum(rank[number]["sent"] for rank in found[size - harvest :])
-        assert sent == sum(len(x) for x in expected["rows"]) * D * 4
+        assert sent == sum(x.numel() * x.element_size() for x in expected["rows"])
 
 
 @pytest.mark.full
