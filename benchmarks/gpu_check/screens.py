@@ -1,4 +1,4 @@
-"""Selections in fp32 behind the screen in bf16: the bits first, then what passes and the times."""
+"""Selections behind the screens: the bits first, then what passes and the times."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from benchmarks.gpu_check.bench import Bench, Record, check, compared
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-UNSCREENED = "fp32 product"
+UNSCREENED = "no screen"
 
 
-def screened(bench: Bench, primitive: str, name: str) -> Iterator[Record]:
+def screened(
+    bench: Bench, primitive: str, name: str, dtype: torch.dtype = torch.float32
+) -> Iterator[Record]:
     """A selection with and without the screen, and torch's product and selection."""
-    shape, case = bench.shape(name), f"{primitive} {name} in fp32"
-    inputs = bench.inputs(primitive, shape, dtype=torch.float32)
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    shape, case = bench.shape(name), f"{primitive} {name} in {short}"
+    inputs = bench.inputs(primitive, shape, dtype=dtype)
     why = calls.reason(primitive, inputs, "triton")
     if why is not None:
         yield {"kind": "not available", "what": f"{case} on triton", "why": why}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from benchmarks import calls
 from benchmarks.gpu_check import epilogue, kernels, oracles, screens, steps
 from sae_kernels import primitives
@@ -31,7 +33,9 @@ class Task(NamedTuple):
     least_s: float = 8
 
 
-def _task(run: Callable[..., Iterator[Record]], *arguments: str | int, **times: float) -> Task:
+def _task(
+    run: Callable[..., Iterator[Record]], *arguments: str | int | torch.dtype, **times: float
+) -> Task:
     return Task(lambda bench: run(bench, *arguments), **times)
 
 
@@ -81,6 +85,13 @@ MORE = {
     "transpose": _task(kernels.transpose),
     "topk gpu-small": _task(kernels.torch_topk, "gpu-small"),
     "topk gpu-mid": _task(kernels.torch_topk, "gpu-mid"),
+    # Nobody's call is screened in bf16 yet: whether it should be is what these are for.
+    **{
+        f"screen select_threshold {name} bf16": _task(
+            screens.screened, "select_threshold", name, torch.bfloat16, limit_s=90, least_s=30
+        )
+        for name in ("gpu-small", "gpu-wide")
+    },
     "wide encoder-copy": _task(steps.wide, "encoder-copy-only", limit_s=90, least_s=30),
 }
 TASKS = {

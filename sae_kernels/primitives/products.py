@@ -98,13 +98,18 @@ def tiled(
 
 @triton.jit
 def dot(a, b, acc, WIDEN: tl.constexpr):
-    """Computes ``acc + a b``, sums in fp32 and fp32 operands unrounded.
+    """Computes ``acc + a b``, sums in fp32 and fp32 operands unrounded; sums of int8 in int32.
 
     WIDEN: Triton's interpreter multiplies the bit patterns of bf16.
     """
-    if WIDEN:
+    if WIDEN and a.dtype != tl.int8:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _no_sums(dtype: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((rows, columns), tl.int32 if dtype == tl.int8 else tl.float32)
 
 
 @triton.jit
@@ -113,11 +118,11 @@ def product(x, W, rows, columns, D, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
     inputs = tl.arange(0, DEPTH)
     x_rows = x + rows.to(tl.int64)[:, None] * D
     W_rows = W + columns.to(tl.int64)[:, None] * D
-    h = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    h = _no_sums(x.dtype.element_ty, rows.shape[0], columns.shape[0])
     for start in range(0, D, DEPTH):
         part = start + inputs[None, :]
-        tokens = tl.load(x_rows + part, mask=part < D, other=0.0)
-        latents = tl.load(W_rows + part, mask=part < D, other=0.0)
+        tokens = tl.load(x_rows + part, mask=part < D, other=0)
+        latents = tl.load(W_rows + part, mask=part < D, other=0)
         h = dot(tokens, latents.T, h, WIDEN)
     return h
 
@@ -139,7 +144,7 @@ def scores(
 ):
     """A tile of the product x W^T; beyond the last token or latent it holds anything."""
     if DESCRIBED:
-        h = tl.zeros((ROWS, COLUMNS), tl.float32)
+        h = _no_sums(x.dtype, ROWS, COLUMNS)
         for part in range(0, D, DEPTH):
             h = dot(x.load([row, part]), W.load([column, part]).T, h, WIDEN)
         return h

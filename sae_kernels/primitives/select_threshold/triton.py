@@ -273,7 +273,7 @@ def _listed(
     runs, room = (counts, ends), min(B, 1 << 21) * _ROOM
     lengths = None
     if screen is not None:
-        room, lengths = min(room, B * F // _LATENTS_PER_ENTRY), (screen.x[1:], screen.W[1:])
+        room, lengths = min(room, B * F // _LATENTS_PER_ENTRY), (screen.x.known, screen.W.known)
     entries, found = _find_all(multiplied, (b, bounds, lengths), runs, tile, room)
     if max(found) * len(found) > entries.numel():
         if screen is not None:
@@ -295,8 +295,8 @@ def _listed(
 def _tile(x: torch.Tensor, W: torch.Tensor, screen: Screen | None) -> ProductTile:
     """The product's tile, changed where looking through it twice would spill registers."""
     tile = tile_for(x, W)
-    if screen is not None:  # what bounds are computed from takes some
-        return tile._replace(chunks=2 * tile.chunks)
+    if screen is not None:  # what bounds are computed from takes some, scales some more
+        return tile._replace(chunks=tile.chunks * (2 if screen.x.scale is None else 4))
     # Without matrix units the operands do.
     return tile._replace(depth=tile.depth // 2) if x.dtype == torch.float32 else tile
 

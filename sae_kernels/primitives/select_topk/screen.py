@@ -1,12 +1,13 @@
-"""A screen of fp32 scores on GPUs: a product of rows in bf16 bounds them from above.
+"""A screen of scores on GPUs: a product of rounded rows bounds them from above.
 
-No matrix unit multiplies fp32 without rounding it, and other units multiply ten times slower. But
-few scores can win. A score is above the product of the rows in bf16 by no more than the lengths of
-what rounding took allow (docs/numerics.md). Entries whose upper bound reaches their row's threshold
-are appended to the lists and scored there in fp32, in the fp32 product's order of sums. So a list
+No matrix unit multiplies fp32 without rounding it, and other units multiply ten times slower than
+these do rows in bf16; rows in int8 they multiply in half the time of bf16. And few scores can win.
+A score is above the product of the rounded rows by no more than the lengths of what rounding took
+allow (docs/numerics.md). Entries whose upper bound reaches their row's threshold are appended to
+the lists and scored there, in the order of sums of the product without a screen. So a list
 holds what it would hold without the screen, and some entries more that do not win. Rows whose lists
-overflow are scored again by the fp32 product. select_threshold does the same with the entries whose
-upper bound is above their latent's, and leaves out those whose score is not.
+overflow are scored again by the product without one. select_threshold does the same with the
+entries whose upper bound is above their latent's, and leaves out those whose score is not.
 """
 
 from __future__ import annotations
@@ -31,34 +32,43 @@ FEWEST_LATENTS, LATENTS_PER_KEPT, FEWEST_PRODUCTS = 2048, 64, 1 << 31
 _WIDEST = 1 << 15  # sums of more are not what the bound allows for
 # Entries that a block scores at a time, a thread each; columns of a row that are rounded at a time.
 _ENTRIES, _COLUMNS = 128, 1024
-_DEPTH = 32
+_DEPTH = 128  # bytes of a row that are scored at a time
+# What operands of a dtype are rounded to. fp8 would lose several times as much as int8.
+_NARROWER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.int8}
 # An entry whose score is still to come has this bit in its latent's number.
 UNSCORED = tl.constexpr(-(1 << 31))
 
 
 class RoundedRows(NamedTuple):
-    """Rows in bf16 and what is known of them, rounded up; NaN where nothing is.
+    """Rounded rows and what is known of them, rounded up; NaN where nothing is.
 
     Attributes:
-        rows: bf16 [n, D].
-        length: fp32 [n], of the rows and of those in bf16: not below either.
+        rows: bf16 or int8 [n, D].
+        length: fp32 [n], of the rows and of the rounded ones: not below either.
         lost: fp32 [n], the length of the difference; for latents with the error of sums in it.
+        scale: fp32 [n], what rows in int8 are to be multiplied by; None in bf16.
     """
 
     rows: torch.Tensor
     length: torch.Tensor
     lost: torch.Tensor
+    scale: torch.Tensor | None
+
+    @property
+    def known(self) -> tuple[torch.Tensor, ...]:
+        """What `bounded` takes: the lengths and, of rows in int8, the scale."""
+        return tuple(t for t in self[1:] if t is not None)
 
 
 class Screen(NamedTuple):
-    """The operands of a product that bounds scores: tokens and latents in bf16."""
+    """The operands of a product that bounds scores: tokens and latents, both in one dtype."""
 
     x: RoundedRows
     W: RoundedRows
 
     def part(self, rows: slice) -> Screen:
         """The same for some of the tokens."""
-        return Screen(RoundedRows(*(t[rows] for t in self.x)), self.W)
+        return Screen(RoundedRows(*(t if t is None else t[rows] for t in self.x)), self.W)
 
 
 def note(dtype: torch.dtype, few: str) -> str | None:
@@ -72,14 +82,18 @@ def note(dtype: torch.dtype, few: str) -> str | None:
 
 
 def pays(x: torch.Tensor, k: int, n_latents: int) -> bool:
-    """Whether so many tokens and latents are worth a screen; k is 0 where nobody knows it."""
+    """Whether so many tokens and latents are worth a screen; k is 0 where nobody knows it.
+
+    In bf16 none are: what a screen in int8 could gain is little (docs/numerics.md), and the scores
+    have the same bits only if a matrix unit's sum is the same in instructions of other sizes.
+    """
     enough = n_latents >= max(FEWEST_LATENTS, LATENTS_PER_KEPT * k)
-    return enough and x.numel() * n_latents >= FEWEST_PRODUCTS
+    return x.dtype == torch.float32 and enough and x.numel() * n_latents >= FEWEST_PRODUCTS
 
 
 def screen_of(x: torch.Tensor, W: torch.Tensor) -> Screen | None:
     """Rounds packed operands for a screen; None without tokens, and where no bound is known."""
-    if x.dtype != torch.float32 or x.shape[1] > _WIDEST or x.shape[0] == 0:
+    if x.dtype not in _NARROWER or x.shape[1] > _WIDEST or x.shape[0] == 0:
         return None
     return Screen(rounded(x), rounded(W, error_of_sums(x.shape[1])))
 
@@ -87,31 +101,51 @@ def screen_of(x: torch.Tensor, W: torch.Tensor) -> Screen | None:
 def error_of_sums(width: int) -> float:
     """The share of two rows' lengths by which sums of their products may be off (docs/numerics.md).
 
-    In fp32, on a matrix unit, and in evaluating the bound.
+    In fp32, on a matrix unit, and in evaluating the bound. Sums of int8 are exact.
     """
     return 1.01 * (5 * width + 128) * 2.0**-24
 
 
 def rounded(matrix: torch.Tensor, error: float = 0.0) -> RoundedRows:
-    """Rounds rows to bf16; ``error`` times their length is added to what they lost."""
+    """Rounds rows of fp32 to bf16 and of bf16 to int8.
+
+    ``error`` times their length is added to what they lost.
+    """
     n, D = matrix.shape
-    rows = torch.empty_like(matrix, dtype=torch.bfloat16)
-    length, lost = matrix.new_empty((2, n))
+    rows = torch.empty_like(matrix, dtype=_NARROWER[matrix.dtype])
+    length, lost, *scale = matrix.new_empty(
+        (3 if rows.dtype == torch.int8 else 2, n), dtype=torch.float32
+    )
+    made = RoundedRows(rows, length, lost, *(scale or [None]))
     columns = min(_COLUMNS, gpu.next_power_of_two(D))
-    _round_rows[(n,)](matrix, rows, length, lost, D, error, COLUMNS=columns, num_warps=4)
-    return RoundedRows(rows, length, lost)
+    _round_rows[(n,)](matrix, *made, D, error, COLUMNS=columns, num_warps=4)
+    return made
 
 
 @triton.jit
-def _round_rows(matrix, rows, lengths, losts, D, error, COLUMNS: tl.constexpr):
+def _round_rows(matrix, rows, lengths, losts, scales, D, error, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    scale, inverse = 1.0, 1.0
+    if scales is not None:
+        most = 0.0
+        for start in range(0, D, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            x = tl.load(matrix + row * D + columns, mask=columns < D, other=0).to(tl.float32)
+            most = tl.maximum(most, tl.max(tl.abs(x)))
+        if (most > 0) & (most < float("inf")):
+            scale, inverse = most / 127, 127 / most
+        tl.store(scales + row, scale)
     most, squares, lost = 0.0, 0.0, 0.0
     for start in range(0, D, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        x = tl.load(matrix + row * D + columns, mask=columns < D, other=0)
-        near = x.to(tl.bfloat16)
-        tl.store(rows + row * D + columns, near, mask=columns < D)
-        left = x - near.to(tl.float32)
+        x = tl.load(matrix + row * D + columns, mask=columns < D, other=0).to(tl.float32)
+        if scales is None:
+            near = x.to(tl.bfloat16)
+            left = x - near.to(tl.float32)
+        else:
+            near = tl.floor(tl.fma(x, inverse, 0.5))
+            left = tl.fma(-near, scale, x)
+        tl.store(rows + row * D + columns, near.to(rows.dtype.element_ty), mask=columns < D)
         most = tl.maximum(most, tl.max(tl.abs(x)))
         squares += tl.sum(x * x)
         lost += tl.sum(left * left)
@@ -130,8 +164,8 @@ def bounded(product, lengths, rows, B, columns, end, scale):
     """What scores are at most, or at least where the scale turns their order around.
 
     Args:
-        product: of some rows and latents in bf16.
-        lengths: those of the tokens and of the latents, and what they lost.
+        product: of some rounded rows and latents.
+        lengths: those of the tokens and of the latents, what they lost and their scales.
         rows, columns: which they are; tokens end at B, latents at the end.
         scale: of the scores, 1 or [1, columns].
     """
@@ -142,12 +176,19 @@ def bounded(product, lengths, rows, B, columns, end, scale):
     other_lost = tl.load(latents[1] + columns, mask=columns < end, other=0)[None, :]
     # Not left to the compiler: where a product is looked through twice, its bounds are the same.
     margin = tl.fma(length, other_lost, lost * other)
-    return product + tl.where(scale < 0, -margin, margin)
+    margin = tl.where(scale < 0, -margin, margin)
+    if product.dtype == tl.int32:
+        token = tl.load(tokens[2] + rows, mask=rows < B, other=0)[:, None]
+        latent = tl.load(latents[2] + columns, mask=columns < end, other=0)[None, :]
+        return tl.fma(product.to(tl.float32) * token, latent, margin)
+    else:
+        return product + margin
 
 
 def score_found(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, found: Ragged) -> None:
-    """Puts fp32 scores into ragged codes in place of the bounds that a screen let through."""
-    constants = {"ENTRIES": _ENTRIES, "DEPTH": _DEPTH, "WIDEN": gpu.interpreted()}
+    """Puts scores into ragged codes in place of the bounds that a screen let through."""
+    depth = _DEPTH // x.element_size()
+    constants = {"ENTRIES": _ENTRIES, "DEPTH": depth, "WIDEN": gpu.interpreted()}
     _score_found[(x.shape[0],)](x, W, b, *found, *W.shape, **constants, num_warps=4)
 
 
@@ -175,16 +216,25 @@ def _score_found(
 
 @triton.jit
 def _scores(x, W, b, columns, F, D, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
-    """Scores of this block's token in fp32, in the order of the fp32 product's sums; never -0."""
-    row = tl.program_id(0) + tl.arange(0, 1)
-    h = product(x, W, row, tl.minimum(columns, F - 1), D, DEPTH, WIDEN)
-    return tl.reshape(h, (columns.shape[0],)) + (bias(b, columns, F) + 0.0)
+    """Scores of this block's token in the order of sums of all scores' product; never -0.
+
+    In bf16 W's rows are those of the matrix instruction and this token is each of its columns, as
+    many as the products of few tokens have.
+    """
+    there = tl.minimum(columns, F - 1)
+    if x.dtype.element_ty == tl.float32:
+        h = product(x, W, tl.program_id(0) + tl.arange(0, 1), there, D, DEPTH, WIDEN)
+        h = tl.reshape(h, (columns.shape[0],))
+    else:
+        h = product(W, x, there, tl.program_id(0) + tl.zeros((16,), tl.int32), D, DEPTH, WIDEN)
+        h = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, h, 0.0), 1)
+    return h + (bias(b, columns, F) + 0.0)
 
 
 def score_unscored(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, lists: CandidateLists
 ) -> None:
-    """Puts the fp32 scores of entries that a screen let through in the place of their bounds."""
+    """Puts the scores of entries that a screen let through in the place of their bounds."""
     _score_unscored[(x.shape[0],)](
         x,
         W,
@@ -194,7 +244,7 @@ def score_unscored(
         *W.shape,
         CAPACITY=lists.candidates.shape[1],
         ENTRIES=_ENTRIES,
-        DEPTH=_DEPTH,
+        DEPTH=_DEPTH // x.element_size(),
         WIDEN=gpu.interpreted(),
         num_warps=4,
     )

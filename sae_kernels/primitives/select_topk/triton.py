@@ -102,7 +102,7 @@ def encode_pass(
     n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
     multiplied, lengths = (x, W), None
     if screen is not None:
-        multiplied, lengths = (screen.x.rows, screen.W.rows), (screen.x[1:], screen.W[1:])
+        multiplied, lengths = (screen.x.rows, screen.W.rows), (screen.x.known, screen.W.known)
     matrices, constants = tiled(*multiplied, tile)
     _encode_pass[(min(n_tiles, gpu.multiprocessors(x.device)),)](
         *matrices,

@@ -193,8 +193,11 @@ class Step {
   void tensor_copy();
   void group_multiply();
   void compute(const GroupProduct& product);
+  template <class Sum>
+  void compute_as(const GroupProduct& product);
+  bool transposed(const Instruction& in, bool first) const;
   template <class Visit>
-  void tile_of(u64 descriptor, int rows, bool transposed, Visit visit) const;
+  void tile_of(u64 descriptor, int rows, int depth, bool transposed, Visit visit) const;
 
   Machine& m_;
   Block& block_;

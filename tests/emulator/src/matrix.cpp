@@ -1,73 +1,111 @@
 // Products of matrices: by one warp at once, and by warp groups whose result comes later.
 #include <algorithm>
+#include <type_traits>
 
 #include "machine.h"
 
 namespace emulator {
 namespace {
 
-struct Halves {
-  bool bfloat;
+// Elements of a product's operands: both bf16 or both fp16 with sums in fp32, or both s8 with sums
+// in s32. A register holds two or four that lie together, and an instruction sums over eight times
+// as many.
+enum class Element { kNone, kBf16, kF16, kS8 };
 
-  float at(u64 value, int which) const {
-    return bfloat ? from_bf16(value >> 16 * which) : from_f16(value >> 16 * which & 0xffff);
-  }
-};
+int in_word(Element element) { return element == Element::kS8 ? 4 : 2; }
+int depth_of(Element element) { return 8 * in_word(element); }
+std::string suffix_of(Element element) { return "k" + std::to_string(depth_of(element)); }
 
-// Both operands bf16 or both fp16, sums in fp32.
-bool kind_of(const Instruction& in, Halves* halves) {
+Element element_of(const Instruction& in) {
   std::vector<std::string> types;
   for (const auto& word : in.words) {
-    if (word == "f32" || word == "bf16" || word == "f16") types.push_back(word);
+    if (word == "f32" || word == "bf16" || word == "f16" || word == "s32" || word == "s8")
+      types.push_back(word);
   }
-  if (types.size() < 3 || types[0] != "f32" || types[1] != types[2] || types[1] == "f32")
-    return false;
-  halves->bfloat = types[1] == "bf16";
-  return types.size() == 3 || types[3] == "f32";
+  if (types.size() < 3 || types.size() > 4 || types[1] != types[2]) return Element::kNone;
+  if (types.size() == 4 && types[3] != types[0]) return Element::kNone;
+  if (types[0] == "s32") return types[1] == "s8" ? Element::kS8 : Element::kNone;
+  if (types[0] != "f32") return Element::kNone;
+  return types[1] == "bf16" ? Element::kBf16 : types[1] == "f16" ? Element::kF16 : Element::kNone;
+}
+
+// Sums are float, or i64 that are cut to s32 at the end of each instruction.
+template <class Sum>
+Sum element_at(Element element, u64 word, int which) {
+  if constexpr (std::is_same_v<Sum, float>) {
+    return element == Element::kBf16 ? from_bf16(word >> 16 * which)
+                                     : from_f16(word >> 16 * which & 0xffff);
+  } else {
+    return extend(word >> 8 * which, 8);
+  }
+}
+
+template <class Sum>
+Sum sum_from(u64 value) {
+  if constexpr (std::is_same_v<Sum, float>)
+    return f32(value);
+  else
+    return extend(value, 32);
+}
+
+u64 sum_to(const Instruction&, float sum) { return of(sum); }
+u64 sum_to(const Instruction& in, i64 sum) {
+  if (in.has("satfinite")) sum = std::clamp<i64>(sum, INT32_MIN, INT32_MAX);
+  return cut(static_cast<u64>(sum), 32);
 }
 
 }  // namespace
 
 void Step::multiply() {
   whole_warp();
-  Halves halves{};
-  if (!in_.has("m16n8k16") || !in_.has("row") || !in_.has("col") || !kind_of(in_, &halves))
+  const Element element = element_of(in_);
+  if (element == Element::kNone || !in_.has(("m16n8" + suffix_of(element)).c_str()) ||
+      !in_.has("row") || !in_.has("col"))
     unknown();
-  float a[16][16], b[16][8], c[16][8];
-  const auto &as = in_.sources[0].parts, &bs = in_.sources[1].parts, &cs = in_.sources[2].parts;
-  u64 scratch[10][kLanes];
-  const u64* sources[10];
-  for (int i = 0; i < 4; ++i) sources[i] = row(as[i], scratch[i]);
-  for (int i = 0; i < 2; ++i) sources[4 + i] = row(bs[i], scratch[4 + i]);
-  for (int i = 0; i < 4; ++i) sources[6 + i] = row(cs[i], scratch[6 + i]);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int g = lane / 4, t = lane % 4 * 2;
-    for (int j = 0; j < 2; ++j) {
+  const int together = in_word(element);
+  const auto compute = [&](auto zero) {
+    using Sum = decltype(zero);
+    const int depth = 8 * together;
+    Sum a[16][32], b[32][8], c[16][8];
+    const auto &as = in_.sources[0].parts, &bs = in_.sources[1].parts, &cs = in_.sources[2].parts;
+    u64 scratch[10][kLanes];
+    const u64* sources[10];
+    for (int i = 0; i < 4; ++i) sources[i] = row(as[i], scratch[i]);
+    for (int i = 0; i < 2; ++i) sources[4 + i] = row(bs[i], scratch[4 + i]);
+    for (int i = 0; i < 4; ++i) sources[6 + i] = row(cs[i], scratch[6 + i]);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int j = 0; j < together; ++j) {
+        const int k = t * together + j;
+        for (int i = 0; i < 4; ++i)
+          a[g + i % 2 * 8][k + i / 2 * depth / 2] = element_at<Sum>(element, sources[i][lane], j);
+        for (int i = 0; i < 2; ++i)
+          b[k + i * depth / 2][g] = element_at<Sum>(element, sources[4 + i][lane], j);
+      }
       for (int i = 0; i < 4; ++i)
-        a[g + i % 2 * 8][t + j + i / 2 * 8] = halves.at(sources[i][lane], j);
-      for (int i = 0; i < 2; ++i) b[t + j + i * 8][g] = halves.at(sources[4 + i][lane], j);
-      for (int i = 0; i < 2; ++i) c[g + i * 8][t + j] = f32(sources[6 + 2 * i + j][lane]);
+        c[g + i / 2 * 8][t * 2 + i % 2] = sum_from<Sum>(sources[6 + i][lane]);
     }
-  }
-  for (int i = 0; i < 16; ++i) {
-    float sums[8] = {};
-    for (int q = 0; q < 16; ++q) {
-      for (int j = 0; j < 8; ++j) sums[j] += a[i][q] * b[q][j];
+    for (int i = 0; i < 16; ++i) {
+      Sum sums[8] = {};
+      for (int q = 0; q < depth; ++q) {
+        for (int j = 0; j < 8; ++j) sums[j] += a[i][q] * b[q][j];
+      }
+      for (int j = 0; j < 8; ++j) c[i][j] += sums[j];
     }
-    for (int j = 0; j < 8; ++j) c[i][j] += sums[j];
-  }
-  all_or_none();
-  for (int i = 0; i < 4; ++i) {
-    u64* const to = result(in_.to.parts[i]);
-    for (int lane = 0; lane < kLanes; ++lane)
-      to[lane] = of(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
-  }
+    all_or_none();
+    for (int i = 0; i < 4; ++i) {
+      u64* const to = result(in_.to.parts[i]);
+      for (int lane = 0; lane < kLanes; ++lane)
+        to[lane] = sum_to(in_, c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+    }
+  };
+  element == Element::kS8 ? compute(i64{}) : compute(float{});
 }
 
-// Visits a matrix of `rows` x 16 that a descriptor names, eight elements that lie together at a
+// Visits a matrix of `rows` x `depth` that a descriptor names, 16 bytes that lie together at a
 // time: visit(row, column, address), along the columns, or along the rows of a transposed one.
 template <class Visit>
-void Step::tile_of(u64 descriptor, int rows, bool transposed, Visit visit) const {
+void Step::tile_of(u64 descriptor, int rows, int depth, bool transposed, Visit visit) const {
   const u64 start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   const u64 stride = (descriptor >> 32 & 0x3fff) << 4, mode = descriptor >> 62;
   if (descriptor >> 49 & 7) unknown();             // a base offset
@@ -86,8 +124,8 @@ void Step::tile_of(u64 descriptor, int rows, bool transposed, Visit visit) const
     }
   } else {
     for (int row = 0; row < rows; ++row) {
-      for (int k = 0; k < 16; k += 8) {
-        const u64 bytes = static_cast<u64>(k) * 2;
+      for (int k = 0; k < depth; k += depth / 2) {
+        const u64 bytes = k == 0 ? 0 : 16;
         visit(row, k,
               swizzled(start + row / 8 * stride + row % 8 * width + bytes % width +
                        bytes / width * leading));
@@ -96,14 +134,19 @@ void Step::tile_of(u64 descriptor, int rows, bool transposed, Visit visit) const
   }
 }
 
+// Whether an operand in shared memory is transposed; those of s8 never are, and have no flag.
+bool Step::transposed(const Instruction& in, bool first) const {
+  return element_of(in) != Element::kS8 && one(first ? in.sources[5] : in.sources.back(), 0) != 0;
+}
+
 void Step::group_multiply() {
   whole_warp();
   const bool a_in_registers = in_.sources[0].kind == Operand::kVector;
   const int columns = static_cast<int>(in_.to.parts.size()) * 2;
-  Halves halves{};
-  if (!in_.has(("m64n" + std::to_string(columns) + "k16").c_str()) || !kind_of(in_, &halves))
-    unknown();
-  if (one(in_.sources[3], 0) != 1 || one(in_.sources[4], 0) != 1)
+  const Element element = element_of(in_);
+  const std::string shape = "m64n" + std::to_string(columns) + suffix_of(element);
+  if (element == Element::kNone || !in_.has(shape.c_str())) unknown();
+  if (element != Element::kS8 && (one(in_.sources[3], 0) != 1 || one(in_.sources[4], 0) != 1))
     unknown();  // scales of the operands
   GroupProduct product{&in_, {}, 0, one(in_.sources[1], 0), (one(in_.sources[2], 0) & 1) != 0};
   const auto unfenced = [&](const Operand& operand) {
@@ -130,11 +173,12 @@ void Step::group_multiply() {
     }
   } else {
     product.a_descriptor = one(in_.sources[0], 0);
-    tile_of(product.a_descriptor, 64, one(in_.sources[5], 0) != 0, [&](int row, int k, u64 at) {
-      if (row / 16 == warp_.id % 4) reads(row, k, at);
-    });
+    tile_of(product.a_descriptor, 64, depth_of(element), transposed(in_, true),
+            [&](int row, int k, u64 at) {
+              if (row / 16 == warp_.id % 4) reads(row, k, at);
+            });
   }
-  tile_of(product.b_descriptor, columns, one(in_.sources.back(), 0) != 0, reads);
+  tile_of(product.b_descriptor, columns, depth_of(element), transposed(in_, false), reads);
   for (const Operand& part : in_.to.parts) {
     if (warp_.computing[part.index]) {
       ++warp_.computing[part.index];  // the same accumulators in order
@@ -154,24 +198,30 @@ void Step::finish_products(size_t kept) {
 }
 
 void Step::compute(const GroupProduct& product) {
+  element_of(*product.in) == Element::kS8 ? compute_as<i64>(product) : compute_as<float>(product);
+}
+
+template <class Sum>
+void Step::compute_as(const GroupProduct& product) {
   const Instruction& in = *product.in;
+  const Element element = element_of(in);
   const int columns = static_cast<int>(in.to.parts.size()) * 2;
-  Halves halves{};
-  kind_of(in, &halves);
-  float a[16][16];
-  std::vector<float> b(16 * static_cast<size_t>(columns));
+  const int together = in_word(element), depth = depth_of(element);
+  Sum a[16][32];
+  std::vector<Sum> b(depth * static_cast<size_t>(columns));
   const auto elements = [&](u64 at, auto store) {
     block_.shared.finish_product(who_, at, 16);
-    u16 values[8];
-    std::memcpy(values, block_.shared.at(at), 16);
-    for (int i = 0; i < 8; ++i) store(i, halves.at(values[i], 0));
+    u32 words[4];
+    std::memcpy(words, block_.shared.at(at), 16);
+    for (int i = 0; i < 4 * together; ++i)
+      store(i, element_at<Sum>(element, words[i / together], i % together));
   };
   if (product.a.empty()) {
-    const bool transposed = one(in.sources[5], 0) != 0;
-    tile_of(product.a_descriptor, 64, transposed, [&](int row, int k, u64 at) {
+    const bool along_rows = transposed(in, true);
+    tile_of(product.a_descriptor, 64, depth, along_rows, [&](int row, int k, u64 at) {
       if (row / 16 != warp_.id % 4) return;
-      elements(at, [&](int i, float value) {
-        a[(row + (transposed ? i : 0)) % 16][k + (transposed ? 0 : i)] = value;
+      elements(at, [&](int i, Sum value) {
+        a[(row + (along_rows ? i : 0)) % 16][k + (along_rows ? 0 : i)] = value;
       });
     });
   } else {
@@ -184,23 +234,23 @@ void Step::compute(const GroupProduct& product) {
             place({who_.kernel, &in, who_.now, who_.agent, who_.block}));
       }
       for (int lane = 0; lane < kLanes; ++lane) {
-        for (int j = 0; j < 2; ++j) {
-          a[lane / 4 + i % 2 * 8][lane % 4 * 2 + j + i / 2 * 8] =
-              halves.at(product.a[i * kLanes + lane], j);
+        for (int j = 0; j < together; ++j) {
+          a[lane / 4 + i % 2 * 8][lane % 4 * together + j + i / 2 * depth / 2] =
+              element_at<Sum>(element, product.a[i * kLanes + lane], j);
         }
       }
     }
   }
-  const bool transposed = one(in.sources.back(), 0) != 0;
-  tile_of(product.b_descriptor, columns, transposed, [&](int row, int k, u64 at) {
-    elements(at, [&](int i, float value) {
-      b[(k + (transposed ? 0 : i)) * columns + row + (transposed ? i : 0)] = value;
+  const bool along_rows = transposed(in, false);
+  tile_of(product.b_descriptor, columns, depth, along_rows, [&](int row, int k, u64 at) {
+    elements(at, [&](int i, Sum value) {
+      b[(k + (along_rows ? 0 : i)) * columns + row + (along_rows ? i : 0)] = value;
     });
   });
-  std::vector<float> sums(16 * static_cast<size_t>(columns));
+  std::vector<Sum> sums(16 * static_cast<size_t>(columns));
   for (int i = 0; i < 16; ++i) {
-    float* const own = &sums[i * columns];
-    for (int q = 0; q < 16; ++q) {
+    Sum* const own = &sums[i * columns];
+    for (int q = 0; q < depth; ++q) {
       for (int n = 0; n < columns; ++n) own[n] += a[i][q] * b[q * columns + n];
     }
   }
@@ -210,7 +260,7 @@ void Step::compute(const GroupProduct& product) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const size_t at =
           (lane / 4 + part / 2 % 2 * 8) * columns + part / 4 * 8 + lane % 4 * 2 + part % 2;
-      to[lane] = of((product.accumulates ? f32(to[lane]) : 0.0f) + sums[at]);
+      to[lane] = sum_to(in, (product.accumulates ? sum_from<Sum>(to[lane]) : Sum{}) + sums[at]);
     }
     warp_.defined[index] = kAllLanes;
     --warp_.computing[index];

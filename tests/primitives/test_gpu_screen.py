@@ -1,13 +1,17 @@
-"""fp32 selections behind the GPUs' screen in bf16, emulated: bit for bit those without it."""
+"""Selections behind the GPUs' screens, emulated: bit for bit those without them."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the screen is one of the Triton kernels")
 
-from test_screen import HARD
+from test_screen import HARD, underrated
 
 from sae_kernels import gpu
 from sae_kernels.primitives import schedule
@@ -16,6 +20,9 @@ from sae_kernels.primitives.select_threshold import triton as select_threshold
 from sae_kernels.primitives.select_topk import screen, triton
 from sae_kernels.primitives.select_topk_routed import triton as routed
 from sae_kernels.testing import Case, assert_bitwise, screening
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = [
     pytest.mark.full,
@@ -26,6 +33,20 @@ FEW = Case("few", 9, 32, 5000, 3)  # every kind of hard input, in the time that 
 
 SMALL = Case("small", 9, 16, 1500, 3)
 ALL = SMALL.B * SMALL.F
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Of the operands: fp32, screened in bf16, or bf16, screened in int8."""
+    wanted: torch.dtype = request.param
+    return wanted
+
+
+def hard(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, W, b = FEW.inputs()
+    assert b is not None
+    x, W, b = HARD[kind](x, W, b)
+    return x.to(dtype), W.to(dtype), b
 
 
 def assert_same_best(
@@ -52,27 +73,27 @@ def assert_same_above(
 
 
 @pytest.mark.parametrize("kind", HARD)
-def test_hard_inputs(kind: str) -> None:
-    x, W, b = FEW.inputs()
-    assert b is not None
-    x, W, b = HARD[kind](x, W, b)
-    assert_same_best(x, W, b, FEW.K)
+def test_hard_inputs(kind: str, dtype: torch.dtype) -> None:
+    assert_same_best(*hard(kind, dtype), FEW.K)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -30.0])
-def test_hard_rank_scales(value: float) -> None:
-    x, W, b = FEW.inputs()
+def test_hard_rank_scales(value: float, dtype: torch.dtype) -> None:
+    x, W, b = FEW.cast(dtype).inputs()
     scale = torch.rand(FEW.F)
     scale[[700, 3000, 4990]] = value
     assert_same_best(x, W, b, FEW.K, scale)
 
 
-def lossy(which: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Operands and the four winners, whose products in bf16 are below all others.
+def lossy(which: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Operands and the four winners, whose rounded rows' products are below all others.
 
     What rounding takes from the rows of one side, almost half a step everywhere, points along the
     others: by Cauchy and Schwarz the most that can be lost.
     """
+    if dtype == torch.bfloat16:
+        x, W, in_eight_bits = underrated(which)
+        return x[:9].to(dtype), W.to(dtype), in_eight_bits.tolist()
     n, F = 64, 1000
     winners = torch.arange(F - 40, F, 10)
     x, W = torch.ones(9, n + 2), torch.zeros(F, n + 2)
@@ -83,21 +104,21 @@ def lossy(which: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         W[winners, :n] += 0.49 / 128
     else:
         x[:, :n] += 0.49 / 128
+    products = x.bfloat16().float() @ W.bfloat16().float().T
+    assert bool((products[:, winners] < products.median()).all())
     return x, W, winners.tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", HARD)
-def test_hard_inputs_above_a_threshold(kind: str) -> None:
-    x, W, b = FEW.inputs()
-    assert b is not None
-    x, W, b = HARD[kind](x, W, b)
+def test_hard_inputs_above_a_threshold(kind: str, dtype: torch.dtype) -> None:
+    x, W, b = hard(kind, dtype)
     last = triton.run(x, W, b, 20, None, screened=False)[0][:, -1].nan_to_num(0)
     assert_same_above(x, W, b, last.mean().expand(FEW.F).contiguous())
 
 
-def test_few_scores_are_computed_for_a_threshold() -> None:
-    x, W, b = SMALL.inputs()
+def test_few_scores_are_computed_for_a_threshold(dtype: torch.dtype) -> None:
+    x, W, b = SMALL.cast(dtype).inputs()
     bounds = 2 + torch.rand(SMALL.F) / 5  # some 2 % of all scores are above
     kept = select_threshold.run(x, W, b, bounds, screened=False)[0].numel()
     assert 100 < kept <= assert_same_above(x, W, b, bounds) < 1.2 * kept
@@ -105,8 +126,8 @@ def test_few_scores_are_computed_for_a_threshold() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
-def test_bounds_and_rows_that_are_not_finite(value: float) -> None:
-    x, W, b = SMALL.inputs()
+def test_bounds_and_rows_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
+    x, W, b = SMALL.cast(dtype).inputs()
     bounds = torch.full((SMALL.F,), 2.5)
     for first, bound in ((0, torch.inf), (100, -torch.inf), (200, torch.nan)):
         bounds[first::300] = bound
@@ -118,8 +139,10 @@ def test_bounds_and_rows_that_are_not_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize("start", [None, 2.0])
-def test_batch_topk(start: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, W, b = SMALL.inputs()
+def test_batch_topk(
+    start: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W, b = SMALL.cast(dtype).inputs()
     arguments = (9 * SMALL.K, torch.rand(SMALL.F), None if start is None else torch.tensor(start))
     scored, score_found = [], select_threshold.score_found
     note = lambda *found: (scored.append(found), score_found(*found))  # noqa: E731
@@ -139,18 +162,18 @@ def just_below(x: torch.Tensor, W: torch.Tensor, winners: list[int]) -> torch.Te
 
 
 @pytest.mark.parametrize("which", ["latents", "tokens"])
-def test_winners_whose_products_are_as_low_as_can_be(which: str) -> None:
-    x, W, winners = lossy(which)
-    products = x.bfloat16().float() @ W.bfloat16().float().T
-    assert bool((products[:, winners] < products.median()).all())
+def test_winners_whose_products_are_as_low_as_can_be(which: str, dtype: torch.dtype) -> None:
+    x, W, winners = lossy(which, dtype)
     _, indices = triton.run(x, W, None, 4, None, screened=True)
     assert indices.tolist() == [winners] * 9
     assert_same_best(x, W, None, 4)
     assert_same_above(x, W, None, just_below(x, W, winners))
 
 
-def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, W, winners = lossy("latents")
+def test_with_less_of_a_margin_winners_are_lost(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, W, winners = lossy("latents", dtype)
     rounded = screen.rounded
 
     def too_narrow(matrix: torch.Tensor, error: float = 0.0) -> screen.RoundedRows:
@@ -164,8 +187,8 @@ def test_with_less_of_a_margin_winners_are_lost(monkeypatch: pytest.MonkeyPatch)
     assert not set(kept.tolist()) & set(winners)
 
 
-def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("chunks", 150, 8, 600, 4)
+def test_rows_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("chunks", 150, 8, 600, 4, dtype=dtype)
     monkeypatch.setattr(schedule, "_LIST_BYTES", 64 * 8 * schedule.capacity(case.K))
     assert_same_best(*case.inputs(), case.K)
 
@@ -187,29 +210,35 @@ def test_routed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
-def test_lengths_are_upper_bounds_and_close(spread: float) -> None:
+def test_lengths_are_upper_bounds_and_close(spread: float, dtype: torch.dtype) -> None:
     D = 1500
-    rows = torch.randn(20, D) * torch.exp(spread * torch.randn(D))
+    rows = (torch.randn(20, D) * torch.exp(spread * torch.randn(D))).to(dtype)
     rows[3:6] = 0
     rows[4, 7] = -0.0
     error = screen.error_of_sums(D)
-    came, exact = screen.rounded(rows, error), screening.in_bf16(rows)
-    assert came.rows.double().equal(exact.q)
-    length = rows.double().norm(dim=1)
+    came, rows = screen.rounded(rows, error), rows.double()
+    kept = came.rows.double()
+    if came.scale is not None:
+        kept *= came.scale.double()[:, None]
+        assert came.rows.abs().amax(1).tolist() == [127 * bool(row.any()) for row in rows]
+    lost, length = (rows - kept).norm(dim=1), rows.norm(dim=1)
+    assert bool((lost <= (1 + 1e-6) * narrow(dtype)(rows).error.flatten()).all())
     for bound, least in (
         (came.length, length),
-        (came.length, exact.narrow.flatten()),
-        (came.lost, exact.error.flatten() + error * length),
+        (came.length, kept.norm(dim=1)),
+        (came.lost, lost + error * length),
     ):
         assert bool((bound.double() >= least).all())
         assert bool((bound.double() <= 1.01 * least).all())
 
 
 @pytest.mark.parametrize(
-    "value", [torch.nan, torch.inf, -torch.inf, 3e38, 1e19, 1e-10, 1e-30, -1e-42], ids=str
+    "value", [torch.nan, torch.inf, -torch.inf, 3e38, 1e19, 1e-10, 1e-30, -1e-40], ids=str
 )
-def test_nothing_is_known_of_rows_beyond_what_squares_can_hold(value: float) -> None:
-    rows = torch.zeros(2, 40)
+def test_nothing_is_known_of_rows_beyond_what_squares_can_hold(
+    value: float, dtype: torch.dtype
+) -> None:
+    rows = torch.zeros(2, 40, dtype=dtype)
     rows[0, 5] = value
     came = screen.rounded(rows)
     for known in (came.length, came.lost):
@@ -217,17 +246,50 @@ def test_nothing_is_known_of_rows_beyond_what_squares_can_hold(value: float) -> 
         assert known[1] == 0
 
 
+def narrow(dtype: torch.dtype) -> Callable[[torch.Tensor], screening.Narrow]:
+    """The certificate's rounding of operands of a dtype."""
+    return screening.narrow if dtype == torch.bfloat16 else screening.in_bf16
+
+
+def all_scores(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """What the kernels without a screen compute, each score in its latent's place."""
+    values, indices = triton.run(x, W, None, W.shape[0], None, screened=False)
+    return torch.empty_like(values).scatter_(1, indices.long(), values)
+
+
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_no_score_is_beyond_its_bound(spread: float) -> None:
+def test_no_score_is_beyond_its_bound(spread: float, dtype: torch.dtype) -> None:
     # What the matrix units may add to the product in fp64 is the share of the error of sums.
-    x = torch.randn(70, 500) * torch.exp(spread * torch.randn(500))
-    W = torch.randn(128, 500) * torch.exp(torch.randn(128, 1))
-    values, indices = triton.run(x, W, None, 128, None, screened=False)
-    scores = torch.empty_like(values).scatter_(1, indices.long(), values).double()
-    exact = screening.score_bounds(x, W, screening.in_bf16)
+    x = (torch.randn(70, 500) * torch.exp(spread * torch.randn(500))).to(dtype)
+    W = (torch.randn(128, 500) * torch.exp(torch.randn(128, 1))).to(dtype)
+    scores = all_scores(x, W).double()
+    exact = screening.score_bounds(x, W, narrow(dtype))
     assert bool(((scores - exact.score).abs() <= exact.error).all())
     tokens, latents = screen.rounded(x), screen.rounded(W, screen.error_of_sums(500))
     margin = tokens.length.double()[:, None] * latents.lost + tokens.lost[:, None] * latents.length
     lengths = x.double().norm(dim=1)[:, None] * W.double().norm(dim=1)
     assert bool((margin >= exact.error + 500 * 2.0**-22 * lengths).all())
     assert bool((margin <= 1.2 * exact.error).all())
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+    B=st.integers(1, 9),
+    D=st.integers(2, 90),
+    F=st.integers(1, 300),
+    spread=st.sampled_from([0.0, 1.0, 4.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_a_score_just_above_its_threshold_is_never_left_out(
+    dtype: torch.dtype, B: int, D: int, F: int, spread: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    columns = torch.exp(spread * torch.randn(D))  # some columns hold most of a row
+    x = (torch.randn(B, D) * columns).to(dtype)
+    W = (torch.randn(F, D) * torch.exp(torch.randn(F, 1))).to(dtype)
+    best = all_scores(x, W).amax(0)  # of every latent
+    few = torch.rand(F) < 0.1  # so that lists are long enough for what passes
+    below = torch.where(few, best.nextafter(torch.tensor(-torch.inf)), torch.inf)
+    assert_same_above(x, W, None, below)
+    kept = select_threshold.run(x, W, None, below, screened=True)[1]
+    assert kept.unique().tolist() == few.nonzero().flatten().tolist()
