@@ -33,9 +33,7 @@ class Task(NamedTuple):
     least_s: float = 8
 
 
-def _task(
-    run: Callable[..., Iterator[Record]], *arguments: str | int | torch.dtype, **times: float
-) -> Task:
+def _task(run: Callable[..., Iterator[Record]], *arguments: object, **times: float) -> Task:
     return Task(lambda bench: run(bench, *arguments), **times)
 
 

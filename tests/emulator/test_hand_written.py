@@ -171,6 +171,24 @@ def test_the_smaller_or_larger_or_zero(name: str, bound: Callable[[int, int], in
     assert run(body, ints(64)).tolist() == [max(bound(i - 9, 5), 0) for i in range(64)]
 
 
+def test_magnitudes_and_larger_ones_of_bf16() -> None:
+    one, nan = 0x3F80, 0x7FC0  # -1 and what is larger, or -1 if that is no number
+    body = f"""
+        setp.eq.u32 %p1, %r0, 3;
+        selp.b32 %r2, {nan}, %r0, %p1;
+        mov.b32 %r3, {one | 0x8000};
+        abs.bf16 %r4, %r3;
+        max.bf16 %r5, %r2, %r3;
+        shl.b32 %r5, %r5, 16;
+        or.b32 %r5, %r5, %r4;
+        st.global.u32 [%rd1], %r5;"""
+    out = run(body, ints(64))
+    assert (out & 0xFFFF).eq(one).all()  # |-1|
+    larger = torch.arange(64, dtype=torch.int32)
+    larger[3] = one - 0x8000  # as a signed number of 16 bits
+    assert (out >> 16).equal(larger)
+
+
 def test_lanes_part_and_meet() -> None:
     body = """
         and.b32 %r2, %r0, 1;

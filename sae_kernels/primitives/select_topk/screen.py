@@ -43,7 +43,7 @@ class RoundedRows(NamedTuple):
     """Rounded rows and what is known of them, rounded up; NaN where nothing is.
 
     Attributes:
-        rows: bf16 or int8 [n, D].
+        rows: bf16 [n, D], or int8 with zeros up to whole 16 bytes, as `describable` wants them.
         length: fp32 [n], of the rows and of the rounded ones: not below either.
         lost: fp32 [n], the length of the difference; for latents with the error of sums in it.
         scale: fp32 [n], what rows in int8 are to be multiplied by; None in bf16.
@@ -112,18 +112,19 @@ def rounded(matrix: torch.Tensor, error: float = 0.0) -> RoundedRows:
     ``error`` times their length is added to what they lost.
     """
     n, D = matrix.shape
-    rows = torch.empty_like(matrix, dtype=_NARROWER[matrix.dtype])
-    length, lost, *scale = matrix.new_empty(
-        (3 if rows.dtype == torch.int8 else 2, n), dtype=torch.float32
-    )
-    made = RoundedRows(rows, length, lost, *(scale or [None]))
-    columns = min(_COLUMNS, gpu.next_power_of_two(D))
-    _round_rows[(n,)](matrix, *made, D, error, COLUMNS=columns, num_warps=4)
+    dtype = _NARROWER[matrix.dtype]
+    in_bytes = dtype == torch.int8
+    width = -(-D // 16) * 16 if in_bytes else D
+    length, lost, scale = matrix.new_empty((3, n), dtype=torch.float32)
+    rows = matrix.new_empty((n, width), dtype=dtype)
+    made = RoundedRows(rows, length, lost, scale if in_bytes else None)
+    columns = min(_COLUMNS, gpu.next_power_of_two(width))
+    _round_rows[(n,)](matrix, *made, D, width, error, COLUMNS=columns, num_warps=4)
     return made
 
 
 @triton.jit
-def _round_rows(matrix, rows, lengths, losts, scales, D, error, COLUMNS: tl.constexpr):
+def _round_rows(matrix, rows, lengths, losts, scales, D, width, error, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     scale, inverse = 1.0, 1.0
     if scales is not None:
@@ -136,7 +137,7 @@ def _round_rows(matrix, rows, lengths, losts, scales, D, error, COLUMNS: tl.cons
             scale, inverse = most / 127, 127 / most
         tl.store(scales + row, scale)
     most, squares, lost = 0.0, 0.0, 0.0
-    for start in range(0, D, COLUMNS):
+    for start in range(0, width, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         x = tl.load(matrix + row * D + columns, mask=columns < D, other=0).to(tl.float32)
         if scales is None:
@@ -145,7 +146,8 @@ def _round_rows(matrix, rows, lengths, losts, scales, D, error, COLUMNS: tl.cons
         else:
             near = tl.floor(tl.fma(x, inverse, 0.5))
             left = tl.fma(-near, scale, x)
-        tl.store(rows + row * D + columns, near.to(rows.dtype.element_ty), mask=columns < D)
+        there = columns < width
+        tl.store(rows + row * width + columns, near.to(rows.dtype.element_ty), mask=there)
         most = tl.maximum(most, tl.max(tl.abs(x)))
         squares += tl.sum(x * x)
         lost += tl.sum(left * left)

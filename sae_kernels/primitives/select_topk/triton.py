@@ -98,7 +98,7 @@ def encode_pass(
 ) -> None:
     """Scores some columns and appends what is not below the thresholds to the lists."""
     x, W, b, rank_scale, listed, screen, by_magnitude = operands
-    (B, D), F = x.shape, W.shape[0]
+    B, F = x.shape[0], W.shape[0]
     n_tiles = -(-B // tile.rows) * (columns.stop - columns.start)
     multiplied, lengths = (x, W), None
     if screen is not None:
@@ -114,7 +114,7 @@ def encode_pass(
         operands.n_latents,
         B,
         F,
-        D,
+        multiplied[0].shape[1],
         *columns,
         CAPACITY=lists.candidates.shape[1],
         CHUNKS=tile.chunks,

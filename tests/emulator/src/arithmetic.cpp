@@ -88,7 +88,7 @@ void Step::arithmetic() {
     else if (in_.type.bits == 64)
       doubles();
     else
-      unknown();
+      halves();
   } else {
     integers();
   }
@@ -167,6 +167,17 @@ void Step::floats() {
     default: unknown();
   }
   // clang-format on
+}
+
+// One 16-bit float a register: what compilers leave of comparisons in fp32.
+void Step::halves() {
+  const Type half = in_.type;
+  const auto value = [half](u64 a) { return static_cast<float>(number(a, half)); };
+  if (in_.has("ftz") || in_.has("NaN") || in_.has("xorsign")) unknown();
+  if (in_.op == Op::kAbs) return each([](u64 a, u64, u64) { return a & 0x7fff; });
+  if (in_.op == Op::kMax)
+    return each([=](u64 a, u64 b, u64) { return encoded(most(value(a), value(b)), half); });
+  unknown();
 }
 
 void Step::doubles() {

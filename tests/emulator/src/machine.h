@@ -170,6 +170,7 @@ class Step {
   void predicates();
   void integers();
   void floats();
+  void halves();
   void doubles();
   void pairs();
   void compare();
