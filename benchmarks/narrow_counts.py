@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from benchmarks.study import Records, parser, report
-from sae_kernels.bench.cases import CPU_SMALL, GPU_YARDSTICKS, Shape
+from sae_kernels.bench.cases import CPU_SMALL, GPU_YARDSTICKS
 from sae_kernels.data import ShardDataset
 from sae_kernels.primitives import schedule
 from sae_kernels.testing import screening
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable
 
+    from sae_kernels.bench.cases import Shape
+
 PRODUCTS, BYTES = 989e12 / 2, 4.3e12  # a second: of bf16, half of those of 8 bits; of memory
 SHAPES = {
     "cpu-small": CPU_SMALL,
     **GPU_YARDSTICKS,
-    "wide-768": GPU_YARDSTICKS["gpu-small"]._replace(F=1 << 20),
-    "wide-1536": Shape(8192, 1536, 1 << 20, 32),
+    "gpu-small-wide": GPU_YARDSTICKS["gpu-small"]._replace(F=1 << 20),
 }
 _TILE = 256  # latents of a tile of the passes
 _AT_ONCE = 8192  # latents that are multiplied at a time

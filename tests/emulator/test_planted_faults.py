@@ -11,6 +11,7 @@ import torch
 from emulator import cuda_kernels, triton_driver
 from emulator.triton_driver import replacing
 from sae_kernels.primitives.candidate_lists import CandidateLists
+from sae_kernels.primitives.select_threshold import triton as select_threshold
 from sae_kernels.primitives.select_topk import gluon, select_topk, triton
 from sae_kernels.primitives.select_topk.column_passes import ColumnPass, EncoderOperands
 from sae_kernels.primitives.transpose_codes import transpose_codes
@@ -143,6 +144,43 @@ HOPPER: list[Fault] = [
 @pytest.mark.parametrize("fault", HOPPER, ids=ids)
 def test_tensor_copies_and_products_on_hopper(fault: Fault) -> None:
     check(triton, 90, fault)
+
+
+def found_behind_a_screen(architecture: int, *replacements: tuple[str, str]) -> torch.Tensor:
+    """The latents of bf16 scores whose bounds, from a product in int8, are above a threshold."""
+    torch.manual_seed(0)
+    x, W = torch.randn(B, D).bfloat16(), torch.randn(F, D).bfloat16()
+    edit = replacing("_find", *replacements) if replacements else None
+    with triton_driver.emulated(architecture, edit):
+        found = select_threshold.behind_screen(x, W, None, torch.full((F,), 3 * THRESHOLD))
+    assert found is not None, "wrong counts"
+    return found[1]
+
+
+def test_products_of_bytes_without_a_fault() -> None:
+    first, second = (found_behind_a_screen(architecture) for architecture in (80, 90))
+    assert 0 < len(first) < B * F // 32
+    assert first.equal(second)
+
+
+def assert_found_behind_a_screen(architecture: int, *replacements: tuple[str, str]) -> None:
+    came = found_behind_a_screen(architecture, *replacements)
+    assert came.equal(found_behind_a_screen(architecture)), "wrong latents"
+
+
+BYTES: list[tuple[int, Fault]] = [
+    (80, ("no wait", ((WAIT + r"\d;", ""),), "being copied")),
+    (80, ("tile of another place", ((r"(ldmatrix[^;]*\[%r\d+)\+4096\]", r"\1+8192]"),), "wrong")),
+    (90, ("product read before it is there", ((PRODUCTS + "0;", ""),), "a product will write")),
+    (90, ("no fence", ((r"wgmma\.fence\.sync\.aligned;", ""),), "unfenced")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "fault"), BYTES, ids=lambda f: str(f).split("'")[-1])
+def test_products_of_bytes(architecture: int, fault: Fault) -> None:
+    _, replacements, words = fault
+    with pytest.raises((RuntimeError, AssertionError), match=words):
+        assert_found_behind_a_screen(architecture, *replacements)
 
 
 ARRIVE = r"@%p\d+ mbarrier\.arrive\.shared::cta\.b64[^;]*;"

@@ -119,15 +119,16 @@ def rounded(matrix: torch.Tensor, error: float = 0.0) -> RoundedRows:
     rows = matrix.new_empty((n, width), dtype=dtype)
     made = RoundedRows(rows, length, lost, scale if in_bytes else None)
     columns = min(_COLUMNS, gpu.next_power_of_two(width))
-    _round_rows[(n,)](matrix, *made, D, width, error, COLUMNS=columns, num_warps=4)
+    _round_rows[(n,)](matrix, *made, D, error, COLUMNS=columns, num_warps=4)
     return made
 
 
 @triton.jit
-def _round_rows(matrix, rows, lengths, losts, scales, D, width, error, COLUMNS: tl.constexpr):
+def _round_rows(matrix, rows, lengths, losts, scales, D, error, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    scale, inverse = 1.0, 1.0
+    width, scale, inverse = D, 1.0, 1.0
     if scales is not None:
+        width = tl.cdiv(D, 16) * 16
         most = 0.0
         for start in range(0, D, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)

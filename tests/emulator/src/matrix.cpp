@@ -29,27 +29,20 @@ Element element_of(const Instruction& in) {
   return types[1] == "bf16" ? Element::kBf16 : types[1] == "f16" ? Element::kF16 : Element::kNone;
 }
 
-// Sums are float, or i64 that are cut to s32 at the end of each instruction.
 template <class Sum>
 Sum element_at(Element element, u64 word, int which) {
   if constexpr (std::is_same_v<Sum, float>) {
     return element == Element::kBf16 ? from_bf16(word >> 16 * which)
                                      : from_f16(word >> 16 * which & 0xffff);
   } else {
-    return extend(word >> 8 * which, 8);
+    return static_cast<Sum>(extend(word >> 8 * which, 8));
   }
 }
 
-template <class Sum>
-Sum sum_from(u64 value) {
-  if constexpr (std::is_same_v<Sum, float>)
-    return f32(value);
-  else
-    return extend(value, 32);
-}
-
-u64 sum_to(const Instruction&, float sum) { return of(sum); }
-u64 sum_to(const Instruction& in, i64 sum) {
+// What an instruction leaves of a register's sum and of its own, which is exact in 32 bits.
+u64 added(const Instruction&, u64 before, float own) { return of(f32(before) + own); }
+u64 added(const Instruction& in, u64 before, int32_t own) {
+  i64 sum = extend(before, 32) + own;
   if (in.has("satfinite")) sum = std::clamp<i64>(sum, INT32_MIN, INT32_MAX);
   return cut(static_cast<u64>(sum), 32);
 }
@@ -66,13 +59,16 @@ void Step::multiply() {
   const auto compute = [&](auto zero) {
     using Sum = decltype(zero);
     const int depth = 8 * together;
-    Sum a[16][32], b[32][8], c[16][8];
+    Sum a[16][32], b[32][8], sums[16][8] = {};
     const auto &as = in_.sources[0].parts, &bs = in_.sources[1].parts, &cs = in_.sources[2].parts;
-    u64 scratch[10][kLanes];
-    const u64* sources[10];
+    u64 scratch[6][kLanes], before[4][kLanes];
+    const u64* sources[6];
     for (int i = 0; i < 4; ++i) sources[i] = row(as[i], scratch[i]);
     for (int i = 0; i < 2; ++i) sources[4 + i] = row(bs[i], scratch[4 + i]);
-    for (int i = 0; i < 4; ++i) sources[6 + i] = row(cs[i], scratch[6 + i]);
+    for (auto& each : before) {  // the results may be written where these are
+      const u64* const from = row(cs[&each - before], each);
+      if (from != each) std::copy(from, from + kLanes, each);
+    }
     for (int lane = 0; lane < kLanes; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int j = 0; j < together; ++j) {
@@ -82,24 +78,20 @@ void Step::multiply() {
         for (int i = 0; i < 2; ++i)
           b[k + i * depth / 2][g] = element_at<Sum>(element, sources[4 + i][lane], j);
       }
-      for (int i = 0; i < 4; ++i)
-        c[g + i / 2 * 8][t * 2 + i % 2] = sum_from<Sum>(sources[6 + i][lane]);
     }
     for (int i = 0; i < 16; ++i) {
-      Sum sums[8] = {};
       for (int q = 0; q < depth; ++q) {
-        for (int j = 0; j < 8; ++j) sums[j] += a[i][q] * b[q][j];
+        for (int j = 0; j < 8; ++j) sums[i][j] += a[i][q] * b[q][j];
       }
-      for (int j = 0; j < 8; ++j) c[i][j] += sums[j];
     }
     all_or_none();
     for (int i = 0; i < 4; ++i) {
       u64* const to = result(in_.to.parts[i]);
       for (int lane = 0; lane < kLanes; ++lane)
-        to[lane] = sum_to(in_, c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+        to[lane] = added(in_, before[i][lane], sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
     }
   };
-  element == Element::kS8 ? compute(i64{}) : compute(float{});
+  element == Element::kS8 ? compute(int32_t{}) : compute(float{});
 }
 
 // Visits a matrix of `rows` x `depth` that a descriptor names, 16 bytes that lie together at a
@@ -198,7 +190,8 @@ void Step::finish_products(size_t kept) {
 }
 
 void Step::compute(const GroupProduct& product) {
-  element_of(*product.in) == Element::kS8 ? compute_as<i64>(product) : compute_as<float>(product);
+  element_of(*product.in) == Element::kS8 ? compute_as<int32_t>(product)
+                                          : compute_as<float>(product);
 }
 
 template <class Sum>
@@ -260,7 +253,7 @@ void Step::compute_as(const GroupProduct& product) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const size_t at =
           (lane / 4 + part / 2 % 2 * 8) * columns + part / 4 * 8 + lane % 4 * 2 + part % 2;
-      to[lane] = sum_to(in, (product.accumulates ? sum_from<Sum>(to[lane]) : Sum{}) + sums[at]);
+      to[lane] = added(in, product.accumulates ? to[lane] : 0, sums[at]);
     }
     warp_.defined[index] = kAllLanes;
     --warp_.computing[index];
