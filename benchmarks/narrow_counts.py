@@ -129,8 +129,11 @@ def counted(case: str, shape: Shape, scores: Scores) -> dict[str, object]:
         "pass, threshold": round(float(threshold.mean()), 1),
         "pass, threshold, p99": round(float(threshold.quantile(0.99)), 1),
         "pass, topk": round(float(topk.mean()), 1),
-        "empty tiles of 16 x 8": round(empty_tiles(above, 16, 8), 4),
-        "empty tiles of 128 x 128": round(empty_tiles(above, min(128, len(above)), 128), 4),
+        **{
+            f"empty tiles of {rows} x {columns}": round(empty_tiles(above, rows, columns), 4)
+            for rows, columns in ((16, 8), (128, 128))
+            if rows <= len(above)
+        },
         "ms": {name: round(1e3 * time, 3) for name, time in times.items()},
     }
 

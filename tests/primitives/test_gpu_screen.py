@@ -224,13 +224,14 @@ def test_lengths_are_upper_bounds_and_close(spread: float, dtype: torch.dtype) -
         assert came.rows.abs().amax(1).tolist() == [127 * bool(row.any()) for row in rows]
     lost, length = (rows - kept).norm(dim=1), rows.norm(dim=1)
     assert bool((lost <= (1 + 1e-6) * narrow(dtype)(rows).error.flatten()).all())
-    for bound, least in (
-        (came.length, length),
-        (came.length, kept.norm(dim=1)),
-        (came.lost, lost + error * length),
+    longest = length + lost
+    for bound, least, most in (
+        (came.length, length, longest),
+        (came.length, kept.norm(dim=1), longest),
+        (came.lost, lost + error * length, lost + error * longest),
     ):
         assert bool((bound.double() >= least).all())
-        assert bool((bound.double() <= 1.01 * least).all())
+        assert bool((bound.double() <= (1 + 2.0**-9) * most).all())
 
 
 @pytest.mark.parametrize(
@@ -273,24 +274,26 @@ def test_no_score_is_beyond_its_bound(spread: float, dtype: torch.dtype) -> None
     assert bool((margin <= 1.2 * exact.error).all())
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(
-    B=st.integers(1, 9),
-    D=st.integers(2, 90),
-    F=st.integers(1, 300),
+    # Sizes that compile to the same kernels.
+    B=st.integers(2, 9),
+    D=st.sampled_from([7, 33, 90]),
     spread=st.sampled_from([0.0, 1.0, 4.0]),
     seed=st.integers(0, 2**20),
 )
 def test_a_score_just_above_its_threshold_is_never_left_out(
-    dtype: torch.dtype, B: int, D: int, F: int, spread: float, seed: int
+    dtype: torch.dtype, B: int, D: int, spread: float, seed: int
 ) -> None:
+    F = 60
     torch.manual_seed(seed)
     columns = torch.exp(spread * torch.randn(D))  # some columns hold most of a row
     x = (torch.randn(B, D) * columns).to(dtype)
     W = (torch.randn(F, D) * torch.exp(torch.randn(F, 1))).to(dtype)
     best = all_scores(x, W).amax(0)  # of every latent
-    few = torch.rand(F) < 0.1  # so that lists are long enough for what passes
+    few = torch.arange(F) < 3  # so that lists are long enough for what passes
     below = torch.where(few, best.nextafter(torch.tensor(-torch.inf)), torch.inf)
     assert_same_above(x, W, None, below)
     kept = select_threshold.run(x, W, None, below, screened=True)[1]
-    assert kept.unique().tolist() == few.nonzero().flatten().tolist()
+    assert kept.unique().tolist() == [0, 1, 2]
