@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 
 from benchmarks import calls, kernel_table
-from benchmarks.aot import ARCHITECTURES, compiled_for
+from benchmarks.aot import ARCHITECTURES, MATRIX_INSTRUCTION, compiled_for
 from benchmarks.gpu_check.gather import gather_sum
 from benchmarks.kernel_table import CASES, FORMS, PAGE, CompiledCase, KernelCase
 from sae_kernels import gpu
+from sae_kernels.primitives.select_threshold import triton as select_threshold
+from sae_kernels.primitives.select_topk.screen import score_found
 from tests.tiers import covers
 
 if TYPE_CHECKING:
@@ -148,6 +150,20 @@ def test_the_gather_that_floors_are_measured_with_is_a_good_one(architecture: in
         CompiledCase(KernelCase("decode", "triton", 768, 64), architecture, tuple(kernels)).faults()
         == []
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "instruction"), [(80, "IMMA"), (90, "IGMMA")])
+def test_a_screen_in_int8_that_no_call_takes_yet(architecture: int, instruction: str) -> None:
+    x, W = torch.randn(512, 1024).bfloat16(), torch.randn(4096, 1024).bfloat16()
+    with compiled_for(architecture) as kernels:
+        found = select_threshold.behind_screen(x, W, None, torch.full((4096,), 9.0))
+        assert found is not None
+        score_found(x, W, None, found)
+    assert {kernel.spill_bytes for kernel in kernels} == {0}
+    by_name = {kernel.name: kernel for kernel in kernels}
+    assert by_name["_find"].has(instruction)
+    assert by_name["_score_found"].has(MATRIX_INSTRUCTION[architecture])
 
 
 @triton.jit

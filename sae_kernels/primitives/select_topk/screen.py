@@ -68,7 +68,9 @@ class Screen(NamedTuple):
 
     def part(self, rows: slice) -> Screen:
         """The same for some of the tokens."""
-        return Screen(RoundedRows(*(t if t is None else t[rows] for t in self.x)), self.W)
+        x = self.x
+        scale = None if x.scale is None else x.scale[rows]
+        return Screen(RoundedRows(x.rows[rows], x.length[rows], x.lost[rows], scale), self.W)
 
 
 def note(dtype: torch.dtype, few: str) -> str | None:
