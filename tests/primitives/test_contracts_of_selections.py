@@ -84,6 +84,11 @@ BAD: dict[str, Refusal] = {
     "select-x": (lambda: select(x=t(D)), ValueError, r"x: .*\[B, D\].* got \[4\]"),
     "select-W": (lambda: select(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),
     "select-W-dtype": (lambda: select(W=W.to(bf16)), TypeError, "W: .*float32, got bfloat16"),
+    "select-floor": (
+        lambda: select(narrow=None, by_magnitude=False, floor=t(D)),
+        ValueError,
+        r"floor: .*\[3\] \(one per token\), got \[4\]",
+    ),
     "select-b-dtype": (lambda: select(b=b.double()), TypeError, r"b: .*float32, got float64"),
     "above-x": (lambda: above(x=t(D)), ValueError, r"x: .*\[B, D\].* got \[4\]"),
     "above-W": (lambda: above(W=t(F, 5)), ValueError, r"W: .*\[F, 4\].* got \[6, 5\]"),

@@ -46,9 +46,26 @@ def assert_every_screen_alike(
         found = select_topk.run(x, W, b, k, rank_scale, screening=how)
         for name, came, expected in zip(("values", "indices"), found, best, strict=True):
             assert_bitwise(f"{name} of the k best, {how.name}", came, expected)
+        floor = best[0].gather(1, torch.arange(len(x))[:, None] % k)[:, 0]
+        found = select_topk.run(x, W, b, k, rank_scale, floor=floor, screening=how)
+        assert_same_from(floor, best, found, rank_scale)
         kept = select_threshold.run(x, W, b, bounds, screening=how)
         for name, came, expected in zip(("values", "indices", "offsets"), kept, above, strict=True):
             assert_bitwise(f"{name} above a bound, {how.name}", came, expected)
+
+
+def assert_same_from(
+    floor: torch.Tensor,
+    best: tuple[torch.Tensor, torch.Tensor],
+    found: tuple[torch.Tensor, torch.Tensor],
+    rank_scale: torch.Tensor | None,
+) -> None:
+    """Entries are the best, but those below a token's floor."""
+    keys, came = (v if rank_scale is None else v * rank_scale[i.long()] for v, i in (best, found))
+    below = keys < floor[:, None]
+    assert torch.equal(came < floor[:, None], below)
+    for name, before, after in zip(("values", "indices"), best, found, strict=True):
+        assert_bitwise(f"{name} from a floor on", after[~below], before[~below])
 
 
 @cases

@@ -157,6 +157,16 @@ struct Candidates {
     }
   }
 
+  // A list that is full from the start, of entries of no latent just below the floor, that it need
+  // not be filled with what has lost already.
+  void start_below(int64_t token, T floor) {
+    const Key<T> key = ordered_key(floor) - 1;
+    std::fill_n(keys + token * capacity, k, key);
+    std::fill_n(latents + token * capacity, k, -1);
+    counts[token] = static_cast<int32_t>(k);
+    thresholds[token] = value_of_key<T>(key);
+  }
+
   SAE_INLINE void push(int64_t token, T key, int32_t latent, T value) {
     put(token, 0, key, latent, value);
     if (++counts[token] >= limit) compact(token);

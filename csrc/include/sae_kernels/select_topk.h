@@ -1,6 +1,7 @@
 // select_topk: of each tile of scores a token keeps only the entries that can still win.
 #pragma once
 
+#include <cmath>
 #include <optional>
 
 #include "sae_kernels/candidates.h"
@@ -80,17 +81,21 @@ class SelectTopk {
     Entry* entries;
     std::optional<Screen> screen;
     int64_t seen = 0;  // latents of the block's tiles so far
-    bool fills = false;
+    bool floored = false, fills = false;
 
     void start_block(int64_t, const Rows& rows, int64_t count) {
       seen = 0;
       if (screen) screen->start_block(static_cast<const float*>(a.x), rows, count);
       list.reset((count + Product::kTokenStep - 1) / Product::kTokenStep * Product::kTokenStep);
+      const T* floor = kBy == RankedBy::score ? static_cast<const T*>(a.floor) : nullptr;
+      floored = floor;
+      for (int64_t t = 0; floored && t < count; ++t) floored = std::isfinite(floor[rows[t]]);
+      for (int64_t t = 0; floored && t < count; ++t) list.start_below(t, floor[rows[t]]);
     }
 
     bool start_tile(int64_t f, int64_t latents, const T* bias) {
       seen += latents;
-      fills = seen <= list.capacity;
+      fills = !floored && seen <= list.capacity;
       if (kScaled) Encoder<Product>::fill(scale, a.rank_scale, f, latents, T{1});
       if constexpr (Screen::kServes<Product>) {
         if (screen && !fills) {
@@ -165,7 +170,12 @@ class SelectTopk {
     void finish_block(const Rows& rows, int64_t count) {
       for (int64_t t = 0; t < count; ++t) {
         const int64_t at = rows[t] * a.k;
-        list.finish(t, entries, static_cast<T*>(a.values) + at, a.indices + at);
+        T* values = static_cast<T*>(a.values) + at;
+        int32_t* indices = a.indices + at;
+        list.finish(t, entries, values, indices);
+        for (int64_t j = 0; floored && j < a.k; ++j) {
+          if (indices[j] < 0) values[j] = -std::numeric_limits<T>::infinity(), indices[j] = 0;
+        }
       }
     }
   };

@@ -50,12 +50,14 @@ struct Routes {
 // `narrow`, the rows of W in 8 bits as few_narrow.h reads them or null, says so.
 enum class Screening : int { none = 0, plain = 1, pairs = 2, fours = 3, tiles = 4 };
 
-// Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, values and indices [B, k]. By magnitude
-// the keys lose their sign; such a call is not screened.
+// Shapes: x [B, D], W [F, D], b and rank_scale [F] or null, floor [B] or null, values and indices
+// [B, k]. By magnitude the keys lose their sign; such a call is not screened. Where keys are
+// scores, entries below a token's floor may come as latent 0 of score -inf.
 struct SelectTopkArgs {
   DType dtype;
   const void *x, *W, *b, *rank_scale;
   const int8_t* narrow;
+  const void* floor;
   void* values;
   int32_t* indices;
   int64_t B, D, F, k;

@@ -15,6 +15,7 @@ def select_topk(
     rank_scale: torch.Tensor | None = None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +36,9 @@ def select_topk(
             in W's place for 16 tokens or fewer, and of W only rows that it does not rule out; the
             result is the same, bit for bit. Other backends do not read it.
         by_magnitude: rank by ``|h * rank_scale|``; values keep their sign.
+        floor: [B] in the accumulator dtype, or None: entries whose keys are below it are not wanted
+            and may come as latent 0 of value -inf. It saves the CPU work, where keys are scores;
+            other backends do not read it.
         backend: see :mod:`sae_kernels.backends`.
 
     Returns:
@@ -43,6 +47,10 @@ def select_topk(
     """
     checks.encoder(x, W, b, rank_scale=rank_scale)
     checks.narrow(narrow, W)
+    if floor is not None:
+        checks.shape("floor", floor, [x.shape[0]], "one per token")
+        checks.dtype("floor", floor, (checks.accumulator(x.dtype),))
+        checks.same_device(x=x, floor=floor)
     if not 1 <= k <= W.shape[0]:
         raise ValueError(f"k: expected 1 <= k <= n_latents = {W.shape[0]}, got {k}")
     kept = (x.shape[0], k)

@@ -41,6 +41,7 @@ def run(
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
     routes: Routes | None = None,
     screening: cpu.Screening | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +56,7 @@ def run(
         B, D, F = x.shape[0] // n_experts, x.shape[1], W.shape[0] // n_experts
         few = not by_magnitude and _LATENTS_PER_KEPT * k <= F
         screening = cpu.screens(B, D, F, x.dtype) if few else cpu.Screening.NONE
-    operands = [packed(t) for t in (x, W, b, rank_scale, narrow)]
+    operands = [packed(t) for t in (x, W, b, rank_scale, narrow, floor)]
     values = x.new_empty((x.shape[0], k), dtype=checks.accumulator(x.dtype))
     indices = x.new_empty((x.shape[0], k), dtype=torch.int32)
     by_expert: tuple[Any, ...] = (None, None, 1)

@@ -29,6 +29,7 @@ def refuses(
     rank_scale: torch.Tensor | None = None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
 ) -> str | None:
     """Why this call cannot run, or None."""
     if by_magnitude:
@@ -59,6 +60,7 @@ def run(
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs csrc/cuda/select_tile.cu, a chunk of rows and a tile of latents at a time."""
     x, W = x.contiguous(), W.contiguous()

@@ -53,6 +53,7 @@ def refuses(
     rank_scale: torch.Tensor | None = None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
 ) -> str | None:
     """Why this kernel cannot select, or None."""
     if by_magnitude:
@@ -73,6 +74,7 @@ def run(
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects in passes over the columns, each scored by ``_encode_pass``."""
     operands = EncoderOperands(x, W, b, rank_scale)

@@ -17,6 +17,7 @@ def run(
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts all scores of a row; a stable sort keeps equal keys in latent order."""
     dtype = accumulator(x.dtype)

@@ -66,6 +66,7 @@ def run(
     rank_scale: torch.Tensor | None,
     narrow: torch.Tensor | None = None,
     by_magnitude: bool = False,
+    floor: torch.Tensor | None = None,
     screened: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects a few tokens' in two launches, others in passes scored by ``_encode_pass``."""
