@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from sae_kernels.primitives.terms import tree_sum
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch.distributed import ProcessGroup
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _all_gather: Callable[..., object] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
+
+_BYTES_AT_ONCE = 1 << 19
 
 
 def share(n: int, rank: int, size: int) -> range:
@@ -50,6 +53,8 @@ class Collectives:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.sent: Counter[str] = Counter() if sent is None else sent
+        # gloo's own collectives change threads, and its gathers fill memory of their own first.
+        self._sends_directly = group is not None and dist.get_backend(group) == "gloo"
 
     def share(self, n: int, rank: int | None = None) -> slice:
         """The rows of n that a rank has, by default this one."""
@@ -80,17 +85,41 @@ class Collectives:
 
     def _gather(self, x: torch.Tensor, out: torch.Tensor, what: str) -> None:
         # As bytes: gloo does not know every dtype.
-        _all_gather(_bytes(out), _bytes(x.contiguous()), group=self.group)
-        self.sent[what] += x.numel() * x.element_size() * (self.size - 1)
+        own = _bytes(x.contiguous())
+        everybody = _bytes(out).view(self.size, len(own)).unbind()
+        if self._sends_directly:
+            if everybody[self.rank].data_ptr() != own.data_ptr():
+                everybody[self.rank].copy_(own)
+            self._send([own] * self.size, everybody)
+        else:
+            _all_gather(_bytes(out), own, group=self.group)
+        self.sent[what] += own.numel() * (self.size - 1)
 
-    def exchange(self, x: torch.Tensor, what: str) -> torch.Tensor:
-        """Sends x[r] to rank r, [size, ...]; returns what came, by sender."""
+    def exchange(self, x: torch.Tensor, what: str) -> list[torch.Tensor]:
+        """Sends x[r] to rank r, [size, ...]; returns what came, by sender, x[r] of itself."""
+        own = self.rank
         if self.size == 1:
-            return x
-        out = torch.empty_like(x)
-        dist.all_to_all_single(_bytes(out), _bytes(x), group=self.group)
-        self.sent[what] += x.numel() * x.element_size() // self.size * (self.size - 1)
-        return out
+            return [x[own]]
+        if self._sends_directly:
+            came = [part if rank == own else torch.empty_like(part) for rank, part in enumerate(x)]
+            self._send([_bytes(part) for part in x], [_bytes(part) for part in came])
+        else:
+            out = torch.empty_like(x)
+            dist.all_to_all_single(_bytes(out), _bytes(x.contiguous()), group=self.group)
+            came = list(out)
+        self.sent[what] += x[own].numel() * x.element_size() * (self.size - 1)
+        return came
+
+    def _send(self, x: Sequence[torch.Tensor], came: Sequence[torch.Tensor]) -> None:
+        """Sends x[r] to every other rank r and waits for what comes of each."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        messages = [
+            dist.P2POp(send, tensors[rank], group=self.group, group_peer=rank)
+            for send, tensors in ((dist.isend, x), (dist.irecv, came))
+            for rank in others
+        ]
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
 
     def exchange_rows(
         self, x: torch.Tensor, sent: torch.Tensor, came: torch.Tensor, what: str
@@ -105,15 +134,37 @@ class Collectives:
         self.sent[what] += (len(x) - to[self.rank]) * x[:1].numel() * x.element_size()
         return out
 
-    def to_owners(self, x: torch.Tensor, what: str) -> torch.Tensor:
-        """Everybody's numbers on this rank's share of the rows of x [n, ...]: [size, width, ...].
+    def to_owners(self, x: torch.Tensor, what: str) -> list[torch.Tensor]:
+        """Everybody's numbers on this rank's share of the rows of x [n, ...]: [width, ...] each.
 
         Rows past the last are zeros: ``width`` is the share of the first rank.
         """
+        return self.exchange(self._by_owner(x), what)
+
+    def sum_to_owners(
+        self, x: torch.Tensor, what: str, sent_as: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The sum over ranks of this rank's share of the rows of x, like :meth:`to_owners`.
+
+        It is in the memory of x, which is overwritten. ``sent_as`` is the dtype of what is sent, by
+        default that of x.
+        """
+        by_owner = self._by_owner(x)
+        mine = by_owner[self.rank]
+        row_bytes = max(1, mine[:1].numel() * mine.element_size())
+        # What comes is added while it is in cache, and takes little room.
+        rows = max(1, _BYTES_AT_ONCE // row_bytes) if self._sends_directly else len(mine)
+        for start in range(0, len(mine), rows):
+            some = slice(start, start + rows)
+            parts = self.exchange(by_owner[:, some].to(sent_as or x.dtype), what)
+            mine[some] = tree_sum([part.to(x.dtype) for part in parts], operator.iadd)
+        return mine
+
+    def _by_owner(self, x: torch.Tensor) -> torch.Tensor:
         width = -(-len(x) // self.size)
         if missing := width * self.size - len(x):
             x = torch.cat([x, x.new_zeros((missing, *x.shape[1:]))])
-        return self.exchange(x.contiguous().view(self.size, width, *x.shape[1:]), what)
+        return x.contiguous().view(self.size, width, *x.shape[1:])
 
     def total(self, x: torch.Tensor, what: str = "sums") -> torch.Tensor:
         """The sum of a small tensor over ranks, the same bits everywhere."""
@@ -121,7 +172,7 @@ class Collectives:
 
     def counted(self, x: torch.Tensor, what: str = "counts") -> torch.Tensor:
         """The sum of integers over ranks, in place."""
-        if self.size > 1:
+        if self.size > 1 and x.numel():
             dist.all_reduce(x, group=self.group)
             self.sent[what] += 2 * x.numel() * x.element_size() * (self.size - 1) // self.size
         return x

@@ -101,7 +101,7 @@ class Grid:
         assert codes.offsets is not None
         part = self.width(n_tokens) * self.shards.size
         counts = pad(codes.offsets.diff(), (0, R * part - n_tokens)).view(R, part)
-        came = self.replicas.exchange(counts, "counts").long()
+        came = torch.stack(self.replicas.exchange(counts, "counts")).long()
         latents = codes.indices + self._mine.start
         entries = torch.stack([codes.values.view(torch.int32), latents], dim=1)
         entries = self.replicas.exchange_rows(entries, counts.sum(1), came.sum(1), "codes")

@@ -3,15 +3,15 @@
 Each token has an owner among the ranks. Its winners are found exactly, by counts: every rank sends
 the owner the keys of its k best entries, and gets back how many of them are among the k best of
 all. These are the first of its sorted list, and rank order is latent order, so that ties go to the
-lower latent as on one device. The owners add up partial reconstructions, or get the codes and
-decode them (:mod:`sae_kernels.distributed.grid`), and the residuals are gathered; all else is
-local. With gathered activations of s bytes a number and sums of parts a rank sends
-``(G - 1) / G B (D (s + 8) + 4 K + 4)`` bytes a step, whatever F is.
+lower latent as on one device. The owner selects first, and says from which key on others need look.
+The owners add up partial reconstructions, or get the codes and decode them
+(:mod:`sae_kernels.distributed.grid`), and the residuals are gathered; all else is local. With
+gathered activations of s bytes a number and sums of parts a rank sends
+``(G - 1) / G B (D (s + 8) + 4 K + 8)`` bytes a step, whatever F is.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,7 +25,7 @@ from sae_kernels.distributed.grid import Grid
 from sae_kernels.primitives.code_grad import code_grad
 from sae_kernels.primitives.decode import decode
 from sae_kernels.primitives.decode_residual import decode_residual
-from sae_kernels.primitives.decode_residual.reference import weighted
+from sae_kernels.primitives.decode_residual.reference import summed_up
 from sae_kernels.primitives.terms import tree_sum
 from sae_kernels.step import FusedStep
 from sae_kernels.step.state import DeadRows
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from sae_kernels.data.batches import Batches
     from sae_kernels.nn.objective import Prefixes
     from sae_kernels.step.base import StepBase
-
-
-_FEW = 1 / 16  # of the tokens may be selected twice before lists are full from the start
 
 
 class LatentRanks:
@@ -60,8 +57,6 @@ class LatentRanks:
         rank, size: of the group.
         n_latents, blocks, partial_sums: as given.
         latents: those of this rank.
-        crowded: whether many tokens had more winners on some rank than it had listed first, so
-            that lists are of k entries from then on.
         collectives: the exchanges, which count the bytes they send.
         grid: who decodes which tokens.
 
@@ -93,7 +88,6 @@ class LatentRanks:
         self.latents = shares[self.rank]
         self._largest_share = len(shares[0])
         self.grid = Grid(self.collectives, shares, tokens_over, timeout)
-        self.crowded = False
         f = len(self.latents)
         blocks = blocks if blocks % self.size == 0 else 0
         n_blocks = max(1, blocks // self.size)
@@ -150,37 +144,37 @@ class LatentRanks:
         """The sum of a tensor over ranks; of a large one's rows each sums some for all."""
         if x.dim() < 2:
             return self.collectives.total(x)
-        rows = tree_sum(self.collectives.to_owners(x, "sums over tokens").unbind())
+        rows = self.collectives.sum_to_owners(x, "sums over tokens")
         return self.collectives.gather_rows(rows, len(x), "sums over tokens")
 
     def top(
         self,
-        select: Callable[[torch.Tensor, int], tuple[SparseCodes, torch.Tensor]],
+        select: Callable[..., tuple[SparseCodes, torch.Tensor]],
         x: torch.Tensor,
         k: int,
     ) -> SparseCodes:
-        """This rank's entries among each token's k largest of all ranks."""
+        """This rank's entries among each token's k largest of all ranks.
+
+        Of a share of the tokens each rank selects first. What is below its k-th entry of a token
+        has lost on all ranks, which therefore look at fewer entries of the other tokens.
+        """
         if self.size == 1:
             return select(x, k)[0]
         f, most = len(self.latents), min(k, self._largest_share)
-        n = min(most, self._listed(k))
-        codes, keys = select(x, min(n, f))
-        counts = self._counts(_wide(keys, n, -torch.inf), k, certify=n < most)
-        again = (counts < 0).nonzero().flatten()  # the same tokens on all ranks
-        if again.numel():
-            more, keys = select(x[again], min(most, f))
-            counts[again] = self._counts(_wide(keys, most, -torch.inf), k)
-            values, indices = _wide(codes.values, more.k, 0), _wide(codes.indices, more.k, 0)
-            values[again], indices[again] = more.values, more.indices
-            codes = codes.with_values(values, indices)
-            self.crowded |= again.numel() > _FEW * len(x)
-        return codes.first(counts)
-
-    def _listed(self, k: int) -> int:
-        """Entries of a token that a rank lists at first: its share and three deviations more."""
-        share = k / self.size
-        spread = 3 * math.sqrt(share * (1 - 1 / self.size))
-        return k if self.crowded else math.ceil(share + spread)
+        own, n = self.collectives.share(len(x)), min(k, f)
+        first = select(x[own], n)
+        floor = first[1][:, -1] if n == k else torch.full_like(first[1][:, -1], -torch.inf)
+        floor = self.collectives.gather_rows(floor.contiguous(), len(x), "floors")
+        before, after = slice(0, own.start), slice(own.stop, len(x))
+        found = [
+            first if some is own else select(x[some], n, floor[some])
+            for some in (before, own, after)
+            if len(x[some])
+        ]
+        parts = [(codes.values, codes.indices, keys) for codes, keys in found]
+        values, indices, keys = (torch.cat(each) for each in zip(*parts, strict=True))
+        counts = self._counts(_wide(keys, most, -torch.inf), k)
+        return first[0].with_values(values, indices).first(counts)
 
     def winners(self, codes: SparseCodes, keys: torch.Tensor, k: int) -> torch.Tensor:
         """How many of each token's entries are among its k largest of all ranks, [B]."""
@@ -192,20 +186,17 @@ class LatentRanks:
         listed[tokens[first], place[first]] = keys[first]
         return self._counts(listed, k)
 
-    def _counts(self, keys: torch.Tensor, k: int, certify: bool = False) -> torch.Tensor:
+    def _counts(self, keys: torch.Tensor, k: int) -> torch.Tensor:
         """How many of the keys [B, n] are among each token's k largest of all ranks, [B].
 
-        To certify is to give ``~count`` where all that some rank has listed are among them, so that
-        it may have more. What is listed less on the last rank, -inf, comes after its equals.
+        What is listed less on the last rank, -inf, comes after its equals.
         """
         n_tokens, n = keys.shape
-        every = self.collectives.to_owners(keys, "candidates").transpose(0, 1).flatten(1)
+        every = torch.cat(self.collectives.to_owners(keys, "candidates"), dim=1)
         best = (every + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :k] // n
         counts = best.new_zeros((self.size, len(best)), dtype=torch.int32)
         counts.T.scatter_add_(1, best, torch.ones_like(best, dtype=torch.int32))
-        if certify:
-            counts = torch.where((counts == n).any(0), ~counts, counts)
-        return self.collectives.exchange(counts, "counts").flatten()[:n_tokens]
+        return torch.cat(self.collectives.exchange(counts, "counts"))[:n_tokens]
 
     def largest_of_batch(
         self, codes: SparseCodes, keys: torch.Tensor, count: int
@@ -238,7 +229,7 @@ class LatentRanks:
             rest = (b_dec, target, drop_zeros, group_ends, group_weights, offsets, n_blocks)
             e, squares, grad = decode_residual(values, indices, W, *rest, backend=backend)
             # By blocks with the bits that several ranks have.
-            return e, squares if n_blocks == 1 else e.square().sum(-1), grad
+            return e, squares if n_blocks == 1 else _squares(e, backend), grad
         grid = self.grid
         own = grid.owned(n)
         codes = grid.to_decoders(SparseCodes(values, indices, len(self.latents), offsets), n)
@@ -247,8 +238,8 @@ class LatentRanks:
         # Prefixes [G, B, D] are exchanged as [B, G, D].
         mine = partial if group_ends is None else partial.transpose(0, 1)
         if grid.shards.size > 1:
-            sent = mine.to(getattr(torch, self.partial_sums))
-            mine = tree_sum(grid.shards.to_owners(sent, "partial sums").float().unbind())
+            sent_as = getattr(torch, self.partial_sums)
+            mine = grid.shards.sum_to_owners(mine, "partial sums", sent_as)
         mine = mine[: own.stop - own.start]  # in place: fresh memory would cost more than sums
         if b_dec is not None:
             mine.add_(b_dec)
@@ -256,7 +247,7 @@ class LatentRanks:
         e = grid.gather(mine, n, out=partial if group_ends is None else None)
         if group_ends is not None:
             e = e.transpose(0, 1).contiguous()
-        squares, e = weighted(e, group_ends, group_weights)
+        squares, e = _squares(e, backend), summed_up(e, group_ends, group_weights)
         grad = code_grad(e, indices, grid.mine(W), group_ends, offsets, backend=backend)
         return e, squares, torch.where(values == 0, 0, grad) if drop_zeros else grad
 
@@ -293,6 +284,13 @@ class LatentRanks:
         W_enc, W_dec, b_enc = rows(own.W_enc), rows(own.W_dec), rows(own.b_enc[:, None])
         every_row = torch.arange(len(chosen), dtype=torch.int32, device=device)
         return DeadRows(W_enc, b_enc[:, 0], W_dec, every_row, count, local.to(torch.int32))
+
+
+def _squares(e: torch.Tensor, backend: str | None) -> torch.Tensor:
+    """The sum of the squares of each row [..., D], without a tensor of squares."""
+    rows = e.flatten(0, -2)
+    each = torch.arange(len(rows), dtype=torch.int32, device=e.device)[:, None]
+    return code_grad(rows, each, rows, backend=backend).view(e.shape[:-1])
 
 
 def _wide(x: torch.Tensor, width: int, value: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from sae_kernels import functional
+from sae_kernels.codes import SparseCodes
 from sae_kernels.config.base import POSITIVE_INTEGER, setting
 from sae_kernels.config.objective import ObjectiveConfig, PrefixObjective
 from sae_kernels.config.sae import SAEConfig
@@ -15,9 +16,9 @@ from sae_kernels.nn.base import SparseAutoencoder
 from sae_kernels.nn.initialise import bounds_at, scale_encoder_
 from sae_kernels.nn.objective import NESTED, check_groups, prefixes_of
 from sae_kernels.nn.registry import TRANSCODES, Preset, register
+from sae_kernels.primitives.select_topk import select_topk
 
 if TYPE_CHECKING:
-    from sae_kernels.codes import SparseCodes
     from sae_kernels.nn.objective import Context, Prefixes, Reconstruction
     from sae_kernels.step.ranks import Ranks
 
@@ -151,8 +152,15 @@ class TopKSAE(SparseAutoencoder):
         if context.ranks is None:
             return super().select_in(context, W_enc)
 
-        def largest(x: torch.Tensor, n: int) -> tuple[SparseCodes, torch.Tensor]:
-            preacts = self.select(x, W_enc=W_enc, k=n)
+        W, by = self.W_enc if W_enc is None else W_enc, self.config.by_magnitude
+        scale = self.rank_scale()
+
+        def largest(
+            x: torch.Tensor, n: int, floor: torch.Tensor | None = None
+        ) -> tuple[SparseCodes, torch.Tensor]:
+            ranked_by = (scale, None, by, floor)
+            found = select_topk(x, W, self.b_enc, n, *ranked_by, backend=self.backend)
+            preacts = SparseCodes(*found, len(W))
             return preacts, self._keys(preacts)
 
         k = int(self.kept_per_token(context.k, context.objective))

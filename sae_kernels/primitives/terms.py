@@ -1,6 +1,7 @@
 """Sums in parts: weight gradients that are never materialised, blocks of latents."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,8 +116,11 @@ def without_zeros(term: Term) -> Term:
     return term._replace(offsets=offsets, entries=entries, rows=rows)
 
 
-def tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors in the order of a binary tree.
+def tree_sum(
+    parts: Sequence[torch.Tensor],
+    add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = operator.add,
+) -> torch.Tensor:
+    """The sum of tensors in the order of a binary tree; by operator.iadd in the tensors' memory.
 
     A tree over a power of two of parts is one over any smaller power of two of sums of neighbours:
     whoever has added up which of them, the bits are the same.
@@ -126,7 +130,7 @@ def tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
         tensor(7.)
     """
     while len(parts) > 1:
-        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        pairs = [add(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = [*pairs, *parts[len(pairs) * 2 :]]
     return parts[0]
 

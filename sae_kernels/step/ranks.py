@@ -40,14 +40,15 @@ class Ranks(Protocol):
 
     def top(
         self,
-        select: Callable[[torch.Tensor, int], tuple[SparseCodes, torch.Tensor]],
+        select: Callable[..., tuple[SparseCodes, torch.Tensor]],
         x: torch.Tensor,
         k: int,
     ) -> SparseCodes:
         """This rank's entries among each token's k largest of all ranks, largest first.
 
         Args:
-            select: the n largest entries of some tokens here, largest first, and what ranks them.
+            select: given some tokens and n, their n largest entries here, largest first, and keys
+                that rank them; of those tokens whose keys are below a third argument any others.
             x: all tokens.
             k: entries that a token keeps.
         """

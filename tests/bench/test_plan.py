@@ -82,7 +82,8 @@ def test_a_mixed_layout_by_hand():
     assert (work.B, work.F, work.B * work.K) == (16, 2, 8)
     assert messages(mixed, SMALL) == {
         "tokens": 3 / 4 * 16 * 4 * 2,
-        "candidates": 3 / 4 * 16 * (2 * 4 + 4),  # a key for each of 2 entries, a count back
+        # A key for each of 2 entries, one below which nobody need look, a count back.
+        "candidates": 3 / 4 * 16 * ((2 + 1) * 4 + 4),
         "codes": 8 * 4 + 8 / 2 * 8,  # a count a token of the other's, and half of 8 entries
         "partial sums": 8 / 2 * 4 * 4,
         "residuals": 3 / 4 * 16 * 4 * 4,

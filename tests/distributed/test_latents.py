@@ -124,6 +124,30 @@ def test_the_kept_set_of_very_many_tokens(size: int) -> None:
     assert on_ranks(size, kept_sets, 10, 10_000) == [[]] * size
 
 
+def exchanged(group: ProcessGroup) -> list[list[torch.Tensor]]:
+    """What comes of each exchange, by messages from rank to rank and by the group's collectives."""
+    results = []
+    for directly in (True, False):
+        ranks = Collectives(group)
+        ranks._sends_directly = directly
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(ranks.rank))
+        own = x[: len(range(7)[ranks.share(7)])]
+        found = [ranks.gather(x, "x"), ranks.gather_rows(own, 7, "x"), ranks.gather(x[:0], "x")]
+        found += [*ranks.to_owners(x, "x"), *ranks.exchange(x[: ranks.size].int(), "x")]
+        found += [ranks.sum_to_owners(x.clone(), "x"), torch.tensor(ranks.sent["x"])]
+        results.append([*found, ranks.sum_to_owners(x, "x", torch.bfloat16)])
+    return results
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [2, 3])
+def test_messages_and_collectives_agree(size: int) -> None:
+    """NCCL gathers and exchanges by its own collectives, gloo by messages."""
+    for one, other in on_ranks(size, exchanged):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_training_is_that_of_one_process(size: int) -> None:
     check_training(size, list(CASES))
@@ -264,7 +288,7 @@ def test_what_a_rank_sends(size: int, over: int) -> None:
             assert sent.get(what, 0) == message.get(what, 0), what
         assert sum(sent.values()) == pytest.approx(sum(message.values()), rel=0.02)
         if over == 1:
-            assert sum(message.values()) == (size - 1) / size * B * (D * (4 + 8) + 4 * K + 4)
+            assert sum(message.values()) == (size - 1) / size * B * (D * (4 + 8) + 4 * K + 8)
 
 
 @pytest.mark.full

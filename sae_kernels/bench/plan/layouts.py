@@ -136,7 +136,7 @@ class Layout:
         """The messages of a step, without sums of the size of b_dec."""
         B, D, k = problem.batch, problem.d_in, problem.k
         S, R, G = self.shards, self.replicas, self.gpus
-        candidates = B * (min(k, self.latents(problem)) * _KEY + _COUNT)
+        candidates = B * ((min(k, self.latents(problem)) + 1) * _KEY + _COUNT)
         codes = B / R * (R * _COUNT + k / S * _ENTRY)
         found = [
             Message("tokens", B * D * problem.element_bytes * (G - 1) / G, G),

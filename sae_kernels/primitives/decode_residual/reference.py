@@ -22,19 +22,18 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decodes, subtracts, squares and multiplies the residual with the selected rows."""
     e = decode.run(values, indices, W, b_dec, group_ends, offsets, blocks) - target
-    squares, e = weighted(e, group_ends, group_weights)
+    squares, e = e.square().sum(-1), summed_up(e, group_ends, group_weights)
     grad = code_grad.run(e, indices, W, group_ends, offsets)
     return e, squares, torch.where(values == 0, 0, grad) if drop_zeros else grad
 
 
-def weighted(
+def summed_up(
     e: torch.Tensor, group_ends: torch.Tensor | None, group_weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squared error of each token, and the residuals as the gradients of the codes read them.
+) -> torch.Tensor:
+    """The residuals as the gradients of the codes read them.
 
     With groups a latent's is the weighted sum of the residuals of its prefix and all longer ones.
     """
-    squares = e.square().sum(-1)
     if group_weights is not None:
         e = e * group_weights[:, None, None]
-    return squares, e if group_ends is None else e.flip(0).cumsum(0).flip(0)
+    return e if group_ends is None else e.flip(0).cumsum(0).flip(0)
