@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Other projects' folders, places with a name of the reader's, the format's own name, a wildcard.
 ELSEWHERE = {
     "tests/loading",
+    "tests/saes",
     "tests/unit",
     "benchmarks/results/gpu-NAME.jsonl",
     "benchmarks/results/plan-NAME.jsonl",
