@@ -136,6 +136,7 @@ def analyze(
             :func:`~sae_kernels.analyze.geometry.geometry` refuse, or no such side.
 
     Example:
+        >>> import torch
         >>> from sae_kernels.nn import SwitchSAE
         >>> sae = SwitchSAE(8, 32, k=4, n_experts=4)
         >>> found = analyze(sae, torch.randn(100, 8))

@@ -65,8 +65,8 @@ class InferenceSAE(nn.Module):
         dtype = (rows if is_narrow else dtype) or own
         if dtype not in checks.OPERAND_DTYPES:
             raise TypeError(
-                "dtype: expected float32, bfloat16, float16, float64 or int8 (and rows none of "
-                f"int8), got {dtype}"
+                "dtype: expected float32, bfloat16, float16, float64 or int8 (rows none of "
+                f"int8), as torch.int8, got {dtype!r}"
             )
         copy = sae.folded().requires_grad_(False)
         rank_scale = copy.rank_scale()
