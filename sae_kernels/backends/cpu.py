@@ -103,6 +103,7 @@ _INSTRUCTIONS = {
 }
 # From here on a screen pays: measured on a Zen 5, docs/numerics.md.
 SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS = 128, 256, 8192
+FEW_TOKENS = 16  # FewTiles::kMost of csrc/include/sae_kernels/few_tokens.h
 
 
 def screens(n_tokens: int, d_in: int, n_latents: int, dtype: torch.dtype) -> Screening:
@@ -116,15 +117,25 @@ def screens(n_tokens: int, d_in: int, n_latents: int, dtype: torch.dtype) -> Scr
     return fastest_screening(isa()) if dtype == torch.float32 else Screening.NONE
 
 
-def screen_note(dtype: torch.dtype) -> str | None:
-    """What `explain` adds about encoders of this dtype."""
+def encoder_note(dtype: torch.dtype, screened_where: str = "") -> str | None:
+    """What `explain` adds about encoders of this dtype.
+
+    Args:
+        dtype: of the operands.
+        screened_where: what else must hold for a screen.
+    """
+    notes: list[str] = []
+    # fp64, and bf16 on AMX, have blocks of tokens alone.
+    if dtype != torch.float64 and not (dtype == torch.bfloat16 and isa().startswith("amx")):
+        notes.append(f"up to {FEW_TOKENS} tokens: threads share the latents and read W once")
     how = screens(SCREENED_TOKENS, SCREENED_WIDTH, SCREENED_LATENTS, dtype)
-    if how == Screening.NONE:
-        return None
-    return (
-        f"screens scores in 8 bits by {_INSTRUCTIONS[how]}, with the same results, from "
-        f"{SCREENED_TOKENS} tokens, d_in {SCREENED_WIDTH} and {SCREENED_LATENTS} latents on"
-    )
+    if how != Screening.NONE:
+        notes.append(
+            f"screens scores in 8 bits by {_INSTRUCTIONS[how]}, with the same results, from "
+            f"{SCREENED_TOKENS} tokens, d_in {SCREENED_WIDTH} and {SCREENED_LATENTS} latents on"
+            f"{screened_where}"
+        )
+    return "; ".join(notes) or None
 
 
 @functools.cache

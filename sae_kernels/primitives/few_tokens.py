@@ -46,6 +46,16 @@ def tile_of_few(n_tokens: int, d_in: int, n_latents: int, k: int = 1) -> int | N
     return tile if few and looked_at <= _MOST_LOOKED_AT else None
 
 
+def note(otherwise: str | None) -> str:
+    """What `explain` says of these kernels, before what it says of calls that they do not take."""
+    few = (
+        f"up to {_MOST_TOKENS} tokens with {_MOST_SCORES} scores (k at most "
+        f"{_MOST_LOOKED_AT // _TILE}, above {_TILE * _MOST_LOOKED_AT} latents "
+        f"{_MOST_LOOKED_AT // _WIDE_TILE}): blocks share the latents and read W once"
+    )
+    return few if otherwise is None else f"{few}; {otherwise}"
+
+
 def score(
     x: torch.Tensor,
     W: torch.Tensor,

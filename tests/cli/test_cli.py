@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sae_kernels
+from sae_kernels import backends
 from sae_kernels.backends.cpu import Screening
 from sae_kernels.cli import main, output
 
@@ -139,14 +140,28 @@ def test_explain_says_how_scores_are_screened(run, monkeypatch, screening, by):
         (record,) = run("explain", primitive, "--json").records()
         assert f"in 8 bits by {by}" in record["note"]
         assert f"in 8 bits by {by}" in run("explain", primitive).out
-        (record,) = run("explain", primitive, "--dtype", "bfloat16", "--json").records()
+        (record,) = run("explain", primitive, "--dtype", "float64", "--json").records()
         assert record["note"] is None
 
 
-def test_explain_says_nothing_where_no_score_is_screened(run, monkeypatch):
+def test_explain_names_no_screen_where_no_score_is_screened(run, monkeypatch):
     monkeypatch.setattr("sae_kernels.backends.cpu.fastest_screening", lambda _: Screening.NONE)
     (record,) = run("explain", "select_threshold", "--json").records()
-    assert record["note"] is None
+    assert "screens" not in record["note"]
+
+
+@pytest.mark.parametrize("primitive", SCREENED)
+@pytest.mark.parametrize(
+    ("isa", "by_blocks"), [("avx2", {torch.float64}), ("amx", {torch.float64, torch.bfloat16})]
+)
+def test_explain_says_for_how_many_tokens_threads_share_the_latents(
+    monkeypatch, primitive, isa, by_blocks
+):
+    monkeypatch.setattr("sae_kernels.backends.cpu.isa", lambda: isa)
+    monkeypatch.setattr("sae_kernels.backends.cpu.fastest_screening", lambda _: Screening.NONE)
+    few = "up to 16 tokens: threads share the latents and read W once"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert backends.note(primitive, "cpu", dtype) == (None if dtype in by_blocks else few)
 
 
 RUN = """

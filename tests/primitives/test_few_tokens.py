@@ -12,7 +12,7 @@ import torch
 from encoding import DTYPES, cases, dtypes, scales
 from test_screen import HARD, LARGE, lossy_rows, underrated
 
-from sae_kernels.backends.cpu import Screening
+from sae_kernels.backends.cpu import FEW_TOKENS, Screening
 from sae_kernels.primitives.narrow import narrowed
 from sae_kernels.primitives.select_threshold import cpu as select_threshold
 from sae_kernels.primitives.select_topk import cpu as select_topk
@@ -161,5 +161,8 @@ def test_narrow_rows_are_what_is_read() -> None:
     best = int(select_topk.run(x[:1], W, None, 1, None)[1])
     rows = narrowed(W)
     rows[best] = 0
-    few = (select_topk.run(x[:n], W, None, 1, None, rows)[1][0] for n in (1, 16, 17))
+    few = (
+        select_topk.run(x[:n], W, None, 1, None, rows)[1][0]
+        for n in (1, FEW_TOKENS, FEW_TOKENS + 1)
+    )
     assert [int(indices) == best for indices in few] == [False, False, True]

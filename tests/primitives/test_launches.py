@@ -70,9 +70,13 @@ def test_select_topk_in_fp32(
 @pytest.mark.parametrize(
     "primitive", ["select_topk", "select_topk_routed", "select_threshold", "select_batch_topk"]
 )
-def test_explain_says_where_a_screen_is_taken(primitive: str) -> None:
-    assert "in bf16" in str(backends.note(primitive, "triton", torch.float32))
-    assert backends.note(primitive, "triton", torch.bfloat16) is None
+def test_explain_says_where_a_screen_is_taken_and_which_tokens_are_few(primitive: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        note = str(backends.note(primitive, "triton", dtype))
+        # The limits of test_few_tokens_on_gpus.
+        few = "up to 16 tokens with 8388608 scores (k at most 128, above 524288 latents 64)"
+        assert note.startswith(few)
+        assert ("in bf16" in note) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize(("n_experts", "most"), [(8, 15), (32, 13), (64, 9), (256, 5)])

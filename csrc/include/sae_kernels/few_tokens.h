@@ -48,19 +48,23 @@ struct FewTiles {
   // make_sink(thread) once a thread.
   template <class MakeSink, class Encode>
   void run(const MakeSink& make_sink, const Encode& encode) const {
+    // Neighbours are taken together: threads that take every other tile read W a quarter slower.
+    const int64_t run = std::max<int64_t>(
+        1, std::min(count() / (4 * threads()), kRunBytes / (kLatents * row_bytes)));
     std::atomic<int64_t> next{0};
     on_threads(threads(), [&](int thread) {
       auto sink = make_sink(thread);
-      for (int64_t tile = next.fetch_add(1); tile < count();) {
-        const int64_t following = next.fetch_add(1), e = expert(tile);
-        if (start(e) < end(e)) encode(tile, following, sink);
+      for (int64_t tile = next.fetch_add(run), last = tile + run - 1; tile < count();) {
+        int64_t following = tile + 1;
+        if (tile == last) following = next.fetch_add(run), last = following + run - 1;
+        if (start(expert(tile)) < end(expert(tile))) encode(tile, following, sink);
         tile = following;
       }
     });
   }
 
  private:
-  static constexpr int64_t kThreadBytes = 1 << 16;
+  static constexpr int64_t kThreadBytes = 1 << 16, kRunBytes = 1 << 20;
 
   int64_t width() const { return F / routes.experts; }
   int64_t of_expert() const { return (width() + kLatents - 1) / kLatents; }

@@ -11,7 +11,7 @@ from sae_kernels.primitives.tensors import packed
 
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
-    return cpu.screen_note(dtype)
+    return cpu.encoder_note(dtype)
 
 
 def run(

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from sae_kernels import gpu
 from sae_kernels.primitives.candidate_lists import packed, unpacked
+from sae_kernels.primitives.few_tokens import note as few_note
 from sae_kernels.primitives.few_tokens import tile_of_few
 from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
 from sae_kernels.primitives.select_threshold import few_tokens
@@ -214,7 +215,7 @@ def _put_in_order(
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
     few = f"where at most {_ROOM} scores of a token and one of {_LATENTS_PER_ENTRY} pass"
-    return screen_note(dtype, few)
+    return few_note(screen_note(dtype, few))
 
 
 def run(

@@ -29,8 +29,7 @@ _LATENTS_PER_KEPT = 256
 
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
-    screens = cpu.screen_note(dtype)
-    return screens and f"{screens}, {_LATENTS_PER_KEPT} for each that is kept"
+    return cpu.encoder_note(dtype, f", {_LATENTS_PER_KEPT} for each that is kept")
 
 
 def run(

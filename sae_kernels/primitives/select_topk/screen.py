@@ -74,7 +74,7 @@ class Screen(NamedTuple):
 
 
 def note(dtype: torch.dtype, few: str) -> str | None:
-    """What `explain` adds about calls of this dtype; ``few`` says when few enough scores pass."""
+    """What `explain` says of the screen; ``few`` says when few enough scores pass."""
     if dtype != torch.float32:
         return None
     return (

@@ -20,6 +20,7 @@ from sae_kernels.primitives.candidate_lists import (
     first_of,
     packed,
 )
+from sae_kernels.primitives.few_tokens import note as few_note
 from sae_kernels.primitives.few_tokens import tile_of_few
 from sae_kernels.primitives.products import ProductTile, scores, tile_for, tiled
 from sae_kernels.primitives.select_topk import few_tokens
@@ -55,7 +56,8 @@ _APPENDED_BY = "portable" if gpu.interpreted() else "ptx"
 
 def note(dtype: torch.dtype) -> str | None:
     """What `explain` adds about calls of this dtype."""
-    return screen_note(dtype, f"where at most one of {LATENTS_PER_KEPT} latents is kept")
+    where = f"where at most one of {LATENTS_PER_KEPT} latents is kept"
+    return few_note(screen_note(dtype, where))
 
 
 def run(
