@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import nn
 
+from sae_kernels.backends import cpu
 from sae_kernels.primitives import checks
 from sae_kernels.primitives.narrow import narrowed
 
@@ -24,7 +25,8 @@ class InferenceSAE(nn.Module):
     bfloat16. With int8, W_enc is kept twice, in 8 bits and in the dtype of ``rows``: on the CPU up
     to 16 tokens read the first, by which the scores of all latents are bounded (docs/numerics.md),
     and of the second only rows of latents that the bounds leave open. Codes are bit for bit those
-    of ``for_inference(rows)``; larger batches, and GPUs, read the second alone.
+    of ``for_inference(rows)``; larger batches, and GPUs, read the second alone. On Linux the
+    matrices are in huge pages, if the system has them.
 
     Scales and the subtraction of b_dec are folded into the weights, so pre-activations differ from
     the SAE's own in rounding. Nothing is recorded for gradients. It is always in evaluation mode,
@@ -76,6 +78,8 @@ class InferenceSAE(nn.Module):
         copy.compute_dtype = dtype
         copy.fold_b_dec_()
         narrow = narrowed(copy.W_enc) if is_narrow else None
+        for parameter in copy.parameters():
+            parameter.data = cpu.in_huge_pages(parameter.data)
         for name, tensor in (("narrow", narrow), ("kept_rank_scale", rank_scale)):
             if tensor is not None:
                 delattr(copy, name)  # a plain None until it is a buffer

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -133,3 +136,29 @@ def test_narrow_rows_of_other_weights_are_refused() -> None:
     sae.sae.compute_dtype = torch.bfloat16
     with pytest.raises(ValueError, match="narrow: expected W_enc in the dtype of the product"):
         sae.encode(torch.randn(1, 9))
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE") or not Path("/proc/self/smaps").exists(),
+    reason="only Linux has huge pages for who asks, and says who asked",
+)
+def test_matrices_ask_for_huge_pages() -> None:
+    sae = TopKSAE(256, 1 << 15, k=1)
+    small = sae.for_inference(torch.bfloat16)
+    assert asked_for_huge_pages(small.sae.W_enc)
+    assert asked_for_huge_pages(small.W_dec)
+    assert not asked_for_huge_pages(sae.W_enc)
+    assert torch.equal(small.W_dec, sae.W_dec.bfloat16())
+
+
+def asked_for_huge_pages(tensor: torch.Tensor) -> bool:
+    """Whether the memory in the middle of a tensor is of a mapping with this advice."""
+    middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, stop = (int(end, 16) for end in first.split("-"))
+            inside = start <= middle < stop
+        elif inside and first == "VmFlags:":
+            return "hg" in rest
+    raise AssertionError("expected the tensor's address among the process's mappings")
