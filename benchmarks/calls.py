@@ -15,6 +15,7 @@ import torch
 
 from sae_kernels import backends, primitives
 from sae_kernels.codes import LatentOrder
+from sae_kernels.primitives.checks import accumulator
 from sae_kernels.primitives.narrow import narrowed
 from sae_kernels.primitives.row_update import AdamMatrix
 from sae_kernels.primitives.terms import Gradient
@@ -78,6 +79,7 @@ PRESENT: dict[str, dict[str, Any]] = {
     "offsets": {"ragged": True},
     "rank_scale": {"ranked": True},
     "narrow": {"narrow": True},
+    "floor": {"floored": True},
     "row_ids": {"ragged": True},
     "row_coef": {"penalties": 4, "norm": "none"},
     "dense": {"dense": True},
@@ -173,6 +175,7 @@ def _makers(
     popularity: str = "uniform",  # of latents, see `latents`
     ranked: bool = False,  # whether latents are ranked by scores times a scale
     narrow: bool = False,  # whether there are rows of W in 8 bits, all of which may pass
+    floored: bool = False,  # whether scores below 0 are not wanted
     experts: int = 8,  # that tokens choose among, at random
     groups: int = 0,  # of latents that are decoded apart; 0 is one
     ragged: bool = False,  # whether tokens have any number of entries up to 2K, K on average
@@ -216,6 +219,7 @@ def _makers(
         "dtype": lambda: None,
         "rank_scale": lambda: torch.rand(F) + 0.5 if ranked else None,
         "narrow": lambda: narrowed(torch.full((F, D), torch.nan)) if narrow else None,
+        "floor": lambda: torch.zeros(B, dtype=accumulator(dtype)) if floored else None,
         "start": lambda: _bound(shape),
         "bounds": lambda: _bound(shape).expand(F).clone(),
         "tokens": lambda: routing()[0],

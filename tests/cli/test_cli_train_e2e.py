@@ -131,6 +131,7 @@ def test_every_setting_of_training_has_its_flag_here_too(run):
     of_data |= {"--dataset", "--dataset-split", "--dataset-column", "--no-check-on-read"}
     of_data |= {"--dataset-subset", "--dataset-revision"}
     of_processes = {"--latents-over", "--tokens-over", "--blocks", "--partial-sums", "--timeout"}
+    of_processes |= {"--harvest-ranks"}
     assert flags("train-e2e") >= flags("train") - of_data - of_processes - {"--target", "--verify"}
     assert f"[default: {EndToEnd.kl_coefficient}]" in run("train-e2e", "--help").out
 

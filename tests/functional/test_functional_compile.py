@@ -297,7 +297,7 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     x, W, b = (None if t is None else t.nan_to_num(0, 1, -1) for t in case.inputs())
     assert x is not None
     assert W is not None
-    values, indices = ops.select_topk(x, W, b, case.K, None, None, False, "")
+    values, indices = ops.select_topk(x, W, b, case.K, None, None, False, None, "")
     e = torch.randn(case.B, case.D, dtype=values.dtype)
     bias = torch.randn(case.D, dtype=values.dtype)
     ends = torch.tensor([case.F // 2, case.F], dtype=torch.int32)
@@ -318,7 +318,7 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     routes = oracles.routes(torch.arange(case.B) % n_experts, n_experts)
     k_routed = min(case.K, case.F // n_experts)
     for backend, rows in (("cpu", None), ("cpu", narrowed(W)), ("reference", None)):
-        yield ops.select_topk, (x, W, b, case.K, None, rows, False, backend)
+        yield ops.select_topk, (x, W, b, case.K, None, rows, False, None, backend)
         yield ops.route_top1, (x, W, b, backend)
         yield ops.select_topk_routed, (x, W, b, k_routed, *routes, rows, backend)
         yield ops.select_threshold, (x, W, b, row_coef, rows, backend)

@@ -128,7 +128,9 @@ def test_a_name_is_needed_and_ones_own(config: type[SAEConfig], message: str) ->
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"expected one of topk, .*switch.*, got 'moe'"):
         architecture("moe")
-    with pytest.raises(ValueError, match=r"expected one of topk, .* did you mean 'jumprelu'"):
+    with pytest.raises(
+        ValueError, match="expected a preset, got 'jumprelo'; did you mean 'jumprelu'"
+    ):
         preset("jumprelo")
 
 
