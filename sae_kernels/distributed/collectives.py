@@ -90,7 +90,7 @@ class Collectives:
         if self._sends_directly:
             if everybody[self.rank].data_ptr() != own.data_ptr():
                 everybody[self.rank].copy_(own)
-            self._send([own] * self.size, everybody)
+            self.swap([own] * self.size, everybody)
         else:
             _all_gather(_bytes(out), own, group=self.group)
         self.sent[what] += own.numel() * (self.size - 1)
@@ -102,7 +102,7 @@ class Collectives:
             return [x[own]]
         if self._sends_directly:
             came = [part if rank == own else torch.empty_like(part) for rank, part in enumerate(x)]
-            self._send([_bytes(part) for part in x], [_bytes(part) for part in came])
+            self.swap([_bytes(part) for part in x], [_bytes(part) for part in came])
         else:
             out = torch.empty_like(x)
             dist.all_to_all_single(_bytes(out), _bytes(x.contiguous()), group=self.group)
@@ -110,7 +110,7 @@ class Collectives:
         self.sent[what] += x[own].numel() * x.element_size() * (self.size - 1)
         return came
 
-    def _send(self, x: Sequence[torch.Tensor], came: Sequence[torch.Tensor]) -> None:
+    def swap(self, x: Sequence[torch.Tensor], came: Sequence[torch.Tensor]) -> None:
         """Sends x[r] to every other rank r and waits for what comes of each."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         messages = [

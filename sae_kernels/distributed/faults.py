@@ -11,6 +11,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from sae_kernels.distributed.collectives import Collectives
 from sae_kernels.errors import RankError, SaeKernelsError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def _follows(error: Exception) -> bool:
     """Whether an error comes from an exchange with other ranks, so that one of them caused it."""
     return isinstance(error, RankError) or any(
         frame.f_globals.get("__name__", "").startswith("torch.distributed")
+        or frame.f_code is Collectives.swap.__code__  # it waits by methods that leave no frame
         for frame, _ in traceback.walk_tb(error.__traceback__)
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sae_kernels.runs import checkpoint
-from tests.distributed.test_rank_faults import assert_same, ended, said, weights
+from tests.distributed.doomed_runs import assert_same, command, ended, said, weights
 from tests.distributed.world import torchrun
 from tests.harvest.causal import CONTEXT, LAYER, documents, gpt2, tokenizer
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 pytest.importorskip("transformers", reason="needs sae-kernels[harvest]")
 pytestmark = pytest.mark.slow
 
-STEPS = 24
 TIMEOUT = 40  # seconds, for those that train wait while the others load the model
 
 
@@ -32,32 +31,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     tokenizer().save_pretrained(model)
     text = model / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": each}) for each in documents(60)))
-    return ["--model", str(model), "--layer", LAYER, "--text", str(text)]
-
-
-def settings(data: list[str], out: Path, harvest_ranks: int = 1) -> list[str]:
-    """A run whose weights are the same bits where 1, 2 or 4 processes train."""
-    flags = {
-        "out": out,
-        "context-length": CONTEXT,
-        "harvest-ranks": harvest_ranks,
-        "blocks": 8,
-        "timeout": TIMEOUT,
-        "n-latents": 96,
-        "k": 6,
-        "steps": STEPS,
-        "batch-size": 64,
-        "checkpoint-every": 4,
-        "compute": "float32",
-    }
-    return ["train", *data, *(part for n, v in flags.items() for part in (f"--{n}", str(v)))]
+    of_model = ["--model", str(model), "--layer", LAYER, "--text", str(text)]
+    return [*of_model, "--context-length", str(CONTEXT)]
 
 
 @pytest.fixture(scope="module")
 def straight(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The weights of a run whose two processes do both."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    done = torchrun(2, *settings(data, out, 0))
+    done = torchrun(2, *command(data, out, TIMEOUT))
     assert done.returncode == 0, done.stderr
     return weights(out)
 
@@ -66,12 +48,12 @@ def test_a_model_apart_gives_the_same_bits(
     data: list[str], tmp_path: Path, straight: dict[str, torch.Tensor]
 ) -> None:
     out = tmp_path / "run"
-    done = torchrun(4, *settings(data, out, 2))
+    done = torchrun(4, *command(data, out, TIMEOUT, harvest_ranks=2))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fvu") == 1, "one process speaks"
     assert "harvest_ranks = 2" in (out / "run.toml").read_text()
     assert_same(out, straight)
-    alone = torchrun(1, *settings(data, tmp_path / "alone", 1))
+    alone = torchrun(1, *command(data, tmp_path / "alone", TIMEOUT, harvest_ranks=1))
     assert "harvest_ranks: expected fewer than the 1 processes" in said(alone)
 
 
@@ -94,7 +76,7 @@ def test_all_stop_and_another_number_goes_on(
     words: str,
 ) -> None:
     out = tmp_path / "run"
-    done, seconds = ended(3, settings(data, out), doom)
+    done, seconds = ended(3, command(data, out, TIMEOUT, harvest_ranks=1), doom)
     print(f"{doom}: {seconds:.1f} s")
     assert done.returncode == 1
     assert words in said(done)

@@ -6,15 +6,12 @@ import json
 import os
 import platform
 import random
-import re
 import signal
 import subprocess
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from sae_kernels.data import ShardWriter
@@ -22,12 +19,13 @@ from sae_kernels.distributed import faults
 from sae_kernels.errors import DataError, NonFiniteError, RankError
 from sae_kernels.runs import checkpoint
 from tests.distributed import runs
+from tests.distributed.doomed_runs import STEPS, assert_same, command, ended, said, weights
 from tests.distributed.world import torchrun
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-STEPS, TIMEOUT = 24, 10
+TIMEOUT = 10
 
 
 def of_exchange() -> Exception:
@@ -91,63 +89,21 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def settings(acts: str, out: Path, over: str = "latents") -> list[str]:
-    """A run whose weights are the same bits on 1, 2 and 4 ranks."""
-    flags = {
-        "out": out,
-        f"{over}-over": 2,
-        "blocks": 8,
-        "timeout": TIMEOUT,
-        "n-latents": 96,
-        "k": 6,
-        "steps": STEPS,
-        "batch-size": 64,
-        "checkpoint-every": 4,
-        "compute": "float32",
-    }
-    return ["train", acts, *(part for n, v in flags.items() for part in (f"--{n}", str(v)))]
-
-
 @pytest.fixture(scope="module")
 def straight(acts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("straight") / "run"
-    done = torchrun(2, *settings(acts, out))
+    done = torchrun(2, *command([acts], out, TIMEOUT, latents_over=2))
     assert done.returncode == 0, done.stderr
     return weights(out)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "sae" / "sae.safetensors")
-
-
-def assert_same(out: Path, straight: dict[str, torch.Tensor]) -> None:
-    for name, tensor in weights(out).items():
-        assert torch.equal(tensor, straight[name]), name
 
 
 def doomed(
     acts: str, out: Path, doom: str, restarts: int = 0, over: str = "latents"
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     """The end of a run with a fault, and the seconds from it."""
-    arguments = [*settings(acts, out, over), *(["--resume"] if restarts else [])]
+    arguments = command([acts], out, TIMEOUT, **{f"{over}_over": 2})
+    arguments += ["--resume"] if restarts else []
     return ended(2, arguments, doom, restarts)
-
-
-def ended(
-    size: int, arguments: list[str], doom: str, restarts: int = 0
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The end of a command with a fault, and the seconds from it."""
-    module = "tests.distributed.doomed_ranks"
-    done = torchrun(size, *arguments, module=module, restarts=restarts, DOOM=doom)
-    at = re.search(r"doomed at ([\d.]+)", done.stderr)
-    assert at, done.stderr
-    return done, time.time() - float(at[1])
-
-
-def said(done: subprocess.CompletedProcess[str]) -> str:
-    """The one message of all ranks."""
-    (message,) = re.findall("^sae-kernels: (.*)$", done.stderr, re.MULTILINE)
-    return str(message)
 
 
 FAULTS = [
@@ -162,8 +118,13 @@ FAULTS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("over", "doom", "within", "words"), FAULTS)
+TIERS = [pytest.mark.full, *[pytest.mark.slow] * (len(FAULTS) - 1)]  # one is in .ci/run
+
+
+@pytest.mark.parametrize(
+    ("over", "doom", "within", "words"),
+    [pytest.param(*fault, marks=tier) for fault, tier in zip(FAULTS, TIERS, strict=True)],
+)
 def test_all_stop_and_another_number_goes_on(
     acts: str,
     tmp_path: Path,
