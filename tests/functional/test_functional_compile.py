@@ -345,7 +345,8 @@ def operator_calls(case: Case) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             part = (*columns, coef, None, None)
             yield ops.row_update, (param, m, m.square(), copy, *part, hyper, *adam, backend)
         yield ops.pick_dead, (since_fired, max(1, case.F // 2), 7, backend)
-        yield ops.auxk, (x, e, *dead, None, backend)
+        variance = None if len(x) > 1 else e.new_tensor(3.0)  # one token has none: NaN
+        yield ops.auxk, (x, e, *dead, variance, backend)
         wider = torch.cat([param, param], 1).to(W.dtype)
         narrow = (W, row_coef, wider, latents, count, 3, 1 / 32)
         yield ops.auxk, (x, torch.cat([e, e], 1), *narrow, e.new_tensor(3.0), backend)
