@@ -52,7 +52,6 @@ def transcoder(shape: Shape) -> CrossLayerJumpReLU:
 
 def model(shape: Shape) -> Any:
     """circuit-tracer's replacement model: a random transformer with the transcoder."""
-    from circuit_tracer.replacement_model import replacement_model_transformerlens as theirs
     from transformer_lens import HookedTransformerConfig
 
     from sae_kernels.integrations.circuit_tracer import transcoder as as_theirs
@@ -71,13 +70,20 @@ def model(shape: Shape) -> Any:
         device="cpu",
     )
     clt = as_theirs(transcoder(shape), feature_input_hook="ln2.hook_normalized")
-    made = theirs.TransformerLensReplacementModel.from_config(config, clt)
+    return replacement_model(config, clt)
+
+
+def replacement_model(config: Any, transcoders: Any) -> Any:
+    """circuit-tracer's model of a TransformerLens configuration, with a tokenizer of no words."""
+    from circuit_tracer.replacement_model import replacement_model_transformerlens as theirs
+
+    made = theirs.TransformerLensReplacementModel.from_config(config, transcoders)
     special = {f"{name}_token_id": 1 for name in ("bos", "pad", "eos")}
     made.tokenizer = SimpleNamespace(
         decode=lambda tokens: "",
         all_special_ids=[1],
         padding_side="right",
-        vocab_size=VOCABULARY,
+        vocab_size=config.d_vocab,
         **special,
     )
     return made

@@ -110,7 +110,7 @@ def empty_tiles(passes: torch.Tensor, rows: int, columns: int) -> float:
 
 
 def counted(case: str, shape: Shape, scores: Scores) -> dict[str, object]:
-    """What passes, and what that would cost and save."""
+    """Counts the scores of a case that pass, and the times that this would cost and save."""
     B, D, F, k = shape
     above = scores.upper >= scores.exact.topk(k).values[:, -1:]
     threshold, topk = above.sum(1).float(), of_passes(scores, k)

@@ -148,8 +148,9 @@ def analyze(
     if clusters and source is None:
         raise ValueError("clusters: expected activations to find them in, got none")
     measured = use = found = whose = None
-    if source is not None:
-        rows, goal = open_rows(source), None if target is None else open_rows(target)
+    rows = None if source is None else open_rows(source)
+    if rows is not None:
+        goal = None if target is None else open_rows(target)
         measured = evaluate(sae, rows, target=goal)  # refuses what does not fit
         with evaluating(sae):
             if sae.latent_experts() is not None:
@@ -157,7 +158,7 @@ def analyze(
             if clusters:
                 found = find_clusters(codes_of(sae, rows), sae.decoder_rows())
     if sae.config.n_layers == 2 and not sae.config.transcodes:
-        whose = difference(sae, None if source is None else open_rows(source))
+        whose = difference(sae, rows)
     W = sae.decoder_rows() if side == "decoder" else sae.W_enc
     shape = geometry(W, sae.latent_experts(), threshold=threshold, progress=progress)
     spread = layer_spread(sae)

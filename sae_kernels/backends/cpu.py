@@ -121,7 +121,7 @@ def screens(n_tokens: int, d_in: int, n_latents: int, dtype: torch.dtype) -> Scr
 
 
 def encoder_note(dtype: torch.dtype, screened_where: str = "") -> str | None:
-    """What `explain` adds about encoders of this dtype.
+    """The sentences that `explain` adds about encoders of this dtype.
 
     Args:
         dtype: of the operands.

@@ -70,7 +70,7 @@ def open_source(source: Any) -> RowSource | Stream:
 
 
 def open_rows(source: Stored) -> RowSource:
-    """What a user passes as activations that are read more than once: tensor, folder, row source.
+    """Opens activations that are read more than once: a tensor, a folder or a row source.
 
     Raises:
         TypeError: none of these; a stream or an iterable, which ends after one reading.

@@ -127,7 +127,7 @@ class Feed:
         self.everyone.told(("end", False))
 
     def ask(self, what: str, given: Any = None) -> Any:
-        """What the processes that run the model answer to all that train."""
+        """Asks the processes that run the model; all that train ask the same and get the answer."""
         self.everyone.told((what, given))
         with self.everyone.together():
             pass
@@ -235,7 +235,7 @@ class FedBatches:
 
 
 def _about(stream: Any) -> dict[str, Any]:
-    """What those that train know of a stream from the start."""
+    """Width, dtype, batch size, metadata and position of a stream, for those that train."""
     return {
         "nothing": torch.empty(0, stream.d_in, dtype=stream.dtype),
         "batch_size": stream.batch_size,

@@ -247,7 +247,7 @@ class LiveBatches:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def part(self) -> tuple[Tensor, Tensor] | None:
-        """Of the next batch the rows [n, D] that are in this process, and who has each of all.
+        """The next batch without gathering it: this process's rows [n, D], and who has each row.
 
         In a block of :meth:`spread_over`, whose processes all call it in place of ``next``; nothing
         is gathered.
@@ -263,7 +263,7 @@ class LiveBatches:
         return torch.cat(rows), torch.cat(holders)
 
     def _pieces(self, read: Callable[[WindowRows, Tensor], _Piece]) -> list[_Piece]:
-        """What ``read`` gives of the next batch's rows, window by window, by their numbers."""
+        """Reads the next batch from one window after the other, by the numbers of its rows."""
         pieces: list[_Piece] = []
         cursor, missing = self._cursor, self.batch_size
         while missing:

@@ -31,7 +31,6 @@ class WindowRows:
 
     Attributes:
         own: the rows that are here.
-        holders: with a team the process that has each row, int64 [n].
     """
 
     def __init__(
@@ -90,8 +89,9 @@ class WindowRows:
             for number, batch in enumerate(self._model.batches(window)):
                 holders[batch] = number % team.size
             counts = torch.tensor([chunk.rows for chunk in window])
-            self.holders = holders.repeat_interleave(counts)
-            self._places, _ = _among_equals(self.holders, team.size)
+            # The process that has each row, int64 [n].
+            self._holders = holders.repeat_interleave(counts)
+            self._places, _ = _among_equals(self._holders, team.size)
 
     def _run(self, memory: _Memory, window: list[Chunk], least: int = 0) -> None:
         """Runs the model on this process's batches of a window."""
@@ -106,13 +106,13 @@ class WindowRows:
         memory.rows = self._model.fill(window, room, check, mine)
 
     def part(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of some rows that are here, in the order of their numbers, and who has each.
+        """Looks up rows by their numbers: those that are in this process, and who has each.
 
         Args:
             numbers: int64 [m], on the CPU, the same in all processes of the team.
         """
         assert self._team is not None
-        holders = self.holders[numbers]
+        holders = self._holders[numbers]
         places = self._places[numbers[holders == self._team.rank]]
         return self.own[places.to(self.own.device)], holders
 
@@ -129,8 +129,8 @@ class WindowRows:
         team = self._team
         if team is None:
             return own if numbers is None else own[numbers]
-        numbers = torch.arange(len(self.holders)) if numbers is None else numbers.cpu()
-        holders = self.holders[numbers]
+        numbers = torch.arange(len(self._holders)) if numbers is None else numbers.cpu()
+        holders = self._holders[numbers]
         places, most = _among_equals(holders, team.size)
         mine = own[self._places[numbers[holders == team.rank]].to(own.device)]
         every = team.collectives.gather_rows(mine, most * team.size, "activations")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,13 +16,11 @@ pytest.importorskip("circuit_tracer", reason="needs circuit-tracer")
 import torch
 from circuit_tracer.attribution import context_nnsight, context_transformerlens
 from circuit_tracer.attribution.attribute import attribute
-from circuit_tracer.replacement_model.replacement_model_transformerlens import (
-    TransformerLensReplacementModel,
-)
 from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder, load_clt
 from transformer_lens import HookedTransformerConfig
 
 import sae_kernels as sk
+from benchmarks.attribution_graphs import replacement_model
 from sae_kernels.formats import LazyCrossLayer, write_cross_layer
 from sae_kernels.integrations.circuit_tracer import transcoder
 from sae_kernels.nn import CrossLayerBatchTopK, CrossLayerJumpReLU, CrossLayerTopK
@@ -76,16 +73,7 @@ def model(transcoders: Any) -> Any:
         seed=0,
         device="cpu",
     )
-    made = TransformerLensReplacementModel.from_config(config, transcoders)
-    special = {f"{name}_token_id": 1 for name in ("bos", "pad", "eos")}
-    made.tokenizer = SimpleNamespace(
-        decode=lambda tokens: "",
-        all_special_ids=[1],
-        padding_side="right",
-        vocab_size=VOCABULARY,
-        **special,
-    )
-    return made
+    return replacement_model(config, transcoders)
 
 
 def tokens() -> torch.Tensor:
